@@ -1,0 +1,198 @@
+from dflash_ray.pb import common_pb2 as _common_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class EntryStatus(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    ENTRY_STATUS_UNSPECIFIED: _ClassVar[EntryStatus]
+    ENTRY_STATUS_OK: _ClassVar[EntryStatus]
+    ENTRY_STATUS_STALE: _ClassVar[EntryStatus]
+    ENTRY_STATUS_UNKNOWN: _ClassVar[EntryStatus]
+    ENTRY_STATUS_NO_PAGES: _ClassVar[EntryStatus]
+    ENTRY_STATUS_FAILED: _ClassVar[EntryStatus]
+ENTRY_STATUS_UNSPECIFIED: EntryStatus
+ENTRY_STATUS_OK: EntryStatus
+ENTRY_STATUS_STALE: EntryStatus
+ENTRY_STATUS_UNKNOWN: EntryStatus
+ENTRY_STATUS_NO_PAGES: EntryStatus
+ENTRY_STATUS_FAILED: EntryStatus
+
+class TargetRequest(_message.Message):
+    __slots__ = ("hello", "step", "close", "replay")
+    HELLO_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    CLOSE_FIELD_NUMBER: _ClassVar[int]
+    REPLAY_FIELD_NUMBER: _ClassVar[int]
+    hello: TargetHello
+    step: Step
+    close: CloseSequences
+    replay: ReplayFeatures
+    def __init__(self, hello: _Optional[_Union[TargetHello, _Mapping]] = ..., step: _Optional[_Union[Step, _Mapping]] = ..., close: _Optional[_Union[CloseSequences, _Mapping]] = ..., replay: _Optional[_Union[ReplayFeatures, _Mapping]] = ...) -> None: ...
+
+class TargetResponse(_message.Message):
+    __slots__ = ("hello", "result", "features")
+    HELLO_FIELD_NUMBER: _ClassVar[int]
+    RESULT_FIELD_NUMBER: _ClassVar[int]
+    FEATURES_FIELD_NUMBER: _ClassVar[int]
+    hello: TargetHelloReply
+    result: StepResult
+    features: FeaturesReplay
+    def __init__(self, hello: _Optional[_Union[TargetHelloReply, _Mapping]] = ..., result: _Optional[_Union[StepResult, _Mapping]] = ..., features: _Optional[_Union[FeaturesReplay, _Mapping]] = ...) -> None: ...
+
+class TargetHello(_message.Message):
+    __slots__ = ("protocol_version", "router_id", "epoch")
+    PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
+    ROUTER_ID_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    protocol_version: int
+    router_id: str
+    epoch: int
+    def __init__(self, protocol_version: _Optional[int] = ..., router_id: _Optional[str] = ..., epoch: _Optional[int] = ...) -> None: ...
+
+class TargetHelloReply(_message.Message):
+    __slots__ = ("protocol_version", "target_id", "model_fingerprint", "feature_fingerprint", "vocab_size", "hidden_size", "max_model_len", "page_size", "num_pages", "max_batch_tokens", "tp_size", "colocated_draft_tokens")
+    PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
+    TARGET_ID_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    FEATURE_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
+    HIDDEN_SIZE_FIELD_NUMBER: _ClassVar[int]
+    MAX_MODEL_LEN_FIELD_NUMBER: _ClassVar[int]
+    PAGE_SIZE_FIELD_NUMBER: _ClassVar[int]
+    NUM_PAGES_FIELD_NUMBER: _ClassVar[int]
+    MAX_BATCH_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TP_SIZE_FIELD_NUMBER: _ClassVar[int]
+    COLOCATED_DRAFT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    protocol_version: int
+    target_id: str
+    model_fingerprint: str
+    feature_fingerprint: str
+    vocab_size: int
+    hidden_size: int
+    max_model_len: int
+    page_size: int
+    num_pages: int
+    max_batch_tokens: int
+    tp_size: int
+    colocated_draft_tokens: int
+    def __init__(self, protocol_version: _Optional[int] = ..., target_id: _Optional[str] = ..., model_fingerprint: _Optional[str] = ..., feature_fingerprint: _Optional[str] = ..., vocab_size: _Optional[int] = ..., hidden_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., page_size: _Optional[int] = ..., num_pages: _Optional[int] = ..., max_batch_tokens: _Optional[int] = ..., tp_size: _Optional[int] = ..., colocated_draft_tokens: _Optional[int] = ...) -> None: ...
+
+class OpenSequence(_message.Message):
+    __slots__ = ("sequence_id", "token_ids", "prompt_len", "sampling", "stopping", "wants_features")
+    SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_LEN_FIELD_NUMBER: _ClassVar[int]
+    SAMPLING_FIELD_NUMBER: _ClassVar[int]
+    STOPPING_FIELD_NUMBER: _ClassVar[int]
+    WANTS_FEATURES_FIELD_NUMBER: _ClassVar[int]
+    sequence_id: int
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    prompt_len: int
+    sampling: _common_pb2.SamplingParams
+    stopping: _common_pb2.StoppingParams
+    wants_features: bool
+    def __init__(self, sequence_id: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., prompt_len: _Optional[int] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., stopping: _Optional[_Union[_common_pb2.StoppingParams, _Mapping]] = ..., wants_features: _Optional[bool] = ...) -> None: ...
+
+class Step(_message.Message):
+    __slots__ = ("step_id", "epoch", "open", "close", "prefill_ids", "prefill_lens", "verify_ids", "base_lens", "num_drafts", "draft_token_ids", "draft_parents", "colocated_draft_ids", "colocated_num_drafts", "num_candidates")
+    STEP_ID_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    OPEN_FIELD_NUMBER: _ClassVar[int]
+    CLOSE_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_IDS_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_LENS_FIELD_NUMBER: _ClassVar[int]
+    VERIFY_IDS_FIELD_NUMBER: _ClassVar[int]
+    BASE_LENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_DRAFTS_FIELD_NUMBER: _ClassVar[int]
+    DRAFT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    DRAFT_PARENTS_FIELD_NUMBER: _ClassVar[int]
+    COLOCATED_DRAFT_IDS_FIELD_NUMBER: _ClassVar[int]
+    COLOCATED_NUM_DRAFTS_FIELD_NUMBER: _ClassVar[int]
+    NUM_CANDIDATES_FIELD_NUMBER: _ClassVar[int]
+    step_id: int
+    epoch: int
+    open: _containers.RepeatedCompositeFieldContainer[OpenSequence]
+    close: _containers.RepeatedScalarFieldContainer[int]
+    prefill_ids: _containers.RepeatedScalarFieldContainer[int]
+    prefill_lens: _containers.RepeatedScalarFieldContainer[int]
+    verify_ids: _containers.RepeatedScalarFieldContainer[int]
+    base_lens: _containers.RepeatedScalarFieldContainer[int]
+    num_drafts: _containers.RepeatedScalarFieldContainer[int]
+    draft_token_ids: _containers.RepeatedScalarFieldContainer[int]
+    draft_parents: _containers.RepeatedScalarFieldContainer[int]
+    colocated_draft_ids: _containers.RepeatedScalarFieldContainer[int]
+    colocated_num_drafts: _containers.RepeatedScalarFieldContainer[int]
+    num_candidates: int
+    def __init__(self, step_id: _Optional[int] = ..., epoch: _Optional[int] = ..., open: _Optional[_Iterable[_Union[OpenSequence, _Mapping]]] = ..., close: _Optional[_Iterable[int]] = ..., prefill_ids: _Optional[_Iterable[int]] = ..., prefill_lens: _Optional[_Iterable[int]] = ..., verify_ids: _Optional[_Iterable[int]] = ..., base_lens: _Optional[_Iterable[int]] = ..., num_drafts: _Optional[_Iterable[int]] = ..., draft_token_ids: _Optional[_Iterable[int]] = ..., draft_parents: _Optional[_Iterable[int]] = ..., colocated_draft_ids: _Optional[_Iterable[int]] = ..., colocated_num_drafts: _Optional[_Iterable[int]] = ..., num_candidates: _Optional[int] = ...) -> None: ...
+
+class CloseSequences(_message.Message):
+    __slots__ = ("sequence_ids",)
+    SEQUENCE_IDS_FIELD_NUMBER: _ClassVar[int]
+    sequence_ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, sequence_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class ReplayFeatures(_message.Message):
+    __slots__ = ("sequence_id", "start")
+    SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
+    START_FIELD_NUMBER: _ClassVar[int]
+    sequence_id: int
+    start: int
+    def __init__(self, sequence_id: _Optional[int] = ..., start: _Optional[int] = ...) -> None: ...
+
+class FeaturesReplay(_message.Message):
+    __slots__ = ("features",)
+    FEATURES_FIELD_NUMBER: _ClassVar[int]
+    features: _common_pb2.ContextFeatures
+    def __init__(self, features: _Optional[_Union[_common_pb2.ContextFeatures, _Mapping]] = ...) -> None: ...
+
+class StepResult(_message.Message):
+    __slots__ = ("step_id", "sequence_ids", "statuses", "committed_lens", "num_accepted_drafts", "num_tokens", "token_ids", "finish_reasons", "logprobs", "features", "colocated_drafts", "free_pages", "timings", "errors")
+    STEP_ID_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCE_IDS_FIELD_NUMBER: _ClassVar[int]
+    STATUSES_FIELD_NUMBER: _ClassVar[int]
+    COMMITTED_LENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_ACCEPTED_DRAFTS_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    FINISH_REASONS_FIELD_NUMBER: _ClassVar[int]
+    LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    FEATURES_FIELD_NUMBER: _ClassVar[int]
+    COLOCATED_DRAFTS_FIELD_NUMBER: _ClassVar[int]
+    FREE_PAGES_FIELD_NUMBER: _ClassVar[int]
+    TIMINGS_FIELD_NUMBER: _ClassVar[int]
+    ERRORS_FIELD_NUMBER: _ClassVar[int]
+    step_id: int
+    sequence_ids: _containers.RepeatedScalarFieldContainer[int]
+    statuses: _containers.RepeatedScalarFieldContainer[EntryStatus]
+    committed_lens: _containers.RepeatedScalarFieldContainer[int]
+    num_accepted_drafts: _containers.RepeatedScalarFieldContainer[int]
+    num_tokens: _containers.RepeatedScalarFieldContainer[int]
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    finish_reasons: _containers.RepeatedScalarFieldContainer[_common_pb2.FinishReason]
+    logprobs: _containers.RepeatedCompositeFieldContainer[_common_pb2.TokenLogprobs]
+    features: _containers.RepeatedCompositeFieldContainer[_common_pb2.ContextFeatures]
+    colocated_drafts: _containers.RepeatedCompositeFieldContainer[_common_pb2.DraftBlock]
+    free_pages: int
+    timings: StepTimings
+    errors: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, step_id: _Optional[int] = ..., sequence_ids: _Optional[_Iterable[int]] = ..., statuses: _Optional[_Iterable[_Union[EntryStatus, str]]] = ..., committed_lens: _Optional[_Iterable[int]] = ..., num_accepted_drafts: _Optional[_Iterable[int]] = ..., num_tokens: _Optional[_Iterable[int]] = ..., token_ids: _Optional[_Iterable[int]] = ..., finish_reasons: _Optional[_Iterable[_Union[_common_pb2.FinishReason, str]]] = ..., logprobs: _Optional[_Iterable[_Union[_common_pb2.TokenLogprobs, _Mapping]]] = ..., features: _Optional[_Iterable[_Union[_common_pb2.ContextFeatures, _Mapping]]] = ..., colocated_drafts: _Optional[_Iterable[_Union[_common_pb2.DraftBlock, _Mapping]]] = ..., free_pages: _Optional[int] = ..., timings: _Optional[_Union[StepTimings, _Mapping]] = ..., errors: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class StepTimings(_message.Message):
+    __slots__ = ("queue_ns", "forward_ns", "verify_ns", "draft_ns", "total_ns")
+    QUEUE_NS_FIELD_NUMBER: _ClassVar[int]
+    FORWARD_NS_FIELD_NUMBER: _ClassVar[int]
+    VERIFY_NS_FIELD_NUMBER: _ClassVar[int]
+    DRAFT_NS_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_NS_FIELD_NUMBER: _ClassVar[int]
+    queue_ns: int
+    forward_ns: int
+    verify_ns: int
+    draft_ns: int
+    total_ns: int
+    def __init__(self, queue_ns: _Optional[int] = ..., forward_ns: _Optional[int] = ..., verify_ns: _Optional[int] = ..., draft_ns: _Optional[int] = ..., total_ns: _Optional[int] = ...) -> None: ...
