@@ -1,0 +1,192 @@
+"""The whole configuration as one typed tree: read from YAML, changed by `--set key=value`, passed to every process.
+
+Unknown keys and bad values raise a ConfigError whose text names the key. Values that follow from others are properties.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+BUILTIN_MODEL = "builtin:smollm2"
+BUILTIN_DRAFTER = "builtin:smollm2-135m-dflash"
+
+
+class ConfigError(ValueError):
+    """The configuration cannot be used; the text names the key and the fix."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelConfig(_Section):
+    path: str = Field(BUILTIN_MODEL, description="Hugging Face directory (safetensors or one GGUF file) or a builtin:")
+    served_name: str = Field("smollm2-135m-instruct", description="the name clients use")
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    max_model_len: int = Field(8192, ge=16, description="tokens of a sequence; at most the model's own context")
+    chat_template: str | None = Field(None, description="path of a Jinja file that replaces the tokenizer's template")
+
+
+class PlacementConfig(_Section):
+    """Where a process may run in the Ray cluster."""
+
+    num_cpus: float = Field(0.1, ge=0)
+    num_gpus: float = Field(0.0, ge=0)
+    resources: dict[str, float] = Field(default_factory=dict, description="custom Ray resources, e.g. {drafter: 1}")
+
+
+class TargetConfig(_Section):
+    num_replicas: int = Field(1, ge=1)
+    tp_size: int = Field(1, ge=1, le=16, description="tensor-parallel ranks of one group, a Ray actor each")
+    placement: PlacementConfig = PlacementConfig(num_cpus=0.5)
+    placement_strategy: Literal["PACK", "STRICT_PACK", "SPREAD", "STRICT_SPREAD"] = "PACK"
+    device: Literal["cpu", "cuda"] = "cpu"
+    num_threads: int = Field(0, ge=0, description="torch threads of a rank; 0 shares the machine's cores")
+    page_size: int = Field(16, ge=1, description="tokens of a KV page")
+    kv_cache_tokens: int = Field(32768, ge=64, description="tokens that the paged KV cache of a group holds")
+    max_batch_tokens: int = Field(512, ge=16, description="rows of one target pass")
+    init_timeout_s: float = Field(300.0, gt=0)
+    step_timeout_s: float = Field(120.0, gt=0, description="a pass that takes longer ends the group")
+
+    @property
+    def num_pages(self) -> int:
+        return -(-self.kv_cache_tokens // self.page_size)
+
+
+class DrafterAutoscaling(_Section):
+    min_replicas: int = Field(1, ge=0)
+    max_replicas: int = Field(3, ge=1)
+    target_busy_fraction: float = Field(0.6, gt=0, le=1)
+    look_back_period_s: float = Field(5.0, gt=0)
+    upscale_delay_s: float = Field(3.0, ge=0)
+    downscale_delay_s: float = Field(60.0, ge=0)
+
+    @model_validator(mode="after")
+    def _check(self) -> DrafterAutoscaling:
+        if self.max_replicas < self.min_replicas:
+            raise ValueError("max_replicas must be at least min_replicas")
+        return self
+
+
+class DrafterConfig(_Section):
+    method: Literal["dflash", "ngram", "none"] = "dflash"
+    path: str = Field(BUILTIN_DRAFTER, description="drafter checkpoint directory (published DFlash layout)")
+    placement_mode: Literal["remote", "colocated"] = Field(
+        "remote", description="remote: replicas of their own; colocated: inside the target's rank 0"
+    )
+    num_replicas: int = Field(2, ge=1)
+    autoscaling: DrafterAutoscaling | None = None
+    placement: PlacementConfig = PlacementConfig(num_cpus=0.25)
+    device: Literal["cpu", "cuda"] = "cpu"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    num_threads: int = Field(0, ge=0, description="torch threads of a replica; 0 shares the machine's cores")
+    max_context_tokens: int = Field(65536, ge=64, description="context rows that a replica holds over all sequences")
+
+
+class RouterConfig(_Section):
+    num_replicas: int = Field(1, ge=1)
+    placement: PlacementConfig = PlacementConfig()
+    policy: Literal["adaptive", "fixed", "off"] = "fixed"
+    draft_tokens: int = Field(4, ge=0, le=31, description="drafts a step unless the request says otherwise")
+    num_candidates: int = Field(1, ge=1, le=16, description="candidates a draft slot that drafters return")
+    cohorts: Literal[1, 2] = Field(1, description="2: one cohort is verified while the other is drafted")
+    draft_timeout_ms: float = Field(100.0, gt=0, description="a slower draft is replaced by an n-gram or none")
+    prefill_chunk_tokens: int = Field(256, ge=1)
+    max_running: int = Field(64, ge=1, description="sequences decoded at a time, per target group")
+    max_waiting: int = Field(256, ge=0, description="requests queued before new ones are refused")
+    lease_ttl_s: float = Field(5.0, gt=0)
+
+
+class GatewayConfig(_Section):
+    num_replicas: int = Field(1, ge=1)
+    placement: PlacementConfig = PlacementConfig()
+    http_host: str = "127.0.0.1"
+    http_port: int = Field(8000, ge=0, le=65535)
+    grpc_host: str = "127.0.0.1"
+    grpc_port: int = Field(9000, ge=0, le=65535)
+    max_body_bytes: int = Field(4 * 1024 * 1024, ge=1024)
+    max_stop_strings: int = Field(16, ge=1)
+    max_choices: int = Field(16, ge=1, description="largest n of a request")
+    max_logprobs: int = Field(20, ge=0)
+    request_timeout_s: float = Field(600.0, gt=0)
+
+
+class NetworkConfig(_Section):
+    bind_host: str = Field("127.0.0.1", description="interface of the inner gRPC servers; `node` is the Ray node's IP")
+    entry_ttl_s: float = Field(5.0, gt=0, description="a process that is silent this long leaves the directory")
+
+
+class ObservabilityConfig(_Section):
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    log_format: Literal["json", "text"] = "json"
+
+
+class DflashRayConfig(_Section):
+    """Root of the tree."""
+
+    model: ModelConfig = ModelConfig()
+    target: TargetConfig = TargetConfig()
+    drafter: DrafterConfig = DrafterConfig()
+    router: RouterConfig = RouterConfig()
+    gateway: GatewayConfig = GatewayConfig()
+    network: NetworkConfig = NetworkConfig()
+    observability: ObservabilityConfig = ObservabilityConfig()
+
+    @property
+    def uses_features(self) -> bool:
+        """Whether the target runs the drafter's fc and keeps context features."""
+        return self.drafter.method == "dflash"
+
+    @property
+    def num_drafter_replicas(self) -> int:
+        """Replicas that a fixed-size deployment starts; 0 when nothing drafts remotely."""
+        remote = self.drafter.method != "none" and self.drafter.placement_mode == "remote"
+        return self.drafter.num_replicas if remote else 0
+
+
+def parse_config(values: dict[str, Any], source: str = "config") -> DflashRayConfig:
+    """Validates a plain tree of values. Raises ConfigError that names every key at fault."""
+    try:
+        return DflashRayConfig.model_validate(values)
+    except ValidationError as error:
+        lines = [f"{'.'.join(str(part) for part in item['loc'])}: {item['msg']}" for item in error.errors()]
+        raise ConfigError(f"{source}: " + "; ".join(lines)) from None
+
+
+def load_config(path: Path | None, overrides: Sequence[str] = ()) -> DflashRayConfig:
+    """Reads a YAML file (None: the defaults) and applies `key.sub=value` overrides, whose values are YAML too."""
+    values: Any = {}
+    if path is not None:
+        try:
+            values = yaml.safe_load(path.read_text()) or {}
+        except OSError as error:
+            raise ConfigError(f"config file {path} cannot be read: {error.strerror}") from None
+        except yaml.YAMLError as error:
+            raise ConfigError(f"config file {path} is not YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"config file {path}: the top level must be a mapping of sections")
+    for override in overrides:
+        _apply_override(values, override)
+    return parse_config(values, str(path or "config"))
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"--set {override}: write it as key.sub=value")
+    *parents, leaf = key.split(".")
+    node = values
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"--set {override}: {parent} is a value, not a section")
+        node = child
+    try:
+        node[leaf] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override}: the value is not YAML: {error}") from None

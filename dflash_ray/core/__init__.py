@@ -1,0 +1,1 @@
+"""What every process shares and nothing else: errors, acceptance statistics, n-gram drafts. Standard library only."""

@@ -1,0 +1,87 @@
+"""The errors a client can meet, each with its HTTP status and gRPC code."""
+
+from __future__ import annotations
+
+
+class RequestError(Exception):
+    """Base of the errors that a client sees.
+
+    Attributes:
+        message: what is wrong and how to put it right.
+        param: the request's field at fault, as the client wrote it, or None.
+    """
+
+    http_status = 500
+    grpc_code = "INTERNAL"
+    kind = "internal_error"
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+
+
+class InvalidRequestError(RequestError):
+    """A field has a value that cannot be served."""
+
+    http_status = 400
+    grpc_code = "INVALID_ARGUMENT"
+    kind = "invalid_request_error"
+
+
+class UnknownModelError(RequestError):
+    """The request names a model that is not served here."""
+
+    http_status = 404
+    grpc_code = "NOT_FOUND"
+    kind = "model_not_found"
+
+
+class TooLargeError(RequestError):
+    """The request's body is over the accepted size."""
+
+    http_status = 413
+    grpc_code = "INVALID_ARGUMENT"
+    kind = "request_too_large"
+
+
+class OverloadedError(RequestError):
+    """The queue is full; try again later."""
+
+    http_status = 429
+    grpc_code = "RESOURCE_EXHAUSTED"
+    kind = "overloaded"
+
+
+class UnavailableError(RequestError):
+    """No router or no target group can serve right now; try again."""
+
+    http_status = 503
+    grpc_code = "UNAVAILABLE"
+    kind = "unavailable"
+
+
+class DeadlineExceededError(RequestError):
+    """The request's own deadline passed."""
+
+    http_status = 504
+    grpc_code = "DEADLINE_EXCEEDED"
+    kind = "deadline_exceeded"
+
+
+_BY_GRPC_CODE: dict[str, type[RequestError]] = {
+    error.grpc_code: error
+    for error in (
+        InvalidRequestError,
+        UnknownModelError,
+        OverloadedError,
+        UnavailableError,
+        DeadlineExceededError,
+        RequestError,
+    )
+}
+
+
+def error_from_grpc(code_name: str, details: str) -> RequestError:
+    """The error that a gRPC status of an inner call stands for; unknown codes become internal errors."""
+    return _BY_GRPC_CODE.get(code_name, RequestError)(details)

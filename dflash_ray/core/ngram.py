@@ -1,0 +1,44 @@
+"""Prompt lookup: the tokens that followed the latest earlier occurrence of the sequence's last n-gram.
+
+Source of the idea: Saxena, Prompt Lookup Decoding (2023). Needs no weights and no context features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+MAX_NGRAM = 4
+MIN_NGRAM = 2
+
+
+class NgramIndex:
+    """Latest positions of every n-gram of one growing sequence.
+
+    Appending a token and proposing a draft both take time independent of the sequence's length.
+    """
+
+    def __init__(self) -> None:
+        self._tokens: list[int] = []
+        self._followers: dict[tuple[int, ...], int] = {}  # n-gram -> index of the token after its latest occurrence
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def extend(self, token_ids: Sequence[int]) -> None:
+        """Appends committed tokens."""
+        for token_id in token_ids:
+            end = len(self._tokens)
+            # Only n-grams that have a follower are indexed, so the last n-gram never finds itself.
+            for size in range(MIN_NGRAM, MAX_NGRAM + 1):
+                if end >= size:
+                    self._followers[tuple(self._tokens[end - size : end])] = end
+            self._tokens.append(token_id)
+
+    def propose(self, num_draft_tokens: int) -> list[int]:
+        """At most `num_draft_tokens` tokens that may come next; empty when the last n-grams are new."""
+        end = len(self._tokens)
+        for size in range(min(MAX_NGRAM, end), MIN_NGRAM - 1, -1):
+            follower = self._followers.get(tuple(self._tokens[end - size : end]))
+            if follower is not None:
+                return self._tokens[follower : follower + num_draft_tokens]
+        return []
