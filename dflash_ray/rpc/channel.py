@@ -1,0 +1,89 @@
+"""grpc.aio servers and channels with one set of limits, keepalive, and the standard health and reflection services."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1._async import HealthServicer
+from grpc_reflection.v1alpha import reflection
+
+INNER_MESSAGE_BYTES = 64 * 1024 * 1024  # a prefill chunk's features of a wide model fit
+
+_KEEPALIVE = (
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    # The server accepts pings as often as our clients send them, or it would close the connection.
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+    ("grpc.http2.max_ping_strikes", 0),
+)
+
+
+def _options(max_message_bytes: int) -> list[tuple[str, int]]:
+    sizes = [
+        ("grpc.max_send_message_length", max_message_bytes),
+        ("grpc.max_receive_message_length", max_message_bytes),
+    ]
+    return [*_KEEPALIVE, *sizes]
+
+
+def open_channel(address: str) -> grpc.aio.Channel:
+    """A channel to an inner server at host:port; the caller closes it."""
+    return grpc.aio.insecure_channel(address, options=_options(INNER_MESSAGE_BYTES))
+
+
+@dataclass(frozen=True, slots=True)
+class RunningServer:
+    """A started server with its health service."""
+
+    server: grpc.aio.Server
+    health: HealthServicer
+    service_names: tuple[str, ...]
+    port: int
+
+    async def set_serving(self, is_serving: bool) -> None:
+        """Sets the standard health of the server and of each of its services."""
+        status = health_pb2.HealthCheckResponse.SERVING if is_serving else health_pb2.HealthCheckResponse.NOT_SERVING
+        for name in ("", *self.service_names):
+            await self.health.set(name, status)
+
+    async def stop(self, grace_s: float = 0.0) -> None:
+        """Reports NOT_SERVING, then ends calls that outlast `grace_s`."""
+        await self.health.enter_graceful_shutdown()
+        await self.server.stop(grace_s)
+
+
+def new_server(
+    max_message_bytes: int = INNER_MESSAGE_BYTES,
+    interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
+) -> grpc.aio.Server:
+    """A server without services or ports; add servicers, then call `start_server`."""
+    return grpc.aio.server(options=_options(max_message_bytes), interceptors=list(interceptors))
+
+
+async def start_server(server: grpc.aio.Server, service_names: Sequence[str], host: str, port: int) -> RunningServer:
+    """Adds health and reflection, binds host:port (0: any free port) and starts.
+
+    Raises:
+        RuntimeError: the address cannot be bound; the text names it.
+    """
+    health = HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(health, server)
+    reflection.enable_server_reflection((*service_names, reflection.SERVICE_NAME, "grpc.health.v1.Health"), server)
+    try:
+        bound = server.add_insecure_port(f"{host}:{port}")
+    except RuntimeError as error:
+        raise RuntimeError(f"gRPC cannot listen on {host}:{port}; is the port in use? ({error})") from None
+    await server.start()
+    running = RunningServer(server, health, tuple(service_names), bound)
+    await running.set_serving(True)
+    return running
+
+
+def format_address(host: str, port: int) -> str:
+    """host:port, with brackets around an IPv6 host."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
