@@ -1,0 +1,161 @@
+"""Every metric of the application, by the process that owns it.
+
+Names that start with `vllm:` mean what they mean in vLLM, so that its dashboards and benchmarks read them. The rest is
+`dflash_ray_*`. Derived values:
+
+    mean acceptance length   1 + rate(vllm:spec_decode_num_accepted_tokens_total) / rate(vllm:spec_decode_num_drafts_total)
+    draft acceptance rate    rate(vllm:spec_decode_num_accepted_tokens_total) / rate(vllm:spec_decode_num_draft_tokens_total)
+    acceptance at slot k     rate(vllm:spec_decode_num_accepted_tokens_per_pos_total{position="k"}) / rate(...num_drafts_total)
+"""
+
+from __future__ import annotations
+
+import prometheus_client
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+_LATENCY_BUCKETS_S = (
+    0.005,
+    0.01,
+    0.02,
+    0.03,
+    0.05,
+    0.075,
+    0.1,
+    0.15,
+    0.25,
+    0.5,
+    1.0,
+    2.5,
+    5.0,
+    10.0,
+    30.0,
+    60.0,
+    120.0,
+)
+_STEP_BUCKETS_S = (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.024, 0.032, 0.048, 0.064, 0.128, 0.256, 0.512, 1.0, 4.0)
+_TOKEN_BUCKETS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000)
+
+
+class _ProcessMetrics:
+    """A registry of its own, so that processes and tests never share counters."""
+
+    def __init__(self) -> None:
+        # Creation times double the series and confuse readers that match names by prefix.
+        prometheus_client.disable_created_metrics()
+        self.registry = CollectorRegistry()
+
+    def render(self) -> str:
+        """Prometheus text exposition of this process."""
+        return generate_latest(self.registry).decode()
+
+    def _counter(self, name: str, text: str, labels: tuple[str, ...] = ()) -> Counter:
+        return Counter(name, text, labels, registry=self.registry)
+
+    def _gauge(self, name: str, text: str, labels: tuple[str, ...] = ()) -> Gauge:
+        return Gauge(name, text, labels, registry=self.registry)
+
+    def _seconds(self, name: str, text: str, buckets: tuple[float, ...], labels: tuple[str, ...] = ()) -> Histogram:
+        return Histogram(name, text, labels, registry=self.registry, buckets=buckets)
+
+
+class GatewayMetrics(_ProcessMetrics):
+    """Requests as clients see them; label model_name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        model = ("model_name",)
+        self.time_to_first_token = self._seconds(
+            "vllm:time_to_first_token_seconds", "Arrival to first token", _LATENCY_BUCKETS_S, model
+        )
+        self.inter_token_latency = self._seconds(
+            "vllm:inter_token_latency_seconds",
+            "Time between tokens, a chunk's time over its tokens",
+            _STEP_BUCKETS_S,
+            model,
+        )
+        self.e2e_latency = self._seconds(
+            "vllm:e2e_request_latency_seconds", "Arrival to last token", _LATENCY_BUCKETS_S, model
+        )
+        self.prompt_tokens = self._counter("vllm:prompt_tokens", "Prompt tokens", model)
+        self.generation_tokens = self._counter("vllm:generation_tokens", "Tokens generated", model)
+        self.request_prompt_tokens = Histogram(
+            "vllm:request_prompt_tokens",
+            "Prompt tokens a request",
+            model,
+            registry=self.registry,
+            buckets=_TOKEN_BUCKETS,
+        )
+        self.request_generation_tokens = Histogram(
+            "vllm:request_generation_tokens", "Tokens a request", model, registry=self.registry, buckets=_TOKEN_BUCKETS
+        )
+        self.request_success = self._counter(
+            "vllm:request_success", "Requests finished", ("model_name", "finished_reason")
+        )
+        self.refused = self._counter("dflash_ray_gateway_refused_requests", "Requests refused", ("kind",))
+
+
+class RouterMetrics(_ProcessMetrics):
+    """Scheduling and speculation; label model_name where vLLM has it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        model = ("model_name",)
+        self.num_running = self._gauge("vllm:num_requests_running", "Sequences prefilled or decoded", model)
+        self.num_waiting = self._gauge("vllm:num_requests_waiting", "Requests waiting for admission", model)
+        self.kv_cache_usage = self._gauge("vllm:kv_cache_usage_perc", "Share of KV pages in use, 0 to 1", model)
+        self.num_preemptions = self._counter("vllm:num_preemptions", "Sequences preempted by recompute", model)
+        self.num_drafts = self._counter("vllm:spec_decode_num_drafts", "Draft blocks verified", model)
+        self.num_draft_tokens = self._counter("vllm:spec_decode_num_draft_tokens", "Draft tokens verified", model)
+        self.num_accepted_tokens = self._counter("vllm:spec_decode_num_accepted_tokens", "Draft tokens accepted", model)
+        self.num_accepted_per_position = self._counter(
+            "vllm:spec_decode_num_accepted_tokens_per_pos", "Accepted draft tokens by slot", ("model_name", "position")
+        )
+        self.drafts_by_source = self._counter(
+            "dflash_ray_router_drafts", "Verify entries by where their draft came from", ("source",)
+        )
+        self.drafts_dropped = self._counter("dflash_ray_router_drafts_dropped", "Drafts not used", ("reason",))
+        self.draft_round_trip = self._seconds(
+            "dflash_ray_router_draft_round_trip_seconds", "Draft request to draft blocks", _STEP_BUCKETS_S
+        )
+        self.step_round_trip = self._seconds(
+            "dflash_ray_router_step_round_trip_seconds", "Step to its result", _STEP_BUCKETS_S
+        )
+        self.step_gap = self._seconds(
+            "dflash_ray_router_step_gap_seconds",
+            "A step's result to the next step: drafting and scheduling",
+            _STEP_BUCKETS_S,
+        )
+        self.step_tokens = Histogram(
+            "vllm:iteration_tokens_total",
+            "Rows of a target pass",
+            model,
+            registry=self.registry,
+            buckets=_TOKEN_BUCKETS,
+        )
+
+
+class TargetMetrics(_ProcessMetrics):
+    """Phases of a target pass on rank 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.phase = self._seconds(
+            "dflash_ray_target_phase_seconds", "Time of a step's phase", _STEP_BUCKETS_S, ("phase",)
+        )
+        self.live_sequences = self._gauge("dflash_ray_target_live_sequences", "Sequences open")
+        self.free_pages = self._gauge("dflash_ray_target_free_pages", "KV pages free")
+        self.entries = self._counter("dflash_ray_target_entries", "Step entries by status", ("status",))
+
+
+class DrafterMetrics(_ProcessMetrics):
+    """Draft passes of one replica."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.phase = self._seconds(
+            "dflash_ray_drafter_phase_seconds", "Time of a draft request's phase", _STEP_BUCKETS_S, ("phase",)
+        )
+        self.live_sessions = self._gauge("dflash_ray_drafter_live_sessions", "Sessions open")
+        self.context_rows = self._gauge("dflash_ray_drafter_context_rows", "Context rows held")
+        self.busy_fraction = self._gauge("dflash_ray_drafter_busy_fraction", "Share of time spent drafting, 0 to 1")
+        self.missing = self._counter("dflash_ray_drafter_missing_contexts", "Proposals refused for lack of context")
