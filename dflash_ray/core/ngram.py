@@ -36,9 +36,15 @@ class NgramIndex:
 
     def propose(self, num_draft_tokens: int) -> list[int]:
         """At most `num_draft_tokens` tokens that may come next; empty when the last n-grams are new."""
-        end = len(self._tokens)
-        for size in range(min(MAX_NGRAM, end), MIN_NGRAM - 1, -1):
-            follower = self._followers.get(tuple(self._tokens[end - size : end]))
+        return self._follow(self._tokens[-MAX_NGRAM:], num_draft_tokens)
+
+    def propose_after(self, token_id: int, num_draft_tokens: int) -> list[int]:
+        """As `propose`, for the sequence with one more token that is not appended."""
+        return self._follow([*self._tokens[-(MAX_NGRAM - 1) :], token_id], num_draft_tokens)
+
+    def _follow(self, suffix: list[int], num_draft_tokens: int) -> list[int]:
+        for size in range(len(suffix), MIN_NGRAM - 1, -1):
+            follower = self._followers.get(tuple(suffix[-size:]))
             if follower is not None:
                 return self._tokens[follower : follower + num_draft_tokens]
         return []

@@ -1,11 +1,11 @@
 """Every metric of the application, by the process that owns it.
 
 Names that start with `vllm:` mean what they mean in vLLM, so that its dashboards and benchmarks read them. The rest is
-`dflash_ray_*`. Derived values:
+`dflash_ray_*`. Derived values, with S for `vllm:spec_decode_num`:
 
-    mean acceptance length   1 + rate(vllm:spec_decode_num_accepted_tokens_total) / rate(vllm:spec_decode_num_drafts_total)
-    draft acceptance rate    rate(vllm:spec_decode_num_accepted_tokens_total) / rate(vllm:spec_decode_num_draft_tokens_total)
-    acceptance at slot k     rate(vllm:spec_decode_num_accepted_tokens_per_pos_total{position="k"}) / rate(...num_drafts_total)
+    mean acceptance length   1 + rate(S_accepted_tokens_total) / rate(S_drafts_total)
+    draft acceptance rate    rate(S_accepted_tokens_total) / rate(S_draft_tokens_total)
+    acceptance at slot k     rate(S_accepted_tokens_per_pos_total{position="k"}) / rate(S_drafts_total)
 """
 
 from __future__ import annotations

@@ -116,7 +116,7 @@ class DirectoryActor:
 
 
 class DirectoryClient:
-    """Calls the directory actor, creating it when it is not there. Every call raises ConnectionError when it is away."""
+    """Calls the directory actor and creates it when there is none. Calls raise ConnectionError while it is away."""
 
     def __init__(self, call_timeout_s: float = 2.0) -> None:
         self._call_timeout_s = call_timeout_s

@@ -1,0 +1,67 @@
+"""The drafter's Serve replica: loads the method, serves the Drafter gRPC service and keeps its directory entry."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import uuid
+
+import torch
+
+from dflash_ray.config import DflashRayConfig
+from dflash_ray.drafter.methods import load_method
+from dflash_ray.drafter.servicer import DrafterServicer
+from dflash_ray.observability.logs import configure_logging
+from dflash_ray.observability.metrics import DrafterMetrics
+from dflash_ray.pb import drafter_pb2, drafter_pb2_grpc
+from dflash_ray.rpc.channel import RunningServer, format_address, new_server, start_server
+from dflash_ray.rpc.directory import DirectoryClient, Entry, keep_registered
+from dflash_ray.rpc.metrics import SERVICE_NAME as METRICS_SERVICE_NAME
+from dflash_ray.rpc.metrics import add_metrics_service
+from dflash_ray.rpc.node import bind_host
+
+logger = logging.getLogger(__name__)
+_SERVICE_NAME = drafter_pb2.DESCRIPTOR.services_by_name["Drafter"].full_name
+
+
+class DrafterReplica:
+    """One drafter process. Serve awaits the constructor, so a replica that runs is one that answers."""
+
+    async def __init__(self, config: DflashRayConfig) -> None:
+        configure_logging("drafter", config.observability.log_level, config.observability.log_format)
+        if config.drafter.num_threads:
+            torch.set_num_threads(config.drafter.num_threads)
+        drafter_id = uuid.uuid4().hex[:12]
+        method = await asyncio.to_thread(load_method, config)
+        self._servicer = DrafterServicer(drafter_id, method, DrafterMetrics())
+        self._server = await self._serve(bind_host(config.network.bind_host))
+        self._entry = Entry(
+            "drafter",
+            drafter_id,
+            format_address(bind_host(config.network.bind_host), self._server.port),
+            {"pid": os.getpid(), "method": method.name, "fingerprint": method.fingerprint},
+        )
+        self._directory = DirectoryClient()
+        self._registration = asyncio.create_task(
+            keep_registered(self._directory, self._entry, config.network.entry_ttl_s)
+        )
+        logger.info("drafter ready", extra={"drafter_id": drafter_id, "address": self._entry.address})
+
+    async def _serve(self, host: str) -> RunningServer:
+        server = new_server()
+        drafter_pb2_grpc.add_DrafterServicer_to_server(self._servicer, server)
+        add_metrics_service(server, self._servicer.render_metrics)
+        return await start_server(server, [_SERVICE_NAME, METRICS_SERVICE_NAME], host, 0)
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """The signal of the autoscaling policy."""
+        return {"busy_fraction": self._servicer.busy.fraction()}
+
+    async def __del__(self) -> None:
+        self._registration.cancel()
+        try:
+            await self._directory.unregister("drafter", self._entry.id)
+        except ConnectionError as error:
+            logger.warning("the directory entry is left to expire: %s", error)
+        await self._server.stop(grace_s=1.0)

@@ -1,0 +1,127 @@
+"""The Drafter gRPC service: converts, times, and runs every request on the replica's one compute thread."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import time
+from collections import deque
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+
+from dflash_ray.core.protocol import PROTOCOL_VERSION
+from dflash_ray.drafter.methods import DraftMethod
+from dflash_ray.drafter.sessions import DraftSessions
+from dflash_ray.observability.metrics import DrafterMetrics
+from dflash_ray.pb import drafter_pb2, drafter_pb2_grpc
+
+logger = logging.getLogger(__name__)
+
+
+class BusyMeter:
+    """Share of the last seconds that the compute thread spent drafting."""
+
+    def __init__(self, window_s: float = 2.0) -> None:
+        self._window_s = window_s
+        self._spans: deque[tuple[float, float]] = deque()
+        self._since = time.monotonic()
+
+    def record(self, start: float, end: float) -> None:
+        """Adds a busy span, in seconds of time.monotonic()."""
+        self._spans.append((start, end))
+        self._trim(end)
+
+    def fraction(self) -> float:
+        """Busy share of the window, 0 to 1."""
+        now = time.monotonic()
+        self._trim(now)
+        begin = max(now - self._window_s, self._since)
+        busy = sum(end - max(start, begin) for start, end in self._spans)
+        return min(1.0, busy / max(now - begin, 1e-3))
+
+    def _trim(self, now: float) -> None:
+        while self._spans and self._spans[0][1] < now - self._window_s:
+            self._spans.popleft()
+
+
+class DrafterServicer(drafter_pb2_grpc.DrafterServicer):
+    """One bidirectional stream a router; requests of all streams are answered in arrival order."""
+
+    def __init__(self, drafter_id: str, method: DraftMethod, metrics: DrafterMetrics) -> None:
+        self._drafter_id = drafter_id
+        self._method = method
+        self._metrics = metrics
+        self._sessions = DraftSessions(method)
+        self._stream_ids = itertools.count()
+        # OpenMP keeps a pool of threads for each calling thread, so all passes come from one.
+        self._compute = ThreadPoolExecutor(max_workers=1, thread_name_prefix="draft")
+        self.busy = BusyMeter()
+
+    async def Draft(
+        self, request_iterator: AsyncIterator[drafter_pb2.DrafterRequest], context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[drafter_pb2.DrafterResponse]:
+        stream = next(self._stream_ids)
+        has_greeted = False
+        try:
+            async for request in request_iterator:
+                if request.WhichOneof("message") == "hello":
+                    await self._check_hello(request.hello, context)
+                    has_greeted = True
+                    yield drafter_pb2.DrafterResponse(hello=self._hello())
+                elif not has_greeted:
+                    await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "the first message must be a hello")
+                else:
+                    yield drafter_pb2.DrafterResponse(drafts=await self._answer(stream, request.draft))
+        finally:
+            # Not awaited: the handler may be ending by cancellation, and the thread keeps the order of its work.
+            self._compute.submit(self._sessions.drop_stream, stream)
+
+    async def _check_hello(self, hello: drafter_pb2.DrafterHello, context: grpc.aio.ServicerContext) -> None:
+        if hello.protocol_version != PROTOCOL_VERSION:
+            await context.abort(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                f"protocol_version {hello.protocol_version} is not {PROTOCOL_VERSION}: run one release everywhere",
+            )
+
+    def _hello(self) -> drafter_pb2.DrafterHelloReply:
+        return drafter_pb2.DrafterHelloReply(
+            protocol_version=PROTOCOL_VERSION,
+            drafter_id=self._drafter_id,
+            method=self._method.name,
+            fingerprint=self._method.fingerprint,
+            max_draft_tokens=self._method.max_draft_tokens,
+            needs_features=self._method.needs_features,
+        )
+
+    async def _answer(self, stream: int, request: drafter_pb2.DraftRequest) -> drafter_pb2.DraftReply:
+        received_ns = time.perf_counter_ns()
+        loop = asyncio.get_running_loop()
+        reply = await loop.run_in_executor(self._compute, self._timed_answer, stream, request)
+        reply.queue_ns = max(0, time.perf_counter_ns() - received_ns - reply.draft_ns)
+        self._metrics.phase.labels("queue").observe(reply.queue_ns / 1e9)
+        self._metrics.phase.labels("draft").observe(reply.draft_ns / 1e9)
+        self._metrics.missing.inc(len(reply.missing))
+        return reply
+
+    def _timed_answer(self, stream: int, request: drafter_pb2.DraftRequest) -> drafter_pb2.DraftReply:
+        start = time.monotonic()
+        try:
+            return self._sessions.answer(stream, request)
+        except Exception:
+            # A draft is advice: the router goes on without it, and the sessions at fault are rebuilt.
+            logger.exception("draft request failed; its sessions are dropped")
+            self._sessions.drop_stream(stream)
+            missing = [drafter_pb2.MissingContext(sequence_id=sequence_id) for sequence_id in request.sequence_ids]
+            return drafter_pb2.DraftReply(request_id=request.request_id, missing=missing)
+        finally:
+            self.busy.record(start, time.monotonic())
+
+    def render_metrics(self) -> str:
+        """This process's metrics, gauges brought up to date."""
+        self._metrics.live_sessions.set(len(self._sessions))
+        self._metrics.context_rows.set(self._sessions.num_context_rows)
+        self._metrics.busy_fraction.set(self.busy.fraction())
+        return self._metrics.render()
