@@ -1,0 +1,167 @@
+"""The Serve application: the only module that knows all four processes.
+
+`build_app` is the import path of every Serve config; `running_app` starts it on this machine or on the cluster that
+RAY_ADDRESS names.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+from ray import serve
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, HTTPOptions
+
+from dflash_ray.config import DflashRayConfig, PlacementConfig, parse_config
+from dflash_ray.drafter.service import DrafterReplica
+from dflash_ray.gateway.service import GatewayReplica
+from dflash_ray.router.service import RouterReplica
+from dflash_ray.rpc.directory import ACTOR_NAME, NAMESPACE
+from dflash_ray.target.service import TargetReplica, target_placement
+
+APPLICATION_NAME = "dflash_ray"
+
+PROCESS_ENV = {
+    # One event loop a process: grpc.aio shares one poller among all loops.
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    # Idle OpenMP threads sleep instead of spinning on cores that other processes need.
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+
+# Requests do not pass through Serve's queues except at the gateway, so its limits must not bind.
+_MAX_ONGOING_REQUESTS = 10_000
+
+
+def build_app(args: dict[str, Any]) -> serve.Application:
+    """The application for a configuration tree of plain values. Raises ConfigError that names the key at fault."""
+    config = parse_config(args)
+    peers = [_router(config), _target(config)]
+    if config.num_drafter_replicas:
+        peers.append(_drafter(config))
+    gateway = serve.deployment(
+        GatewayReplica,
+        name="Gateway",
+        num_replicas=config.gateway.num_replicas,
+        max_ongoing_requests=_MAX_ONGOING_REQUESTS,
+        ray_actor_options=_actor_options(config.gateway.placement),
+        graceful_shutdown_timeout_s=30,
+    )
+    # The peers are bound so that Serve deploys them; requests reach them over gRPC, found through the directory.
+    return gateway.bind(config, *peers)
+
+
+def _router(config: DflashRayConfig) -> serve.Application:
+    deployment = serve.deployment(
+        RouterReplica,
+        name="Router",
+        num_replicas=config.router.num_replicas,
+        max_ongoing_requests=_MAX_ONGOING_REQUESTS,
+        ray_actor_options=_actor_options(config.router.placement),
+        graceful_shutdown_timeout_s=30,
+    )
+    return deployment.bind(config)
+
+
+def _target(config: DflashRayConfig) -> serve.Application:
+    bundles, strategy, actor_options = target_placement(config)
+    actor_options = {**actor_options, "runtime_env": {"env_vars": PROCESS_ENV}}
+    deployment = serve.deployment(
+        TargetReplica,
+        name="Target",
+        num_replicas=config.target.num_replicas,
+        placement_group_bundles=bundles,
+        placement_group_strategy=strategy,
+        ray_actor_options=actor_options,
+        health_check_period_s=2,
+        graceful_shutdown_timeout_s=30,
+    )
+    return deployment.bind(config)
+
+
+def _drafter(config: DflashRayConfig) -> serve.Application:
+    scaling = config.drafter.autoscaling
+    size: dict[str, Any] = {"num_replicas": config.num_drafter_replicas}
+    if scaling is not None:
+        policy = AutoscalingPolicy(
+            policy_function="dflash_ray.drafter.autoscaling:BusyFractionPolicy",
+            policy_kwargs={"target_busy_fraction": scaling.target_busy_fraction},
+        )
+        size = {
+            "autoscaling_config": AutoscalingConfig(
+                min_replicas=scaling.min_replicas,
+                max_replicas=scaling.max_replicas,
+                look_back_period_s=scaling.look_back_period_s,
+                upscale_delay_s=scaling.upscale_delay_s,
+                downscale_delay_s=scaling.downscale_delay_s,
+                policy=policy,
+            )
+        }
+    threads = config.drafter.num_threads or os.cpu_count() or 1
+    deployment = serve.deployment(
+        DrafterReplica,
+        name="Drafter",
+        max_ongoing_requests=_MAX_ONGOING_REQUESTS,
+        ray_actor_options=_actor_options(config.drafter.placement, OMP_NUM_THREADS=str(threads)),
+        health_check_period_s=2,
+        graceful_shutdown_timeout_s=5,
+        **size,
+    )
+    return deployment.bind(config)
+
+
+def _actor_options(placement: PlacementConfig, **env: str) -> dict[str, Any]:
+    return {
+        "num_cpus": placement.num_cpus,
+        "num_gpus": placement.num_gpus,
+        "resources": placement.resources,
+        "runtime_env": {"env_vars": {**PROCESS_ENV, **env}},
+    }
+
+
+@contextmanager
+def running_app(config: DflashRayConfig) -> Iterator[None]:
+    """Starts the application, waits until Serve calls it running, and stops everything at the end.
+
+    Without RAY_ADDRESS a Ray instance of its own is started on the loopback interface and stopped at the end; with it,
+    only the application is removed.
+    """
+    os.environ.update(PROCESS_ENV)
+    joins_cluster = "RAY_ADDRESS" in os.environ
+    if joins_cluster:
+        ray.init(namespace=NAMESPACE, logging_level=logging.WARNING)
+    else:
+        ray.init(
+            namespace=NAMESPACE,
+            _node_ip_address="127.0.0.1",
+            dashboard_host="127.0.0.1",
+            num_cpus=max(4, os.cpu_count() or 1),
+            object_store_memory=200 * 1024 * 1024,
+            logging_level=logging.WARNING,
+        )
+    try:
+        http = HTTPOptions(host=config.gateway.http_host, port=config.gateway.http_port)
+        serve.start(http_options=http, logging_config={"log_level": "WARNING", "enable_access_log": False})
+        serve.run(build_app(config.model_dump()), name=APPLICATION_NAME, route_prefix="/")
+        yield
+    finally:
+        serve.delete(APPLICATION_NAME)
+        _remove_directory()
+        if not joins_cluster:
+            serve.shutdown()
+        ray.shutdown()
+
+
+def _remove_directory() -> None:
+    """Ends the detached directory actor; it holds nothing that outlives the application."""
+    try:
+        ray.kill(ray.get_actor(ACTOR_NAME, namespace=NAMESPACE))
+    except ValueError:
+        return
