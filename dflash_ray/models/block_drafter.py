@@ -1,0 +1,242 @@
+"""Draft blocks for many sequences: context keys and values of each, and one pass over all blocks asked for.
+
+The network is the one of dflash.py with its weights fused and packed for few rows. A session's context grows by the
+features of committed rows and is never verified: dropping it costs drafts, not tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dflash_ray.models.dflash import DflashLayer, apply_rope, layer_mask, rope_tables
+from dflash_ray.models.drafter_checkpoint import DrafterCheckpoint
+from dflash_ray.models.packed_linear import PackedLinear, fuse
+from dflash_ray.models.target_checkpoint import TargetCheckpoint
+
+_FIRST_ROWS = 256  # rows that a new session has room for; doubled when they are full
+
+
+class ContextGap(ValueError):
+    """Features were sent that do not follow the rows held."""
+
+    def __init__(self, session: int, have: int) -> None:
+        super().__init__(f"session {session} holds {have} context rows")
+        self.session = session
+        self.have = have
+
+
+@dataclass(frozen=True, slots=True)
+class DraftProposal:
+    """Candidates of one sequence: ids int64 [n, k] of the target's vocabulary, log-probabilities float32 [n, k]."""
+
+    candidate_ids: Tensor
+    logprobs: Tensor
+
+
+class _Layer:
+    """A layer's fused weights."""
+
+    def __init__(self, layer: DflashLayer) -> None:
+        attention = layer.self_attn
+        self.input_norm = layer.input_layernorm
+        self.post_norm = layer.post_attention_layernorm
+        self.q_norm, self.k_norm = attention.q_norm, attention.k_norm
+        self.qkv = fuse((attention.q_proj, attention.k_proj, attention.v_proj))
+        self.output = fuse((attention.o_proj,))
+        self.gate_up = fuse((layer.mlp.gate_proj, layer.mlp.up_proj))
+        self.down = fuse((layer.mlp.down_proj,))
+
+
+class _Session:
+    """Context keys and values [layers, rows, n_kv, d] of one sequence; the first `length` rows are valid."""
+
+    def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype, device: str) -> None:
+        layers, heads, size = shape
+        self.keys = torch.empty(layers, _FIRST_ROWS, heads, size, dtype=dtype, device=device)
+        self.values = torch.empty_like(self.keys)
+        self.length = 0
+
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        end = self.length + keys.shape[1]
+        if end > self.keys.shape[1]:
+            room = max(end, 2 * self.keys.shape[1]) - self.keys.shape[1]
+            self.keys = F.pad(self.keys, (0, 0, 0, 0, 0, room))
+            self.values = F.pad(self.values, (0, 0, 0, 0, 0, room))
+        self.keys[:, self.length : end] = keys
+        self.values[:, self.length : end] = values
+        self.length = end
+
+
+class BlockDrafter:
+    """Sessions and proposals over one drafter checkpoint. Not thread-safe.
+
+    Args:
+        max_context_tokens: rows held over all sessions; the longest idle session is dropped when they are exceeded.
+    """
+
+    def __init__(
+        self,
+        checkpoint: DrafterCheckpoint,
+        target: TargetCheckpoint,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        max_context_tokens: int = 65536,
+    ) -> None:
+        self.config = checkpoint.config
+        self.fingerprint = checkpoint.fingerprint
+        self.block_size = self.config.block_size
+        self.max_draft_tokens = self.block_size - 1
+        self._max_context_tokens = max_context_tokens
+        self._device, self._dtype = device, dtype
+        network = checkpoint.build_network(dtype).to(device)
+        self._network = network
+        self._layers = [_Layer(layer) for layer in network.layers]
+        # One product makes the context keys and values of all layers.
+        projections = [p for layer in network.layers for p in (layer.self_attn.k_proj, layer.self_attn.v_proj)]
+        self._context_kv = fuse(projections)
+        self._embedding = target.load_embedding(dtype).to(device) * self.config.input_embedding_scale
+        self._ids, head = _draft_head(checkpoint, target, dtype)
+        self._head = PackedLinear(head.to(device))
+        self._rope = tuple(t.to(device) for t in rope_tables(self.config, self.config.max_position_embeddings))
+        self._sessions: dict[int, _Session] = {}
+
+    def open(self, session: int) -> None:
+        """Starts a session without context; one that is open starts again."""
+        shape = (self.config.num_hidden_layers, self.config.num_key_value_heads, self.config.head_dim)
+        self._sessions[session] = _Session(shape, self._dtype, self._device)
+
+    def close(self, session: int) -> None:
+        """Forgets a session; unknown ones are ignored."""
+        self._sessions.pop(session, None)
+
+    def context_len(self, session: int) -> int:
+        """Context rows held; 0 for unknown sessions."""
+        held = self._sessions.get(session)
+        return 0 if held is None else held.length
+
+    @torch.inference_mode()
+    def extend(self, session: int, start: int, features: Tensor) -> None:
+        """Appends context rows made from features [n, H] of positions start, start + 1, ...
+
+        Rows that are held already are ignored. Raises ContextGap when rows are missing before `start`.
+        """
+        held = self._sessions.get(session)
+        if held is None or start > held.length:
+            raise ContextGap(session, self.context_len(session))
+        features = features[held.length - start :].to(self._device, self._dtype)
+        if not len(features):
+            return
+        config = self.config
+        heads = (config.num_hidden_layers, 2, config.num_key_value_heads, config.head_dim)
+        projected = self._context_kv(features).unflatten(-1, heads).movedim(0, 2)  # [layers, 2, n, n_kv, d]
+        keys = torch.stack([layer.k_norm(part) for layer, part in zip(self._layers, projected[:, 0], strict=True)])
+        stop = held.length + len(features)
+        cos, sin = (table[held.length : stop, None].to(self._dtype) for table in self._rope)
+        held.append(apply_rope(keys, cos, sin), projected[:, 1])
+        self._evict(session)
+
+    def _evict(self, keep: int) -> None:
+        rows = sum(held.length for held in self._sessions.values())
+        for session in list(self._sessions):
+            if rows <= self._max_context_tokens:
+                return
+            if session != keep:
+                rows -= self._sessions.pop(session).length
+
+    @torch.inference_mode()
+    def propose(
+        self, sessions: list[int], anchor_ids: list[int], num_draft_tokens: list[int], num_candidates: int
+    ) -> list[DraftProposal]:
+        """Candidates for the positions after each session's anchor, which stands at position context_len.
+
+        The block always has its trained size and is cut afterwards: fewer masks would be another input.
+        """
+        held = [self._sessions[session] for session in sessions]
+        inputs = torch.full((len(held), self.block_size), self.config.mask_token_id, device=self._device)
+        inputs[:, 0] = torch.tensor(anchor_ids, device=self._device)
+        hidden = self._forward(held, F.embedding(inputs, self._embedding))
+        longest = max(num_draft_tokens, default=0)
+        logits = self._network.shape_logits(self._head(hidden[:, 1 : 1 + longest]).float())
+        best, at = logits.topk(min(num_candidates, logits.shape[-1]), dim=-1)
+        logprobs = best - logits.logsumexp(dim=-1, keepdim=True)
+        ids = self._ids[at] if self._ids is not None else at
+        self._touch(sessions)
+        return [DraftProposal(ids[i, :n], logprobs[i, :n]) for i, n in enumerate(num_draft_tokens)]
+
+    def _touch(self, sessions: list[int]) -> None:
+        """The order of the dictionary is the order of eviction."""
+        for session in sessions:
+            self._sessions[session] = self._sessions.pop(session)
+
+    def _forward(self, held: list[_Session], x: Tensor) -> Tensor:
+        """Block rows [N, B, H] through all layers and the final norm."""
+        offsets = torch.arange(self.block_size)
+        positions = torch.tensor([session.length for session in held])[:, None] + offsets
+        cos, sin = (table[positions][:, :, None].to(self._dtype) for table in self._rope)
+        masks = self._masks(held, positions)
+        for i, layer in enumerate(self._layers):
+            queries, keys, values = self._block_qkv(layer, layer.input_norm(x), cos, sin)
+            attended = [
+                _attend(
+                    queries[n],
+                    torch.cat((session.keys[i, : session.length], keys[n])),
+                    torch.cat((session.values[i, : session.length], values[n])),
+                    None if masks is None else masks[n][i],
+                )
+                for n, session in enumerate(held)
+            ]
+            x = x + layer.output(torch.stack(attended))
+            gate, up = layer.gate_up(layer.post_norm(x)).chunk(2, dim=-1)
+            x = x + layer.down(F.silu(gate) * up)
+        return self._network.norm(x)
+
+    def _block_qkv(self, layer: _Layer, normed: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        config = self.config
+        sizes = [config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads]
+        heads = layer.qkv(normed).unflatten(-1, (sum(sizes), config.head_dim))
+        queries, keys, values = heads.split(sizes, dim=-2)
+        return apply_rope(layer.q_norm(queries), cos, sin), apply_rope(layer.k_norm(keys), cos, sin), values
+
+    def _masks(self, held: list[_Session], positions: Tensor) -> list[list[Tensor | None]] | None:
+        config = self.config
+        if not any(config.is_causal) and all(window is None for window in config.windows):
+            return None
+        masks: list[list[Any]] = []
+        for session, block_positions in zip(held, positions, strict=True):
+            key_positions = torch.arange(session.length + self.block_size)
+            in_block = key_positions >= session.length
+            masks.append(
+                [
+                    layer_mask(config, i, block_positions[:, None], key_positions[None], in_block[None])
+                    for i in range(config.num_hidden_layers)
+                ]
+            )
+        return masks
+
+
+def _attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+    """One sequence: queries [B, n_q, d], keys and values [T + B, n_kv, d]; returns [B, n_q * d]."""
+    out = F.scaled_dot_product_attention(
+        queries.transpose(0, 1)[None],
+        keys.transpose(0, 1)[None],
+        values.transpose(0, 1)[None],
+        attn_mask=mask,
+        enable_gqa=True,
+    )
+    return out[0].transpose(0, 1).flatten(1)
+
+
+def _draft_head(
+    checkpoint: DrafterCheckpoint, target: TargetCheckpoint, dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor]:
+    """Target ids of the draft vocabulary (None: the target's own) and the head's rows for it."""
+    head = target.load_head(dtype)
+    if checkpoint.d2t is None:
+        return None, head
+    ids = torch.arange(len(checkpoint.d2t)) + checkpoint.d2t
+    return ids, head[ids].contiguous()

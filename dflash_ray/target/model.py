@@ -1,0 +1,105 @@
+"""One rank of the target: the sharded base model, its part of the head, and the taps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dflash_ray.config import DflashRayConfig
+from dflash_ray.models.dflash import ContextProjector
+from dflash_ray.models.packed_linear import PackedLinear
+from dflash_ray.models.target_checkpoint import TargetCheckpoint
+from dflash_ray.target.attention import IMPLEMENTATION, PagedStep, register
+from dflash_ray.target.batch import StepBatch
+from dflash_ray.target.linears import lean
+from dflash_ray.target.paged_cache import PagedCache
+from dflash_ray.target.tensor_parallel import shard
+
+
+@dataclass(frozen=True, slots=True)
+class StepHidden:
+    """What a pass leaves: [R, H] normed rows to draw from, and [F, H] context features on the rank that makes them."""
+
+    sampled: Tensor
+    features: Tensor | None
+
+
+class RankModel:
+    """Runs steps over the paged cache of this rank.
+
+    Args:
+        projector: the drafter's fc and norm, with `tap_layer_ids`, on the rank that makes features; None on others.
+    """
+
+    def __init__(
+        self,
+        checkpoint: TargetCheckpoint,
+        config: DflashRayConfig,
+        tp_rank: int,
+        tp_size: int,
+        projector: ContextProjector | None = None,
+        tap_layer_ids: tuple[int, ...] = (),
+    ) -> None:
+        register()
+        self._device = config.target.device
+        dtype = getattr(torch, config.model.dtype)
+        model = checkpoint.load_model(dtype)
+        model.set_attn_implementation(IMPLEMENTATION)
+        text_config = model.config.get_text_config()
+        self.vocab_size: int = text_config.vocab_size
+        self.hidden_size: int = text_config.hidden_size
+        self.max_model_len = min(config.model.max_model_len, text_config.max_position_embeddings)
+        self._softcap = getattr(text_config, "final_logit_softcapping", None)
+        self.vocab_start, self._head = self._take_head(model, tp_rank, tp_size)
+        base = shard(model.get_decoder(), tp_size, dtype)
+        head_dim = getattr(text_config, "head_dim", None) or self.hidden_size // text_config.num_attention_heads
+        kv_heads = [layer.self_attn.k_proj.weight.shape[0] // head_dim for layer in base.layers]
+        self._cache = PagedCache(
+            kv_heads, head_dim, config.target.num_pages, config.target.page_size, dtype, self._device
+        )
+        if self._device == "cpu":
+            lean(base)
+        self._base = base.to(self._device).eval()
+        self._projector = projector
+        self._tap_layer_ids = tap_layer_ids if projector is not None else ()
+        self._taps: dict[int, Tensor] = {}
+        for layer in self._tap_layer_ids:
+            base.layers[layer].register_forward_hook(self._tap(layer))
+
+    def _take_head(self, model: Any, tp_rank: int, tp_size: int) -> tuple[int, PackedLinear]:
+        """This rank's rows of the output head, split into ranges of equal size."""
+        per_rank = -(-self.vocab_size // tp_size)
+        start = min(tp_rank * per_rank, self.vocab_size)
+        weight = model.get_output_embeddings().weight[start : start + per_rank].detach().clone()
+        return start, PackedLinear(weight.to(self._device))
+
+    def _tap(self, layer: int) -> Any:
+        def hook(_module: torch.nn.Module, _inputs: Any, output: Any) -> None:
+            self._taps[layer] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+    @torch.inference_mode()
+    def forward(self, batch: StepBatch) -> StepHidden:
+        """Runs all rows; their keys and values are in the cache afterwards."""
+        step = PagedStep(batch, self._cache, self._device)
+        hidden = self._base(
+            input_ids=torch.from_numpy(batch.token_ids).to(self._device)[None],
+            position_ids=torch.from_numpy(batch.positions).to(self._device)[None],
+            use_cache=False,
+            paged=step,
+        ).last_hidden_state[0]
+        features = None
+        if self._projector is not None and len(batch.feature_rows):
+            rows = torch.from_numpy(batch.feature_rows).to(self._device)
+            features = self._projector(torch.cat([self._taps[i][0, rows] for i in self._tap_layer_ids], dim=-1))
+        return StepHidden(hidden[torch.from_numpy(batch.sample_rows).to(self._device)], features)
+
+    @torch.inference_mode()
+    def shard_logits(self, hidden: Tensor) -> Tensor:
+        """Logits [R, Vs] of this rank's tokens vocab_start, vocab_start + 1, ..."""
+        logits = self._head(hidden)
+        return self._softcap * torch.tanh(logits / self._softcap) if self._softcap else logits
