@@ -28,8 +28,6 @@ APPLICATION_NAME = "dflash_ray"
 PROCESS_ENV = {
     # One event loop a process: grpc.aio shares one poller among all loops.
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
-    # Idle OpenMP threads sleep instead of spinning on cores that other processes need.
-    "OMP_WAIT_POLICY": "PASSIVE",
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",

@@ -51,7 +51,7 @@ class DflashConfig:
 def rope_tables(config: DflashConfig, num_positions: int) -> tuple[Tensor, Tensor]:
     """cos and sin, float32 [num_positions, d], half-split layout."""
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
-    angles = torch.arange(num_positions, dtype=torch.float32)[:, None] / config.rope_theta**exponents[None]
+    angles = torch.arange(num_positions, dtype=torch.float32)[:, None] / config.rope_theta ** exponents[None]
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos(), angles.sin()
 

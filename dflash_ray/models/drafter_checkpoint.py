@@ -128,7 +128,9 @@ def parse_dflash_config(values: dict[str, Any], where: str) -> DflashConfig:
         max_position_embeddings=int(get("max_position_embeddings", 32768)),
         block_size=int(get("block_size", 16)),
         mask_token_id=int(get("mask_token_id")),
-        target_layer_ids=tuple(nested.get("target_layer_ids") or _default_layer_ids(int(get("num_target_layers")), num_layers)),
+        target_layer_ids=tuple(
+            nested.get("target_layer_ids") or _default_layer_ids(int(get("num_target_layers")), num_layers)
+        ),
         is_causal=tuple(bool(override) if override is not None else sliding for sliding in is_sliding),
         windows=tuple(int(get("sliding_window")) if sliding else None for sliding in is_sliding),
         attention_bias=bool(values.get("attention_bias", False)),
@@ -149,7 +151,9 @@ def _check_target(config: DflashConfig, target: TargetCheckpoint, where: str) ->
     for key in ("hidden_size", "vocab_size"):
         theirs, ours = getattr(config, key), getattr(target.config, key)
         if theirs != ours:
-            raise ValueError(f"{where}: {key} is {theirs} but the target has {ours}; this drafter is for another target")
+            raise ValueError(
+                f"{where}: {key} is {theirs} but the target has {ours}; this drafter is for another target"
+            )
     num_layers = target.config.num_hidden_layers
     if any(not 0 <= layer < num_layers for layer in config.target_layer_ids):
         raise ValueError(f"{where}: target_layer_ids {config.target_layer_ids} exceed the target's {num_layers} layers")

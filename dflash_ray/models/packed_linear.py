@@ -1,6 +1,7 @@
-"""Linear layers for a few rows on CPU: weights laid out once for oneDNN, which at 1 to 16 rows reaches the memory limit.
+"""Linear layers for a few rows on CPU: weights laid out once for oneDNN.
 
-On other devices they are plain matrix products. Inference only.
+At 1 to 16 rows this reaches the memory limit, which torch's own product does not.
+On other devices the layers are plain matrix products. Inference only.
 """
 
 from __future__ import annotations

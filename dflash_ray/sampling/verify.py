@@ -54,7 +54,6 @@ class _Row:
     index: int
     position: int  # of the token drawn here
     logits: NDArray[np.float32]
-    floor: np.float32 = np.float32(-np.inf)
 
 
 def verify(

@@ -48,9 +48,7 @@ def read_conversations(path: Path, tokenizer: Any, max_length: int) -> list[Conv
     return conversations
 
 
-def split_held_out(
-    conversations: list[Conversation], fraction: float
-) -> tuple[list[Conversation], list[Conversation]]:
+def split_held_out(conversations: list[Conversation], fraction: float) -> tuple[list[Conversation], list[Conversation]]:
     """Training and held-out conversations; the same prompt always falls on the same side."""
     train, held_out = [], []
     for conversation in conversations:

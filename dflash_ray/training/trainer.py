@@ -88,7 +88,9 @@ class Trainer:
         start = int(torch.randint(max(1, len(pool) - size + 1), (1,), generator=generator))
         return pool[start : start + size]
 
-    def train_step(self, conversations: list[Conversation], batch: list[int], store: TapStore) -> tuple[float, list[float]]:
+    def train_step(
+        self, conversations: list[Conversation], batch: list[int], store: TapStore
+    ) -> tuple[float, list[float]]:
         """One optimiser step. Returns the loss and the share of right tokens in each draft slot."""
         for group in self.optimizer.param_groups:
             group["lr"] = self._learning_rate()
@@ -152,7 +154,9 @@ class Trainer:
             return config.learning_rate * (self.step + 1) / config.warmup_steps
         progress = (self.step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
         cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-        return config.learning_rate * (config.final_learning_rate_fraction + (1 - config.final_learning_rate_fraction) * cosine)
+        return config.learning_rate * (
+            config.final_learning_rate_fraction + (1 - config.final_learning_rate_fraction) * cosine
+        )
 
     def _update_ema(self) -> None:
         decay = min(self.config.ema_decay, (1 + self.step) / (10 + self.step))

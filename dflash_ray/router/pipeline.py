@@ -1,0 +1,232 @@
+"""The I/O around one target group: streams in and out of the scheduler, one queue of tokens for each request.
+
+Every event is put into the scheduler at once, and what it asks for is done at once; a timer wakes it at its next
+deadline. Nothing here decides anything.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator, Callable
+
+from dflash_ray.config import DflashRayConfig
+from dflash_ray.observability.metrics import RouterMetrics
+from dflash_ray.pb import drafter_pb2, router_pb2, target_pb2
+from dflash_ray.router.actions import Action, CloseSequences, Emit, Fail, Replay, RequestDrafts, RunStep
+from dflash_ray.router.drafting import DrafterState
+from dflash_ray.router.scheduler import Scheduler, TargetLimits
+from dflash_ray.router.sequence import RouterSequence
+from dflash_ray.router.streams import Stream, open_drafter, open_target
+from dflash_ray.rpc.directory import Entry
+
+logger = logging.getLogger(__name__)
+
+
+class Pipeline:
+    """Requests, one target stream, and a stream to every drafter that fits."""
+
+    def __init__(self, config: DflashRayConfig, router_id: str, metrics: RouterMetrics) -> None:
+        self._config = config
+        self._router_id = router_id
+        self._metrics = metrics
+        self._model = config.model.served_name
+        self.scheduler = Scheduler(config)
+        self.target_id: str | None = None
+        self._target: Stream | None = None
+        self._feature_fingerprint = ""
+        self._drafters: dict[str, Stream] = {}
+        self._queues: dict[int, asyncio.Queue[Emit | Fail]] = {}
+        self._timer: asyncio.TimerHandle | None = None
+        self._sent_at: dict[str, float] = {}
+        self._step_done_at: float | None = None
+        self._counted: dict[str, int] = {}
+
+    @property
+    def load(self) -> int:
+        """Requests here, running or waiting."""
+        return self.scheduler.num_running + self.scheduler.num_waiting
+
+    async def connect_target(self, entry: Entry, epoch: int) -> None:
+        """Leads a target group. Raises ConnectionError."""
+        stream, hello = await open_target(entry.address, self._router_id, epoch)
+        self._target, self.target_id = stream, entry.id
+        self._feature_fingerprint = hello.feature_fingerprint
+        limits = TargetLimits(
+            epoch=epoch,
+            max_model_len=hello.max_model_len,
+            vocab_size=hello.vocab_size,
+            page_size=hello.page_size,
+            num_pages=hello.num_pages,
+            max_batch_tokens=hello.max_batch_tokens,
+            colocated_draft_tokens=hello.colocated_draft_tokens,
+        )
+        stream.start(self._on_target_message, self._on_target_end)
+        self.scheduler.target_ready(limits, time.monotonic())
+        logger.info("leading target group", extra={"target_id": entry.id, "epoch": epoch})
+        self._pump()
+
+    async def disconnect_target(self) -> None:
+        """Leaves the group, as when its directory entry is gone."""
+        if self._target is not None:
+            stream, self._target = self._target, None
+            await stream.close()
+            self._on_target_end()
+
+    def _on_target_message(self, message: target_pb2.TargetResponse) -> None:
+        if message.WhichOneof("message") == "result":
+            now = time.monotonic()
+            self._metrics.step_round_trip.observe(now - self._sent_at.pop("step", now))
+            self._step_done_at = now
+            self._record_acceptance(message.result)
+            self.scheduler.step_done(message.result, now)
+        else:
+            self.scheduler.replayed(message.features.features)
+        self._pump()
+
+    def _on_target_end(self) -> None:
+        logger.warning("target group lost", extra={"target_id": self.target_id})
+        self._target, self.target_id = None, None
+        self.scheduler.target_lost(time.monotonic())
+        self._pump()
+
+    def knows_drafter(self, drafter_id: str) -> bool:
+        return drafter_id in self._drafters
+
+    async def connect_drafter(self, entry: Entry) -> None:
+        """Adds a drafter whose features fit this target. Raises ConnectionError."""
+        stream, hello = await open_drafter(entry.address, self._router_id)
+        if hello.needs_features and hello.fingerprint != self._feature_fingerprint:
+            logger.warning("drafter %s is for other features (%s)", entry.id, hello.fingerprint)
+            await stream.close()
+            return
+        self._drafters[entry.id] = stream
+        stream.start(lambda message: self._on_drafts(entry.id, message.drafts), lambda: self._on_drafter_end(entry.id))
+        self.scheduler.drafting.join(DrafterState(entry.id, hello.needs_features, hello.max_draft_tokens))
+        self._pump()
+
+    def _on_drafts(self, drafter_id: str, reply: drafter_pb2.DraftReply) -> None:
+        sent_at = self._sent_at.pop(f"{drafter_id}/{reply.request_id}", None)
+        if sent_at is not None:
+            self._metrics.draft_round_trip.observe(time.monotonic() - sent_at)
+        self.scheduler.drafts_done(drafter_id, reply)
+        self._pump()
+
+    def _on_drafter_end(self, drafter_id: str) -> None:
+        logger.warning("drafter lost", extra={"drafter_id": drafter_id})
+        self._drafters.pop(drafter_id, None)
+        self.scheduler.drafter_lost(drafter_id)
+        self._pump()
+
+    async def generate(self, request: router_pb2.GenerateTokensRequest) -> AsyncGenerator[Emit, None]:
+        """Tokens of a request as they are committed. Raises RequestError; leaving early frees the sequence."""
+        sequence = self.scheduler.arrive(request, time.monotonic())
+        queue: asyncio.Queue[Emit | Fail] = asyncio.Queue()
+        self._queues[sequence.sequence_id] = queue
+        self._pump()
+        try:
+            while True:
+                item = await queue.get()
+                if isinstance(item, Fail):
+                    raise item.error
+                yield item
+                if item.finish_reason:
+                    return
+        finally:
+            self._queues.pop(sequence.sequence_id, None)
+            self.scheduler.cancel(sequence)
+            self._pump()
+
+    def _pump(self) -> None:
+        """Does everything there is to do now."""
+        now = time.monotonic()
+        for action in self.scheduler.poll(now):
+            self._perform(action, now)
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        deadline = self.scheduler.next_deadline()
+        if deadline is not None:
+            self._timer = asyncio.get_running_loop().call_later(max(0.0, deadline - now) + 1e-4, self._pump)
+
+    def _perform(self, action: Action, now: float) -> None:
+        match action:
+            case RunStep(step):
+                self._sent_at["step"] = now
+                self._observe_step(step, now)
+                self._send(target_pb2.TargetRequest(step=step))
+            case CloseSequences(ids):
+                self._send(target_pb2.TargetRequest(close=target_pb2.CloseSequences(sequence_ids=ids)))
+            case Replay(sequence_id, start):
+                replay = target_pb2.ReplayFeatures(sequence_id=sequence_id, start=start)
+                self._send(target_pb2.TargetRequest(replay=replay))
+            case RequestDrafts(drafter_id, request):
+                self._sent_at[f"{drafter_id}/{request.request_id}"] = now
+                self._drafters[drafter_id].send(drafter_pb2.DrafterRequest(draft=request))
+            case Emit(sequence) | Fail(sequence):
+                queue = self._queues.get(sequence.sequence_id)
+                if queue is not None:
+                    queue.put_nowait(action)
+
+    def _send(self, request: target_pb2.TargetRequest) -> None:
+        if self._target is not None:
+            self._target.send(request)
+
+    def _observe_step(self, step: target_pb2.Step, now: float) -> None:
+        if self._step_done_at is not None and step.verify_ids:
+            self._metrics.step_gap.observe(now - self._step_done_at)
+        rows = sum(step.prefill_lens) + len(step.verify_ids) + len(step.draft_token_ids)
+        self._metrics.step_tokens.labels(self._model).observe(rows)
+
+    def _record_acceptance(self, result: target_pb2.StepResult) -> None:
+        for accepted in result.num_accepted_drafts:
+            self._metrics.num_accepted_tokens.labels(self._model).inc(accepted)
+            for position in range(accepted):
+                self._metrics.num_accepted_per_position.labels(self._model, str(position)).inc()
+
+    def update_metrics(self) -> None:
+        """Brings gauges and counters up to date with the scheduler."""
+        scheduler, metrics = self.scheduler, self._metrics
+        self._count("preemptions", scheduler.num_preemptions, metrics.num_preemptions.labels(self._model).inc)
+        self._count("drafted", scheduler.num_draft_tokens, metrics.num_draft_tokens.labels(self._model).inc)
+        for source, total in scheduler.num_drafts_by_source.items():
+            self._count(f"source {source}", total, metrics.drafts_by_source.labels(source).inc)
+        drafted = sum(n for source, n in scheduler.num_drafts_by_source.items() if source != "plain")
+        self._count("drafts", drafted, metrics.num_drafts.labels(self._model).inc)
+        for reason, total in scheduler.drafting.num_dropped.items():
+            self._count(f"dropped {reason}", total, metrics.drafts_dropped.labels(reason).inc)
+
+    def _count(self, key: str, total: int, inc: Callable[[float], None]) -> None:
+        before = self._counted.get(key, 0)
+        self._counted[key] = total
+        inc(total - before)
+
+    async def close(self) -> None:
+        """Ends all streams."""
+        if self._timer is not None:
+            self._timer.cancel()
+        for stream in (*self._drafters.values(), *([self._target] if self._target else [])):
+            await stream.close()
+
+
+def finish_chunk(sequence: RouterSequence, emit: Emit, now: float) -> router_pb2.TokenChunk:
+    """A request's chunk for the wire; the last one carries its statistics."""
+    chunk = router_pb2.TokenChunk(token_ids=emit.token_ids, logprobs=emit.logprobs, finish_reason=emit.finish_reason)
+    if emit.finish_reason:
+        stats = sequence.stats
+        chunk.speculation.CopyFrom(
+            router_pb2.SpeculationStats(
+                num_spec_steps=stats.num_steps,
+                num_draft_tokens=stats.num_draft_tokens,
+                num_accepted_draft_tokens=stats.num_accepted,
+                acceptance_histogram=stats.histogram,
+                num_spec_tokens=stats.num_spec_tokens,
+            )
+        )
+        decoding_since = sequence.decoding_since or now
+        chunk.timings.queue_ns = int(max(0.0, sequence.admitted_at - sequence.arrived_at) * 1e9)
+        chunk.timings.prefill_ns = int(max(0.0, decoding_since - sequence.admitted_at) * 1e9)
+        chunk.timings.decode_ns = int(max(0.0, now - decoding_since) * 1e9)
+        chunk.timings.num_preemptions = sequence.num_preemptions
+    return chunk

@@ -1,0 +1,103 @@
+"""The state of one request in the scheduler: its copy of the committed tokens, its place, its draft."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from dflash_ray.core.ngram import NgramIndex
+from dflash_ray.core.stats import AcceptanceStats
+from dflash_ray.pb import common_pb2, router_pb2, target_pb2
+
+
+class Phase(Enum):
+    """Where a sequence is."""
+
+    WAITING = "waiting"  # not on the target
+    PREFILL = "prefill"  # on the target, rows still to compute before it can decode
+    DECODE = "decode"
+
+
+@dataclass(slots=True, eq=False)
+class RouterSequence:
+    """One request.
+
+    Attributes:
+        tokens: prompt and emitted tokens, the router's copy of the committed truth.
+        draft_tokens: drafts wanted a step; 0 is plain decoding.
+        num_prefilled: rows that the target has computed, while in PREFILL.
+        drafter_id: the drafter that holds the context, or None.
+        sent_rows: context rows that the drafter was sent.
+        pending: context features not sent yet, contiguous.
+        draft: drafts for the next step, None while there are none.
+        draft_deadline: when the next step goes on without a remote draft; None when nothing is waited for.
+    """
+
+    sequence_id: int
+    request: router_pb2.GenerateTokensRequest
+    tokens: list[int]
+    draft_tokens: int
+    arrived_at: float
+    phase: Phase = Phase.WAITING
+    in_step: bool = False
+    cohort: int = 0
+    num_prefilled: int = 0
+    drafter_id: str | None = None
+    sent_rows: int = 0
+    pending: list[common_pb2.ContextFeatures] = field(default_factory=list)
+    is_replaying: bool = False
+    draft: list[int] | None = None
+    draft_source: str = "plain"
+    draft_deadline: float | None = None
+    ngram: NgramIndex | None = None
+    stats: AcceptanceStats = field(default_factory=AcceptanceStats)
+    admitted_at: float = 0.0
+    decoding_since: float = 0.0
+    num_preemptions: int = 0
+
+    @property
+    def committed_len(self) -> int:
+        return len(self.tokens)
+
+    def max_len(self, max_model_len: int) -> int:
+        """Tokens at which it ends."""
+        return min(max_model_len, self.request.prompt_len + self.request.stopping.max_new_tokens)
+
+    def num_drafts(self, max_model_len: int) -> int:
+        """Drafts worth verifying now: a step with k drafts can emit k + 1 tokens."""
+        return max(0, min(self.draft_tokens, self.max_len(max_model_len) - self.committed_len - 1))
+
+    def ngram_draft(self, count: int) -> list[int]:
+        """Prompt lookup over all tokens known."""
+        if self.ngram is None:
+            self.ngram = NgramIndex()
+        self.ngram.extend(self.tokens[len(self.ngram) :])
+        return self.ngram.propose(count)
+
+    def leave_target(self) -> None:
+        """Back to waiting: the target no longer has it, the tokens stay."""
+        self.phase = Phase.WAITING
+        self.in_step = False
+        self.num_prefilled = 0
+        self.forget_draft()
+        self.pending.clear()
+        self.is_replaying = False
+
+    def forget_draft(self) -> None:
+        self.draft, self.draft_deadline, self.draft_source = None, None, "plain"
+
+    def leave_drafter(self) -> None:
+        """The drafter's context is of no use any more."""
+        self.drafter_id = None
+        self.sent_rows = 0
+        self.draft_deadline = None
+
+    def open_message(self, wants_features: bool) -> target_pb2.OpenSequence:
+        return target_pb2.OpenSequence(
+            sequence_id=self.sequence_id,
+            token_ids=self.tokens,
+            prompt_len=self.request.prompt_len,
+            sampling=self.request.sampling,
+            stopping=self.request.stopping,
+            wants_features=wants_features,
+        )

@@ -1,0 +1,83 @@
+"""The router's Serve replica: serves the Router gRPC service and keeps its directory entry."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import uuid
+
+from dflash_ray.config import DflashRayConfig
+from dflash_ray.observability.logs import configure_logging
+from dflash_ray.observability.metrics import RouterMetrics
+from dflash_ray.pb import router_pb2, router_pb2_grpc
+from dflash_ray.router.fleet import Fleet
+from dflash_ray.router.servicer import RouterServicer
+from dflash_ray.rpc.channel import RunningServer, format_address, new_server, start_server
+from dflash_ray.rpc.directory import DirectoryClient, Entry
+from dflash_ray.rpc.metrics import SERVICE_NAME as METRICS_SERVICE_NAME
+from dflash_ray.rpc.metrics import add_metrics_service
+from dflash_ray.rpc.node import bind_host
+
+logger = logging.getLogger(__name__)
+_SERVICE_NAME = router_pb2.DESCRIPTOR.services_by_name["Router"].full_name
+
+
+class RouterReplica:
+    """One router process. Serve awaits the constructor."""
+
+    async def __init__(self, config: DflashRayConfig) -> None:  # type: ignore[misc]
+        configure_logging("router", config.observability.log_level, config.observability.log_format)
+        self._config = config
+        self._router_id = uuid.uuid4().hex[:12]
+        self._directory = DirectoryClient()
+        self._metrics = RouterMetrics()
+        self._fleet = Fleet(config, self._router_id, self._directory, self._metrics)
+        host = bind_host(config.network.bind_host)
+        self._server = await self._serve(host)
+        self._address = format_address(host, self._server.port)
+        self._tasks = [asyncio.create_task(self._fleet.run()), asyncio.create_task(self._keep_registered())]
+
+    async def _serve(self, host: str) -> RunningServer:
+        server = new_server()
+        router_pb2_grpc.add_RouterServicer_to_server(RouterServicer(self._fleet), server)
+        add_metrics_service(server, self._render_metrics)
+        return await start_server(server, [_SERVICE_NAME, METRICS_SERVICE_NAME], host, 0)
+
+    def _render_metrics(self) -> str:
+        self._fleet.update_metrics()
+        return self._metrics.render()
+
+    async def _keep_registered(self) -> None:
+        """The entry says whether a target answers, so it is renewed as soon as that changes."""
+        ttl_s = self._config.network.entry_ttl_s
+        told: bool | None = None
+        renewed_at = 0.0
+        loop = asyncio.get_running_loop()
+        while True:
+            is_ready = self._fleet.is_ready
+            if is_ready != told or loop.time() - renewed_at > ttl_s / 3:
+                info = {"pid": os.getpid(), "ready": is_ready}
+                try:
+                    await self._directory.register(Entry("router", self._router_id, self._address, info), ttl_s)
+                    told, renewed_at = is_ready, loop.time()
+                except ConnectionError as error:
+                    logger.warning("registration is late: %s", error)
+                await self._server.set_serving(is_ready)
+            await asyncio.sleep(0.1)
+
+    async def check_health(self) -> None:
+        """Raises when one of the router's loops has ended."""
+        for task in self._tasks:
+            if task.done():
+                task.result()
+
+    async def __del__(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        try:
+            await self._directory.unregister("router", self._router_id)
+        except ConnectionError as error:
+            logger.warning("the directory entry is left to expire: %s", error)
+        await self._server.stop(grace_s=1.0)
+        await self._fleet.close()

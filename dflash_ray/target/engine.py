@@ -1,0 +1,331 @@
+"""A step of the target, on rank 0: from the router's message to one ragged pass, and from the verdict to commits.
+
+Owns the sequences and their pages. Knows nothing of gRPC streams: the servicer hands in messages one at a time.
+A bad entry gets its status and its neighbours go on.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from dflash_ray.models.block_drafter import BlockDrafter
+from dflash_ray.pb import common_pb2, target_pb2
+from dflash_ray.sampling.plan import SequencePlan
+from dflash_ray.sampling.verify import SequenceOutcome
+from dflash_ray.target.batch import StepBatch
+from dflash_ray.target.model import StepHidden
+from dflash_ray.target.page_allocator import PageAllocator
+from dflash_ray.target.sequences import Sequence
+
+OK = target_pb2.ENTRY_STATUS_OK
+
+
+class StepRunner(Protocol):
+    """The ranks together: one pass and its verdict."""
+
+    def forward(self, batch: StepBatch, plan: list[SequencePlan]) -> StepHidden: ...
+
+    def verify(self, hidden: StepHidden, plan: list[SequencePlan]) -> list[SequenceOutcome]: ...
+
+
+@dataclass(slots=True)
+class _Entry:
+    """One entry of a step on its way through the pass."""
+
+    sequence_id: int
+    status: int = OK
+    error: str = ""
+    sequence: Sequence | None = None
+    token_ids: list[int] = field(default_factory=list)  # rows: prefill chunk, or anchor and drafts
+    is_verify: bool = False
+    draws: bool = False
+    num_accepted: int = 0
+    kept: list[int] = field(default_factory=list)  # tokens committed
+    finish_reason: int = common_pb2.FINISH_REASON_UNSPECIFIED
+    logprobs: common_pb2.TokenLogprobs | None = None
+
+
+class Engine:
+    """Sequences, pages and steps of one target group.
+
+    Args:
+        drafter: colocated drafter fed with this group's features, or None.
+    """
+
+    def __init__(
+        self,
+        runner: StepRunner,
+        num_pages: int,
+        page_size: int,
+        max_model_len: int,
+        vocab_size: int,
+        drafter: BlockDrafter | None = None,
+    ) -> None:
+        self._runner = runner
+        self._page_size = page_size
+        self._max_model_len = max_model_len
+        self._vocab_size = vocab_size
+        self._drafter = drafter
+        self._sequences: dict[int, Sequence] = {}
+        self.allocator = PageAllocator(num_pages)
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self._sequences)
+
+    def close(self, sequence_ids: Iterable[int]) -> None:
+        """Forgets sequences and frees their pages; unknown ids are ignored."""
+        for sequence_id in sequence_ids:
+            sequence = self._sequences.pop(sequence_id, None)
+            if sequence is not None:
+                self.allocator.free(sequence.pages)
+                if self._drafter is not None:
+                    self._drafter.close(sequence_id)
+
+    def replay(self, sequence_id: int, start: int) -> common_pb2.ContextFeatures:
+        """Context features from `start` on; no rows when the sequence or its features are unknown."""
+        sequence = self._sequences.get(sequence_id)
+        features = None if sequence is None else sequence.features_from(start)
+        if sequence is None or features is None:
+            return common_pb2.ContextFeatures(sequence_id=sequence_id, start=start)
+        return _to_message(sequence, start, features)
+
+    def step(self, step: target_pb2.Step) -> target_pb2.StepResult:
+        """Runs one step; the result's entries are in the order of the step's."""
+        started = time.perf_counter_ns()
+        self.close(step.close)
+        errors = self._open(step.open)
+        entries = self._entries(step, errors)
+        running = [entry for entry in entries if entry.status == OK]
+        batch, plan = self._batch(running)
+        hidden = self._runner.forward(batch, plan) if running else None
+        forwarded = time.perf_counter_ns()
+        outcomes = self._runner.verify(hidden, plan) if hidden is not None and plan else []
+        verified = time.perf_counter_ns()
+        result = target_pb2.StepResult(step_id=step.step_id)
+        self._commit(running, outcomes, hidden, result)
+        self._fill_columns(entries, result)
+        if self._drafter is not None and step.colocated_draft_ids:
+            self._draft(step, result)
+        drafted = time.perf_counter_ns()
+        result.free_pages = self.allocator.num_free
+        result.timings.forward_ns = forwarded - started
+        result.timings.verify_ns = verified - forwarded
+        result.timings.draft_ns = drafted - verified
+        return result
+
+    def _open(self, messages: Iterable[target_pb2.OpenSequence]) -> dict[int, str]:
+        """Opens sequences; returns the errors of those that cannot be opened."""
+        errors = {}
+        for message in messages:
+            self.close([message.sequence_id])
+            try:
+                if any(token >= self._vocab_size for token in message.token_ids):
+                    raise ValueError(f"token ids must be below {self._vocab_size}")
+                sequence = Sequence.open(message, self._max_model_len)
+            except ValueError as error:
+                errors[message.sequence_id] = str(error)
+                continue
+            self._sequences[message.sequence_id] = sequence
+            if self._drafter is not None and sequence.wants_features:
+                self._drafter.open(message.sequence_id)
+        return errors
+
+    def _entries(self, step: target_pb2.Step, errors: dict[int, str]) -> list[_Entry]:
+        entries = []
+        seen: set[int] = set()
+        for sequence_id, length in zip(step.prefill_ids, step.prefill_lens, strict=True):
+            entry = self._new_entry(sequence_id, errors, seen)
+            if entry.sequence is not None:
+                sequence = entry.sequence
+                entry.token_ids = sequence.tokens[sequence.kv_len : sequence.kv_len + length]
+                entry.draws = sequence.kv_len + len(entry.token_ids) == sequence.committed_len
+                self._reserve(entry)
+            entries.append(entry)
+        offset = 0
+        for i, sequence_id in enumerate(step.verify_ids):
+            count = step.num_drafts[i]
+            drafts = list(step.draft_token_ids[offset : offset + count])
+            parents = list(step.draft_parents[offset : offset + count])
+            offset += count
+            entry = self._new_entry(sequence_id, errors, seen)
+            if entry.sequence is not None:
+                self._check_verify(entry, step.base_lens[i], drafts, parents)
+            entries.append(entry)
+        return entries
+
+    def _new_entry(self, sequence_id: int, errors: dict[int, str], seen: set[int]) -> _Entry:
+        if sequence_id in errors:
+            return _Entry(sequence_id, target_pb2.ENTRY_STATUS_FAILED, errors[sequence_id])
+        if sequence_id in seen:
+            return _Entry(sequence_id, target_pb2.ENTRY_STATUS_FAILED, "the sequence is in the step twice")
+        seen.add(sequence_id)
+        sequence = self._sequences.get(sequence_id)
+        status = OK if sequence is not None else target_pb2.ENTRY_STATUS_UNKNOWN
+        return _Entry(sequence_id, status, sequence=sequence)
+
+    def _check_verify(self, entry: _Entry, base_len: int, drafts: list[int], parents: list[int]) -> None:
+        sequence = entry.sequence
+        assert sequence is not None
+        entry.is_verify = entry.draws = True
+        entry.token_ids = [sequence.tokens[-1], *drafts]
+        if base_len != sequence.committed_len or sequence.kv_len != sequence.committed_len - 1:
+            entry.status = target_pb2.ENTRY_STATUS_STALE
+        elif parents != list(range(len(drafts))):
+            entry.status, entry.error = target_pb2.ENTRY_STATUS_FAILED, "only chains of drafts can be verified"
+        elif any(token >= self._vocab_size for token in drafts):
+            entry.status, entry.error = target_pb2.ENTRY_STATUS_FAILED, f"drafts must be below {self._vocab_size}"
+        elif sequence.committed_len + len(drafts) > self._max_model_len:
+            entry.status, entry.error = target_pb2.ENTRY_STATUS_FAILED, "drafts reach past the model's context"
+        else:
+            self._reserve(entry)
+
+    def _reserve(self, entry: _Entry) -> None:
+        """Gets the pages that the entry's rows need."""
+        sequence = entry.sequence
+        assert sequence is not None
+        needed = -(-(sequence.kv_len + len(entry.token_ids)) // self._page_size) - len(sequence.pages)
+        if needed <= 0:
+            return
+        pages = self.allocator.allocate(needed, sequence.pages[-1] if sequence.pages else None)
+        if pages is None:
+            entry.status = target_pb2.ENTRY_STATUS_NO_PAGES
+        else:
+            sequence.pages.extend(pages)
+
+    def _batch(self, entries: list[_Entry]) -> tuple[StepBatch, list[SequencePlan]]:
+        columns: dict[str, list[int]] = {name: [] for name in StepBatch.__slots__}
+        plan = []
+        for entry in entries:
+            sequence = entry.sequence
+            assert sequence is not None
+            first, count = len(columns["token_ids"]), len(entry.token_ids)
+            positions = range(sequence.kv_len, sequence.kv_len + count)
+            columns["token_ids"] += entry.token_ids
+            columns["positions"] += positions
+            columns["slots"] += [
+                sequence.pages[at // self._page_size] * self._page_size + at % self._page_size for at in positions
+            ]
+            columns["entry_lens"].append(count)
+            columns["context_lens"].append(sequence.kv_len)
+            columns["page_counts"].append(len(sequence.pages))
+            columns["pages"] += sequence.pages
+            if entry.is_verify:
+                columns["sample_rows"] += range(first, first + count)
+                plan.append(sequence.plan(entry.token_ids[1:], list(range(count - 1))))
+            elif entry.draws:
+                columns["sample_rows"].append(first + count - 1)
+                plan.append(sequence.plan([], []))
+            if sequence.wants_features:
+                columns["feature_rows"] += range(first, first + count)
+        return StepBatch(**{name: np.array(values, dtype=np.int64) for name, values in columns.items()}), plan
+
+    def _commit(
+        self,
+        entries: list[_Entry],
+        outcomes: list[SequenceOutcome],
+        hidden: StepHidden | None,
+        result: target_pb2.StepResult,
+    ) -> None:
+        """Commits what was accepted; everything else of the pass is rolled back by not being counted."""
+        features = _to_numpy(None if hidden is None else hidden.features)
+        verdicts = iter(outcomes)
+        offset = 0
+        for entry in entries:
+            sequence = entry.sequence
+            assert sequence is not None
+            outcome = next(verdicts) if entry.draws else SequenceOutcome()
+            num_kept = 1 + len(outcome.accepted_rows) if entry.is_verify else len(entry.token_ids)
+            if sequence.wants_features and features is not None:
+                rows = features[offset : offset + num_kept]
+                offset += len(entry.token_ids)
+                if not outcome.is_flagged:
+                    self._keep_features(sequence, rows, result)
+            if outcome.is_flagged:
+                entry.status = target_pb2.ENTRY_STATUS_FAILED
+                entry.error = "the target's logits are not finite"
+                continue
+            entry.kept, entry.finish_reason = sequence.commit(outcome.tokens, num_kept)
+            entry.num_accepted = min(len(outcome.accepted_rows), len(entry.kept))
+            if outcome.chosen_logprobs:
+                entry.logprobs = _logprobs(outcome, len(entry.kept))
+
+    def _keep_features(self, sequence: Sequence, rows: np.ndarray, result: target_pb2.StepResult) -> None:
+        """Features of rows that start at the sequence's kv_len: stored, and sent or given to the colocated drafter."""
+        sequence.features.append(rows)
+        if self._drafter is None:
+            result.features.append(_to_message(sequence, sequence.kv_len, rows))
+        else:
+            self._drafter.extend(sequence.sequence_id, sequence.kv_len, torch.from_numpy(rows))
+
+    def _fill_columns(self, entries: list[_Entry], result: target_pb2.StepResult) -> None:
+        for entry in entries:
+            result.sequence_ids.append(entry.sequence_id)
+            result.statuses.append(entry.status)
+            result.committed_lens.append(entry.sequence.committed_len if entry.sequence is not None else 0)
+            result.num_accepted_drafts.append(entry.num_accepted)
+            result.num_tokens.append(len(entry.kept))
+            result.token_ids.extend(entry.kept)
+            result.finish_reasons.append(entry.finish_reason)
+            if entry.logprobs is not None:
+                result.logprobs.append(entry.logprobs)
+            if entry.status == target_pb2.ENTRY_STATUS_FAILED:
+                result.errors.append(entry.error)
+
+    def _draft(self, step: target_pb2.Step, result: target_pb2.StepResult) -> None:
+        """Drafts of the colocated drafter for sequences that are ready for them."""
+        assert self._drafter is not None
+        ready, counts = [], []
+        for sequence_id, count in zip(step.colocated_draft_ids, step.colocated_num_drafts, strict=True):
+            sequence = self._sequences.get(sequence_id)
+            is_decoding = sequence is not None and sequence.kv_len == sequence.committed_len - 1
+            if is_decoding and count and self._drafter.context_len(sequence_id) == sequence.kv_len:
+                ready.append(sequence)
+                counts.append(min(count, self._drafter.max_draft_tokens))
+        if not ready:
+            return
+        ids = [sequence.sequence_id for sequence in ready]
+        anchors = [sequence.tokens[-1] for sequence in ready]
+        proposals = self._drafter.propose(ids, anchors, counts, max(1, step.num_candidates))
+        for sequence, proposal in zip(ready, proposals, strict=True):
+            result.colocated_drafts.add(
+                sequence_id=sequence.sequence_id,
+                epoch=step.epoch,
+                committed_len=sequence.committed_len,
+                num_slots=proposal.candidate_ids.shape[0],
+                num_candidates=proposal.candidate_ids.shape[1],
+                candidate_ids=proposal.candidate_ids.flatten().tolist(),
+                log_probs=proposal.logprobs.flatten().tolist(),
+            )
+
+
+def _to_numpy(features: torch.Tensor | None) -> np.ndarray | None:
+    """Features as float32 rows on the host; bfloat16 models' features are widened, which loses nothing."""
+    return None if features is None else features.float().cpu().numpy()
+
+
+def _to_message(sequence: Sequence, start: int, rows: np.ndarray) -> common_pb2.ContextFeatures:
+    return common_pb2.ContextFeatures(
+        sequence_id=sequence.sequence_id,
+        start=start,
+        num_rows=len(rows),
+        dtype=common_pb2.DATA_TYPE_FLOAT32,
+        data=np.ascontiguousarray(rows).tobytes(),
+        token_ids=sequence.tokens[start : start + len(rows)],
+    )
+
+
+def _logprobs(outcome: SequenceOutcome, count: int) -> common_pb2.TokenLogprobs:
+    message = common_pb2.TokenLogprobs(chosen=outcome.chosen_logprobs[:count])
+    if outcome.top_ids:
+        message.num_top = len(outcome.top_ids[0])
+        for ids, values in zip(outcome.top_ids[:count], outcome.top_logprobs[:count], strict=True):
+            message.top_token_ids.extend(ids)
+            message.top_logprobs.extend(values)
+    return message

@@ -1,0 +1,115 @@
+"""The ranks of one target group: placed, started together, watched, and ended together."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from typing import Any
+
+import ray
+from ray.util import placement_group_table
+from ray.util.placement_group import PlacementGroup, get_current_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from dflash_ray.config import DflashRayConfig
+from dflash_ray.target.worker import RankPlace, TargetRank
+
+logger = logging.getLogger(__name__)
+
+
+class GroupStartError(RuntimeError):
+    """The ranks did not come up; the text says which one failed and why."""
+
+
+class TargetGroup:
+    """Started ranks. `info` has what the directory entry needs."""
+
+    def __init__(self, ranks: list[Any], runs: list[Any], info: dict[str, Any]) -> None:
+        self._ranks = ranks
+        self._runs = runs
+        self.info = info
+
+    @classmethod
+    async def start(cls, config: DflashRayConfig, target_id: str, env: dict[str, str]) -> TargetGroup:
+        """Creates one actor a rank in the current placement group and loads them concurrently."""
+        placement_group = get_current_placement_group()
+        places = _places(placement_group, config.target.tp_size)
+        ranks = [_create(config, target_id, place, bundle, placement_group, env) for place, bundle in places]
+        try:
+            async with asyncio.timeout(config.target.init_timeout_s):
+                rendezvous = await ranks[0].rendezvous.remote()
+                infos = await asyncio.gather(*(rank.load.remote(rendezvous) for rank in ranks))
+        except (ray.exceptions.RayError, TimeoutError) as error:
+            kill(ranks)
+            raise GroupStartError(f"target group {target_id} did not start: {error}") from error
+        info = {
+            "address": infos[0]["address"],
+            "pids": [info["pid"] for info in infos],
+            "node_ids": [info["node_id"] for info in infos],
+            "tp_size": config.target.tp_size,
+        }
+        return cls(ranks, [rank.run.remote() for rank in ranks], info)
+
+    async def wait_for_death(self) -> str:
+        """Returns when any rank is gone, with the reason, after ending the others."""
+        done, _ = await asyncio.wait(
+            [asyncio.ensure_future(_outcome(run)) for run in self._runs], return_when=asyncio.FIRST_COMPLETED
+        )
+        self.kill()
+        return next(iter(done)).result()
+
+    def kill(self) -> None:
+        """Ends every rank; ranks that are out of step with each other are of no use."""
+        kill(self._ranks)
+
+
+async def _outcome(run: Any) -> str:
+    try:
+        await run
+    except ray.exceptions.RayError as error:
+        return str(error).splitlines()[0]
+    return "a rank returned"
+
+
+def kill(ranks: list[Any]) -> None:
+    """Ends actors; those already gone are ignored by Ray."""
+    for rank in ranks:
+        ray.kill(rank, no_restart=True)
+
+
+def _places(placement_group: PlacementGroup | None, tp_size: int) -> list[tuple[RankPlace, int]]:
+    """Ranks and their bundles, sorted by node so that neighbours share one; rank 0 is in bundle 0's node."""
+    if placement_group is None:
+        return [(RankPlace(rank, tp_size, rank, True), -1) for rank in range(tp_size)]
+    nodes = placement_group_table(placement_group)["bundles_to_node_id"]
+    order = sorted(range(tp_size), key=lambda bundle: (nodes[bundle] != nodes[0], nodes[bundle], bundle))
+    share_host = len(set(nodes.values())) == 1
+    seen: Counter[str] = Counter()
+    places = []
+    for rank, bundle in enumerate(order):
+        places.append((RankPlace(rank, tp_size, seen[nodes[bundle]], share_host), bundle))
+        seen[nodes[bundle]] += 1
+    return places
+
+
+def _create(
+    config: DflashRayConfig,
+    target_id: str,
+    place: RankPlace,
+    bundle: int,
+    placement_group: PlacementGroup | None,
+    env: dict[str, str],
+) -> Any:
+    options: dict[str, Any] = {
+        "num_cpus": 0,
+        "num_gpus": 1 if config.target.device == "cuda" else 0,
+        "max_restarts": 0,
+        "max_task_retries": 0,
+        "max_concurrency": 4,
+        "runtime_env": {"env_vars": env},
+        "name": f"target-{target_id}-rank{place.rank}",
+    }
+    if placement_group is not None:
+        options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(placement_group, bundle)
+    return ray.remote(TargetRank).options(**options).remote(config, target_id, place)

@@ -1,0 +1,131 @@
+"""A live sequence on the target: the committed tokens (the truth), its pages, its features, its limits.
+
+Regions of a sequence, by position:
+    [0, kv_len)          computed: keys and values in the cache, features known
+    kv_len ...           known but not computed: the rest of a prompt, or the anchor token alone when decoding
+    committed_len        draft rows of the pass that runs; rolled back by leaving kv_len where it is
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from dflash_ray.pb import common_pb2, target_pb2
+from dflash_ray.sampling.plan import COUPLED, NO_LOGPROBS, REJECTION, SequencePlan
+
+_MODES = {common_pb2.VERIFY_MODE_REJECTION: REJECTION}
+
+
+@dataclass(slots=True)
+class Sequence:
+    """One open sequence."""
+
+    sequence_id: int
+    tokens: list[int]
+    prompt_len: int
+    sampling: common_pb2.SamplingParams
+    stop_ids: frozenset[int]
+    min_new_tokens: int
+    max_len: int  # tokens at which it ends: max_new_tokens or the model's context
+    wants_features: bool
+    kv_len: int = 0
+    pages: list[int] = field(default_factory=list)
+    features: list[np.ndarray] = field(default_factory=list)  # pieces [n, H] of rows [0, kv_len)
+    history: dict[int, int] = field(default_factory=dict)  # token -> times in the output; 0 for prompt tokens
+    has_penalties: bool = False
+
+    @classmethod
+    def open(cls, message: target_pb2.OpenSequence, max_model_len: int) -> Sequence:
+        """From the wire. Raises ValueError when the tokens do not fit."""
+        tokens = list(message.token_ids)
+        if not 0 < message.prompt_len <= len(tokens) <= max_model_len:
+            raise ValueError(f"{len(tokens)} tokens with prompt_len {message.prompt_len} of at most {max_model_len}")
+        sampling = message.sampling
+        has_penalties = bool(
+            sampling.presence_penalty or sampling.frequency_penalty or sampling.repetition_penalty != 1
+        )
+        sequence = cls(
+            sequence_id=message.sequence_id,
+            tokens=tokens,
+            prompt_len=message.prompt_len,
+            sampling=sampling,
+            stop_ids=frozenset(message.stopping.stop_token_ids),
+            min_new_tokens=message.stopping.min_new_tokens,
+            max_len=min(max_model_len, message.prompt_len + message.stopping.max_new_tokens),
+            wants_features=message.wants_features,
+            has_penalties=has_penalties,
+        )
+        if has_penalties:
+            if sampling.repetition_penalty != 1:
+                sequence.history = dict.fromkeys(tokens[: message.prompt_len], 0)
+            sequence._count(tokens[message.prompt_len :])
+        return sequence
+
+    @property
+    def committed_len(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.tokens) - self.prompt_len
+
+    def commit(self, new_tokens: list[int], num_rows: int) -> tuple[list[int], int]:
+        """Appends the tokens of a pass that computed `num_rows` rows which all stay.
+
+        Returns the tokens kept (cut after a stop token or at the length limit) and the finish reason.
+        """
+        kept: list[int] = []
+        reason = common_pb2.FINISH_REASON_UNSPECIFIED
+        for token in new_tokens:
+            kept.append(token)
+            generated = self.num_generated + len(kept)
+            if token in self.stop_ids and generated > self.min_new_tokens:
+                reason = common_pb2.FINISH_REASON_STOP
+                break
+            if self.committed_len + len(kept) >= self.max_len:
+                reason = common_pb2.FINISH_REASON_LENGTH
+                break
+        self.tokens.extend(kept)
+        self.kv_len += num_rows
+        if self.has_penalties:
+            self._count(kept)
+        return kept, reason
+
+    def _count(self, tokens: list[int]) -> None:
+        for token in tokens:
+            self.history[token] = self.history.get(token, 0) + 1
+
+    def plan(self, drafts: list[int], parents: list[int]) -> SequencePlan:
+        """The rows that draw: the last committed token and the drafts after it."""
+        sampling = self.sampling
+        return SequencePlan(
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            min_p=sampling.min_p,
+            seed=sampling.seed,
+            mode=_MODES.get(sampling.mode, COUPLED),
+            presence_penalty=sampling.presence_penalty,
+            frequency_penalty=sampling.frequency_penalty,
+            repetition_penalty=sampling.repetition_penalty,
+            num_logprobs=sampling.num_logprobs if sampling.HasField("num_logprobs") else NO_LOGPROBS,
+            position=self.committed_len - 1,
+            tokens=[self.tokens[-1], *drafts],
+            parents=[-1, *parents],
+            bias_ids=list(sampling.bias_token_ids),
+            bias_values=list(sampling.bias_values),
+            banned_ids=sorted(self.stop_ids) if self.min_new_tokens else (),
+            ban_below=self.prompt_len + self.min_new_tokens if self.min_new_tokens else 0,
+            history_ids=list(self.history),
+            history_counts=list(self.history.values()),
+        )
+
+    def features_from(self, start: int) -> np.ndarray | None:
+        """Context features of positions [start, kv_len), or None when there are none."""
+        if not self.features or start >= self.kv_len:
+            return None
+        if len(self.features) > 1:
+            self.features = [np.concatenate(self.features)]
+        return self.features[0][start:]

@@ -1,0 +1,93 @@
+"""The target's Serve replica: keeps one group of ranks alive and its directory entry true.
+
+The replica holds no weights. When a rank dies the whole group is started again in the same placement group; after
+several failed starts the replica reports itself unhealthy and Serve replaces it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import uuid
+from typing import Any
+
+from dflash_ray.config import DflashRayConfig
+from dflash_ray.observability.logs import configure_logging
+from dflash_ray.rpc.directory import DirectoryClient, Entry, keep_registered
+from dflash_ray.target.group import GroupStartError, TargetGroup
+
+logger = logging.getLogger(__name__)
+_MAX_FAILED_STARTS = 3
+_INHERITED_ENV = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "TOKENIZERS_PARALLELISM", "DS_ACCELERATOR")
+
+
+class TargetReplica:
+    """Supervises one target group. Serve awaits the constructor, so a replica that runs has a group that answers."""
+
+    async def __init__(self, config: DflashRayConfig) -> None:
+        configure_logging("target", config.observability.log_level, config.observability.log_format)
+        self._config = config
+        self._directory = DirectoryClient()
+        self._failure: str | None = None
+        self._target_id = ""
+        self._group = await self._start_group()
+        self._supervision = asyncio.create_task(self._supervise())
+
+    async def _start_group(self) -> TargetGroup:
+        threads = self._config.target.num_threads or max(1, (os.cpu_count() or 1) // self._config.target.tp_size)
+        env = {name: os.environ[name] for name in _INHERITED_ENV if name in os.environ}
+        env["OMP_NUM_THREADS"] = str(threads)
+        self._target_id = uuid.uuid4().hex[:12]
+        return await TargetGroup.start(self._config, self._target_id, env)
+
+    async def _supervise(self) -> None:
+        while True:
+            entry = Entry("target", self._target_id, self._group.info["address"], self._group.info)
+            registration = asyncio.create_task(
+                keep_registered(self._directory, entry, self._config.network.entry_ttl_s)
+            )
+            reason = await self._group.wait_for_death()
+            logger.error("a target rank died; the group is started again", extra={"reason": reason})
+            registration.cancel()
+            await self._unregister(entry)
+            await self._restart()
+
+    async def _restart(self) -> None:
+        for attempt in range(_MAX_FAILED_STARTS):
+            try:
+                self._group = await self._start_group()
+                return
+            except GroupStartError as error:
+                failure = str(error)
+                logger.exception("target group start failed", extra={"attempt": attempt})
+                await asyncio.sleep(2.0**attempt)
+        self._failure = failure
+        await asyncio.Event().wait()  # check_health reports the failure, and Serve replaces the replica
+
+    async def _unregister(self, entry: Entry) -> None:
+        try:
+            await self._directory.unregister("target", entry.id)
+        except ConnectionError as error:
+            logger.warning("the directory entry is left to expire: %s", error)
+
+    async def check_health(self) -> None:
+        """Raises when the group could not be started again."""
+        if self._supervision.done():
+            self._supervision.result()
+        if self._failure is not None:
+            raise RuntimeError(self._failure)
+
+    async def __del__(self) -> None:
+        self._supervision.cancel()
+        self._group.kill()
+
+
+def target_placement(config: DflashRayConfig) -> tuple[list[dict[str, float]], str, dict[str, Any]]:
+    """Bundles, strategy and actor options of a replica: one bundle a rank, the replica itself in the first."""
+    placement = config.target.placement
+    bundle: dict[str, float] = {"CPU": placement.num_cpus, **placement.resources}
+    if config.target.device == "cuda":
+        bundle["GPU"] = 1
+    bundles = [dict(bundle) for _ in range(config.target.tp_size)]
+    return bundles, config.target.placement_strategy, {"num_cpus": min(0.1, placement.num_cpus)}

@@ -1,0 +1,190 @@
+"""One tensor-parallel rank as a Ray actor. Rank 0 also serves the Target gRPC service and holds the engine."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import ray
+import torch
+
+from dflash_ray.config import DflashRayConfig
+from dflash_ray.models.block_drafter import BlockDrafter
+from dflash_ray.models.drafter_checkpoint import DrafterCheckpoint, resolve_drafter
+from dflash_ray.models.target_checkpoint import resolve_target
+from dflash_ray.observability.logs import configure_logging
+from dflash_ray.observability.metrics import TargetMetrics
+from dflash_ray.pb import target_pb2, target_pb2_grpc
+from dflash_ray.rpc.channel import RunningServer, format_address, new_server, start_server
+from dflash_ray.rpc.metrics import SERVICE_NAME as METRICS_SERVICE_NAME
+from dflash_ray.rpc.metrics import add_metrics_service
+from dflash_ray.rpc.node import bind_host
+from dflash_ray.sampling.plan import SequencePlan, pack_plan, unpack_plan
+from dflash_ray.sampling.shards import ProcessGroupShards, ShardGroup, SingleShard
+from dflash_ray.sampling.verify import SequenceOutcome, verify
+from dflash_ray.target.batch import StepBatch
+from dflash_ray.target.engine import Engine
+from dflash_ray.target.model import RankModel, StepHidden
+from dflash_ray.target.servicer import TargetInfo, TargetServicer
+from dflash_ray.target.tensor_parallel import StepChannel, create_store, init_process_group, join_store
+
+logger = logging.getLogger(__name__)
+_SERVICE_NAME = target_pb2.DESCRIPTOR.services_by_name["Target"].full_name
+
+
+@dataclass(frozen=True, slots=True)
+class RankPlace:
+    """Where a rank runs, as the group decided.
+
+    Attributes:
+        local_rank: index among the ranks on the same node.
+        share_host: all ranks of the group are on one node.
+    """
+
+    rank: int
+    tp_size: int
+    local_rank: int
+    share_host: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Rendezvous:
+    """Where the ranks meet: rank 0's TCPStore."""
+
+    host: str
+    port: int
+
+
+class GroupRunner:
+    """This rank's part of a pass; rank 0 drives it and the others follow through the step channel."""
+
+    def __init__(self, model: RankModel, channel: StepChannel, shards: ShardGroup) -> None:
+        self._model = model
+        self._channel = channel
+        self._shards = shards
+
+    def forward(self, batch: StepBatch, plan: list[SequencePlan]) -> StepHidden:
+        self._channel.send(batch.pack(), pack_plan(plan))
+        return self._model.forward(batch)
+
+    def verify(self, hidden: StepHidden, plan: list[SequencePlan]) -> list[SequenceOutcome]:
+        logits = self._model.shard_logits(hidden.sampled)
+        return verify(logits, self._model.vocab_start, plan, self._shards)
+
+    def follow(self) -> None:
+        """Other ranks: takes part in every step until the process ends."""
+        while True:
+            flat_batch, flat_plan = self._channel.receive()
+            hidden = self._model.forward(StepBatch.unpack(flat_batch))
+            plan = unpack_plan(flat_plan)
+            if plan:
+                self.verify(hidden, plan)
+
+
+class TargetRank:
+    """The actor. The group calls rendezvous (rank 0), load, and run, whose end is the rank's death."""
+
+    def __init__(self, config: DflashRayConfig, target_id: str, place: RankPlace) -> None:
+        configure_logging(f"target-{place.rank}", config.observability.log_level, config.observability.log_format)
+        self._config = config
+        self._target_id = target_id
+        self._place = place
+        # OpenMP keeps a pool of threads for each calling thread, so loading and all passes come from one.
+        self._compute = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pass")
+        self._store: torch.distributed.TCPStore | None = None
+        self._runner: GroupRunner | None = None
+        self._server: RunningServer | None = None
+
+    async def rendezvous(self) -> Rendezvous:
+        """Rank 0: opens the store on a free port."""
+        host = ray.util.get_node_ip_address()
+        self._store = create_store(host, self._place.tp_size, self._config.target.init_timeout_s)
+        return Rendezvous(host, self._store.port)
+
+    async def load(self, rendezvous: Rendezvous) -> dict[str, object]:
+        """Joins the group and loads this rank's part; rank 0 then listens.
+
+        Returns the rank's pid and, from rank 0, the group's address and fingerprints.
+        """
+        loop = asyncio.get_running_loop()
+        info = await loop.run_in_executor(self._compute, self._load, rendezvous)
+        if self._place.rank == 0:
+            info["address"] = await self._listen()
+        return info
+
+    async def run(self) -> None:
+        """Lives as long as the rank does: other ranks follow rank 0, rank 0 waits for the end."""
+        if self._place.rank == 0:
+            await asyncio.Event().wait()
+        assert self._runner is not None
+        await asyncio.get_running_loop().run_in_executor(self._compute, self._runner.follow)
+
+    def _load(self, rendezvous: Rendezvous) -> dict[str, object]:
+        config, place = self._config, self._place
+        cores = os.cpu_count() or 1
+        share = cores // place.tp_size if place.share_host else cores
+        torch.set_num_threads(config.target.num_threads or max(1, share))
+        store = self._store or join_store(rendezvous.host, rendezvous.port, place.tp_size, config.target.init_timeout_s)
+        device = config.target.device
+        init_process_group(store, place.rank, place.tp_size, device, place.share_host, place.local_rank)
+        target = resolve_target(config.model.path)
+        is_first = place.rank == 0
+        drafter = resolve_drafter(config.drafter.path, target) if is_first and config.uses_features else None
+        dtype = getattr(torch, config.model.dtype)
+        model = RankModel(
+            target,
+            config,
+            place.rank,
+            place.tp_size,
+            None if drafter is None else drafter.build_projector(dtype).to(device),
+            () if drafter is None else drafter.config.target_layer_ids,
+        )
+        shards: ShardGroup = SingleShard()
+        if place.tp_size > 1:
+            shards = ProcessGroupShards(None, place.tp_size, torch.device(device))
+        self._runner = GroupRunner(model, StepChannel(place.rank, place.tp_size, device), shards)
+        if is_first:
+            colocated = self._colocated(drafter)
+            self._engine = Engine(
+                self._runner,
+                config.target.num_pages,
+                config.target.page_size,
+                model.max_model_len,
+                model.vocab_size,
+                colocated,
+            )
+            self._info = TargetInfo(
+                target_id=self._target_id,
+                model_fingerprint=target.fingerprint,
+                feature_fingerprint="" if drafter is None else drafter.fingerprint,
+                vocab_size=model.vocab_size,
+                hidden_size=model.hidden_size,
+                max_model_len=model.max_model_len,
+                page_size=config.target.page_size,
+                num_pages=config.target.num_pages,
+                max_batch_tokens=config.target.max_batch_tokens,
+                tp_size=place.tp_size,
+                colocated_draft_tokens=0 if colocated is None else colocated.max_draft_tokens,
+            )
+        return {"pid": os.getpid(), "node_id": ray.get_runtime_context().get_node_id()}
+
+    def _colocated(self, checkpoint: DrafterCheckpoint | None) -> BlockDrafter | None:
+        drafter = self._config.drafter
+        if checkpoint is None or drafter.placement_mode != "colocated":
+            return None
+        target = resolve_target(self._config.model.path)
+        dtype = getattr(torch, drafter.dtype)
+        return BlockDrafter(checkpoint, target, drafter.device, dtype, drafter.max_context_tokens)
+
+    async def _listen(self) -> str:
+        server = new_server()
+        metrics = TargetMetrics()
+        servicer = TargetServicer(self._engine, self._info, self._compute, metrics)
+        target_pb2_grpc.add_TargetServicer_to_server(servicer, server)
+        add_metrics_service(server, servicer.render_metrics)
+        host = bind_host(self._config.network.bind_host)
+        self._server = await start_server(server, [_SERVICE_NAME, METRICS_SERVICE_NAME], host, 0)
+        return format_address(host, self._server.port)
