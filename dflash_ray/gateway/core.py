@@ -1,0 +1,44 @@
+"""The gateway's parts, as both of its APIs use them."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+from dflash_ray.config import DflashRayConfig
+from dflash_ray.gateway.generation import Generator
+from dflash_ray.gateway.requests import RequestBuilder
+from dflash_ray.gateway.routers import Routers
+from dflash_ray.gateway.tokenizer import ChatTokenizer
+from dflash_ray.observability.metrics import GatewayMetrics
+from dflash_ray.rpc.directory import DirectoryClient
+from dflash_ray.rpc.metrics import collect_metrics
+
+
+class GatewayCore:
+    """Everything between the APIs and the routers."""
+
+    def __init__(self, config: DflashRayConfig, directory: DirectoryClient) -> None:
+        self.config = config
+        self.started_at = int(time.time())
+        self.metrics = GatewayMetrics()
+        self.tokenizer = ChatTokenizer(config.model)
+        self.requests = RequestBuilder(config, self.tokenizer)
+        self.routers = Routers(directory)
+        self.generator = Generator(
+            self.routers,
+            self.tokenizer,
+            self.metrics,
+            config.model.served_name,
+            config.gateway.request_timeout_s,
+        )
+        self._directory = directory
+
+    async def render_metrics(self) -> str:
+        """Metrics of this gateway and of every other process in the directory."""
+        try:
+            entries = await asyncio.gather(*(self._directory.entries(k) for k in ("router", "target", "drafter")))
+        except ConnectionError:
+            entries = []
+        own = {"gateway": self.metrics.render()}
+        return await collect_metrics([entry for kind in entries for entry in kind], own)

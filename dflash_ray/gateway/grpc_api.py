@@ -1,0 +1,161 @@
+"""The Generation gRPC service: the same requests as over HTTP, with the client's deadline and cancellation."""
+
+from __future__ import annotations
+
+import functools
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import grpc
+
+from dflash_ray import __version__
+from dflash_ray.core.errors import InvalidRequestError, RequestError
+from dflash_ray.core.stats import AcceptanceStats
+from dflash_ray.gateway.core import GatewayCore
+from dflash_ray.gateway.generation import ChoiceDelta
+from dflash_ray.gateway.openai_responses import speculation_metrics
+from dflash_ray.gateway.requests import grpc_messages
+from dflash_ray.observability.logs import request_id_var
+from dflash_ray.pb import generation_pb2, generation_pb2_grpc
+
+_Method = Callable[[Any, Any, grpc.aio.ServicerContext], Awaitable[Any]]
+
+
+def _with_status(method: _Method) -> _Method:
+    """Ends the call with the status of a RequestError; its text names the field."""
+
+    @functools.wraps(method)
+    async def call(self: Any, request: Any, context: grpc.aio.ServicerContext) -> Any:
+        try:
+            return await method(self, request, context)
+        except RequestError as error:
+            await _abort(context, error)
+
+    return call
+
+
+async def _abort(context: grpc.aio.ServicerContext, error: RequestError) -> None:
+    named = error.param is not None and error.param not in error.message
+    details = f"{error.param}: {error.message}" if named else error.message
+    await context.abort(getattr(grpc.StatusCode, error.grpc_code), details)
+
+
+class GenerationServicer(generation_pb2_grpc.GenerationServicer):
+    """Converts between the wire and the gateway's core."""
+
+    def __init__(self, core: GatewayCore) -> None:
+        self._core = core
+
+    @_with_status
+    async def Generate(
+        self, request: generation_pb2.GenerateRequest, context: grpc.aio.ServicerContext
+    ) -> generation_pb2.GenerateResponse:
+        whole: dict[int, generation_pb2.SequenceOutput] = {}
+        answer = generation_pb2.GenerateResponse()
+        async for response in self._responses(request, context):
+            for output in response.outputs:
+                kept = whole.setdefault(output.index, generation_pb2.SequenceOutput())
+                text, num_tokens = kept.text + output.text, kept.num_tokens + output.num_tokens
+                kept.MergeFrom(output)  # appends the lists, and replaces what is set next
+                kept.text, kept.num_tokens = text, num_tokens
+            answer.request_id, answer.num_prompt_tokens = response.request_id, response.num_prompt_tokens
+            answer.speculative_decoding.CopyFrom(response.speculative_decoding)
+        answer.outputs.extend(whole[index] for index in sorted(whole))
+        return answer
+
+    async def GenerateStream(
+        self, request: generation_pb2.GenerateRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[generation_pb2.GenerateResponse]:
+        try:
+            async for response in self._responses(request, context):
+                yield response
+        except RequestError as error:
+            await _abort(context, error)
+
+    async def _responses(
+        self, request: generation_pb2.GenerateRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[generation_pb2.GenerateResponse]:
+        request_id = request.request_id or uuid.uuid4().hex
+        request_id_var.set(request_id)
+        generation = self._core.requests.from_grpc(request, request_id)
+        deltas = self._core.generator.generate(generation, context.time_remaining())
+        writer = _OutputWriter(request.response, generation.num_choices)
+        try:
+            async for delta in deltas:
+                response = generation_pb2.GenerateResponse(
+                    request_id=request_id, num_prompt_tokens=len(generation.prompt_ids), outputs=[writer.output(delta)]
+                )
+                if delta.stats is not None and generation.num_choices == 1:
+                    response.speculative_decoding.CopyFrom(_speculation(delta.stats))
+                yield response
+        finally:
+            await deltas.aclose()
+
+    @_with_status
+    async def Tokenize(
+        self, request: generation_pb2.TokenizeRequest, context: grpc.aio.ServicerContext
+    ) -> generation_pb2.TokenizeResponse:
+        self._core.requests.check_model(request.model)
+        kind = request.WhichOneof("prompt")
+        if kind is None:
+            raise InvalidRequestError("give a prompt: text or chat", "prompt")
+        tokenizer = self._core.tokenizer
+        ids = tokenizer.encode(request.text) if kind == "text" else tokenizer.encode_chat(grpc_messages(request.chat))
+        return generation_pb2.TokenizeResponse(token_ids=ids, max_model_len=self._core.config.model.max_model_len)
+
+    @_with_status
+    async def Detokenize(
+        self, request: generation_pb2.DetokenizeRequest, context: grpc.aio.ServicerContext
+    ) -> generation_pb2.DetokenizeResponse:
+        self._core.requests.check_model(request.model)
+        vocab_size = self._core.tokenizer.vocab_size
+        if any(token >= vocab_size for token in request.token_ids):
+            raise InvalidRequestError(f"token ids must be below {vocab_size}", "token_ids")
+        return generation_pb2.DetokenizeResponse(text=self._core.tokenizer.decode(request.token_ids))
+
+    @_with_status
+    async def ModelInfo(
+        self, request: generation_pb2.ModelInfoRequest, context: grpc.aio.ServicerContext
+    ) -> generation_pb2.ModelInfoResponse:
+        self._core.requests.check_model(request.model)
+        config = self._core.config
+        return generation_pb2.ModelInfoResponse(
+            model=config.model.served_name,
+            max_model_len=config.model.max_model_len,
+            vocab_size=self._core.tokenizer.vocab_size,
+            drafter_method=config.drafter.method,
+            default_draft_tokens=config.router.draft_tokens,
+            version=__version__,
+        )
+
+
+class _OutputWriter:
+    """Deltas as SequenceOutput messages, by what the client asked to see."""
+
+    def __init__(self, options: generation_pb2.ResponseOptions, num_choices: int) -> None:
+        self._with_text = options.output_text or not options.HasField("output_text")
+        self._with_ids = options.output_token_ids
+        self._num_tokens = [0] * num_choices
+
+    def output(self, delta: ChoiceDelta) -> generation_pb2.SequenceOutput:
+        self._num_tokens[delta.index] += len(delta.token_ids)
+        output = generation_pb2.SequenceOutput(
+            index=delta.index,
+            text=delta.text if self._with_text else "",
+            num_tokens=len(delta.token_ids),
+            token_ids=delta.token_ids if self._with_ids else (),
+            logprobs=delta.logprobs,
+        )
+        if delta.finish_reason:
+            output.finish_info.num_output_tokens = self._num_tokens[delta.index]
+            output.finish_info.finish_reason = delta.finish_reason
+            if isinstance(delta.stop, str):
+                output.finish_info.stop_string = delta.stop
+            elif delta.stop is not None:
+                output.finish_info.stop_token_id = delta.stop
+        return output
+
+
+def _speculation(stats: AcceptanceStats) -> generation_pb2.SpeculativeDecodingMetrics:
+    return generation_pb2.SpeculativeDecodingMetrics(**(speculation_metrics(stats) or {}))

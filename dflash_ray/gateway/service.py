@@ -1,0 +1,64 @@
+"""The gateway's Serve replica: HTTP through Serve's proxy, gRPC on a server of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any
+
+from fastapi import FastAPI
+from ray import serve
+
+from dflash_ray.config import DflashRayConfig
+from dflash_ray.gateway.core import GatewayCore
+from dflash_ray.gateway.grpc_api import GenerationServicer
+from dflash_ray.gateway.http_api import build_http_app
+from dflash_ray.observability.logs import configure_logging
+from dflash_ray.pb import generation_pb2, generation_pb2_grpc
+from dflash_ray.rpc.channel import new_server, start_server
+from dflash_ray.rpc.directory import DirectoryClient
+from dflash_ray.rpc.node import bind_host
+
+logger = logging.getLogger(__name__)
+_SERVICE_NAME = generation_pb2.DESCRIPTOR.services_by_name["Generation"].full_name
+_POLL_S = 0.2
+
+
+def _http_app() -> FastAPI:
+    return build_http_app(lambda: serve.get_replica_context().servable_object.core)
+
+
+@serve.ingress(_http_app)
+class GatewayReplica:
+    """One gateway process. Serve awaits the constructor.
+
+    Args:
+        peers: handles of the other deployments, bound so that Serve deploys them; requests do not use them.
+    """
+
+    async def __init__(self, config: DflashRayConfig, *peers: Any) -> None:  # type: ignore[misc]
+        configure_logging("gateway", config.observability.log_level, config.observability.log_format)
+        self.core = GatewayCore(config, DirectoryClient())
+        server = new_server(max_message_bytes=config.gateway.max_body_bytes)
+        generation_pb2_grpc.add_GenerationServicer_to_server(GenerationServicer(self.core), server)
+        host = bind_host(config.gateway.grpc_host)
+        self._server = await start_server(server, [_SERVICE_NAME], host, config.gateway.grpc_port)
+        self._tasks = [asyncio.create_task(self.core.routers.run()), asyncio.create_task(self._report_health())]
+
+    async def _report_health(self) -> None:
+        """Keeps the standard gRPC health in step with GET /health."""
+        while True:
+            await self._server.set_serving(self.core.routers.has_ready)
+            await asyncio.sleep(_POLL_S)
+
+    async def check_health(self) -> None:
+        """Raises when one of the gateway's loops has ended."""
+        for task in self._tasks:
+            if task.done():
+                task.result()
+
+    async def __del__(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await self._server.stop(grace_s=5.0)
+        await self.core.routers.close()
