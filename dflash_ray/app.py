@@ -132,6 +132,8 @@ def running_app(config: DflashRayConfig) -> Iterator[None]:
     only the application is removed.
     """
     os.environ.update(PROCESS_ENV)
+    # Ray runs workers at niceness 15; these are the service itself.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     joins_cluster = "RAY_ADDRESS" in os.environ
     if joins_cluster:
         ray.init(namespace=NAMESPACE, logging_level=logging.WARNING)

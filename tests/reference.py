@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import torch
 import numpy as np
+import torch
 
-from dflash_ray.sampling.noise import gumbel
 from dflash_ray.models.target_checkpoint import resolve_target
+from dflash_ray.sampling.noise import gumbel
 
 NEAR_TIE = 1e-3  # fp32 sums differ by their shape; measured gaps of real flips are below 1e-4
 

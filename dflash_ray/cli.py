@@ -1,0 +1,72 @@
+"""`dflash-ray`: serve the application, or use a running one as a client. Errors are one line that names the fix."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+ConfigOption = Annotated[
+    Path | None, typer.Option("--config", "-c", help="YAML file of deployments/; defaults without")
+]
+SetOption = Annotated[list[str], typer.Option("--set", help="key.sub=value, may be repeated")]
+GrpcOption = Annotated[str, typer.Option("--grpc", help="address of the gRPC API")]
+HttpOption = Annotated[str, typer.Option("--http", help="URL of the HTTP API")]
+
+
+@app.command()
+def serve(config: ConfigOption = None, overrides: SetOption = []) -> None:  # noqa: B006 - typer's way to a list
+    """Start the application and keep it running until Ctrl-C."""
+    from dflash_ray.commands.serving import run_serve
+
+    run_serve(config, overrides)
+
+
+@app.command()
+def demo(config: ConfigOption = None, overrides: SetOption = []) -> None:  # noqa: B006
+    """Start locally, answer real prompts with speculation off and on, compare tokens and speed, stop."""
+    from dflash_ray.commands.serving import run_demo
+
+    run_demo(config, overrides)
+
+
+@app.command()
+def generate(
+    prompt: str,
+    max_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0)] = 0.0,
+    seed: Annotated[int | None, typer.Option(min=0)] = None,
+    speculation: Annotated[str, typer.Option(help="adaptive, fixed or off")] = "fixed",
+    grpc: GrpcOption = "127.0.0.1:9000",
+) -> None:
+    """Answer one prompt on a running server, and print how speculation went."""
+    from dflash_ray.commands.client import run_generate
+
+    run_generate(grpc, prompt, max_tokens, temperature, seed, speculation)
+
+
+@app.command()
+def chat(
+    temperature: Annotated[float, typer.Option(min=0.0)] = 0.7,
+    speculation: Annotated[str, typer.Option(help="adaptive, fixed or off")] = "fixed",
+    grpc: GrpcOption = "127.0.0.1:9000",
+) -> None:
+    """Talk to a running server; an empty line ends the conversation."""
+    from dflash_ray.commands.client import run_chat
+
+    run_chat(grpc, temperature, speculation)
+
+
+@app.command()
+def status(http: HttpOption = "http://127.0.0.1:8000") -> None:
+    """Show what a running server says of itself."""
+    from dflash_ray.commands.client import run_status
+
+    run_status(http)
+
+
+if __name__ == "__main__":
+    app()
