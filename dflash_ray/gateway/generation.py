@@ -40,7 +40,7 @@ class ChoiceDelta:
     text: str
     token_ids: list[int]
     logprobs: common_pb2.TokenLogprobs | None = None
-    finish_reason: int = common_pb2.FINISH_REASON_UNSPECIFIED
+    finish_reason: common_pb2.FinishReason = common_pb2.FINISH_REASON_UNSPECIFIED
     stop: str | int | None = None
     stats: AcceptanceStats | None = None
 
@@ -137,7 +137,7 @@ class Generator:
             for _ in range(new):
                 self._metrics.inter_token_latency.labels(self._model).observe(since_last / new)
 
-    def _finish(self, reason: int, num_tokens: int, seconds: float) -> None:
+    def _finish(self, reason: common_pb2.FinishReason, num_tokens: int, seconds: float) -> None:
         name = common_pb2.FinishReason.Name(reason).removeprefix("FINISH_REASON_").lower()
         self._metrics.request_success.labels(self._model, name).inc()
         self._metrics.e2e_latency.labels(self._model).observe(seconds)

@@ -6,6 +6,7 @@ import math
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 from dflash_ray.config import DflashRayConfig
 from dflash_ray.core.errors import InvalidRequestError, UnknownModelError
@@ -70,7 +71,7 @@ class RequestBuilder:
         prompts = _prompts(body.prompt)
         requests = []
         for i, prompt in enumerate(prompts):
-            ids = self._tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+            ids: list[int] = self._tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
             name = f"{request_id}-{i}" if len(prompts) > 1 else request_id
             requests.append(self._from_openai(body, name, ids, "prompt", body.max_tokens, body.logprobs, "logprobs"))
         return requests
@@ -268,8 +269,8 @@ def _prompts(prompt: str | list[int] | list[str] | list[list[int]]) -> list[str]
     if not prompt:
         raise InvalidRequestError("must not be empty", "prompt")
     if isinstance(prompt[0], int):
-        return [prompt]  # type: ignore[list-item]
-    return prompt  # type: ignore[return-value]
+        return cast("list[list[int]]", [prompt])
+    return cast("list[str] | list[list[int]]", prompt)
 
 
 def _seed(seed: int | None) -> int:

@@ -25,7 +25,7 @@ _POLL_S = 0.2
 
 
 def _http_app() -> FastAPI:
-    return build_http_app(lambda: serve.get_replica_context().servable_object.core)
+    return build_http_app(lambda: serve.get_replica_context().servable_object.core)  # type: ignore[attr-defined]
 
 
 @serve.ingress(_http_app)

@@ -46,7 +46,7 @@ class Emit:
     sequence: RouterSequence
     token_ids: list[int]
     logprobs: common_pb2.TokenLogprobs | None
-    finish_reason: int
+    finish_reason: common_pb2.FinishReason
 
 
 @dataclass(frozen=True, slots=True)

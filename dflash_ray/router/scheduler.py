@@ -178,7 +178,7 @@ class Scheduler:
         sequence: RouterSequence,
         tokens: list[int],
         logprobs: common_pb2.TokenLogprobs | None,
-        finish_reason: int,
+        finish_reason: common_pb2.FinishReason,
     ) -> None:
         if tokens:
             self._actions.append(Emit(sequence, tokens, logprobs, finish_reason))
