@@ -6,7 +6,6 @@ import math
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import cast
 
 from dflash_ray.config import DflashRayConfig
 from dflash_ray.core.errors import InvalidRequestError, UnknownModelError
@@ -71,7 +70,7 @@ class RequestBuilder:
         prompts = _prompts(body.prompt)
         requests = []
         for i, prompt in enumerate(prompts):
-            ids: list[int] = self._tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+            ids = self._tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
             name = f"{request_id}-{i}" if len(prompts) > 1 else request_id
             requests.append(self._from_openai(body, name, ids, "prompt", body.max_tokens, body.logprobs, "logprobs"))
         return requests
@@ -263,14 +262,14 @@ def grpc_messages(chat: generation_pb2.ChatMessages) -> list[dict[str, str]]:
     return [{"role": message.role, "content": message.content} for message in chat.messages]
 
 
-def _prompts(prompt: str | list[int] | list[str] | list[list[int]]) -> list[str] | list[list[int]]:
+def _prompts(prompt: str | list[int] | list[str] | list[list[int]]) -> Sequence[str | list[int]]:
     if isinstance(prompt, str):
         return [prompt]
     if not prompt:
         raise InvalidRequestError("must not be empty", "prompt")
     if isinstance(prompt[0], int):
-        return cast("list[list[int]]", [prompt])
-    return cast("list[str] | list[list[int]]", prompt)
+        return [prompt]
+    return prompt
 
 
 def _seed(seed: int | None) -> int:

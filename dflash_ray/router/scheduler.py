@@ -247,7 +247,7 @@ class Scheduler:
                 self._actions += self.drafting.request(idle, self.limits.max_model_len, self.limits.epoch, now)
             if self._step is None:
                 self._start_step(now)
-            elif self._close_next:
+            if self._close_next:  # no step takes them along
                 self._actions.append(CloseSequences(self._close_next))
                 self._close_next = []
         actions, self._actions = self._actions, []

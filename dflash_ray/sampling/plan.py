@@ -7,7 +7,7 @@ The token drawn at a row stands one position after the row's own token.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -42,14 +42,14 @@ class SequencePlan:
     repetition_penalty: float
     num_logprobs: int
     position: int
-    tokens: Sequence[int]
-    parents: Sequence[int]
-    bias_ids: Sequence[int] = ()
-    bias_values: Sequence[float] = ()
-    banned_ids: Sequence[int] = ()
+    tokens: list[int]
+    parents: list[int]
+    bias_ids: list[int] = field(default_factory=list)
+    bias_values: list[float] = field(default_factory=list)
+    banned_ids: list[int] = field(default_factory=list)
     ban_below: int = 0
-    history_ids: Sequence[int] = ()
-    history_counts: Sequence[int] = ()
+    history_ids: list[int] = field(default_factory=list)
+    history_counts: list[int] = field(default_factory=list)
 
     @property
     def has_penalties(self) -> bool:

@@ -116,7 +116,7 @@ class Sequence:
             parents=[-1, *parents],
             bias_ids=list(sampling.bias_token_ids),
             bias_values=list(sampling.bias_values),
-            banned_ids=sorted(self.stop_ids) if self.min_new_tokens else (),
+            banned_ids=sorted(self.stop_ids) if self.min_new_tokens else [],
             ban_below=self.prompt_len + self.min_new_tokens if self.min_new_tokens else 0,
             history_ids=list(self.history),
             history_counts=list(self.history.values()),

@@ -1,0 +1,40 @@
+"""Tiny random models, made from their configurations, for tests that need a real target in milliseconds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
+
+SHAPE = {
+    "vocab_size": 96,
+    "hidden_size": 48,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "head_dim": 8,
+    "max_position_embeddings": 512,
+    "eos_token_id": None,
+    "bos_token_id": None,
+    "pad_token_id": 0,
+}
+CONFIGS = {
+    "llama": lambda: LlamaConfig(**SHAPE, tie_word_embeddings=True),
+    "qwen3": lambda: Qwen3Config(**SHAPE, tie_word_embeddings=False),
+}
+
+
+def save_tiny_target(kind: str, directory: Path, seed: int = 0) -> Path:
+    """A Hugging Face directory with safetensors; logits are spread enough for varied greedy text."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(CONFIGS[kind]())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(1.0 / (parameter.shape[-1] ** 0.5 * parameter.std()))
+            if "embed_tokens" in name:
+                parameter.mul_(3.0)
+    model.save_pretrained(directory)
+    return directory

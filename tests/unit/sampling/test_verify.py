@@ -1,0 +1,185 @@
+"""Verification keeps the target's law: by enumeration of draws, over any number of shards, and row by row."""
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import chisquare
+
+from dflash_ray.sampling import verify as verify_module
+from dflash_ray.sampling.plan import COUPLED, REJECTION, SequencePlan, pack_plan, unpack_plan
+from dflash_ray.sampling.shards import SingleShard
+from dflash_ray.sampling.verify import verify
+
+
+class ThreadShards:
+    """Ranks as threads of this process."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._barrier = threading.Barrier(size)
+        self._values = [None] * size
+
+    def rank(self, rank: int):
+        group = self
+
+        class Rank:
+            size = group.size
+
+            def all_gather(self, values):
+                group._values[rank] = values
+                group._barrier.wait()
+                gathered = np.stack(group._values)
+                group._barrier.wait()
+                return gathered
+
+        return Rank()
+
+
+def plan_of(tokens, parents=None, **values) -> SequencePlan:
+    defaults = {
+        "temperature": 1.0,
+        "top_k": 0,
+        "top_p": 1.0,
+        "min_p": 0.0,
+        "seed": 3,
+        "mode": COUPLED,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "repetition_penalty": 1.0,
+        "num_logprobs": -1,
+        "position": 10,
+    }
+    parents = list(range(-1, len(tokens) - 1)) if parents is None else parents
+    return SequencePlan(**(defaults | values), tokens=tokens, parents=parents)
+
+
+def verify_sharded(logits: torch.Tensor, plan: list[SequencePlan], size: int):
+    group = ThreadShards(size)
+    per_rank = -(-logits.shape[1] // size)
+    outcomes = [None] * size
+
+    def run(rank: int) -> None:
+        start = rank * per_rank
+        outcomes[rank] = verify(logits[:, start : start + per_rank], start, plan, group.rank(rank))
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(outcome == outcomes[0] for outcome in outcomes)
+    return outcomes[0]
+
+
+PARAMETERS = [
+    {"temperature": 0.0},
+    {"temperature": 0.8},
+    {"temperature": 1.0, "top_k": 7},
+    {"temperature": 1.2, "top_p": 0.7},
+    {"temperature": 0.9, "min_p": 0.05, "top_p": 0.95, "top_k": 40},
+    {"temperature": 1.0, "mode": REJECTION, "top_p": 0.9},
+    {"temperature": 1.0, "frequency_penalty": 0.7, "history_ids": [3, 9], "history_counts": [2, 1]},
+]
+
+
+@pytest.mark.parametrize("values", PARAMETERS)
+@pytest.mark.parametrize("size", [2, 3, 5])
+def test_the_number_of_shards_changes_nothing(values, size):
+    logits = torch.randn(20, 331, generator=torch.Generator().manual_seed(size)) * 3
+    plan = [plan_of([1, 5, 9, 9, 2], seed=seed, **values) for seed in range(4)]
+    alone = verify(logits, 0, plan, SingleShard())
+    assert [o.tokens for o in verify_sharded(logits, plan, size)] == [o.tokens for o in alone]
+
+
+def test_a_plan_survives_packing():
+    plan = [plan_of([1, 2], seed=2**64 - 1, bias_ids=[4], bias_values=[0.5]), plan_of([3], mode=REJECTION)]
+    assert unpack_plan(pack_plan(plan)) == plan
+    assert unpack_plan(pack_plan([])) == []
+
+
+def test_top_k_top_p_and_min_p_allow_the_tokens_that_sorting_allows():
+    logits = torch.randn(1, 50, generator=torch.Generator().manual_seed(0)) * 2
+    probs = logits[0].softmax(-1)
+    order = probs.argsort(descending=True)
+    nucleus = order[(probs[order].cumsum(0) - probs[order]) < 0.6]
+    allowed = {
+        "top_k": (order[:5], {"top_k": 5}),
+        "top_p": (nucleus, {"top_p": 0.6}),
+        "min_p": (torch.nonzero(probs >= 0.2 * probs.max()).flatten(), {"min_p": 0.2}),
+    }
+    for tokens, values in allowed.values():
+        plans = [plan_of([0], seed=seed, **values) for seed in range(600)]
+        drawn = {o.tokens[0] for o in verify(logits.expand(600, -1), 0, plans, SingleShard())}
+        assert drawn <= set(tokens.tolist())
+        assert len(drawn) >= min(len(tokens), 3)
+
+
+def test_equal_logits_are_drawn_lowest_id_first_when_greedy():
+    outcome = verify(torch.zeros(1, 40), 0, [plan_of([0], temperature=0.0)], SingleShard())
+    assert outcome[0].tokens == [0]
+    assert verify_sharded(torch.zeros(1, 40), [plan_of([0], temperature=0.0)], 3)[0].tokens == [0]
+
+
+def test_a_row_that_is_not_finite_flags_its_sequence_only():
+    logits = torch.randn(3, 40)
+    logits[1, 7] = float("nan")
+    plan = [plan_of([0], seed=seed) for seed in range(3)]
+    assert [o.is_flagged for o in verify(logits, 0, plan, SingleShard())] == [False, True, False]
+    assert [o.is_flagged for o in verify_sharded(logits, plan, 2)] == [False, True, False]
+
+
+def test_a_tree_is_walked_down_to_the_plain_tokens():
+    logits = torch.randn(8, 30, generator=torch.Generator().manual_seed(4))
+    first = verify(logits[:1], 0, [plan_of([0])], SingleShard())[0].tokens[0]
+    second = verify(logits[2:3], 0, [plan_of([0], position=11)], SingleShard())[0].tokens[0]
+    other = (first + 1) % 30
+    tokens, parents = [0, other, first, 5, (second + 1) % 30, second], [-1, 0, 0, 1, 2, 2]
+    outcome = verify(logits[:6], 0, [plan_of(tokens, parents)], SingleShard())[0]
+    assert outcome.accepted_rows == [2, 5] and outcome.tokens[:2] == [first, second]
+
+
+NUM_DRAWS = 200_000
+TARGET = torch.tensor([[2.0, 1.0, 0.5, 0.0, -1.0, 1.5, -0.5, 0.2], [0.1, 2.0, 0.3, -2.0, 1.0, 0.0, 0.5, -1.0]])
+
+
+def drawn_pairs(mode: int, temperature: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
+    """First tokens of many seeds, and second tokens where the draft was accepted; the drafter always says 4."""
+    bad_draft = 4
+    firsts, seconds = [], []
+    batch = 4000
+    logits = TARGET.repeat(batch, 1)
+    for start in range(0, NUM_DRAWS, batch):
+        plan = [
+            plan_of([0, bad_draft], seed=seed * 2654435761 % 2**64, mode=mode, temperature=temperature)
+            for seed in range(start, start + batch)
+        ]
+        for outcome in verify(logits, 0, plan, SingleShard()):
+            firsts.append(outcome.tokens[0])
+            if len(outcome.tokens) > 1:
+                seconds.append(outcome.tokens[1])
+    return np.bincount(firsts, minlength=8), np.bincount(seconds, minlength=8)
+
+
+def assert_law(counts: np.ndarray, logits: torch.Tensor) -> None:
+    expected = logits.double().softmax(-1).numpy() * counts.sum()
+    assert chisquare(counts, expected).pvalue > 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", [COUPLED, REJECTION], ids=["coupled", "rejection"])
+def test_two_hundred_thousand_draws_follow_the_target_with_a_bad_drafter(mode):
+    first, second = drawn_pairs(mode)
+    assert_law(first, TARGET[0])
+    assert second.sum() > 1000
+    assert_law(second, TARGET[1])
+
+
+@pytest.mark.slow
+def test_the_distribution_test_fails_when_rejected_drafts_are_not_left_out_of_the_residual(monkeypatch):
+    right = verify_module._perturbed_max
+    monkeypatch.setattr(verify_module, "_perturbed_max", lambda *args: right(*args[:-1], None))
+    first, _ = drawn_pairs(REJECTION)
+    with pytest.raises(AssertionError):
+        assert_law(first, TARGET[0])

@@ -1,0 +1,58 @@
+"""Imports point one way, and the processes without a GPU import without torch."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[2] / "dflash_ray"
+PROCESSES = {"gateway", "router", "target", "drafter"}
+LEVELS = {
+    "core": 0, "pb": 0, "config": 1, "observability": 1, "kernels": 1, "rpc": 2, "sampling": 2, "models": 2,
+    "gateway": 3, "router": 3, "target": 3, "drafter": 3, "training": 4, "app": 5, "commands": 6, "cli": 7,
+}  # fmt: skip
+
+
+def imported_parts(file: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("dflash_ray."):
+            names.add(node.module.split(".")[1])
+    return names
+
+
+def part_of(file: Path) -> str:
+    return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("file", sorted(PACKAGE.rglob("*.py")), ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_a_module_imports_only_what_lies_below_it(file):
+    part = part_of(file)
+    if part in ("__init__", "pb"):
+        return
+    for other in imported_parts(file) - {part}:
+        assert LEVELS[other] <= LEVELS[part]
+        assert not {part, other} <= PROCESSES, "processes meet in protos and the directory only"
+
+
+def test_serve_is_imported_in_services_and_the_application_only():
+    users = {
+        str(file.relative_to(PACKAGE))
+        for file in PACKAGE.rglob("*.py")
+        if any(
+            (isinstance(node, ast.ImportFrom) and (node.module or "").startswith("ray") and any(a.name == "serve" for a in node.names))
+            or (isinstance(node, ast.ImportFrom) and (node.module or "").startswith("ray.serve"))
+            for node in ast.walk(ast.parse(file.read_text()))
+        )
+    }  # fmt: skip
+    assert users <= {"app.py", *(f"{process}/service.py" for process in PROCESSES)}
+
+
+@pytest.mark.parametrize(
+    "module", ["dflash_ray.gateway.service", "dflash_ray.router.service", "dflash_ray.rpc.metrics", "dflash_ray.cli"]
+)
+def test_processes_without_a_gpu_import_without_torch(module):
+    code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
