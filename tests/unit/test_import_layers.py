@@ -37,16 +37,17 @@ def test_a_module_imports_only_what_lies_below_it(file):
         assert not {part, other} <= PROCESSES, "processes meet in protos and the directory only"
 
 
+def imports_serve(file: Path) -> bool:
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            module = node.module or ""
+            if module.startswith("ray.serve") or (module == "ray" and any(a.name == "serve" for a in node.names)):
+                return True
+    return False
+
+
 def test_serve_is_imported_in_services_and_the_application_only():
-    users = {
-        str(file.relative_to(PACKAGE))
-        for file in PACKAGE.rglob("*.py")
-        if any(
-            (isinstance(node, ast.ImportFrom) and (node.module or "").startswith("ray") and any(a.name == "serve" for a in node.names))
-            or (isinstance(node, ast.ImportFrom) and (node.module or "").startswith("ray.serve"))
-            for node in ast.walk(ast.parse(file.read_text()))
-        )
-    }  # fmt: skip
+    users = {str(file.relative_to(PACKAGE)) for file in PACKAGE.rglob("*.py") if imports_serve(file)}
     assert users <= {"app.py", *(f"{process}/service.py" for process in PROCESSES)}
 
 

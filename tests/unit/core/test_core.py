@@ -21,7 +21,7 @@ def test_config_errors_name_the_key(tmp_path):
     (tmp_path / "c.yaml").write_text("target: {tp_sizes: 2}")
     with pytest.raises(ConfigError, match="tp_sizes"):
         load_config(tmp_path / "c.yaml")
-    with pytest.raises(ConfigError, match="key.sub=value"):
+    with pytest.raises(ConfigError, match=r"key\.sub=value"):
         load_config(None, ["router.draft_tokens"])
 
 
