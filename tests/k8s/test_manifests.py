@@ -48,7 +48,7 @@ def ray_service(overlay: str | None = None) -> dict[str, Any]:
 
 
 def strict(schema: Any) -> Any:
-    """Unknown fields are refused where the schema lists the known ones, as the API server does under strict decoding."""
+    """Refuses unknown fields where the schema lists the known ones, as strict decoding in the API server does."""
     if isinstance(schema, dict):
         is_open = "additionalProperties" in schema or schema.get("x-kubernetes-preserve-unknown-fields")
         if "properties" in schema and not is_open:
