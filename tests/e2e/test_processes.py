@@ -20,7 +20,7 @@ async def test_every_role_runs_in_its_own_process_and_streams_join_them(smollm2_
     async with Client(smollm2_app.grpc_address) as client:
         await asyncio.gather(*(client.generate(request(prompt["prompt"])) for prompt in PROMPTS[:4]))
     peers = {
-        f"{connection.raddr.ip}:{connection.raddr.port}"
+        f"{connection.raddr.ip.removeprefix('::ffff:')}:{connection.raddr.port}"
         for connection in psutil.Process(routers[0].info["pid"]).net_connections("tcp")
         if connection.status == psutil.CONN_ESTABLISHED and connection.raddr
     }
