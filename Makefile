@@ -55,14 +55,9 @@ lint: setup ## Check style, types, protos and that generated code is current
 protos: setup ## Generate dflash_ray/pb from protos/
 	$(BIN)/python -m grpc_tools.protoc -Iprotos --python_out=. --pyi_out=. --grpc_python_out=. protos/dflash_ray/pb/*.proto
 
-.PHONY: kernels
-kernels: setup ## Build the verify kernels ahead of time
-	$(BIN)/python -m dflash_ray.kernels.build
-
 .PHONY: bench
-bench: setup ## Print the speed of plain decoding against transformers, and of the verify kernels
+bench: setup ## Print the speed of plain decoding against transformers
 	$(BIN)/python benchmarks/plain_decode.py
-	$(BIN)/python benchmarks/kernels.py
 
 .PHONY: clean
 clean: ## Remove the virtual environment and caches
