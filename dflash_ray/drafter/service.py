@@ -7,6 +7,7 @@ import logging
 import os
 import uuid
 
+import ray
 import torch
 
 from dflash_ray.config import DflashRayConfig
@@ -40,7 +41,12 @@ class DrafterReplica:
             "drafter",
             drafter_id,
             format_address(bind_host(config.network.bind_host), self._server.port),
-            {"pid": os.getpid(), "method": method.name, "fingerprint": method.fingerprint},
+            {
+                "pid": os.getpid(),
+                "node_id": ray.get_runtime_context().get_node_id(),
+                "method": method.name,
+                "fingerprint": method.fingerprint,
+            },
         )
         self._directory = DirectoryClient()
         self._registration = asyncio.create_task(
