@@ -20,7 +20,7 @@ def cluster(monkeypatch):
     """Five nodes on this machine: a frontend, two for ranks, two for drafters."""
     monkeypatch.setenv("RAY_worker_niceness", "0")
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "resources": {"frontend": 1}})
-    for resources in ({"target": 1}, {"target": 1}, {"drafter": 0.5}, {"drafter": 0.5}):
+    for resources in ({"target": 1}, {"target": 1}, {"drafter": 1}, {"drafter": 1}):
         cluster.add_node(num_cpus=2, resources=resources)
     cluster.wait_for_nodes()
     monkeypatch.setenv("RAY_ADDRESS", cluster.address)

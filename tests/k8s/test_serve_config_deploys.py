@@ -1,6 +1,5 @@
 """The Serve config of the Kubernetes manifest, deployed as it is on a Ray cluster of this machine, and asked."""
 
-import os
 import subprocess
 import sys
 import time
@@ -19,8 +18,8 @@ RESOURCES = {"frontend": 2, "target": 1, "drafter": 3}  # what the worker groups
 
 
 @pytest.fixture
-def cluster():
-    os.environ["RAY_WORKER_NICENESS"] = "0"
+def cluster(monkeypatch):
+    monkeypatch.setenv("RAY_worker_niceness", "0")
     context = ray.init(num_cpus=12, resources=RESOURCES, object_store_memory=200 * 1024 * 1024)
     yield context
     serve.shutdown()
