@@ -37,9 +37,15 @@ def test_a_module_imports_only_what_lies_below_it(file):
         assert not {part, other} <= PROCESSES, "processes meet in protos and the directory only"
 
 
+def is_for_types_only(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
 def imports_serve(file: Path) -> bool:
-    for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.ImportFrom):
+    tree = ast.parse(file.read_text())
+    typing_imports = {child for node in ast.walk(tree) if is_for_types_only(node) for child in ast.walk(node)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node not in typing_imports:
             module = node.module or ""
             if module.startswith("ray.serve") or (module == "ray" and any(a.name == "serve" for a in node.names)):
                 return True
