@@ -6,14 +6,17 @@ features of committed rows and is never verified: dropping it costs drafts, not 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dflash_ray.models.dflash import DflashLayer, apply_rope, layer_mask, rope_tables
+from dflash_ray.kernels import ops
+from dflash_ray.models.dflash import DflashLayer, RmsNorm, apply_rope, layer_mask, rope_tables
 from dflash_ray.models.drafter_checkpoint import DrafterCheckpoint
 from dflash_ray.models.packed_linear import PackedLinear, fuse
 from dflash_ray.models.target_checkpoint import TargetCheckpoint
@@ -38,14 +41,18 @@ class DraftProposal:
     logprobs: Tensor
 
 
+def _norm(module: RmsNorm) -> Callable[[Tensor], Tensor]:
+    return partial(ops.rms_norm, weight=module.weight.detach(), eps=module.eps)
+
+
 class _Layer:
     """A layer's fused weights."""
 
     def __init__(self, layer: DflashLayer) -> None:
         attention = layer.self_attn
-        self.input_norm = layer.input_layernorm
-        self.post_norm = layer.post_attention_layernorm
-        self.q_norm, self.k_norm = attention.q_norm, attention.k_norm
+        self.input_norm = _norm(layer.input_layernorm)
+        self.post_norm = _norm(layer.post_attention_layernorm)
+        self.q_norm, self.k_norm = _norm(attention.q_norm), _norm(attention.k_norm)
         self.qkv = fuse((attention.q_proj, attention.k_proj, attention.v_proj))
         self.output = fuse((attention.o_proj,))
         self.gate_up = fuse((layer.mlp.gate_proj, layer.mlp.up_proj))
@@ -95,6 +102,7 @@ class BlockDrafter:
         self._device, self._dtype = device, dtype
         network = checkpoint.build_network(dtype).to(device)
         self._network = network
+        self._norm = _norm(network.norm)
         self._layers = [_Layer(layer) for layer in network.layers]
         # One product makes the context keys and values of all layers.
         projections = [p for layer in network.layers for p in (layer.self_attn.k_proj, layer.self_attn.v_proj)]
@@ -191,9 +199,8 @@ class BlockDrafter:
                 for n, session in enumerate(held)
             ]
             x = x + layer.output(torch.stack(attended))
-            gate, up = layer.gate_up(layer.post_norm(x)).chunk(2, dim=-1)
-            x = x + layer.down(F.silu(gate) * up)
-        return self._network.norm(x)
+            x = x + layer.down(ops.silu_and_mul(layer.gate_up(layer.post_norm(x))))
+        return self._norm(x)
 
     def _block_qkv(self, layer: _Layer, normed: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         config = self.config

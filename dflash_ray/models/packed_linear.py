@@ -1,7 +1,6 @@
-"""Linear layers for a few rows on CPU: weights laid out once for oneDNN.
+"""Linear layers for a few rows on CPU: weights laid out once, so that a pass is one stream from memory.
 
-At 1 to 16 rows this reaches the memory limit, which torch's own product does not.
-On other devices the layers are plain matrix products. Inference only.
+On other devices, and where the operators could not be compiled, the layers are torch's own. Inference only.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-_PACK_ROWS = 8  # the number of rows that oneDNN lays the weights out for; others work too
+from dflash_ray.kernels import ops
 
 
 class PackedLinear(nn.Module):
@@ -26,19 +25,17 @@ class PackedLinear(nn.Module):
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        self.is_packed = weight.device.type == "cpu" and torch.backends.mkldnn.is_available() and weight.numel() > 0
-        if self.is_packed:
-            weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), _PACK_ROWS)
-        # Opaque layouts are neither parameters nor buffers: nothing may move, cast or save them.
-        self._weight = weight.detach()
+        weight = weight.detach()
+        self.is_packed = ops.is_compiled_for(weight) and weight.numel() > 0
+        # A packed weight is neither parameter nor buffer: nothing may move, cast or save it.
+        self._weight = torch.ops.dflash_ray.pack_linear(weight) if self.is_packed else weight.contiguous()
         self._bias = None if bias is None else bias.detach()
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.is_packed:
             return F.linear(x, self._weight, self._bias)
-        rows = x.reshape(-1, self.in_features)
-        out = torch.ops.mkldnn._linear_pointwise(rows, self._weight, self._bias, "none", [], "")
-        return out.view(*x.shape[:-1], self.out_features)
+        out: Tensor = torch.ops.dflash_ray.packed_linear(x, self._weight, self._bias, self.out_features)
+        return out
 
 
 def fuse(linears: Sequence[nn.Linear]) -> PackedLinear:

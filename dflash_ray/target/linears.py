@@ -10,11 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from transformers.activations import SiLUActivation
 
+from dflash_ray.kernels import ops
 from dflash_ray.models.packed_linear import PackedLinear
 
-_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+_FUSED = ("q_proj", "k_proj", "v_proj")
+_SILU_MLPS = ("LlamaMLP", "Qwen2MLP", "Qwen3MLP", "MistralMLP")
 _PLAIN_NORMS = ("LlamaRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "MistralRMSNorm")
 
 
@@ -74,7 +76,17 @@ class _RmsNorm(nn.Module):
         self._eps = norm.variance_epsilon
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, (x.shape[-1],), self.weight, self._eps)
+        return ops.rms_norm(x, self.weight, self._eps)
+
+
+class _SiluMlp(nn.Module):
+    def __init__(self, mlp: Any) -> None:
+        super().__init__()
+        self._gate_up = _pack([mlp.gate_proj, mlp.up_proj])
+        self._down = _swapped(mlp.down_proj)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._down(ops.silu_and_mul(self._gate_up(x)))
 
 
 def _pack(linears: list[nn.Module]) -> PackedLinear:
@@ -87,27 +99,31 @@ def _is_linear(module: Any) -> bool:
     return isinstance(module, nn.Linear) or type(module).__name__ in ("LinearLayer", "LinearAllreduce")
 
 
+def _swapped(linear: nn.Module) -> nn.Module:
+    return _RowParallel(linear) if type(linear).__name__ == "LinearAllreduce" else _pack([linear])
+
+
 def lean(model: nn.Module) -> None:
     """Replaces layers in place; on CPU only, where it pays."""
     for parent in list(model.modules()):
-        for names in _FUSED:
-            linears = [getattr(parent, name, None) for name in names]
-            if all(_is_linear(linear) for linear in linears):
-                _fuse(parent, names, linears)
         for name, child in list(parent.named_children()):
-            if type(child).__name__ == "LinearAllreduce":
-                setattr(parent, name, _RowParallel(child))
-            elif _is_linear(child):
-                setattr(parent, name, _pack([child]))
+            if type(child).__name__ in _SILU_MLPS and isinstance(child.act_fn, nn.SiLU | SiLUActivation):
+                setattr(parent, name, _SiluMlp(child))
             elif type(child).__name__ in _PLAIN_NORMS:
                 setattr(parent, name, _RmsNorm(child))
+        linears = [getattr(parent, name, None) for name in _FUSED]
+        if all(_is_linear(linear) for linear in linears):
+            _fuse(parent, linears)
+        for name, child in list(parent.named_children()):
+            if _is_linear(child):
+                setattr(parent, name, _swapped(child))
 
 
-def _fuse(parent: nn.Module, names: tuple[str, ...], linears: list[Any]) -> None:
+def _fuse(parent: nn.Module, linears: list[Any]) -> None:
     has_bias = {linear.bias is not None for linear in linears}
     if len(has_bias) > 1 or any(type(linear).__name__ == "LinearAllreduce" for linear in linears):
         return
     first = _FusedFirst(linears)
-    setattr(parent, names[0], first)
-    for index, name in enumerate(names[1:], start=1):
+    setattr(parent, _FUSED[0], first)
+    for index, name in enumerate(_FUSED[1:], start=1):
         setattr(parent, name, _FusedNext(first, index))

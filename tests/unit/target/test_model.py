@@ -6,7 +6,6 @@ import torch
 
 from dflash_ray.target.batch import StepBatch
 from dflash_ray.target.model import RankModel
-from dflash_ray.target.paged_cache import cache_rows
 from tests.unit.target.conftest import CONFIG
 
 PAGE = CONFIG.target.page_size
@@ -70,9 +69,14 @@ def test_rolled_back_rows_are_overwritten(rank_model, tokens, expected):
     assert torch.allclose(got, expected[20:30], atol=1e-4)
 
 
-def test_page_tables_that_follow_each_other_are_read_as_a_view():
-    assert cache_rows([5, 6, 7], 10, 4) == slice(20, 30)
-    assert cache_rows([5, 7], 6, 4).tolist() == [20, 21, 22, 23, 28, 29]
+def test_a_row_is_the_same_bit_for_bit_in_any_step(rank_model, tokens):
+    pages, others = list(range(10)), list(range(20, 30))
+    logits(rank_model, (tokens[:20], 0, pages), (tokens[:9], 0, others))
+    one_by_one = torch.cat([logits(rank_model, (tokens[at : at + 1], at, pages)) for at in range(20, 28)])
+    as_block = logits(
+        rank_model, (tokens[9:14], 9, others), (tokens[20:28], 20, pages), (tokens[:17], 0, [40, 41, 42, 43, 44])
+    )
+    assert torch.equal(one_by_one, as_block[5:13])
 
 
 def test_a_batch_survives_packing(tokens):

@@ -1,0 +1,25 @@
+// Signatures of all operators, by device. Shapes and meaning: kernels/ops.py.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+
+namespace dflash_ray {
+
+at::Tensor pack_linear_cpu(const at::Tensor& weight);
+
+at::Tensor packed_linear_cpu(const at::Tensor& x, const at::Tensor& packed, const std::optional<at::Tensor>& bias,
+                             int64_t out_features);
+
+at::Tensor rms_norm_cpu(const at::Tensor& x, const at::Tensor& weight, double eps);
+
+at::Tensor silu_and_mul_cpu(const at::Tensor& gate_up);
+
+at::Tensor paged_attention_cpu(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                               at::Tensor& key_cache, at::Tensor& value_cache, const at::Tensor& slots,
+                               const at::Tensor& entry_lens, const at::Tensor& context_lens,
+                               const at::Tensor& page_counts, const at::Tensor& pages, int64_t page_size, double scale,
+                               int64_t window, double softcap);
+
+}  // namespace dflash_ray

@@ -1,0 +1,86 @@
+"""Every operator in plain torch: short, slow and obviously right."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return F.rms_norm(x.float(), (x.shape[-1],), None, eps).to(x.dtype) * weight
+
+
+def silu_and_mul(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def paged_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slots: Tensor,
+    entry_lens: Tensor,
+    context_lens: Tensor,
+    page_counts: Tensor,
+    pages: Tensor,
+    page_size: int,
+    scale: float,
+    window: int,
+    softcap: float,
+) -> Tensor:
+    key_cache.index_copy_(0, slots, key)
+    value_cache.index_copy_(0, slots, value)
+    out = torch.empty_like(query)
+    start = page = 0
+    for length, context_len, count in zip(
+        entry_lens.tolist(), context_lens.tolist(), page_counts.tolist(), strict=True
+    ):
+        rows = _cache_rows(pages[page : page + count].tolist(), context_len + length, page_size)
+        mask = _mask(length, context_len, window, query)
+        out[start : start + length] = _attend(
+            query[start : start + length], key_cache[rows], value_cache[rows], mask, scale, softcap
+        )
+        start, page = start + length, page + count
+    return out
+
+
+def _attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float, softcap: float) -> Tensor:
+    """[T, n_q, d] over keys and values [S, n_kv, d]; query heads that share a key head are rows of one product."""
+    num_rows, num_heads, head_dim = query.shape
+    num_kv_heads = keys.shape[1]
+    grouped = (query * scale).unflatten(1, (num_kv_heads, -1)).permute(1, 2, 0, 3).flatten(1, 2)
+    scores = torch.bmm(grouped, keys.permute(1, 2, 0))
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    if mask is not None:
+        scores = (scores.unflatten(1, (-1, num_rows)) + mask).flatten(1, 2)
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(values.dtype)
+    attended = torch.bmm(weights, values.transpose(0, 1)).unflatten(1, (-1, num_rows))
+    return attended.permute(2, 0, 1, 3).reshape(num_rows, num_heads, head_dim)
+
+
+def _mask(length: int, context_len: int, window: int, like: Tensor) -> Tensor | None:
+    """Additive mask [T, S], or None where every row sees everything."""
+    total = context_len + length
+    if length == 1 and (not window or total <= window):
+        return None
+    query = torch.arange(context_len, total, device=like.device)[:, None]
+    keys = torch.arange(total, device=like.device)[None]
+    is_hidden = keys > query
+    if window:
+        is_hidden |= query - keys >= window
+    mask = torch.zeros(is_hidden.shape, dtype=like.dtype, device=like.device)
+    return mask.masked_fill_(is_hidden, float("-inf"))
+
+
+def _cache_rows(pages: list[int], length: int, page_size: int) -> Tensor | slice:
+    """Where the first `length` rows of a page table lie: a slice when its pages follow each other."""
+    first = pages[0]
+    if all(page == first + i for i, page in enumerate(pages)):
+        return slice(first * page_size, first * page_size + length)
+    starts = torch.tensor(pages) * page_size
+    return (starts[:, None] + torch.arange(page_size)).flatten()[:length]
