@@ -45,14 +45,17 @@ def paged_attention(
     scale: float,
     window: int = 0,
     softcap: float = 0.0,
+    is_causal: bool = True,
 ) -> Tensor:
     """Stores a step's keys and values, then attends: a row sees its entry's context and the entry's rows up to itself.
+
+    Without `is_causal` it sees all rows of its entry.
 
     Args:
         query: [T, n_q, d]; key, value: [T, n_kv, d], all rotated.
         key_cache, value_cache: [num_pages * page_size, n_kv, d]; written at slots int64 [T].
         entry_lens, context_lens, page_counts: int64 [E] on the host; pages: int64, the entries' page tables in a row.
-        window: how many rows up to itself a row sees; 0 for all.
+        window: a row sees rows at a distance below it; 0 for all.
         softcap: scores become softcap * tanh(score / softcap); 0 for none.
 
     Returns:
@@ -61,6 +64,6 @@ def paged_attention(
     implementation = torch.ops.dflash_ray.paged_attention if is_compiled_for(query) else reference.paged_attention
     out: Tensor = implementation(
         query, key, value, key_cache, value_cache, slots, entry_lens, context_lens, page_counts, pages,
-        page_size, scale, window, softcap,
+        page_size, scale, window, softcap, is_causal,
     )  # fmt: skip
     return out

@@ -31,6 +31,7 @@ def paged_attention(
     scale: float,
     window: int,
     softcap: float,
+    is_causal: bool,
 ) -> Tensor:
     key_cache.index_copy_(0, slots, key)
     value_cache.index_copy_(0, slots, value)
@@ -40,7 +41,7 @@ def paged_attention(
         entry_lens.tolist(), context_lens.tolist(), page_counts.tolist(), strict=True
     ):
         rows = _cache_rows(pages[page : page + count].tolist(), context_len + length, page_size)
-        mask = _mask(length, context_len, window, query)
+        mask = _mask(length, context_len, window, is_causal, query)
         out[start : start + length] = _attend(
             query[start : start + length], key_cache[rows], value_cache[rows], mask, scale, softcap
         )
@@ -63,16 +64,17 @@ def _attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, sc
     return attended.permute(2, 0, 1, 3).reshape(num_rows, num_heads, head_dim)
 
 
-def _mask(length: int, context_len: int, window: int, like: Tensor) -> Tensor | None:
+def _mask(length: int, context_len: int, window: int, is_causal: bool, like: Tensor) -> Tensor | None:
     """Additive mask [T, S], or None where every row sees everything."""
     total = context_len + length
-    if length == 1 and (not window or total <= window):
+    if (length == 1 or not is_causal) and (not window or total <= window):
         return None
-    query = torch.arange(context_len, total, device=like.device)[:, None]
-    keys = torch.arange(total, device=like.device)[None]
-    is_hidden = keys > query
+    distance = torch.arange(context_len, total, device=like.device)[:, None] - torch.arange(total, device=like.device)
+    is_hidden = torch.zeros_like(distance, dtype=torch.bool)
+    if is_causal:
+        is_hidden |= distance < 0
     if window:
-        is_hidden |= query - keys >= window
+        is_hidden |= distance.abs() >= window
     mask = torch.zeros(is_hidden.shape, dtype=like.dtype, device=like.device)
     return mask.masked_fill_(is_hidden, float("-inf"))
 

@@ -9,14 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from dflash_ray.kernels import ops
-from dflash_ray.models.dflash import DflashLayer, RmsNorm, apply_rope, layer_mask, rope_tables
+from dflash_ray.models.dflash import DflashLayer, RmsNorm, apply_rope, rope_tables
 from dflash_ray.models.drafter_checkpoint import DrafterCheckpoint
 from dflash_ray.models.packed_linear import PackedLinear, fuse
 from dflash_ray.models.target_checkpoint import TargetCheckpoint
@@ -60,7 +59,10 @@ class _Layer:
 
 
 class _Session:
-    """Context keys and values [layers, rows, n_kv, d] of one sequence; the first `length` rows are valid."""
+    """Context keys and values [layers, rows, n_kv, d] of one sequence; the first `length` rows are valid.
+
+    Rows behind them are scratch for a block's own keys and values.
+    """
 
     def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype, device: str) -> None:
         layers, heads, size = shape
@@ -70,13 +72,18 @@ class _Session:
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         end = self.length + keys.shape[1]
-        if end > self.keys.shape[1]:
-            room = max(end, 2 * self.keys.shape[1]) - self.keys.shape[1]
-            self.keys = F.pad(self.keys, (0, 0, 0, 0, 0, room))
-            self.values = F.pad(self.values, (0, 0, 0, 0, 0, room))
+        self.make_room(keys.shape[1])
         self.keys[:, self.length : end] = keys
         self.values[:, self.length : end] = values
         self.length = end
+
+    def make_room(self, count: int) -> None:
+        """Rows for `count` more."""
+        missing = self.length + count - self.keys.shape[1]
+        if missing > 0:
+            room = max(missing, self.keys.shape[1])
+            self.keys = F.pad(self.keys, (0, 0, 0, 0, 0, room))
+            self.values = F.pad(self.values, (0, 0, 0, 0, 0, room))
 
 
 class BlockDrafter:
@@ -186,18 +193,11 @@ class BlockDrafter:
         offsets = torch.arange(self.block_size)
         positions = torch.tensor([session.length for session in held])[:, None] + offsets
         cos, sin = (table[positions][:, :, None].to(self._dtype) for table in self._rope)
-        masks = self._masks(held, positions)
+        for session in held:
+            session.make_room(self.block_size)
         for i, layer in enumerate(self._layers):
             queries, keys, values = self._block_qkv(layer, layer.input_norm(x), cos, sin)
-            attended = [
-                _attend(
-                    queries[n],
-                    torch.cat((session.keys[i, : session.length], keys[n])),
-                    torch.cat((session.values[i, : session.length], values[n])),
-                    None if masks is None else masks[n][i],
-                )
-                for n, session in enumerate(held)
-            ]
+            attended = [self._attend(i, session, queries[n], keys[n], values[n]) for n, session in enumerate(held)]
             x = x + layer.output(torch.stack(attended))
             x = x + layer.down(ops.silu_and_mul(layer.gate_up(layer.post_norm(x))))
         return self._norm(x)
@@ -209,33 +209,25 @@ class BlockDrafter:
         queries, keys, values = heads.split(sizes, dim=-2)
         return apply_rope(layer.q_norm(queries), cos, sin), apply_rope(layer.k_norm(keys), cos, sin), values
 
-    def _masks(self, held: list[_Session], positions: Tensor) -> list[list[Tensor | None]] | None:
-        config = self.config
-        if not any(config.is_causal) and all(window is None for window in config.windows):
-            return None
-        masks: list[list[Any]] = []
-        for session, block_positions in zip(held, positions, strict=True):
-            key_positions = torch.arange(session.length + self.block_size)
-            in_block = key_positions >= session.length
-            masks.append(
-                [
-                    layer_mask(config, i, block_positions[:, None], key_positions[None], in_block[None])
-                    for i in range(config.num_hidden_layers)
-                ]
-            )
-        return masks
-
-
-def _attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-    """One sequence: queries [B, n_q, d], keys and values [T + B, n_kv, d]; returns [B, n_q * d]."""
-    out = F.scaled_dot_product_attention(
-        queries.transpose(0, 1)[None],
-        keys.transpose(0, 1)[None],
-        values.transpose(0, 1)[None],
-        attn_mask=mask,
-        enable_gqa=True,
-    )
-    return out[0].transpose(0, 1).flatten(1)
+    def _attend(self, layer: int, session: _Session, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """One block: queries [B, n_q, d], keys and values [B, n_kv, d]; returns [B, n_q * d]."""
+        start, rows = session.length, len(queries)
+        return ops.paged_attention(
+            queries,
+            keys,
+            values,
+            session.keys[layer],
+            session.values[layer],
+            slots=torch.arange(start, start + rows, device=self._device),
+            entry_lens=torch.tensor([rows]),
+            context_lens=torch.tensor([start]),
+            page_counts=torch.tensor([1]),
+            pages=torch.tensor([0]),
+            page_size=session.keys.shape[1],
+            scale=self.config.head_dim**-0.5,
+            window=self.config.windows[layer] or 0,
+            is_causal=self.config.is_causal[layer],
+        ).flatten(1)
 
 
 def _draft_head(

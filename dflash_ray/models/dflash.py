@@ -174,21 +174,3 @@ class DflashNetwork(nn.Module):
             logits = logits * self.config.output_multiplier
         cap = self.config.final_logit_softcapping
         return cap * torch.tanh(logits / cap) if cap > 0 else logits
-
-
-def layer_mask(config: DflashConfig, layer: int, query: Tensor, key: Tensor, key_in_block: Tensor) -> Tensor | None:
-    """Which keys a slot sees in a layer, or None for all of them.
-
-    Args:
-        query: positions [..., B, 1]; key: positions [..., 1, T + B]; key_in_block: boolean [..., 1, T + B].
-    """
-    window, is_causal = config.windows[layer], config.is_causal[layer]
-    if window is None and not is_causal:
-        return None
-    distance = query - key
-    mask = torch.ones_like(distance, dtype=torch.bool)
-    if is_causal:
-        mask &= (distance >= 0) | ~key_in_block
-    if window is not None:
-        mask &= distance.abs() < window
-    return mask

@@ -12,7 +12,7 @@ TORCH_LIBRARY(dflash_ray, library) {
   library.def(
       "paged_attention(Tensor query, Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, "
       "Tensor slots, Tensor entry_lens, Tensor context_lens, Tensor page_counts, Tensor pages, int page_size, "
-      "float scale, int window, float softcap) -> Tensor");
+      "float scale, int window, float softcap, bool is_causal) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(dflash_ray, CPU, library) {

@@ -20,6 +20,6 @@ at::Tensor paged_attention_cpu(const at::Tensor& query, const at::Tensor& key, c
                                at::Tensor& key_cache, at::Tensor& value_cache, const at::Tensor& slots,
                                const at::Tensor& entry_lens, const at::Tensor& context_lens,
                                const at::Tensor& page_counts, const at::Tensor& pages, int64_t page_size, double scale,
-                               int64_t window, double softcap);
+                               int64_t window, double softcap, bool is_causal);
 
 }  // namespace dflash_ray

@@ -77,13 +77,14 @@ def step(entries: list[tuple[int, int]], heads: int, kv_heads: int, size: int) -
     size=st.sampled_from([1, 8, 20, 64, 128]),
     window=st.sampled_from([0, 1, 7, 1000]),
     softcap=st.sampled_from([0.0, 5.0]),
+    is_causal=st.booleans(),
 )
-@settings(deadline=None, max_examples=60)
-def test_paged_attention_equals_torch(entries, kv_heads, group, size, window, softcap):
+@settings(deadline=None, max_examples=100)
+def test_paged_attention_equals_torch(entries, kv_heads, group, size, window, softcap, is_causal):
     arguments = step(entries, kv_heads * group, kv_heads, size)
     copies = [each.clone() if isinstance(each, torch.Tensor) else each for each in arguments]
-    got = ops.paged_attention(*arguments, scale=size**-0.5, window=window, softcap=softcap)
-    want = reference.paged_attention(*copies, size**-0.5, window, softcap)
+    got = ops.paged_attention(*arguments, scale=size**-0.5, window=window, softcap=softcap, is_causal=is_causal)
+    want = reference.paged_attention(*copies, size**-0.5, window, softcap, is_causal)
     assert torch.allclose(got, want, atol=1e-5)
     assert all(torch.equal(arguments[cache], copies[cache]) for cache in (3, 4)), "the caches hold the new rows"
 

@@ -114,7 +114,7 @@ at::Tensor paged_attention_cpu(const at::Tensor& query, const at::Tensor& key, c
                                at::Tensor& key_cache, at::Tensor& value_cache, const at::Tensor& slots,
                                const at::Tensor& entry_lens, const at::Tensor& context_lens,
                                const at::Tensor& page_counts, const at::Tensor& pages, int64_t page_size, double scale,
-                               int64_t window, double softcap) {
+                               int64_t window, double softcap, bool is_causal) {
   const at::Tensor queries = query.contiguous(), new_keys = key.contiguous(), new_values = value.contiguous();
   const HeadShape shape{queries.size(1), new_keys.size(1), queries.size(2), static_cast<float>(scale),
                         static_cast<float>(softcap)};
@@ -142,10 +142,12 @@ at::Tensor paged_attention_cpu(const at::Tensor& query, const at::Tensor& key, c
     for (int64_t at = 0; at < context + length; ++at) {
       offsets.push_back((page[at / page_size] * page_size + at % page_size) * stride);
     }
-    for (int64_t last = context + 1; last <= context + length; ++last) {
-      const int64_t count = window > 0 ? std::min(window, last) : last;
-      plan.push_back({start + last - count, count});
-      work += count;
+    const int64_t total = context + length, reach = window > 0 ? window : total;
+    for (int64_t at = context; at < total; ++at) {
+      const int64_t first = std::max<int64_t>(0, at - reach + 1);
+      const int64_t last = is_causal ? at + 1 : std::min(total, at + reach);
+      plan.push_back({start + first, last - first});
+      work += last - first;
     }
     page += page_counts.const_data_ptr<int64_t>()[entry];
   }
