@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 
 from dflash_ray.models.target_checkpoint import resolve_target
@@ -42,8 +41,8 @@ class Reference:
         logits = self.model(torch.tensor([list(prefix_ids)]), logits_to_keep=1).logits[0, -1].double()
         scores = logits[[one, other]]
         if temperature > 0:
-            noise = gumbel(seed, len(prefix_ids), np.array([one, other]))
-            scores = scores / temperature + torch.as_tensor(noise, dtype=torch.float64)
+            noise = gumbel([seed], [len(prefix_ids)], torch.tensor([[one, other]]))[0]
+            scores = scores / temperature + noise
         return abs(float(scores[0] - scores[1]))
 
 

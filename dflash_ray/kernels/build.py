@@ -18,11 +18,17 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 
+from dflash_ray.kernels.fakes import register_forward_fakes, register_verify_fakes
+
 logger = logging.getLogger(__name__)
 CACHE_ENV = "DFLASH_RAY_KERNEL_CACHE"
-_SOURCES = Path(__file__).parent / "csrc"
+SOURCES = Path(__file__).parent / "csrc"
+CPU_SOURCES = ("binding.cpp", "cpu/forward.cpp", "cpu/linear.cpp", "cpu/verify.cpp")
+_CUDA_SOURCES = ("cuda/binding.cpp", "cuda/verify.cu")
 _NAME = "dflash_ray_kernels"
 _FLAGS = ("-O3", "-march=native", "-std=c++20", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-Wall")
+# No fused multiply-adds but those that are written: the CPU's and the GPU's arithmetic are to be the same.
+_CUDA_FLAGS = ("-O3", "-std=c++20", "--fmad=false")
 
 
 def cache_dir() -> Path:
@@ -46,47 +52,63 @@ def build() -> Path:
     return path
 
 
+def is_loaded_for(device_type: str) -> bool:
+    """Builds and loads the library on the first call; whether it has the operators for "cpu" or "cuda"."""
+    return device_type in _loaded_devices()
+
+
 @cache
-def is_loaded() -> bool:
-    """Builds and loads the library on the first call; False when it cannot be had."""
+def _loaded_devices() -> tuple[str, ...]:
     try:
         torch.ops.load_library(build())
     except (RuntimeError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         logger.warning("operators run in plain torch, which is slower: they could not be compiled (%s)", reason)
-        return False
-    return True
+        return ()
+    register_verify_fakes("dflash_ray")
+    register_forward_fakes()
+    return ("cpu", "cuda") if _builds_cuda() else ("cpu",)
 
 
 def _compile(path: Path) -> None:
-    from torch.utils import cpp_extension
-
     if shutil.which(os.environ.get("CXX", "g++")) is None:
         raise RuntimeError("no C++ compiler: install g++ or set CXX")
-    logger.info("compiling the operators into %s; this takes about a minute, once", path.parent)
+    logger.info("compiling the operators into %s; this takes a minute or two, once", path.parent)
+    sources = CPU_SOURCES + (_CUDA_SOURCES if _builds_cuda() else ())
+    compile_library(path, [SOURCES / source for source in sources], list(_FLAGS))
+
+
+def compile_library(path: Path, sources: list[Path], flags: list[str]) -> None:
+    """Compiles C++ and CUDA sources into a library that torch can load."""
+    from torch.utils import cpp_extension
+
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         cpp_extension.load(
-            _NAME,
-            [str(source) for source in _cpu_sources()],
-            extra_cflags=list(_FLAGS),
+            path.stem,
+            [str(source) for source in sources],
+            extra_cflags=flags,
+            extra_cuda_cflags=list(_CUDA_FLAGS),
             extra_ldflags=["-fopenmp"],
             build_directory=folder,
             is_python_module=False,
         )
         # Renamed only when whole: a process that was cut off leaves nothing that another one would load.
-        os.replace(Path(folder) / f"{_NAME}.so", path)
+        os.replace(Path(folder) / path.name, path)
 
 
-def _cpu_sources() -> list[Path]:
-    return [_SOURCES / "binding.cpp", *sorted((_SOURCES / "cpu").glob("*.cpp"))]
+def _builds_cuda() -> bool:
+    """Whether the CUDA operators are of use: torch has CUDA, and its compiler is here."""
+    from torch.utils import cpp_extension
+
+    return torch.version.cuda is not None and cpp_extension.CUDA_HOME is not None
 
 
 def _fingerprint() -> str:
     digest = hashlib.sha256(f"{torch.__version__} {platform.machine()} {_processor()}".encode())
-    for source in sorted(_SOURCES.rglob("*")):
+    for source in sorted(SOURCES.rglob("*")):
         if source.is_file():
             digest.update(source.read_bytes())
-    digest.update(" ".join(_FLAGS).encode())
+    digest.update(" ".join((*_FLAGS, *_CUDA_FLAGS, str(_builds_cuda()))).encode())
     return digest.hexdigest()[:16]
 
 

@@ -13,7 +13,7 @@ from dflash_ray.kernels import build, reference
 
 def is_compiled_for(x: Tensor) -> bool:
     """Whether the compiled operators take tensors like this one."""
-    return x.device.type == "cpu" and x.dtype == torch.float32 and build.is_loaded()
+    return x.device.type == "cpu" and x.dtype == torch.float32 and build.is_loaded_for("cpu")
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -14,9 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dflash_ray.core.packing import pack_arrays, unpack_arrays
+from dflash_ray.kernels.columns import Mode
 
-COUPLED, REJECTION = 0, 1
+COUPLED, REJECTION = int(Mode.COUPLED), int(Mode.REJECTION)
 NO_LOGPROBS = -1
+NO_LIMIT = 1 << 40
 
 
 @dataclass(slots=True)
@@ -29,6 +31,8 @@ class SequencePlan:
         bias_ids, bias_values: added to logits.
         banned_ids, ban_below: tokens that may not be drawn for positions below ban_below.
         history_ids, history_counts: tokens seen so far, and how often in the output; the root's token is included.
+        stop_ids: tokens that end a sequence of more than min_len tokens; max_len: length at which it ends.
+        feature_row: row of the root in the step's context features, -1 when it has none.
     """
 
     temperature: float
@@ -50,6 +54,10 @@ class SequencePlan:
     ban_below: int = 0
     history_ids: list[int] = field(default_factory=list)
     history_counts: list[int] = field(default_factory=list)
+    stop_ids: list[int] = field(default_factory=list)
+    min_len: int = 0
+    max_len: int = NO_LIMIT
+    feature_row: int = -1
 
     @property
     def has_penalties(self) -> bool:
@@ -66,17 +74,9 @@ class SequencePlan:
             depths.append(0 if parent < 0 else depths[parent] + 1)
         return depths
 
-    def ancestors(self, row: int) -> list[int]:
-        """Draft tokens on the way from below the root to the row, the row's own included."""
-        path = []
-        while self.parents[row] >= 0:
-            path.append(self.tokens[row])
-            row = self.parents[row]
-        return path
-
 
 _FLOATS = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
-_ARRAYS = ("tokens", "parents", "bias_ids", "bias_values", "banned_ids", "history_ids", "history_counts")
+_ARRAYS = ("tokens", "parents", "bias_ids", "bias_values", "banned_ids", "history_ids", "history_counts", "stop_ids")
 _INTS = tuple(f.name for f in fields(SequencePlan) if f.name not in (*_FLOATS, *_ARRAYS))
 
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
+from torch import Tensor
 
 
 class ShardGroup(Protocol):
@@ -14,7 +13,7 @@ class ShardGroup(Protocol):
 
     size: int
 
-    def all_gather(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+    def all_gather(self, values: Tensor) -> Tensor:
         """Every rank's values, [size, *values.shape], the same on all ranks."""
 
 
@@ -23,20 +22,18 @@ class SingleShard:
 
     size = 1
 
-    def all_gather(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+    def all_gather(self, values: Tensor) -> Tensor:
         return values[None]
 
 
 class ProcessGroupShards:
     """Ranks of a torch.distributed process group."""
 
-    def __init__(self, process_group: Any, size: int, device: torch.device) -> None:
+    def __init__(self, process_group: Any, size: int) -> None:
         self._group = process_group
         self.size = size
-        self._device = device
 
-    def all_gather(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
-        mine = torch.from_numpy(np.ascontiguousarray(values)).to(self._device)
-        gathered = [torch.empty_like(mine) for _ in range(self.size)]
-        torch.distributed.all_gather(gathered, mine, group=self._group)
-        return torch.stack(gathered).cpu().numpy()
+    def all_gather(self, values: Tensor) -> Tensor:
+        gathered = torch.empty(self.size, *values.shape, dtype=values.dtype, device=values.device)
+        torch.distributed.all_gather_into_tensor(gathered, values.contiguous(), group=self._group)
+        return gathered

@@ -5,8 +5,10 @@ whose token is accepted; accepted drafts are the rows it visits after the root; 
 
 Coupled mode (the default): the draw is argmax of (scaled logit + Gumbel noise of that position and token), a child is
 accepted iff it is the draw. So every token is the one that plain decoding would have drawn, whatever was drafted.
-Rejection mode, for chains of one-hot drafts: a child x is accepted with probability target_probs(x), and after a
-rejection the next token is drawn from target_probs without x (Leviathan et al. 2023, with draft_probs one-hot).
+Rejection mode, for chains: a child x is accepted with probability min(1, target_probs(x) / draft_probs(x)), and after a
+rejection the next token is drawn from what target_probs has beyond draft_probs (Leviathan et al. 2023).
+
+The arithmetic is the operators' (kernels/verify_ops.py); here is their order and what crosses between ranks.
 """
 
 from __future__ import annotations
@@ -14,16 +16,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
+from torch import Tensor
 
-from dflash_ray.sampling.noise import MAX_GUMBEL, Purpose, gumbel, uniform
-from dflash_ray.sampling.plan import NO_LOGPROBS, REJECTION, SequencePlan
-from dflash_ray.sampling.processors import adjust_row, threshold
+from dflash_ray.kernels import verify_ops as ops
+from dflash_ray.kernels.columns import NUM_TOP_K_ROUNDS, CommitColumn, OutcomeColumn
+from dflash_ray.sampling.columns import PlanColumns, to_columns
+from dflash_ray.sampling.plan import NO_LOGPROBS, SequencePlan
 from dflash_ray.sampling.shards import ShardGroup
-
-_PRUNE_FIRST = 64  # likeliest tokens whose noise sets the bound for all others
 
 
 @dataclass(slots=True)
@@ -32,8 +32,10 @@ class SequenceOutcome:
 
     Attributes:
         accepted_rows: rows of the accepted drafts, in order; the root is not among them.
-        tokens: the accepted drafts' tokens and the next token.
+        tokens: the accepted drafts' tokens and the next token, cut after a stop token and at the length limit.
         is_flagged: the logits were not finite; nothing else is valid.
+        finish: 0 goes on, 1 ended by a stop token, 2 by the length limit.
+        kv_len: rows whose keys and values stay.
         chosen_logprobs: of each token, from the raw logits, when asked.
         top_ids, top_logprobs: [num_tokens][n], best first, when asked.
     """
@@ -41,236 +43,119 @@ class SequenceOutcome:
     accepted_rows: list[int] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     is_flagged: bool = False
+    finish: int = 0
+    kv_len: int = 0
     chosen_logprobs: list[float] = field(default_factory=list)
     top_ids: list[list[int]] = field(default_factory=list)
     top_logprobs: list[list[float]] = field(default_factory=list)
 
 
-@dataclass(slots=True)
-class _Row:
-    """One row of one shard on its way to a draw."""
-
-    plan: SequencePlan
-    index: int
-    position: int  # of the token drawn here
-    logits: NDArray[np.float32]
-
-
+@torch.inference_mode()
 def verify(
-    shard_logits: torch.Tensor, vocab_start: int, plan: Sequence[SequencePlan], group: ShardGroup
+    logits: Tensor, vocab_start: int, plan: Sequence[SequencePlan], group: ShardGroup, features: Tensor | None = None
 ) -> list[SequenceOutcome]:
     """Decides a step. Collective over the ranks of `group`; all of them return the same.
 
     Args:
-        shard_logits: [R, Vs] of this rank's tokens vocab_start ... vocab_start + Vs - 1; rows of all sequences one
-            after the other in the order of the plan. Not modified.
+        logits: [R, Vs] of this rank's tokens vocab_start ... vocab_start + Vs - 1; rows of all sequences one after the
+            other in the order of the plan. Penalties, bias and bans are written into them.
         plan: rows and parameters of each sequence, the same on every rank.
+        features: context features [F, H] of the step on the rank that makes them; see `ops.commit`.
     """
-    raw = shard_logits.detach().float().cpu().numpy()
-    rows = _rows(raw, plan)
-    maxima = _all_max(_local_max(raw), group)
-    finite = _all_finite(raw, maxima, group)
-    draws = _draw(rows, raw, finite, vocab_start, group)
-    outcomes = []
-    start = 0
-    for sequence in plan:
-        stop = start + sequence.num_rows
-        if finite[start:stop].all():
-            outcome = _walk(sequence, draws[start:stop])
-            if sequence.num_logprobs != NO_LOGPROBS:
-                visited = [start, *(start + row for row in outcome.accepted_rows)]
-                _add_logprobs(outcome, sequence.num_logprobs, raw[visited], maxima[visited], vocab_start, group)
-        else:
-            outcome = SequenceOutcome(is_flagged=True)
-        outcomes.append(outcome)
-        start = stop
+    columns = to_columns(plan, logits.device)
+    raw = _rows_for_logprobs(logits, plan)
+    partials = group.all_gather(_partials(logits, vocab_start, columns, group))
+    outcome = ops.verify_combine(partials, columns.tensors, columns.draft_ids, columns.draft_probs, columns.depth)
+    commits = ops.commit(outcome, columns.tensors, features)
+    # The one place where the host waits for the device.
+    outcomes = [
+        _to_outcome(line, commit, columns.depth)
+        for line, commit in zip(outcome.tolist(), commits.tolist(), strict=True)
+    ]
+    if raw is not None:
+        _add_logprobs(outcomes, raw, vocab_start, plan, group)
     return outcomes
 
 
-@dataclass(slots=True)
-class _Draw:
-    """What a row would emit: `token` by the law, and in rejection mode the verdict on its draft child."""
-
-    token: int
-    accepts_child: bool = False
-
-
-def _rows(raw: NDArray[np.float32], plan: Sequence[SequencePlan]) -> list[_Row]:
-    rows = []
-    for sequence in plan:
-        for index, depth in enumerate(sequence.depths()):
-            rows.append(_Row(sequence, index, sequence.position + depth + 1, raw[len(rows)]))
-    assert len(rows) == len(raw)
-    return rows
+def _partials(logits: Tensor, vocab_start: int, columns: PlanColumns, group: ShardGroup) -> Tensor:
+    """This shard's numbers, after what thresholds and rejection need of all shards."""
+    plan, adjusts = columns.tensors, columns.has_adjustments
+    if columns.is_greedy:
+        return ops.verify_greedy(logits, vocab_start, plan, adjusts)
+    if not columns.has_thresholds and not columns.is_rejection:
+        return ops.verify_coupled(logits, vocab_start, plan, None, adjusts)
+    maxima = group.all_gather(ops.verify_prepare(logits, vocab_start, plan)[:, 0].contiguous()).amax(0)
+    state = _threshold(logits, vocab_start, columns, maxima, group) if columns.has_thresholds else None
+    if columns.is_rejection:
+        drafts = (columns.draft_ids, columns.draft_probs)
+        return ops.verify_rejection(logits, vocab_start, plan, maxima, state, *drafts)
+    return ops.verify_coupled(logits, vocab_start, plan, state, False)
 
 
-def _local_max(values: NDArray[np.float32]) -> NDArray[np.float64]:
-    return values.max(axis=1, initial=-np.inf).astype(np.float64)
+def _threshold(logits: Tensor, vocab_start: int, columns: PlanColumns, maxima: Tensor, group: ShardGroup) -> Tensor:
+    """The lowest value that min-p, top-k and top-p keep, in this order, as the state of a finished search."""
+    state = ops.threshold_start(maxima, columns.tensors)
+    rounds = [
+        *(range(NUM_TOP_K_ROUNDS) if columns.has_top_k else ()),
+        *(range(NUM_TOP_K_ROUNDS, 2 * NUM_TOP_K_ROUNDS) if columns.has_top_p else ()),
+    ]
+    for index in rounds:
+        histogram = ops.threshold_histogram(logits, vocab_start, columns.tensors, maxima, state, index)
+        if group.size > 1:
+            histogram = group.all_gather(histogram).sum(0)
+        ops.threshold_narrow(state, histogram, columns.tensors, index)
+    return state
 
 
-def _all_max(values: NDArray[np.float64], group: ShardGroup) -> NDArray[np.float64]:
-    return values if group.size == 1 else group.all_gather(values).max(0)
+def _to_outcome(line: list[int], commit: list[int], depth: int) -> SequenceOutcome:
+    if line[OutcomeColumn.IS_FLAGGED]:
+        return SequenceOutcome(is_flagged=True)
+    rows_at = OutcomeColumn.TOKENS + depth
+    return SequenceOutcome(
+        accepted_rows=line[rows_at : rows_at + line[OutcomeColumn.NUM_ACCEPTED]],
+        tokens=line[OutcomeColumn.TOKENS :][: commit[CommitColumn.NUM_TOKENS]],
+        finish=commit[CommitColumn.FINISH],
+        kv_len=commit[CommitColumn.KV_LEN],
+    )
 
 
-def _all_finite(raw: NDArray[np.float32], maxima: NDArray[np.float64], group: ShardGroup) -> NDArray[np.bool_]:
-    """Rows without NaN and with a finite maximum; -inf alone marks tokens that a model masks."""
-    is_nan = np.isnan(raw.sum(axis=1)) & np.isnan(raw).any(axis=1)
-    is_nan = _all_max(is_nan.astype(np.float64), group) > 0
-    return ~is_nan & np.isfinite(maxima)
-
-
-def _draw(
-    rows: list[_Row], raw: NDArray[np.float32], finite: NDArray[np.bool_], vocab_start: int, group: ShardGroup
-) -> list[_Draw]:
-    """The draw of every row; rows that are not finite get token 0, which nobody reads."""
-    scores = np.full((len(rows), 2), -np.inf)  # best score and its token
-    residuals = np.full((len(rows), 2), -np.inf)
-    masses = np.zeros((len(rows), 2))  # of the draft child, of all tokens
-    for i, row in enumerate(rows):
-        if finite[i]:
-            _draw_row(row, i, vocab_start, group, scores, residuals, masses)
-    best = _best_of_shards(scores, group)
-    if not any(row.plan.mode == REJECTION for row in rows):
-        return [_Draw(token) for token in best]
-    other = _best_of_shards(residuals, group)
-    total = group.all_gather(masses).sum(0)
-    draws = []
-    for i, row in enumerate(rows):
-        child = _chain_child(row)
-        if row.plan.mode != REJECTION or row.plan.temperature == 0 or child is None or not finite[i]:
-            draws.append(_Draw(best[i], accepts_child=child is not None and best[i] == child))
-            continue
-        chance = uniform(row.plan.seed, row.position, np.zeros(1, dtype=np.int64), Purpose.ACCEPT)[0]
-        accepts = bool(chance * total[i, 1] < total[i, 0])
-        draws.append(_Draw(child if accepts else other[i], accepts_child=accepts))
-    return draws
-
-
-def _draw_row(
-    row: _Row,
-    i: int,
-    vocab_start: int,
-    group: ShardGroup,
-    scores: NDArray[np.float64],
-    residuals: NDArray[np.float64],
-    masses: NDArray[np.float64],
-) -> None:
-    """This shard's best token of a row and, in rejection mode, its best without the draft and the masses."""
-    plan = row.plan
-    logits = row.logits
-    if plan.has_penalties or plan.bias_ids or row.position < plan.ban_below:
-        logits = logits.copy()
-        adjust_row(logits, vocab_start, plan, row.index, row.position)
-    if plan.temperature == 0:
-        if len(logits):
-            token = int(logits.argmax())
-            scores[i] = logits[token], token + vocab_start
-        return
-    scaled = logits / np.float32(plan.temperature)
-    row_max = float(_all_max(_local_max(scaled[None]), group)[0])
-    floor = np.float32(-np.inf)
-    if plan.min_p > 0 or plan.top_k > 0 or plan.top_p < 1:
-        floor = threshold(scaled, row_max, plan, group)
-    scores[i] = _perturbed_max(scaled, floor, vocab_start, plan.seed, row.position, Purpose.TARGET, None)
-    child = _chain_child(row)
-    if plan.mode == REJECTION and child is not None:
-        kept = np.where(scaled >= floor, scaled, -np.inf).astype(np.float64)
-        mass = np.exp(kept - row_max)
-        is_local = 0 <= child - vocab_start < len(mass)
-        masses[i] = mass[child - vocab_start] if is_local else 0.0, mass.sum()
-        residuals[i] = _perturbed_max(scaled, floor, vocab_start, plan.seed, row.position, Purpose.RESIDUAL, child)
-
-
-def _chain_child(row: _Row) -> int | None:
-    """Token of the row's first child, or None for a leaf."""
-    for index in range(row.index + 1, row.plan.num_rows):
-        if row.plan.parents[index] == row.index:
-            return row.plan.tokens[index]
-    return None
-
-
-def _perturbed_max(
-    scaled: NDArray[np.float32],
-    floor: np.float32,
-    vocab_start: int,
-    seed: int,
-    position: int,
-    purpose: Purpose,
-    without: int | None,
-) -> tuple[float, float]:
-    """Best (score, token) of scaled logits plus Gumbel noise over tokens at or above the floor.
-
-    The noise is bounded, so only tokens within its bound of the running best are drawn: an exact pruning.
-    """
-
-    def best(ids: NDArray[np.int64]) -> tuple[float, float]:
-        if without is not None:
-            ids = ids[ids != without - vocab_start]
-        if not len(ids):
-            return -np.inf, -np.inf
-        noisy = scaled[ids].astype(np.float64) + gumbel(seed, position, ids + vocab_start, purpose)
-        at = int(noisy.argmax())
-        return float(noisy[at]), float(ids[at] + vocab_start)
-
-    if len(scaled) > 4 * _PRUNE_FIRST:
-        likely = np.argpartition(scaled, -_PRUNE_FIRST)[-_PRUNE_FIRST:]
-        bound, _ = best(np.sort(likely[scaled[likely] >= floor]))
-        floor = max(floor, np.float32(bound - MAX_GUMBEL - 1e-3))
-    ids = np.flatnonzero((scaled >= floor) & (scaled > -np.inf))
-    return best(ids)
-
-
-def _best_of_shards(scores: NDArray[np.float64], group: ShardGroup) -> list[int]:
-    """The token of the highest score over all shards; the lowest token id where scores are equal."""
-    gathered = group.all_gather(scores) if group.size > 1 else scores[None]
-    # Shards come in ascending order of their tokens, and argmax takes the first.
-    shard = gathered[:, :, 0].argmax(0)
-    tokens = gathered[shard, np.arange(len(scores)), 1]
-    return [int(token) if np.isfinite(token) else 0 for token in tokens]
-
-
-def _walk(plan: SequencePlan, draws: Sequence[_Draw]) -> SequenceOutcome:
-    """From the root to the child that is accepted, until none is."""
-    outcome = SequenceOutcome()
-    row = 0
-    while True:
-        draw = draws[row]
-        outcome.tokens.append(draw.token)
-        is_judged = plan.mode == REJECTION and plan.temperature > 0
-        child = None
-        if not is_judged or draw.accepts_child:
-            matches = (i for i in range(row + 1, plan.num_rows) if plan.parents[i] == row)
-            child = next((i for i in matches if plan.tokens[i] == draw.token), None)
-        if child is None:
-            return outcome
-        outcome.accepted_rows.append(child)
-        row = child
+def _rows_for_logprobs(logits: Tensor, plan: Sequence[SequencePlan]) -> Tensor | None:
+    """A copy of the raw logits where log-probabilities are wanted: verification may write into them."""
+    return logits.clone() if any(sequence.num_logprobs != NO_LOGPROBS for sequence in plan) else None
 
 
 def _add_logprobs(
-    outcome: SequenceOutcome,
-    num_top: int,
-    rows: NDArray[np.float32],
-    maxima: NDArray[np.float64],
-    vocab_start: int,
-    group: ShardGroup,
+    outcomes: list[SequenceOutcome], raw: Tensor, vocab_start: int, plan: Sequence[SequencePlan], group: ShardGroup
 ) -> None:
-    """Log-softmax of the raw logits for the tokens drawn at `rows`, and the likeliest ones. Collective."""
-    shifted = rows.astype(np.float64) - maxima[:, None]
-    log_sum = np.log(group.all_gather(np.exp(shifted).sum(1)).sum(0))
-    local = np.array(outcome.tokens) - vocab_start
-    inside = (local >= 0) & (local < rows.shape[1])
-    mine = np.where(inside, shifted[np.arange(len(local)), np.clip(local, 0, rows.shape[1] - 1)], -np.inf)
-    outcome.chosen_logprobs = (group.all_gather(mine).max(0) - log_sum).tolist()
-    if num_top == 0:
+    """Log-softmax of the raw logits for the tokens kept, and the likeliest ones. Collective."""
+    asking, visited, chosen = [], [], []
+    first = 0
+    for sequence, outcome in zip(plan, outcomes, strict=True):
+        if sequence.num_logprobs != NO_LOGPROBS and not outcome.is_flagged:
+            asking.append((outcome, sequence.num_logprobs))
+            path = [0, *outcome.accepted_rows][: len(outcome.tokens)]
+            visited += [first + row for row in path]
+            chosen += outcome.tokens
+        first += sequence.num_rows
+    if not chosen:
         return
-    padded = np.full((len(rows), num_top, 2), -np.inf)
-    count = min(num_top, rows.shape[1])
-    order = np.argsort(-shifted, axis=1, kind="stable")[:, :count]
-    padded[:, :count, 0] = np.take_along_axis(shifted, order, axis=1)
-    padded[:, :count, 1] = order + vocab_start
-    candidates = group.all_gather(padded).transpose(1, 0, 2, 3).reshape(len(rows), -1, 2)
-    chosen = np.argsort(-candidates[:, :, 0], axis=1, kind="stable")[:, :num_top]
-    best = np.take_along_axis(candidates, chosen[:, :, None], axis=1)
-    outcome.top_ids = best[:, :, 1].astype(np.int64).tolist()
-    outcome.top_logprobs = (best[:, :, 0] - log_sum[:, None]).tolist()
+    num_top = max(count for _, count in asking)
+    rows = raw[torch.tensor(visited, device=raw.device)]
+    mine = ops.token_logprobs(rows, vocab_start, torch.tensor(chosen, device=raw.device), num_top)
+    shards = group.all_gather(mine).cpu()
+    maximum = shards[:, :, 0].amax(0)
+    log_sum = maximum + (shards[:, :, 1] * (shards[:, :, 0] - maximum).exp()).sum(0).log()
+    chosen_logprobs = (shards[:, :, 2].amax(0) - log_sum).tolist()
+    # Shards come in ascending order of their tokens, so that a stable sort keeps the lowest token of equals first.
+    values = shards[:, :, 3::2].transpose(0, 1).flatten(1)
+    order = values.argsort(dim=1, descending=True, stable=True)[:, :num_top]
+    top_logprobs = values.gather(1, order) - log_sum[:, None]
+    top_ids = shards[:, :, 4::2].transpose(0, 1).flatten(1).gather(1, order).long()
+    at = 0
+    for outcome, count in asking:
+        stop = at + len(outcome.tokens)
+        outcome.chosen_logprobs = chosen_logprobs[at:stop]
+        if count:
+            outcome.top_ids = top_ids[at:stop, :count].tolist()
+            outcome.top_logprobs = top_logprobs[at:stop, :count].tolist()
+        at = stop

@@ -24,6 +24,11 @@ from dflash_ray.target.page_allocator import PageAllocator
 from dflash_ray.target.sequences import Sequence
 
 OK = target_pb2.ENTRY_STATUS_OK
+_FINISH_REASONS = (
+    common_pb2.FINISH_REASON_UNSPECIFIED,
+    common_pb2.FINISH_REASON_STOP,
+    common_pb2.FINISH_REASON_LENGTH,
+)
 
 
 class StepRunner(Protocol):
@@ -216,12 +221,12 @@ class Engine:
             columns["context_lens"].append(sequence.kv_len)
             columns["page_counts"].append(len(sequence.pages))
             columns["pages"] += sequence.pages
-            if entry.is_verify:
-                columns["sample_rows"] += range(first, first + count)
-                plan.append(sequence.plan(entry.token_ids[1:], list(range(count - 1))))
-            elif entry.draws:
-                columns["sample_rows"].append(first + count - 1)
-                plan.append(sequence.plan([], []))
+            root = first if entry.is_verify else first + count - 1
+            feature_row = len(columns["feature_rows"]) + root - first if sequence.wants_features else -1
+            if entry.draws:
+                columns["sample_rows"] += range(root, first + count)
+                drafts = entry.token_ids[root - first + 1 :]
+                plan.append(sequence.plan(drafts, list(range(len(drafts))), feature_row))
             if sequence.wants_features:
                 columns["feature_rows"] += range(first, first + count)
         return StepBatch(**{name: np.array(values, dtype=np.int64) for name, values in columns.items()}), plan
@@ -241,7 +246,7 @@ class Engine:
             sequence = entry.sequence
             assert sequence is not None
             outcome = next(verdicts) if entry.draws else SequenceOutcome()
-            num_kept = 1 + len(outcome.accepted_rows) if entry.is_verify else len(entry.token_ids)
+            num_kept = outcome.kv_len - sequence.kv_len if entry.draws else len(entry.token_ids)
             if sequence.wants_features and features is not None:
                 rows = features[offset : offset + num_kept]
                 offset += len(entry.token_ids)
@@ -251,10 +256,11 @@ class Engine:
                 entry.status = target_pb2.ENTRY_STATUS_FAILED
                 entry.error = "the target's logits are not finite"
                 continue
-            entry.kept, entry.finish_reason = sequence.commit(outcome.tokens, num_kept)
+            sequence.commit(outcome.tokens, sequence.kv_len + num_kept)
+            entry.kept, entry.finish_reason = outcome.tokens, _FINISH_REASONS[outcome.finish]
             entry.num_accepted = min(len(outcome.accepted_rows), len(entry.kept))
             if outcome.chosen_logprobs:
-                entry.logprobs = _logprobs(outcome, len(entry.kept))
+                entry.logprobs = _logprobs(outcome)
 
     def _keep_features(self, sequence: Sequence, rows: np.ndarray, result: target_pb2.StepResult) -> None:
         """Features of rows that start at the sequence's kv_len: stored, and sent or given to the colocated drafter."""
@@ -321,11 +327,11 @@ def _to_message(sequence: Sequence, start: int, rows: np.ndarray) -> common_pb2.
     )
 
 
-def _logprobs(outcome: SequenceOutcome, count: int) -> common_pb2.TokenLogprobs:
-    message = common_pb2.TokenLogprobs(chosen=outcome.chosen_logprobs[:count])
+def _logprobs(outcome: SequenceOutcome) -> common_pb2.TokenLogprobs:
+    message = common_pb2.TokenLogprobs(chosen=outcome.chosen_logprobs)
     if outcome.top_ids:
         message.num_top = len(outcome.top_ids[0])
-        for ids, values in zip(outcome.top_ids[:count], outcome.top_logprobs[:count], strict=True):
+        for ids, values in zip(outcome.top_ids, outcome.top_logprobs, strict=True):
             message.top_token_ids.extend(ids)
             message.top_logprobs.extend(values)
     return message

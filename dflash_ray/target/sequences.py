@@ -67,38 +67,19 @@ class Sequence:
     def committed_len(self) -> int:
         return len(self.tokens)
 
-    @property
-    def num_generated(self) -> int:
-        return len(self.tokens) - self.prompt_len
-
-    def commit(self, new_tokens: list[int], num_rows: int) -> tuple[list[int], int]:
-        """Appends the tokens of a pass that computed `num_rows` rows which all stay.
-
-        Returns the tokens kept (cut after a stop token or at the length limit) and the finish reason.
-        """
-        kept: list[int] = []
-        reason = common_pb2.FINISH_REASON_UNSPECIFIED
-        for token in new_tokens:
-            kept.append(token)
-            generated = self.num_generated + len(kept)
-            if token in self.stop_ids and generated > self.min_new_tokens:
-                reason = common_pb2.FINISH_REASON_STOP
-                break
-            if self.committed_len + len(kept) >= self.max_len:
-                reason = common_pb2.FINISH_REASON_LENGTH
-                break
-        self.tokens.extend(kept)
-        self.kv_len += num_rows
+    def commit(self, new_tokens: list[int], kv_len: int) -> None:
+        """Appends the tokens of a pass after which the first `kv_len` rows are in the cache."""
+        self.tokens.extend(new_tokens)
+        self.kv_len = kv_len
         if self.has_penalties:
-            self._count(kept)
-        return kept, reason
+            self._count(new_tokens)
 
     def _count(self, tokens: list[int]) -> None:
         for token in tokens:
             self.history[token] = self.history.get(token, 0) + 1
 
-    def plan(self, drafts: list[int], parents: list[int]) -> SequencePlan:
-        """The rows that draw: the last committed token and the drafts after it."""
+    def plan(self, drafts: list[int], parents: list[int], feature_row: int) -> SequencePlan:
+        """The rows that draw: the last committed token, whose feature is in `feature_row`, and the drafts after it."""
         sampling = self.sampling
         return SequencePlan(
             temperature=sampling.temperature,
@@ -120,6 +101,10 @@ class Sequence:
             ban_below=self.prompt_len + self.min_new_tokens if self.min_new_tokens else 0,
             history_ids=list(self.history),
             history_counts=list(self.history.values()),
+            stop_ids=sorted(self.stop_ids),
+            min_len=self.prompt_len + self.min_new_tokens,
+            max_len=self.max_len,
+            feature_row=feature_row,
         )
 
     def features_from(self, start: int) -> np.ndarray | None:

@@ -72,7 +72,7 @@ class GroupRunner:
 
     def verify(self, hidden: StepHidden, plan: list[SequencePlan]) -> list[SequenceOutcome]:
         logits = self._model.shard_logits(hidden.sampled)
-        return verify(logits, self._model.vocab_start, plan, self._shards)
+        return verify(logits, self._model.vocab_start, plan, self._shards, hidden.features)
 
     def follow(self) -> None:
         """Other ranks: takes part in every step until the process ends."""
@@ -144,7 +144,7 @@ class TargetRank:
         )
         shards: ShardGroup = SingleShard()
         if place.tp_size > 1:
-            shards = ProcessGroupShards(None, place.tp_size, torch.device(device))
+            shards = ProcessGroupShards(None, place.tp_size)
         self._runner = GroupRunner(model, StepChannel(place.rank, place.tp_size, device), shards)
         if is_first:
             colocated = self._colocated(drafter)

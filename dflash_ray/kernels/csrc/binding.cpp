@@ -3,6 +3,7 @@
 #include <torch/library.h>
 
 #include "operators.h"
+#include "verify_ops.h"
 
 TORCH_LIBRARY(dflash_ray, library) {
   library.def("pack_linear(Tensor weight) -> Tensor");
@@ -13,6 +14,7 @@ TORCH_LIBRARY(dflash_ray, library) {
       "paged_attention(Tensor query, Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, "
       "Tensor slots, Tensor entry_lens, Tensor context_lens, Tensor page_counts, Tensor pages, int page_size, "
       "float scale, int window, float softcap, bool is_causal) -> Tensor");
+  dflash_ray::define_verify_ops(library);
 }
 
 TORCH_LIBRARY_IMPL(dflash_ray, CPU, library) {
@@ -21,4 +23,5 @@ TORCH_LIBRARY_IMPL(dflash_ray, CPU, library) {
   library.impl("rms_norm", &dflash_ray::rms_norm_cpu);
   library.impl("silu_and_mul", &dflash_ray::silu_and_mul_cpu);
   library.impl("paged_attention", &dflash_ray::paged_attention_cpu);
+  dflash_ray::register_verify_cpu(library);
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <torch/library.h>
 
 #include <optional>
 
@@ -21,5 +22,8 @@ at::Tensor paged_attention_cpu(const at::Tensor& query, const at::Tensor& key, c
                                const at::Tensor& entry_lens, const at::Tensor& context_lens,
                                const at::Tensor& page_counts, const at::Tensor& pages, int64_t page_size, double scale,
                                int64_t window, double softcap, bool is_causal);
+
+// Implements the operators of verify_ops.h for the library's device.
+void register_verify_cpu(torch::Library& library);
 
 }  // namespace dflash_ray

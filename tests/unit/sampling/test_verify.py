@@ -1,7 +1,5 @@
 """Verification keeps the target's law: by enumeration of draws, over any number of shards, and row by row."""
 
-import threading
-
 import numpy as np
 import pytest
 import torch
@@ -11,64 +9,22 @@ from dflash_ray.sampling import verify as verify_module
 from dflash_ray.sampling.plan import COUPLED, REJECTION, SequencePlan, pack_plan, unpack_plan
 from dflash_ray.sampling.shards import SingleShard
 from dflash_ray.sampling.verify import verify
+from tests.shards import run_sharded
+from tests.unit.kernels.plans import plan_of
 
 
-class ThreadShards:
-    """Ranks as threads of this process."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self._barrier = threading.Barrier(size)
-        self._values = [None] * size
-
-    def rank(self, rank: int):
-        group = self
-
-        class Rank:
-            size = group.size
-
-            def all_gather(self, values):
-                group._values[rank] = values
-                group._barrier.wait()
-                gathered = np.stack(group._values)
-                group._barrier.wait()
-                return gathered
-
-        return Rank()
-
-
-def plan_of(tokens, parents=None, **values) -> SequencePlan:
-    defaults = {
-        "temperature": 1.0,
-        "top_k": 0,
-        "top_p": 1.0,
-        "min_p": 0.0,
-        "seed": 3,
-        "mode": COUPLED,
-        "presence_penalty": 0.0,
-        "frequency_penalty": 0.0,
-        "repetition_penalty": 1.0,
-        "num_logprobs": -1,
-        "position": 10,
-    }
-    parents = list(range(-1, len(tokens) - 1)) if parents is None else parents
-    return SequencePlan(**(defaults | values), tokens=tokens, parents=parents)
+def verify_alone(logits: torch.Tensor, plan: list[SequencePlan]):
+    return verify(logits.clone(), 0, plan, SingleShard())
 
 
 def verify_sharded(logits: torch.Tensor, plan: list[SequencePlan], size: int):
-    group = ThreadShards(size)
     per_rank = -(-logits.shape[1] // size)
-    outcomes = [None] * size
 
-    def run(rank: int) -> None:
+    def run(rank: int, group):
         start = rank * per_rank
-        outcomes[rank] = verify(logits[:, start : start + per_rank], start, plan, group.rank(rank))
+        return verify(logits[:, start : start + per_rank].clone(), start, plan, group)
 
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    outcomes = run_sharded(size, run)
     assert all(outcome == outcomes[0] for outcome in outcomes)
     return outcomes[0]
 
@@ -89,7 +45,7 @@ PARAMETERS = [
 def test_the_number_of_shards_changes_nothing(values, size):
     logits = torch.randn(20, 331, generator=torch.Generator().manual_seed(size)) * 3
     plan = [plan_of([1, 5, 9, 9, 2], seed=seed, **values) for seed in range(4)]
-    alone = verify(logits, 0, plan, SingleShard())
+    alone = verify_alone(logits, plan)
     assert [o.tokens for o in verify_sharded(logits, plan, size)] == [o.tokens for o in alone]
 
 
@@ -111,13 +67,13 @@ def test_top_k_top_p_and_min_p_allow_the_tokens_that_sorting_allows():
     }
     for tokens, values in allowed.values():
         plans = [plan_of([0], seed=seed, **values) for seed in range(600)]
-        drawn = {o.tokens[0] for o in verify(logits.expand(600, -1), 0, plans, SingleShard())}
+        drawn = {o.tokens[0] for o in verify_alone(logits.expand(600, -1), plans)}
         assert drawn <= set(tokens.tolist())
         assert len(drawn) >= min(len(tokens), 3)
 
 
 def test_equal_logits_are_drawn_lowest_id_first_when_greedy():
-    outcome = verify(torch.zeros(1, 40), 0, [plan_of([0], temperature=0.0)], SingleShard())
+    outcome = verify_alone(torch.zeros(1, 40), [plan_of([0], temperature=0.0)])
     assert outcome[0].tokens == [0]
     assert verify_sharded(torch.zeros(1, 40), [plan_of([0], temperature=0.0)], 3)[0].tokens == [0]
 
@@ -126,17 +82,17 @@ def test_a_row_that_is_not_finite_flags_its_sequence_only():
     logits = torch.randn(3, 40)
     logits[1, 7] = float("nan")
     plan = [plan_of([0], seed=seed) for seed in range(3)]
-    assert [o.is_flagged for o in verify(logits, 0, plan, SingleShard())] == [False, True, False]
+    assert [o.is_flagged for o in verify_alone(logits, plan)] == [False, True, False]
     assert [o.is_flagged for o in verify_sharded(logits, plan, 2)] == [False, True, False]
 
 
 def test_a_tree_is_walked_down_to_the_plain_tokens():
     logits = torch.randn(8, 30, generator=torch.Generator().manual_seed(4))
-    first = verify(logits[:1], 0, [plan_of([0])], SingleShard())[0].tokens[0]
-    second = verify(logits[2:3], 0, [plan_of([0], position=11)], SingleShard())[0].tokens[0]
+    first = verify_alone(logits[:1], [plan_of([0])])[0].tokens[0]
+    second = verify_alone(logits[2:3], [plan_of([0], position=11)])[0].tokens[0]
     other = (first + 1) % 30
     tokens, parents = [0, other, first, 5, (second + 1) % 30, second], [-1, 0, 0, 1, 2, 2]
-    outcome = verify(logits[:6], 0, [plan_of(tokens, parents)], SingleShard())[0]
+    outcome = verify_alone(logits[:6], [plan_of(tokens, parents)])[0]
     assert outcome.accepted_rows == [2, 5] and outcome.tokens[:2] == [first, second]
 
 
@@ -155,7 +111,7 @@ def drawn_pairs(mode: int, temperature: float = 1.0) -> tuple[np.ndarray, np.nda
             plan_of([0, bad_draft], seed=seed * 2654435761 % 2**64, mode=mode, temperature=temperature)
             for seed in range(start, start + batch)
         ]
-        for outcome in verify(logits, 0, plan, SingleShard()):
+        for outcome in verify_alone(logits, plan):
             firsts.append(outcome.tokens[0])
             if len(outcome.tokens) > 1:
                 seconds.append(outcome.tokens[1])
@@ -177,9 +133,26 @@ def test_two_hundred_thousand_draws_follow_the_target_with_a_bad_drafter(mode):
 
 
 @pytest.mark.slow
-def test_the_distribution_test_fails_when_rejected_drafts_are_not_left_out_of_the_residual(monkeypatch):
-    right = verify_module._perturbed_max
-    monkeypatch.setattr(verify_module, "_perturbed_max", lambda *args: right(*args[:-1], None))
+def test_the_distribution_test_fails_when_drafts_are_accepted_too_often(monkeypatch):
+    def too_likely(*arguments):
+        return right(*arguments[:3], arguments[3] * 0.5, *arguments[4:])
+
+    right = verify_module.ops.verify_combine
+    monkeypatch.setattr(verify_module.ops, "verify_combine", too_likely)
     first, _ = drawn_pairs(REJECTION)
+    with pytest.raises(AssertionError):
+        assert_law(first, TARGET[0])
+
+
+@pytest.mark.slow
+def test_the_distribution_test_fails_when_drafts_are_accepted_without_the_draw(monkeypatch):
+    def always_accepted(logits, *arguments):
+        partials = right(logits, *arguments)
+        partials[::2, 1] = 4.0  # the draft of every root
+        return partials
+
+    right = verify_module.ops.verify_coupled
+    monkeypatch.setattr(verify_module.ops, "verify_coupled", always_accepted)
+    first, _ = drawn_pairs(COUPLED)
     with pytest.raises(AssertionError):
         assert_law(first, TARGET[0])

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "../operators.h"
+#include "../verify_core.cuh"
 #include "vectors.h"
 
 namespace dflash_ray {

@@ -1,8 +1,6 @@
-// Vectors of floats as wide as the processor's registers, and what plain loops over them lack.
+// Vectors of floats as wide as the processor's registers.
 #pragma once
 
-#include <bit>
-#include <cmath>
 #include <cstdint>
 
 namespace dflash_ray {
@@ -38,23 +36,6 @@ inline float dot(const float* a, const float* b, int64_t size) {
   float total = sum(first + second);
   for (; i < size; ++i) total += a[i] * b[i];
   return total;
-}
-
-// exp(x) for x <= 0 with a relative error below 2^-22; 0 below the range of normal floats. Branch-free, so that loops
-// over it become vector code. Range reduction and polynomial after Cephes' expf.
-inline float exp_of_nonpositive(float x) {
-  const float clamped = x < -87.0f ? -87.0f : x;
-  const float n = std::floor(clamped * 1.44269504f + 0.5f);
-  const float r = clamped - n * 0.693359375f + n * 2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  const float scale = std::bit_cast<float>((static_cast<int32_t>(n) + 127) << 23);
-  return x < -87.0f ? 0.0f : p * scale;
 }
 
 }  // namespace dflash_ray

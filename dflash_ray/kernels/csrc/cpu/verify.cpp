@@ -1,0 +1,488 @@
+// Verification on CPU: one thread a row, vector code over chunks of it.
+//
+// A row is read from memory once, for the maxima of its chunks; drawing then looks again only at chunks that may hold
+// the winner, which for a language model's logits are a few.
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#if defined(__F16C__) || defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+#include "../operators.h"
+#include "../scalars.h"
+#include "../verify_ops.h"
+#include "vectors.h"
+
+namespace dflash_ray {
+namespace {
+
+constexpr int64_t kChunk = 256;  // tokens
+constexpr int64_t kBlock = 64;   // tokens whose noise is drawn together: 16 counters of 4 words
+
+// `count` values as floats: where they lie, or converted into `buffer`.
+inline const float* floats_at(const float* from, int64_t, float*) { return from; }
+
+inline const float* floats_at(const Bfloat16* from, int64_t count, float* buffer) {
+  for (int64_t i = 0; i < count; ++i) buffer[i] = to_float(from[i]);
+  return buffer;
+}
+
+inline const float* floats_at(const Float16* from, int64_t count, float* buffer) {
+  int64_t i = 0;
+#ifdef __F16C__
+  for (; i + 8 <= count; i += 8) {
+    const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i));
+    _mm256_storeu_ps(buffer + i, _mm256_cvtph_ps(bits));
+  }
+#endif
+  for (; i < count; ++i) buffer[i] = to_float(from[i]);
+  return buffer;
+}
+
+template <class T>
+void adjust(const PlanView& plan, int64_t row, Row<T>& logits) {
+  const int64_t s = plan.row(row)[kRowSequence];
+  const int64_t* sequence = plan.sequence(s);
+  if (!Penalties(plan.parameters(s)).are_off()) {
+    for (int64_t e = 0; e < sequence[kHistoryLen]; ++e) penalise_history(plan, row, e, logits);
+    penalise_path(plan, row, logits);
+  }
+  for (int64_t e = 0; e < sequence[kBiasLen]; ++e) add_bias(plan, sequence, e, logits);
+  if (plan.row(row)[kRowPosition] < sequence[kBanBelow]) {
+    for (int64_t e = 0; e < sequence[kBannedLen]; ++e) ban(plan, sequence, e, logits);
+  }
+}
+
+// The largest of `count` values; sets `has_nan` where one is not a number.
+float maximum_of(const float* x, int64_t count, bool& has_nan) {
+  Lanes best[2], nan[2]{};
+  best[0] = best[1] = Lanes{} + kMinusInf;
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= count; i += 2 * kLanes) {
+    for (int j = 0; j < 2; ++j) {
+      const Lanes value = load(x + i + j * kLanes);
+      best[j] = value > best[j] ? value : best[j];
+      nan[j] = value != value ? value : nan[j];
+    }
+  }
+  float lanes[2 * kLanes], nans[2 * kLanes];
+  for (int j = 0; j < 2; ++j) {
+    store(lanes + j * kLanes, best[j]);
+    store(nans + j * kLanes, nan[j]);
+  }
+  float result = kMinusInf;
+  for (int j = 0; j < 2 * kLanes; ++j) {
+    result = lanes[j] > result ? lanes[j] : result;
+    has_nan |= nans[j] != nans[j];
+  }
+  for (; i < count; ++i) {
+    result = x[i] > result ? x[i] : result;
+    has_nan |= x[i] != x[i];
+  }
+  return result;
+}
+
+// Maxima of a row's chunks, from the one pass over its memory.
+struct Scan {
+  std::vector<float> maxima;
+  float maximum = kMinusInf;
+  bool has_nan = false;
+
+  template <class T>
+  void run(const Row<T>& row) {
+    float buffer[kChunk];
+    maxima.clear();
+    maximum = kMinusInf;
+    has_nan = false;
+    for (int64_t at = 0; at < row.size; at += kChunk) {
+      const int64_t count = std::min(kChunk, row.size - at);
+      maxima.push_back(maximum_of(floats_at(row.data + at, count, buffer), count, has_nan));
+      maximum = std::max(maximum, maxima.back());
+    }
+  }
+
+  bool is_bad() const { return has_nan || maximum == INFINITY; }
+
+  int64_t chunk_of_maximum() const { return std::find(maxima.begin(), maxima.end(), maximum) - maxima.begin(); }
+};
+
+template <class T>
+void best_greedy(const Row<T>& row, const Scan& scan, Best& best) {
+  if (scan.maximum == kMinusInf) return;
+  const int64_t end = std::min(row.size, (scan.chunk_of_maximum() + 1) * kChunk);
+  for (int64_t i = scan.chunk_of_maximum() * kChunk; i < end; ++i) {
+    if (to_float(row.data[i]) == scan.maximum) return best.take(scan.maximum, row.start + i);
+  }
+}
+
+// Philox over the 16 counters of a block, two products of 32-bit words a round.
+#if defined(__AVX512F__)
+struct Counters {
+  __m512i at;
+
+  static Counters all(uint32_t value) { return {_mm512_set1_epi32(static_cast<int>(value))}; }
+  static Counters from(uint32_t value) {
+    const __m512i steps = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    return {_mm512_add_epi32(all(value).at, steps)};
+  }
+  Counters operator^(Counters other) const { return {_mm512_xor_si512(at, other.at)}; }
+  void multiply(uint32_t factor, Counters& high, Counters& low) const {
+    const __m512i by = _mm512_set1_epi64(factor);
+    const __m512i even = _mm512_mul_epu32(at, by), odd = _mm512_mul_epu32(_mm512_srli_epi64(at, 32), by);
+    high.at = _mm512_mask_blend_epi32(0xAAAA, _mm512_srli_epi64(even, 32), odd);
+    low.at = _mm512_mask_blend_epi32(0xAAAA, even, _mm512_slli_epi64(odd, 32));
+  }
+  void store(uint32_t* to) const { _mm512_storeu_si512(to, at); }
+};
+#else
+struct Counters {
+  uint32_t at[kBlock / 4];
+
+  static Counters all(uint32_t value) {
+    Counters counters;
+    std::fill_n(counters.at, kBlock / 4, value);
+    return counters;
+  }
+  static Counters from(uint32_t value) {
+    Counters counters;
+    for (uint32_t i = 0; i < kBlock / 4; ++i) counters.at[i] = value + i;
+    return counters;
+  }
+  Counters operator^(Counters other) const {
+    for (int i = 0; i < kBlock / 4; ++i) other.at[i] ^= at[i];
+    return other;
+  }
+  void multiply(uint32_t factor, Counters& high, Counters& low) const {
+    for (int i = 0; i < kBlock / 4; ++i) {
+      const uint64_t product = uint64_t{factor} * at[i];
+      high.at[i] = static_cast<uint32_t>(product >> 32);
+      low.at[i] = static_cast<uint32_t>(product);
+    }
+  }
+  void store(uint32_t* to) const { std::copy_n(at, kBlock / 4, to); }
+};
+#endif
+
+// The noise of a block's tokens: words[w][c] belongs to token first_token + 4 c + w.
+void block_words(const RowDraw& draw, int64_t first_token, uint32_t (&words)[4][kBlock / 4]) {
+  const uint64_t at = static_cast<uint64_t>(draw.position), key = static_cast<uint64_t>(draw.seed);
+  Counters c0 = Counters::all(static_cast<uint32_t>(at)), c1 = Counters::all(static_cast<uint32_t>(at >> 32));
+  Counters c2 = Counters::from(static_cast<uint32_t>(first_token >> 2));
+  Counters c3 = Counters::all(static_cast<uint32_t>(draw.purpose));
+  uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
+  for (int round = 0; round < 10; ++round) {
+    Counters high0, low0, high1, low1;
+    c0.multiply(0xD2511F53u, high0, low0);
+    c2.multiply(0xCD9E8D57u, high1, low1);
+    c0 = high1 ^ c1 ^ Counters::all(k0);
+    c1 = low1;
+    c2 = high0 ^ c3 ^ Counters::all(k1);
+    c3 = low0;
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+  c0.store(words[0]);
+  c1.store(words[1]);
+  c2.store(words[2]);
+  c3.store(words[3]);
+}
+
+// word_that_may_reach for gaps in steps of 1/16, rounded towards smaller words.
+struct NeededWords {
+  static constexpr int kSteps = 16;
+  uint32_t words[static_cast<int>(kMaxGumbel * kSteps) + 1];
+
+  NeededWords() {
+    for (size_t i = 0; i < std::size(words); ++i) words[i] = word_that_may_reach(static_cast<float>(i) / kSteps);
+  }
+  uint32_t operator()(double gap) const {
+    if (gap > kMaxGumbel) return kNoWord;
+    return gap <= 0 ? 0 : words[static_cast<int>(gap * kSteps)];
+  }
+};
+
+// Considers the tokens [at, end) of a row, block by block; blocks that cannot win cost one maximum or one draw.
+template <class T>
+void draw_chunk(const Row<T>& row, const RowDraw& draw, int64_t at, int64_t end, Best& best) {
+  static const NeededWords needed_words;
+  while (at < end) {
+    const int64_t first = (row.start + at) & ~(kBlock - 1), offset = row.start + at - first;
+    const int64_t count = std::min(kBlock - offset, end - at);
+    float buffer[kBlock];
+    const float* values = floats_at(row.data + at, count, buffer);
+    bool ignored = false;
+    const float highest = maximum_of(values, count, ignored) * draw.inv_temperature;
+    const bool is_out = highest == kMinusInf || highest < draw.floor;
+    const double gap = best.token < 0 ? 0 : best.score - static_cast<double>(highest);
+    const uint32_t needed = is_out ? kNoWord : needed_words(gap);
+    if (needed < kNoWord) {
+      uint32_t words[4][kBlock / 4];
+      block_words(draw, first, words);
+      uint32_t any = 0;
+      for (const auto& line : words) {
+        for (const uint32_t word : line) any |= (word >> 8) >= needed;
+      }
+      for (int64_t i = 0; any && i < count; ++i) {
+        const uint32_t word = words[(offset + i) & 3][(offset + i) >> 2];
+        if ((word >> 8) >= needed) consider(draw, values[i] * draw.inv_temperature, word, row.start + at + i, best);
+      }
+    }
+    at += count;
+  }
+}
+
+template <class T>
+void best_drawn(const Row<T>& row, const Scan& scan, const RowDraw& draw, Best& best) {
+  if (scan.maximum == kMinusInf) return;
+  // The likeliest chunk first: its winner rules out most others.
+  const int64_t likeliest = scan.chunk_of_maximum(), num_chunks = static_cast<int64_t>(scan.maxima.size());
+  for (int64_t step = -1; step < num_chunks; ++step) {
+    const int64_t chunk = step < 0 ? likeliest : step;
+    if (step == likeliest) continue;
+    const float highest = scan.maxima[chunk] * draw.inv_temperature;
+    if (highest == kMinusInf || highest < draw.floor) continue;
+    if (best.token >= 0 && best.score - static_cast<double>(highest) > kMaxGumbel) continue;
+    draw_chunk(row, draw, chunk * kChunk, std::min(row.size, (chunk + 1) * kChunk), best);
+  }
+}
+
+float floor_of(const int64_t* state, int64_t row) {
+  return state ? value_of_key(static_cast<uint32_t>(state[row * kStateColumns + kFloorKey])) : kMinusInf;
+}
+
+void write_partial(double* partial, const Best& best, float maximum, bool is_bad) {
+  partial[kBestScore] = best.score;
+  partial[kBestToken] = static_cast<double>(best.token);
+  partial[kMaximum] = maximum;
+  partial[kIsBad] = is_bad;
+}
+
+template <class T>
+int64_t kept_mass(const Row<T>& row, float inv_temperature, float maximum, float floor) {
+  float buffer[kChunk];
+  int64_t total = 0;
+  for (int64_t at = 0; at < row.size; at += kChunk) {
+    const int64_t count = std::min(kChunk, row.size - at);
+    const float* values = floats_at(row.data + at, count, buffer);
+    for (int64_t i = 0; i < count; ++i) {
+      total += values[i] * inv_temperature >= floor ? mass_of(values[i], inv_temperature, maximum) : 0;
+    }
+  }
+  return total;
+}
+
+// Calls work(Row, index) for every row, in parallel.
+template <class Work>
+void for_rows(const LogitsView& logits, const Work& work) {
+  at::parallel_for(0, logits.num_rows, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      switch (logits.kind) {
+        case Kind::kFloat32:
+          work(Row<float>{static_cast<float*>(logits.data) + i * logits.stride, logits.size, logits.start}, i);
+          break;
+        case Kind::kBfloat16:
+          work(Row<Bfloat16>{static_cast<Bfloat16*>(logits.data) + i * logits.stride, logits.size, logits.start}, i);
+          break;
+        case Kind::kFloat16:
+          work(Row<Float16>{static_cast<Float16*>(logits.data) + i * logits.stride, logits.size, logits.start}, i);
+          break;
+      }
+    }
+  });
+}
+
+float temperature_scale(const PlanView& plan, int64_t row) {
+  const float* parameters = plan.parameters(plan.row(row)[kRowSequence]);
+  return is_greedy(parameters) ? 1.0f : parameters[kInvTemperature];
+}
+
+struct CpuBackend {
+  static void prepare(const LogitsView& logits, const PlanView& plan, double* stats) {
+    for_rows(logits, [&](auto row, int64_t i) {
+      thread_local Scan scan;
+      adjust(plan, i, row);
+      scan.run(row);
+      stats[2 * i] = scan.maximum * temperature_scale(plan, i);
+      stats[2 * i + 1] = scan.is_bad();
+    });
+  }
+
+  static void threshold_start(const double* maxima, const PlanView& plan, int64_t* state) {
+    for (int64_t i = 0; i < plan.num_rows; ++i) {
+      dflash_ray::start_threshold(plan.parameters(plan.row(i)[kRowSequence]), maxima[i], state + i * kStateColumns);
+    }
+  }
+
+  static void threshold_histogram(const LogitsView& logits, const PlanView& plan, const double* maxima,
+                                  const int64_t* states, int index, int64_t* histograms) {
+    const Round round(index);
+    for_rows(logits, [&](auto row, int64_t i) {
+      int64_t* histogram = histograms + i * kBins;
+      const int64_t s = plan.row(i)[kRowSequence], *state = states + i * kStateColumns;
+      const float inv_temperature = plan.parameters(s)[kInvTemperature], maximum = static_cast<float>(maxima[i]);
+      std::fill_n(histogram, kBins, 0);
+      if (!round.concerns(plan.sequence(s), plan.parameters(s))) return;
+      // Neighbours fall into few bins: histograms of their own keep additions from waiting for each other.
+      constexpr int kLanesOfBins = 4;
+      int64_t bins[kLanesOfBins][kBins]{};
+      const uint64_t low = std::max(state[kFloorKey], round.shift == 24 ? 0 : state[kPrefix]);
+      const uint64_t high = round.shift == 24 ? uint64_t{1} << 32 : state[kPrefix] + (uint64_t{1} << (round.shift + 8));
+      float buffer[kChunk];
+      uint32_t keys[kChunk];
+      int64_t weights[kChunk];
+      for (int64_t at = 0; at < row.size; at += kChunk) {
+        const int64_t count = std::min(kChunk, row.size - at);
+        const float* values = floats_at(row.data + at, count, buffer);
+        uint32_t any = 0;
+        for (int64_t j = 0; j < count; ++j) {
+          keys[j] = key_of(values[j] * inv_temperature);
+          any |= keys[j] >= low && keys[j] < high;
+        }
+        if (!any) continue;
+        if (round.shift == 24) {  // every value is in: vector code
+          for (int64_t j = 0; j < count; ++j) {
+            weights[j] = round.is_top_k ? 1 : mass_of(values[j], inv_temperature, maximum);
+          }
+        }
+        for (int64_t j = 0; j < count; ++j) {
+          if (keys[j] < low || keys[j] >= high) continue;
+          if (round.shift < 24) weights[j] = round.is_top_k ? 1 : mass_of(values[j], inv_temperature, maximum);
+          bins[j % kLanesOfBins][keys[j] >> round.shift & (kBins - 1)] += weights[j];
+        }
+      }
+      for (const auto& lane : bins) {
+        for (int bin = 0; bin < kBins; ++bin) histogram[bin] += lane[bin];
+      }
+    });
+  }
+
+  static void threshold_narrow(const int64_t* histograms, const PlanView& plan, int round, int64_t* states) {
+    for (int64_t i = 0; i < plan.num_rows; ++i) {
+      const int64_t s = plan.row(i)[kRowSequence];
+      narrow_threshold(round, plan.sequence(s), plan.parameters(s), histograms + i * kBins, states + i * kStateColumns);
+    }
+  }
+
+  static void greedy(const LogitsView& logits, const PlanView& plan, bool adjusts, double* partials) {
+    for_rows(logits, [&](auto row, int64_t i) {
+      thread_local Scan scan;
+      if (adjusts) adjust(plan, i, row);
+      scan.run(row);
+      Best best;
+      best_greedy(row, scan, best);
+      write_partial(partials + i * kPlainPartials, best, scan.maximum, scan.is_bad());
+    });
+  }
+
+  // One row of a mixed batch: greedy or drawn.
+  template <class T>
+  static void draw_row(Row<T>& row, int64_t i, const PlanView& plan, const int64_t* state, const DraftView& drafts,
+                       double* partial) {
+    thread_local Scan scan;
+    scan.run(row);
+    Best best;
+    const bool greedy_row = is_greedy(plan.parameters(plan.row(i)[kRowSequence]));
+    if (greedy_row) {
+      best_greedy(row, scan, best);
+    } else if (!scan.is_bad()) {
+      best_drawn(row, scan, row_draw(plan, drafts, i, floor_of(state, i)), best);
+    }
+    write_partial(partial, best, scan.maximum * temperature_scale(plan, i), scan.is_bad());
+  }
+
+  static void coupled(const LogitsView& logits, const PlanView& plan, const int64_t* state, bool adjusts,
+                      double* partials) {
+    for_rows(logits, [&](auto row, int64_t i) {
+      if (adjusts) adjust(plan, i, row);
+      draw_row(row, i, plan, state, {}, partials + i * kPlainPartials);
+    });
+  }
+
+  static void rejection(const LogitsView& logits, const PlanView& plan, const double* maxima, const int64_t* state,
+                        const DraftView& drafts, double* partials) {
+    for_rows(logits, [&](auto row, int64_t i) {
+      double* partial = partials + i * (kDraftMass + drafts.width);
+      draw_row(row, i, plan, state, drafts, partial);
+      std::fill_n(partial + kMass, 1 + drafts.width, 0.0);
+      if (!is_judged(plan, drafts, i) || partial[kIsBad] != 0) return;
+      const float inv_temperature = temperature_scale(plan, i), maximum = static_cast<float>(maxima[i]);
+      const float floor = floor_of(state, i);
+      partial[kMass] = static_cast<double>(kept_mass(row, inv_temperature, maximum, floor));
+      for (int64_t j = 0; j < drafts.width; ++j) {
+        const int64_t token = drafts.ids[i * drafts.width + j];
+        if (!row.has(token) || row.get(token) * inv_temperature < floor) continue;
+        partial[kDraftMass + j] = static_cast<double>(mass_of(row.get(token), inv_temperature, maximum));
+      }
+    });
+  }
+
+  static void combine(const PartialsView& partials, const PlanView& plan, const DraftView& drafts, int64_t depth,
+                      int64_t* outcomes) {
+    for (int64_t s = 0; s < plan.num_sequences; ++s) {
+      walk(plan, drafts, partials, s, depth, outcomes + s * (kOutcomeHead + 2 * depth));
+    }
+  }
+
+  static void commit(const int64_t* outcomes, int64_t width, const PlanView& plan, char* features, int64_t row_bytes,
+                     int64_t* commits) {
+    const int64_t depth = (width - kOutcomeHead) / 2;
+    for (int64_t s = 0; s < plan.num_sequences; ++s) {
+      const int64_t* outcome = outcomes + s * width;
+      commit_sequence(plan, s, outcome, commits + s * kCommitColumns);
+      const int64_t first = plan.sequence(s)[kFeatureRow];
+      if (features == nullptr || first < 0) continue;
+      for (int64_t j = 0; j < outcome[kNumAccepted]; ++j) {
+        // Accepted rows ascend, so no row is overwritten before it is read.
+        const int64_t from = outcome[kOutcomeHead + depth + j], to = j + 1;
+        if (from != to) std::memcpy(features + (first + to) * row_bytes, features + (first + from) * row_bytes, row_bytes);
+      }
+    }
+  }
+
+  static void logprobs(const LogitsView& logits, const int64_t* chosen, int64_t num_top, double* out) {
+    for_rows(logits, [&](auto row, int64_t i) {
+      thread_local Scan scan;
+      scan.run(row);
+      double* line = out + i * (3 + 2 * num_top);
+      float buffer[kChunk];
+      line[0] = scan.maximum;
+      line[1] = 0;
+      for (int64_t at = 0; at < row.size && scan.maximum > kMinusInf; at += kChunk) {
+        const int64_t count = std::min(kChunk, row.size - at);
+        const float* values = floats_at(row.data + at, count, buffer);
+        for (int64_t j = 0; j < count; ++j) line[1] += exp_of_nonpositive(values[j] - scan.maximum);
+      }
+      line[2] = row.has(chosen[i]) ? row.get(chosen[i]) : kMinusInf;
+      Best last{INFINITY, -1};
+      for (int64_t n = 0; n < num_top; ++n) {
+        Best next;
+        for (int64_t j = 0; j < row.size; ++j) {
+          const float value = to_float(row.data[j]);
+          const bool is_after = value < last.score || (value == last.score && row.start + j > last.token);
+          if (is_after && value > next.score) next = {value, row.start + j};
+        }
+        line[3 + 2 * n] = next.score;
+        line[4 + 2 * n] = static_cast<double>(next.token);
+        last = next;
+      }
+    });
+  }
+
+  static void noise(const int64_t* seeds, const int64_t* positions, const int64_t* ids, int64_t count, int64_t width,
+                    int purpose, double* out) {
+    for (int64_t i = 0; i < count * width; ++i) {
+      out[i] = gumbel(seeds[i / width], positions[i / width], ids[i], purpose);
+    }
+  }
+};
+
+}  // namespace
+
+void register_verify_cpu(torch::Library& library) { VerifyOps<CpuBackend, NoGuard>::register_in(library); }
+
+}  // namespace dflash_ray

@@ -1,0 +1,52 @@
+"""Output shapes of the operators for tracing: their implementations on the Meta device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dflash_ray.kernels.columns import NUM_BINS, CommitColumn, OutcomeColumn, Partial, StateColumn
+
+
+def _table(like: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
+    return like.new_empty((like.shape[0], columns), dtype=dtype)
+
+
+_VERIFY: dict[str, Callable[..., Tensor | None]] = {
+    "verify_prepare": lambda logits, *_: _table(logits, 2, torch.float64),
+    "threshold_start": lambda maxima, *_: _table(maxima, len(StateColumn), torch.int64),
+    "threshold_histogram": lambda logits, *_: _table(logits, NUM_BINS, torch.int64),
+    "threshold_narrow": lambda *_: None,
+    "verify_greedy": lambda logits, *_: _table(logits, Partial.MASS, torch.float64),
+    "verify_coupled": lambda logits, *_: _table(logits, Partial.MASS, torch.float64),
+    "verify_rejection": lambda logits, *rest: _table(logits, Partial.MASS + 1 + rest[-1].shape[1], torch.float64),
+    "verify_combine": lambda partials, rows, ints, *rest: _table(
+        ints, OutcomeColumn.TOKENS + 2 * rest[-1], torch.int64
+    ),
+    "commit": lambda outcome, *_: _table(outcome, len(CommitColumn), torch.int64),
+    "token_logprobs": lambda logits, start, chosen, num_top: _table(logits, 3 + 2 * num_top, torch.float64),
+    "gumbel_noise": lambda seeds, positions, ids, purpose: torch.empty_like(ids, dtype=torch.float64),
+}
+
+
+def _packed_linear(x: Tensor, packed: Tensor, bias: Any, out_features: int) -> Tensor:
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+def register_verify_fakes(namespace: str) -> None:
+    """For the verification operators of a torch.ops namespace."""
+    for name, function in _VERIFY.items():
+        torch.library.register_fake(f"{namespace}::{name}", function)
+
+
+def register_forward_fakes() -> None:
+    """For the operators of the forward pass whose outputs have the shape of an input."""
+    torch.library.register_fake("dflash_ray::packed_linear", _packed_linear)
+    torch.library.register_fake("dflash_ray::rms_norm", lambda x, weight, eps: torch.empty_like(x))
+    torch.library.register_fake(
+        "dflash_ray::silu_and_mul", lambda gate_up: gate_up.new_empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2))
+    )
+    torch.library.register_fake("dflash_ray::paged_attention", lambda query, *_: torch.empty_like(query))
