@@ -57,9 +57,15 @@ lint: setup ## Check style, types, protos and that generated code is current
 protos: setup ## Generate dflash_ray/pb from protos/
 	$(BIN)/python -m grpc_tools.protoc -Iprotos --python_out=. --pyi_out=. --grpc_python_out=. protos/dflash_ray/pb/*.proto
 
+.PHONY: kernels
+kernels: setup ## Compile the operators, and the CUDA kernels where nvcc is
+	$(BIN)/dflash-ray kernels build
+	@if command -v nvcc >/dev/null; then $(BIN)/dflash-ray kernels report; else echo "no nvcc: CUDA kernels not compiled"; fi
+
 .PHONY: bench
-bench: setup ## Print the speed of plain decoding against transformers
+bench: setup ## Print the speed of plain decoding and of verification against their peers
 	$(BIN)/python benchmarks/plain_decode.py
+	$(BIN)/python benchmarks/verify.py
 
 .PHONY: clean
 clean: ## Remove the virtual environment and caches

@@ -68,5 +68,27 @@ def status(http: HttpOption = "http://127.0.0.1:8000") -> None:
     run_status(http)
 
 
+kernels = typer.Typer(no_args_is_help=True, help="Compile the operators ahead of time, and look at the CUDA kernels.")
+app.add_typer(kernels, name="kernels")
+
+
+@kernels.command("build")
+def kernels_build() -> None:
+    """Compile the operators for this machine, or for that of $DFLASH_RAY_KERNEL_FLAGS, into the cache."""
+    from dflash_ray.commands.kernels import run_build
+
+    run_build()
+
+
+@kernels.command("report")
+def kernels_report(
+    write: Annotated[bool, typer.Option(help="commit the figures to csrc/cuda/report.json")] = False,
+) -> None:
+    """Compile the CUDA kernels for every architecture and show registers, spills and shared memory."""
+    from dflash_ray.commands.kernels import run_report
+
+    run_report(write)
+
+
 if __name__ == "__main__":
     app()

@@ -22,13 +22,14 @@ from dflash_ray.kernels.fakes import register_forward_fakes, register_verify_fak
 
 logger = logging.getLogger(__name__)
 CACHE_ENV = "DFLASH_RAY_KERNEL_CACHE"
+FLAGS_ENV = "DFLASH_RAY_KERNEL_FLAGS"
 SOURCES = Path(__file__).parent / "csrc"
 CPU_SOURCES = ("binding.cpp", "cpu/forward.cpp", "cpu/linear.cpp", "cpu/verify.cpp")
 _CUDA_SOURCES = ("cuda/binding.cpp", "cuda/verify.cu")
 _NAME = "dflash_ray_kernels"
-_FLAGS = ("-O3", "-march=native", "-std=c++20", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-Wall")
+_FLAGS = ("-O3", "-std=c++20", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-Wall")
 # No fused multiply-adds but those that are written: the CPU's and the GPU's arithmetic are to be the same.
-_CUDA_FLAGS = ("-O3", "-std=c++20", "--fmad=false")
+CUDA_FLAGS = ("-O3", "-std=c++20", "--fmad=false")
 
 
 def cache_dir() -> Path:
@@ -75,20 +76,15 @@ def _compile(path: Path) -> None:
         raise RuntimeError("no C++ compiler: install g++ or set CXX")
     logger.info("compiling the operators into %s; this takes a minute or two, once", path.parent)
     sources = CPU_SOURCES + (_CUDA_SOURCES if _builds_cuda() else ())
-    compile_library(path, [SOURCES / source for source in sources], list(_FLAGS))
-
-
-def compile_library(path: Path, sources: list[Path], flags: list[str]) -> None:
-    """Compiles C++ and CUDA sources into a library that torch can load."""
     from torch.utils import cpp_extension
 
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         cpp_extension.load(
             path.stem,
-            [str(source) for source in sources],
-            extra_cflags=flags,
-            extra_cuda_cflags=list(_CUDA_FLAGS),
-            extra_ldflags=["-fopenmp"],
+            [str(SOURCES / source) for source in sources],
+            extra_cflags=[*_FLAGS, *_machine_flags()],
+            extra_cuda_cflags=list(CUDA_FLAGS),
+            extra_ldflags=["-fopenmp", *(flag for flag in _machine_flags() if flag.startswith("-fsanitize"))],
             build_directory=folder,
             is_python_module=False,
         )
@@ -103,12 +99,19 @@ def _builds_cuda() -> bool:
     return torch.version.cuda is not None and cpp_extension.CUDA_HOME is not None
 
 
+def _machine_flags() -> list[str]:
+    """Flags of $DFLASH_RAY_KERNEL_FLAGS, or this processor's own; an image names those of the machines it runs on."""
+    return os.environ.get(FLAGS_ENV, "-march=native").split()
+
+
 def _fingerprint() -> str:
-    digest = hashlib.sha256(f"{torch.__version__} {platform.machine()} {_processor()}".encode())
+    machine = _machine_flags()
+    processor = _processor() if "-march=native" in machine else ""
+    digest = hashlib.sha256(f"{torch.__version__} {platform.machine()} {processor} {machine}".encode())
     for source in sorted(SOURCES.rglob("*")):
         if source.is_file():
             digest.update(source.read_bytes())
-    digest.update(" ".join((*_FLAGS, *_CUDA_FLAGS, str(_builds_cuda()))).encode())
+    digest.update(" ".join((*_FLAGS, *CUDA_FLAGS, str(_builds_cuda()))).encode())
     return digest.hexdigest()[:16]
 
 

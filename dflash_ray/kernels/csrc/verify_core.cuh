@@ -34,11 +34,10 @@ enum Finish { kGoesOn, kStopped, kFull };
 // The mass and one mass for each draft candidate only in rejection mode.
 enum Partial { kBestScore, kBestToken, kMaximum, kIsBad, kMass, kDraftMass, kPlainPartials = kMass };
 
-constexpr int kMaxPath = 32;         // drafts on the way to a row
 constexpr float kMinusInf = -INFINITY;
-constexpr double kMaxGumbel = 17.33;  // -log(-log(1 - 2^-25)), rounded up
-constexpr uint32_t kNoWord = 1u << 24;
-constexpr double kMassUnit = 4294967296.0;  // masses are multiples of 2^-32 of the likeliest token's
+constexpr double kMaxGumbel = 17.33;           // -log(-log(1 - 2^-25)), rounded up
+constexpr uint32_t kNoWord = 1u << 24;         // above all 24-bit words
+constexpr double kMassUnit = 4294967296.0;     // masses are multiples of 2^-32 of the likeliest token's
 
 enum class Kind { kFloat32, kBfloat16, kFloat16 };
 

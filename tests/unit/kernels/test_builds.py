@@ -1,0 +1,57 @@
+"""Builds other than the one in use: with sanitizers, and for GPUs that are not here."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dflash_ray.kernels import build, cuda_report
+
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc: CUDA kernels cannot be compiled here")
+SANITIZED = "-g -O1 -mavx2 -mfma -mf16c -fsanitize=address,undefined -fno-sanitize-recover=all"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_the_cpu_operators_run_clean_under_sanitizers(tmp_path):
+    library = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
+    environment = os.environ | {
+        build.FLAGS_ENV: SANITIZED,
+        build.CACHE_ENV: str(tmp_path),
+        "LD_PRELOAD": library.stdout.strip(),
+        "ASAN_OPTIONS": "detect_leaks=0",  # the interpreter's own are no fault of the operators
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+    }
+    tests = [str(Path(__file__).parent / name) for name in ("test_verify.py", "test_forward.py")]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "not emulated and not warning"]
+    done = subprocess.run([*command, *tests], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+@pytest.mark.slow
+@needs_nvcc
+def test_the_cuda_kernels_compile_without_spills_and_within_their_budget():
+    report = cuda_report.compile_report()
+    assert cuda_report.faults(report) == []
+    committed = cuda_report.load_report()
+    if committed["compiler"] == report["compiler"]:
+        assert {key: committed[key] for key in report} == report, "run: dflash-ray kernels report --write"
+
+
+@needs_nvcc
+def test_the_cuda_binding_is_valid_against_torchs_headers(tmp_path):
+    from torch.utils import cpp_extension
+
+    # torch's CPU wheel has its CUDA headers but for this one, which its build generates.
+    generated = tmp_path / "c10" / "cuda" / "impl" / "cuda_cmake_macros.h"
+    generated.parent.mkdir(parents=True)
+    generated.write_text("#pragma once\n")
+    toolkit = Path(os.path.realpath(shutil.which("nvcc"))).parents[1] / "include"
+    if not (toolkit / "cuda_runtime.h").exists():
+        pytest.skip("the CUDA toolkit's headers are not beside nvcc")
+    includes = [f"-I{folder}" for folder in (tmp_path, *cpp_extension.include_paths(), toolkit)]
+    source = build.SOURCES / "cuda" / "binding.cpp"
+    subprocess.run(["g++", "-std=c++20", "-fsyntax-only", *includes, source], check=True)
