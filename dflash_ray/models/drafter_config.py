@@ -36,17 +36,18 @@ _LAYER_KEYS = frozenset({
 _HARMLESS_KEYS = frozenset({
     "_attn_implementation", "_name_or_path", "architectures", "attention_dropout", "attn_implementation", "auto_map",
     "bos_token_id", "chunk_size_feed_forward", "dtype", "eos_token_id", "id2label", "initializer_range",
-    "is_encoder_decoder", "label2id", "model_type", "name_or_path", "output_attentions", "output_hidden_states",
-    "pad_token_id", "pretraining_tp", "problem_type", "return_dict", "torch_dtype", "transformers_version", "use_cache",
+    "is_encoder_decoder", "label2id", "loss_decay_gamma", "max_anchors", "model_type", "name_or_path", "num_anchors",
+    "output_attentions", "output_hidden_states", "pad_token_id", "pretraining_tp", "problem_type", "return_dict",
+    "selector_loss_weight", "torch_dtype", "transformers_version", "use_cache",
 })  # fmt: skip
 _PUBLISHED_KEYS = _LAYER_KEYS | _HARMLESS_KEYS | _DRAFTER_KEYS | {"dflash_config", "draft_vocab_size", "is_causal"}
 
 _SPECULATORS_LAYER_TYPES = ("qwen3", "llama")  # whose defaults fill a transformer_layer_config
 _SPECULATORS_WINDOW_KEYS = ("layer_types", "max_window_layers", "sliding_window", "use_sliding_window")
 _SPECULATORS_HARMLESS_KEYS = _HARMLESS_KEYS | {
-    "auf", "emb_dim", "gru_hidden_dim", "lambda_base_decay_ratio", "lambda_base_start", "max_anchors",
-    "norm_before_residual", "pure_draft_prefix_len", "speculators_config", "speculators_version",
-    "tie_word_embeddings",
+    "auf", "config_class", "emb_dim", "embed_requires_grad", "gru_hidden_dim", "has_no_defaults_at_init",
+    "lambda_base_decay_ratio", "lambda_base_start", "mlp_bias", "norm_before_residual", "pure_draft_prefix_len",
+    "speculators_config", "speculators_version", "tie_word_embeddings",
 }  # fmt: skip
 # Switches of other drafters of that project, and the value that leaves a DFlash drafter.
 _SPECULATORS_SWITCHES = {"projector_type": "dflash", "sample_from_anchor": False, "shift_label": False}
@@ -97,7 +98,7 @@ def _parse_speculators(values: dict[str, Any], where: str) -> DflashConfig:
         if values.get(key) not in (None, wanted):
             raise ValueError(f"{where}: {key} is {values[key]}, another kind of drafter; only {wanted} is supported")
     nested = dict(values.get("transformer_layer_config") or {})
-    _check_keys(nested, _LAYER_KEYS | _HARMLESS_KEYS, "transformer_layer_config.", where)
+    _check_keys(nested, _LAYER_KEYS | _SPECULATORS_HARMLESS_KEYS, "transformer_layer_config.", where)
     model_type = nested.get("model_type", "qwen3")
     if model_type not in _SPECULATORS_LAYER_TYPES:
         raise ValueError(

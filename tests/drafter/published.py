@@ -80,6 +80,7 @@ DFLASH = {
     "default taps of three layers": without_layer_ids(3),
     "nested block size": changed(block_size=16, dflash_config={"block_size": 4}),
     "rope_parameters": scaled_rope(rope_type="default", rope_theta=500.0),
+    "proportional rope": scaled_rope(rope_type="proportional", partial_rotary_factor=0.5),
     "linear rope": scaled_rope(rope_type="linear", factor=4.0),
     "llama3 rope": scaled_rope(
         rope_type="llama3",

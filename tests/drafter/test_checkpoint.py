@@ -107,6 +107,48 @@ def test_keys_that_speculators_leaves_out_have_the_defaults_of_the_layers_kind()
     assert config.target_layer_ids == (1, 15)
 
 
+def test_a_config_as_speculators_writes_it_is_read_whole():
+    values = {
+        "architectures": ["DFlashDraftModel"],
+        "auto_map": {"": "config.DFlashSpeculatorConfig"},
+        "aux_hidden_state_layer_ids": [2, 11, 20],
+        "block_size": 16,
+        "draft_vocab_size": 1000,
+        "dtype": "bfloat16",
+        "mask_token_id": 999,
+        "max_anchors": 256,
+        "sliding_window_non_causal": True,
+        "speculators_config": {"algorithm": "dflash"},
+        "speculators_model_type": "dflash",
+        "speculators_version": "0.7.0",
+        "target_hidden_size": None,
+        "tie_word_embeddings": False,
+        "transformer_layer_config": {
+            "head_dim": 128,
+            "hidden_size": 256,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "max_window_layers": 2,
+            "model_type": "qwen3",
+            "num_attention_heads": 4,
+            "num_hidden_layers": 2,
+            "num_key_value_heads": 2,
+            "pad_token_id": 998,
+            "rms_norm_eps": 1e-05,
+            "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e7, "factor": 64.0, "type": "yarn"},
+            "sliding_window": 2048,
+            "use_cache": False,
+            "use_sliding_window": True,
+            "vocab_size": 1000,
+        },
+        "transformers_version": "5.10.2",
+    }
+    config = parse_dflash_config(values, "test")
+    assert config.target_layer_ids == (1, 10, 19)
+    assert config.windows == (2048, None) and config.is_causal == (False, False)
+    assert config.draft_vocab_size is None, "all of the vocabulary is no reduced vocabulary"
+    assert config.rope_factor > 1.0
+
+
 @pytest.mark.parametrize("values", [changed(), dflash2()], ids=["dflash", "dflash2"])
 @pytest.mark.parametrize("has_own_head", [False, True])
 def test_a_reduced_vocabulary_drafts_the_tokens_it_has_and_names_them_as_the_target_does(
