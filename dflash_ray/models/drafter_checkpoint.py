@@ -100,6 +100,8 @@ def load_drafter(directory: Path, target: TargetCheckpoint) -> DrafterCheckpoint
         values = json.loads(config_file.read_text())
     except ValueError as error:
         raise ValueError(f"{where}: config.json is not JSON ({error}); copy the checkpoint again") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{where}: config.json must be a mapping of keys; copy the checkpoint again")
     config = parse_dflash_config(values, where)
     _check_target(config, target, where)
     digest = hashlib.sha256(config_file.read_bytes())

@@ -75,8 +75,8 @@ def parse_dflash_config(values: dict[str, Any], where: str) -> DflashConfig:
             f"{where}: architectures is {values.get('architectures')};"
             f" [{ARCHITECTURE!r}] and [{ARCHITECTURE_2!r}] are supported"
         )
-    nested = values.get("dflash_config") or {}
     _check_keys(values, _PUBLISHED_KEYS, "", where)
+    nested = values.get("dflash_config") or {}
     _check_keys(nested, _DRAFTER_KEYS, "dflash_config.", where)
     own = {key: nested.get(key, values.get(key)) for key in _DRAFTER_KEYS}
     own["draft_vocab_size"] = values.get("draft_vocab_size")
@@ -97,7 +97,7 @@ def _parse_speculators(values: dict[str, Any], where: str) -> DflashConfig:
     for key, wanted in _SPECULATORS_SWITCHES.items():
         if values.get(key) not in (None, wanted):
             raise ValueError(f"{where}: {key} is {values[key]}, another kind of drafter; only {wanted} is supported")
-    nested = dict(values.get("transformer_layer_config") or {})
+    nested = values.get("transformer_layer_config") or {}
     _check_keys(nested, _LAYER_KEYS | _SPECULATORS_HARMLESS_KEYS, "transformer_layer_config.", where)
     model_type = nested.get("model_type", "qwen3")
     if model_type not in _SPECULATORS_LAYER_TYPES:
@@ -124,7 +124,9 @@ def _parse_speculators(values: dict[str, Any], where: str) -> DflashConfig:
     return _assemble(config, own, is_causal, kind == "dflash2", where)
 
 
-def _check_keys(values: dict[str, Any], known: frozenset[str], prefix: str, where: str) -> None:
+def _check_keys(values: Any, known: frozenset[str], prefix: str, where: str) -> None:
+    if not isinstance(values, dict):
+        raise ValueError(f"{where}: config.json: {prefix.rstrip('.')} is {values!r}; it must be a mapping of keys")
     for key in sorted(values.keys() - known):
         raise ValueError(
             f"{where}: config.json has the key {prefix}{key}, which this release does not know and which may change"
@@ -149,10 +151,14 @@ def _assemble(
 ) -> DflashConfig:
     """Joins the layers' shape and the drafter's own keys, of which those that are absent are None."""
 
-    def require(key: str) -> Any:
-        if own[key] is None:
+    def read(key: str, default: float | None = None) -> Any:
+        value = default if own[key] is None else own[key]
+        if value is None:
             raise ValueError(f"{where}: config.json lacks {key}; add the value that the drafter was trained with")
-        return own[key]
+        kinds = (int, float) if isinstance(default, float) else int
+        if isinstance(value, bool) or not isinstance(value, kinds):
+            raise ValueError(f"{where}: {key} is {value!r}; it must be a number")
+        return value
 
     if config.hidden_act != "silu":
         raise ValueError(f"{where}: hidden_act is {config.hidden_act}; only silu is supported")
@@ -167,9 +173,15 @@ def _assemble(
     is_sliding = [kind == "sliding_attention" for kind in layer_types]
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     frequencies, rope_factor = _rope(config, head_dim, where)
+    layer_ids = own["target_layer_ids"] or _default_layer_ids(read("num_target_layers"), num_layers)
+    if not isinstance(layer_ids, list) or not all(isinstance(layer, int) for layer in layer_ids):
+        raise ValueError(f"{where}: target_layer_ids is {layer_ids!r}; it must be a list of layers of the target")
+    block_size = read("block_size", 16)
+    if block_size < 2:
+        raise ValueError(f"{where}: block_size is {block_size}; a block is the anchor and at least one drafted token")
     dflash2 = None
     if is_dflash2:
-        sizes = {key: int(require(key)) for key in _DFLASH2_KEYS}
+        sizes = {key: read(key) for key in _DFLASH2_KEYS}
         for key, size in sizes.items():
             if size < 1 or (key == "conv_group_size" and config.hidden_size % size):
                 raise ValueError(f"{where}: {key} is {size}; it must be positive, and a group size divide hidden_size")
@@ -186,17 +198,15 @@ def _assemble(
         rope_factor=rope_factor,
         vocab_size=config.vocab_size,
         max_position_embeddings=config.max_position_embeddings,
-        block_size=int(own["block_size"] or 16),
-        mask_token_id=int(require("mask_token_id")),
-        target_layer_ids=tuple(
-            own["target_layer_ids"] or _default_layer_ids(int(require("num_target_layers")), num_layers)
-        ),
+        block_size=block_size,
+        mask_token_id=read("mask_token_id"),
+        target_layer_ids=tuple(layer_ids),
         is_causal=tuple(is_sliding if is_causal is None else [bool(is_causal)] * num_layers),
-        windows=tuple(int(window) if sliding else None for sliding in is_sliding),
+        windows=tuple(window if sliding else None for sliding in is_sliding),
         attention_bias=bool(config.attention_bias),
-        input_embedding_scale=_number(own["input_embedding_scale"], 1.0),
-        output_multiplier=_number(own["output_multiplier"], 1.0),
-        final_logit_softcapping=_number(own["final_logit_softcapping"], 0.0),
+        input_embedding_scale=float(read("input_embedding_scale", 1.0)),
+        output_multiplier=float(read("output_multiplier", 1.0)),
+        final_logit_softcapping=float(read("final_logit_softcapping", 0.0)),
         draft_vocab_size=own["draft_vocab_size"],
         ties_embeddings=bool(config.tie_word_embeddings),
         tokenizer_hash=own["tokenizer_hash"],
@@ -204,16 +214,12 @@ def _assemble(
     )
 
 
-def _number(value: Any, default: float) -> float:
-    return default if value is None else float(value)
-
-
 def _rope(config: PretrainedConfig, head_dim: int, where: str) -> tuple[tuple[float, ...], float]:
     """Inverse frequencies and the factor of cos and sin, as transformers computes them for this rope_type."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     parameters = config.rope_parameters
-    kind = parameters["rope_type"]
+    kind = parameters.get("rope_type")
     if kind == "default":
         exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
         return tuple((1.0 / parameters["rope_theta"] ** exponents).tolist()), 1.0

@@ -70,13 +70,22 @@ def save_trained(directory, values, target):
     save_drafter(directory, values, weights)
 
 
-def decode(engine: Engine, prompt: list[int]) -> tuple[list[int], list[int]]:
-    """Greedy tokens and what each step with drafts produced, with the colocated drafter's blocks."""
+def new_engine(directory, target) -> Engine:
+    """A target group of one rank with its colocated drafter."""
+    checkpoint = load_drafter(directory, target)
+    rank = RankModel(target, CONFIG, 0, 1, checkpoint.build_projector(), checkpoint.config.target_layer_ids)
+    runner = GroupRunner(rank, StepChannel(0, 1, "cpu"), SingleShard())
+    drafter = BlockDrafter(checkpoint, target)
+    return Engine(runner, CONFIG.target.num_pages, CONFIG.target.page_size, 256, VOCAB, drafter)
+
+
+def decode(engine: Engine, prompt: list[int], drafts_from: int = 0, **sampling) -> tuple[list[int], list[int]]:
+    """Tokens, and how many each step produced; blocks of the colocated drafter are used after `drafts_from` tokens."""
     opening = target_pb2.OpenSequence(
         sequence_id=1,
         token_ids=prompt,
         prompt_len=len(prompt),
-        sampling=common_pb2.SamplingParams(top_p=1.0, repetition_penalty=1.0),
+        sampling=common_pb2.SamplingParams(top_p=1.0, repetition_penalty=1.0, **sampling),
         stopping=common_pb2.StoppingParams(max_new_tokens=NUM_NEW),
         wants_features=True,
     )
@@ -92,7 +101,8 @@ def decode(engine: Engine, prompt: list[int]) -> tuple[list[int], list[int]]:
         tokens += result.token_ids
         if result.finish_reasons[0]:
             return tokens, produced
-        drafts = list(result.colocated_drafts[0].candidate_ids)[: NUM_NEW - len(tokens) - 1]
+        drafts = list(result.colocated_drafts[0].candidate_ids) if len(tokens) >= drafts_from else []
+        drafts = drafts[: NUM_NEW - len(tokens) - 1]
         step = target_pb2.Step(
             verify_ids=[1],
             base_lens=[len(prompt) + len(tokens)],
@@ -114,12 +124,7 @@ def test_tokens_and_acceptance_lengths_are_those_of_the_references_loop(
     from dflash import model as reference
 
     save_trained(tmp_path, values, target)
-    checkpoint = load_drafter(tmp_path, target)
-    rank = RankModel(target, CONFIG, 0, 1, checkpoint.build_projector(), checkpoint.config.target_layer_ids)
-    runner = GroupRunner(rank, StepChannel(0, 1, "cpu"), SingleShard())
-    engine = Engine(
-        runner, CONFIG.target.num_pages, CONFIG.target.page_size, 256, VOCAB, BlockDrafter(checkpoint, target)
-    )
+    engine = new_engine(tmp_path, target)
     monkeypatch.setattr(reference, "_cuda_time", time.perf_counter)
     theirs, model = load_reference(tmp_path), target.load_model()
     lengths = []
@@ -135,6 +140,20 @@ def test_tokens_and_acceptance_lengths_are_those_of_the_references_loop(
             at += length
             lengths.append(length)
     assert len(set(lengths)) > 2, "drafts that are never or always accepted would compare nothing"
+
+
+@pytest.mark.usefixtures("needs_reference")
+def test_sampled_text_with_a_selectors_drafts_is_plain_decodings(target, tmp_path, process_group):
+    save_trained(tmp_path, dflash2(), target)
+    engine = new_engine(tmp_path, target)
+    num_accepted = 0
+    for seed, prompt_ids in enumerate(PROMPTS):
+        prompt, sampling = prompt_ids.tolist(), {"temperature": 0.8, "seed": seed}
+        plain, _ = decode(engine, prompt, drafts_from=NUM_NEW, **sampling)
+        tokens, produced = decode(engine, prompt, **sampling)
+        assert tokens == plain
+        num_accepted += NUM_NEW - 1 - len(produced)
+    assert num_accepted > 20
 
 
 @pytest.mark.parametrize("kind", ["full", "sliding"])

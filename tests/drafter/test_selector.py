@@ -41,6 +41,24 @@ def test_a_draft_is_the_targets_own_draw_when_the_scores_are_its_logits():
         assert order[0, 0] == np.argmax(logits.astype(np.float64) / draw.temperature + gumbel(seed, 17, ids[0]))
 
 
+def test_shared_noise_agrees_with_the_target_far_more_often_than_noise_of_its_own():
+    """At least (1 - TV) / (1 + TV) of the draws agree (Daliri, Musco and Suresh 2024); without sharing sum of p * q."""
+    generator = np.random.default_rng(1)
+    ids, num_draws = np.arange(12)[None], 2000
+    logits = generator.normal(size=12)
+    scores = (logits + generator.normal(scale=0.4, size=12)).astype(np.float32)
+    target_probs, draft_probs = (np.exp(x) / np.exp(x).sum() for x in (logits, scores.astype(np.float64)))
+    distance = np.abs(target_probs - draft_probs).sum() / 2
+    agreed = {"shared": 0, "own": 0}
+    for position in range(num_draws):
+        wanted = np.argmax(logits + gumbel(5, position, ids[0]))
+        for noise, seed in (("shared", 5), ("own", 6)):
+            order, _ = walk(np.broadcast_to(scores, (1, 12, 12)), ids, Draw(1.0, seed), position)
+            agreed[noise] += order[0, 0] == wanted
+    assert agreed["shared"] / num_draws > (1 - distance) / (1 + distance) - 0.03
+    assert agreed["own"] / num_draws < (target_probs * draft_probs).sum() + 0.03 < agreed["shared"] / num_draws - 0.3
+
+
 def test_drafts_follow_the_tempered_scores():
     scores = np.broadcast_to(np.array([0.0, 1.0, 2.0], dtype=np.float32), (1, 3, 3))
     ids = np.array([[4, 8, 15]])
