@@ -40,7 +40,7 @@ class GroupedDynamicCausalConv(nn.Module):
     """A convolution over a block's slots before a sublayer and one after it.
 
     A tap's coefficient is base_kernel, one a channel, plus a part that depends on the slot, one a group of channels.
-    Both parts that depend on the slot come from the sublayer's own normed input.
+    Both parts that depend on the slot come from the sublayer's own normed input. Starts as the identity.
     """
 
     def __init__(self, hidden_size: int, config: Dflash2Config) -> None:
@@ -48,7 +48,10 @@ class GroupedDynamicCausalConv(nn.Module):
         self.kernel_size, self.group_size = config.conv_kernel_size, config.conv_group_size
         num_coefficients = 2 * self.kernel_size * (hidden_size // self.group_size)
         self.base_kernel = nn.Parameter(torch.zeros(2, self.kernel_size, hidden_size))
-        self.kernel_projection: nn.Module = nn.Linear(hidden_size, num_coefficients, bias=False)
+        nn.init.ones_(self.base_kernel[:, 0])
+        projection = nn.Linear(hidden_size, num_coefficients, bias=False)
+        nn.init.zeros_(projection.weight)
+        self.kernel_projection: nn.Module = projection
 
     def forward(self, normed: Tensor, sublayer: Callable[[Tensor], Tensor]) -> Tensor:
         """The sublayer's output for rows [N, B, H] of N independent blocks, convolved on both sides."""
@@ -70,12 +73,13 @@ class CandidateSelector(nn.Module):
     """Scores of a slot's candidates given the token chosen for the slot before: a bilinear form of rank r.
 
     score(token | previous) = logit(token) + sum over r of predecessor[previous] * (W hidden) * successor[token].
+    Starts with scores that are the logits.
     """
 
     def __init__(self, num_tokens: int, hidden_size: int, config: Dflash2Config) -> None:
         super().__init__()
         self.top_k = min(config.selector_top_k, num_tokens)
-        self.predecessor_codebook = nn.Parameter(torch.zeros(num_tokens, config.selector_rank))
+        self.predecessor_codebook = nn.Parameter(torch.randn(num_tokens, config.selector_rank))
         self.successor_codebook = nn.Parameter(torch.zeros(num_tokens, config.selector_rank))
         self.hidden_projection = nn.Linear(hidden_size, config.selector_rank, bias=False)
 

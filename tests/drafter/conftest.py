@@ -7,7 +7,14 @@ from dflash_ray.models.target_checkpoint import TargetCheckpoint, resolve_target
 from tests.drafter.published import NUM_TARGET_LAYERS
 from tests.tiny import save_tiny_target
 
-torch.set_num_threads(1)
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tiny products are slower on several threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

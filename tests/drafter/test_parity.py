@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from dflash_ray.models.block_drafter import BlockDrafter
+from dflash_ray.models.dflash import DflashNetwork
 from dflash_ray.models.dflash2 import Draw
 from dflash_ray.models.drafter_checkpoint import load_drafter, save_drafter
+from dflash_ray.models.drafter_config import parse_dflash_config
 from tests.drafter.parity import assert_parity
 from tests.drafter.published import DFLASH, DFLASH2, HIDDEN, VOCAB, changed, dflash2, random_weights, save_random
 
@@ -44,12 +46,9 @@ def test_a_tied_drafter_uses_its_own_embedding_as_head(target, tmp_path):
 def test_dflash2_as_it_is_initialised_is_dflash(target, tmp_path):
     plain = random_weights(changed())
     values = dflash2(kernel=3, top_k=4)
-    added = {name: torch.zeros_like(tensor) for name, tensor in random_weights(values).items() if name not in plain}
-    for name, tensor in added.items():
-        if name.endswith("base_kernel"):
-            tensor[:, 0] = 1.0
+    fresh = DflashNetwork(parse_dflash_config(values, "test")).state_dict()
     save_drafter(tmp_path / "dflash", changed(), plain)
-    save_drafter(tmp_path / "dflash2", values, plain | added)
+    save_drafter(tmp_path / "dflash2", values, fresh | plain)
     proposals = []
     for name in ("dflash", "dflash2"):
         drafter = BlockDrafter(load_drafter(tmp_path / name, target), target)
