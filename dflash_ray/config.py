@@ -74,8 +74,10 @@ class DrafterAutoscaling(_Section):
 
 
 class DrafterConfig(_Section):
-    method: Literal["dflash", "ngram", "none"] = "dflash"
-    path: str = Field(BUILTIN_DRAFTER, description="drafter checkpoint directory (published DFlash layout)")
+    method: Literal["dflash", "dflash2", "ngram", "none"] = Field(
+        "dflash", description="dflash and dflash2 read drafter.path, whose architecture says which of the two runs"
+    )
+    path: str = Field(BUILTIN_DRAFTER, description="drafter checkpoint directory (layout of z-lab or speculators)")
     placement_mode: Literal["remote", "colocated"] = Field(
         "remote", description="remote: replicas of their own; colocated: inside the target's rank 0"
     )
@@ -140,7 +142,7 @@ class DflashRayConfig(_Section):
     @property
     def uses_features(self) -> bool:
         """Whether the target runs the drafter's fc and keeps context features."""
-        return self.drafter.method == "dflash"
+        return self.drafter.method in ("dflash", "dflash2")
 
     @property
     def num_drafter_replicas(self) -> int:

@@ -21,15 +21,18 @@ SHAPE = {
     "pad_token_id": 0,
 }
 CONFIGS = {
-    "llama": lambda: LlamaConfig(**SHAPE, tie_word_embeddings=True),
-    "qwen3": lambda: Qwen3Config(**SHAPE, tie_word_embeddings=False),
+    "llama": lambda **changes: LlamaConfig(**SHAPE | {"tie_word_embeddings": True} | changes),
+    "qwen3": lambda **changes: Qwen3Config(**SHAPE | {"tie_word_embeddings": False} | changes),
 }
 
 
-def save_tiny_target(kind: str, directory: Path, seed: int = 0) -> Path:
-    """A Hugging Face directory with safetensors; logits are spread enough for varied greedy text."""
+def save_tiny_target(kind: str, directory: Path, seed: int = 0, **changes) -> Path:
+    """A Hugging Face directory with safetensors; logits are spread enough for varied greedy text.
+
+    `changes` are keys of the configuration.
+    """
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(CONFIGS[kind]())
+    model = AutoModelForCausalLM.from_config(CONFIGS[kind](**changes))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1:

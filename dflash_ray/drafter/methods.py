@@ -11,6 +11,7 @@ import torch
 from dflash_ray.config import DflashRayConfig
 from dflash_ray.core.ngram import MAX_NGRAM, NgramIndex
 from dflash_ray.models.block_drafter import BlockDrafter
+from dflash_ray.models.dflash2 import Draw
 from dflash_ray.models.drafter_checkpoint import resolve_drafter
 from dflash_ray.models.target_checkpoint import resolve_target
 
@@ -43,18 +44,23 @@ class DraftMethod(Protocol):
         """Appends rows at positions start, start + 1, ...; start is at most context_len, rows below it are ignored."""
 
     def propose(
-        self, sessions: list[int], anchor_ids: list[int], num_draft_tokens: list[int], num_candidates: int
+        self,
+        sessions: list[int],
+        anchor_ids: list[int],
+        num_draft_tokens: list[int],
+        num_candidates: int,
+        draws: list[Draw],
     ) -> list[Proposal]: ...
 
 
 class DflashMethod:
-    """One bidirectional pass of the DFlash network over all sessions asked for."""
+    """One pass of a DFlash or DFlash 2 network over all sessions asked for."""
 
-    name = "dflash"
     needs_features = True
 
     def __init__(self, block_drafter: BlockDrafter) -> None:
         self._drafter = block_drafter
+        self.name = "dflash" if block_drafter.config.dflash2 is None else "dflash2"
         self.fingerprint = block_drafter.fingerprint
         self.max_draft_tokens = block_drafter.max_draft_tokens
 
@@ -72,9 +78,14 @@ class DflashMethod:
         self._drafter.extend(session, start, features)
 
     def propose(
-        self, sessions: list[int], anchor_ids: list[int], num_draft_tokens: list[int], num_candidates: int
+        self,
+        sessions: list[int],
+        anchor_ids: list[int],
+        num_draft_tokens: list[int],
+        num_candidates: int,
+        draws: list[Draw],
     ) -> list[Proposal]:
-        drafts = self._drafter.propose(sessions, anchor_ids, num_draft_tokens, num_candidates)
+        drafts = self._drafter.propose(sessions, anchor_ids, num_draft_tokens, num_candidates, draws)
         return [
             Proposal(
                 draft.candidate_ids.shape[0],
@@ -111,7 +122,12 @@ class NgramMethod:
         index.extend(token_ids[len(index) - start :])
 
     def propose(
-        self, sessions: list[int], anchor_ids: list[int], num_draft_tokens: list[int], num_candidates: int
+        self,
+        sessions: list[int],
+        anchor_ids: list[int],
+        num_draft_tokens: list[int],
+        num_candidates: int,
+        draws: list[Draw],
     ) -> list[Proposal]:
         proposals = []
         for session, anchor_id, count in zip(sessions, anchor_ids, num_draft_tokens, strict=True):

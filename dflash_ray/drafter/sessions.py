@@ -10,6 +10,7 @@ import time
 import torch
 
 from dflash_ray.drafter.methods import DraftMethod, Proposal
+from dflash_ray.models.dflash2 import Draw
 from dflash_ray.pb import common_pb2, drafter_pb2
 
 
@@ -46,6 +47,7 @@ class DraftSessions:
                 [request.anchor_token_ids[i] for i in ready],
                 [min(request.num_draft_tokens[i], self._method.max_draft_tokens) for i in ready],
                 max(1, request.num_candidates),
+                [Draw(request.temperatures[i], request.seeds[i]) for i in ready],
             )
             for i, proposal in zip(ready, proposals, strict=True):
                 reply.blocks.append(_to_block(request, i, proposal))

@@ -6,7 +6,7 @@ features of committed rows and is never verified: dropping it costs drafts, not 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,8 +15,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dflash_ray.kernels import ops
-from dflash_ray.models.dflash import DflashLayer, RmsNorm, apply_rope, rope_tables
+from dflash_ray.models.dflash import apply_rope, rope_tables
+from dflash_ray.models.dflash2 import CandidateSelector, Draw, walk
 from dflash_ray.models.drafter_checkpoint import DrafterCheckpoint
+from dflash_ray.models.packed_layer import PackedLayer, packed_norm
 from dflash_ray.models.packed_linear import PackedLinear, fuse
 from dflash_ray.models.target_checkpoint import TargetCheckpoint
 
@@ -34,28 +36,13 @@ class ContextGap(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class DraftProposal:
-    """Candidates of one sequence: ids int64 [n, k] of the target's vocabulary, log-probabilities float32 [n, k]."""
+    """Candidates of one sequence: ids int64 [n, k] of the target's vocabulary, log-probabilities float32 [n, k].
+
+    The first candidate of a slot is the draft; the others follow by falling probability.
+    """
 
     candidate_ids: Tensor
     logprobs: Tensor
-
-
-def _norm(module: RmsNorm) -> Callable[[Tensor], Tensor]:
-    return partial(ops.rms_norm, weight=module.weight.detach(), eps=module.eps)
-
-
-class _Layer:
-    """A layer's fused weights."""
-
-    def __init__(self, layer: DflashLayer) -> None:
-        attention = layer.self_attn
-        self.input_norm = _norm(layer.input_layernorm)
-        self.post_norm = _norm(layer.post_attention_layernorm)
-        self.q_norm, self.k_norm = _norm(attention.q_norm), _norm(attention.k_norm)
-        self.qkv = fuse((attention.q_proj, attention.k_proj, attention.v_proj))
-        self.output = fuse((attention.o_proj,))
-        self.gate_up = fuse((layer.mlp.gate_proj, layer.mlp.up_proj))
-        self.down = fuse((layer.mlp.down_proj,))
 
 
 class _Session:
@@ -109,15 +96,19 @@ class BlockDrafter:
         self._device, self._dtype = device, dtype
         network = checkpoint.build_network(dtype).to(device)
         self._network = network
-        self._norm = _norm(network.norm)
-        self._layers = [_Layer(layer) for layer in network.layers]
+        self._norm = packed_norm(network.norm)
+        self._layers = [PackedLayer(layer, self.config.dflash2 is not None) for layer in network.layers]
+        self._selector: CandidateSelector | None = getattr(network, "candidate_selector", None)
         # One product makes the context keys and values of all layers.
         projections = [p for layer in network.layers for p in (layer.self_attn.k_proj, layer.self_attn.v_proj)]
         self._context_kv = fuse(projections)
-        self._embedding = target.load_embedding(dtype).to(device) * self.config.input_embedding_scale
-        self._ids, head = _draft_head(checkpoint, target, dtype)
-        self._head = PackedLinear(head.to(device))
-        self._rope = tuple(t.to(device) for t in rope_tables(self.config, self.config.max_position_embeddings))
+        embedding = target.load_embedding(dtype) if checkpoint.embedding is None else checkpoint.embedding.to(dtype)
+        self._embedding = embedding.to(device) * self.config.input_embedding_scale
+        self._ids, head = _draft_head(checkpoint, target, dtype, device)
+        self._head = PackedLinear(head)
+        # The target may serve longer texts than the drafter was trained on; its last block reaches past them.
+        longest = max(self.config.max_position_embeddings, target.config.max_position_embeddings)
+        self._rope = tuple(t.to(device) for t in rope_tables(self.config, longest + self.block_size))
         self._sessions: dict[int, _Session] = {}
 
     def open(self, session: int) -> None:
@@ -146,14 +137,17 @@ class BlockDrafter:
         features = features[held.length - start :].to(self._device, self._dtype)
         if not len(features):
             return
+        held.append(*self._context_rows(held.length, features))
+        self._evict(session)
+
+    def _context_rows(self, start: int, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [layers, n, n_kv, d] of features [n, H] of positions start, start + 1, ..."""
         config = self.config
         heads = (config.num_hidden_layers, 2, config.num_key_value_heads, config.head_dim)
         projected = self._context_kv(features).unflatten(-1, heads).movedim(0, 2)  # [layers, 2, n, n_kv, d]
         keys = torch.stack([layer.k_norm(part) for layer, part in zip(self._layers, projected[:, 0], strict=True)])
-        stop = held.length + len(features)
-        cos, sin = (table[held.length : stop, None].to(self._dtype) for table in self._rope)
-        held.append(apply_rope(keys, cos, sin), projected[:, 1])
-        self._evict(session)
+        cos, sin = (table[start : start + len(features), None].to(self._dtype) for table in self._rope)
+        return apply_rope(keys, cos, sin), projected[:, 1]
 
     def _evict(self, keep: int) -> None:
         rows = sum(held.length for held in self._sessions.values())
@@ -165,23 +159,59 @@ class BlockDrafter:
 
     @torch.inference_mode()
     def propose(
-        self, sessions: list[int], anchor_ids: list[int], num_draft_tokens: list[int], num_candidates: int
+        self,
+        sessions: list[int],
+        anchor_ids: list[int],
+        num_draft_tokens: list[int],
+        num_candidates: int,
+        draws: Sequence[Draw] | None = None,
     ) -> list[DraftProposal]:
         """Candidates for the positions after each session's anchor, which stands at position context_len.
 
         The block always has its trained size and is cut afterwards: fewer masks would be another input.
+
+        Args:
+            draws: how each sequence's tokens are drawn, which only a DFlash 2 drafter looks at; None is greedy.
         """
         held = [self._sessions[session] for session in sessions]
         inputs = torch.full((len(held), self.block_size), self.config.mask_token_id, device=self._device)
-        inputs[:, 0] = torch.tensor(anchor_ids, device=self._device)
+        anchors = torch.tensor(anchor_ids, device=self._device)
+        inputs[:, 0] = anchors
         hidden = self._forward(held, F.embedding(inputs, self._embedding))
-        longest = max(num_draft_tokens, default=0)
-        logits = self._network.shape_logits(self._head(hidden[:, 1 : 1 + longest]).float())
+        hidden = hidden[:, 1 : 1 + max(num_draft_tokens, default=0)]
+        logits = self._network.shape_logits(self._head(hidden).float())
+        self._touch(sessions)
+        if self._selector is not None:
+            drafts = self._select(self._selector, hidden, logits, anchors, draws or [Draw()] * len(held), held)
+            return [
+                DraftProposal(ids[:n, :num_candidates], logprobs[:n, :num_candidates])
+                for (ids, logprobs), n in zip(drafts, num_draft_tokens, strict=True)
+            ]
         best, at = logits.topk(min(num_candidates, logits.shape[-1]), dim=-1)
         logprobs = best - logits.logsumexp(dim=-1, keepdim=True)
         ids = self._ids[at] if self._ids is not None else at
-        self._touch(sessions)
         return [DraftProposal(ids[i, :n], logprobs[i, :n]) for i, n in enumerate(num_draft_tokens)]
+
+    def _select(
+        self,
+        selector: CandidateSelector,
+        hidden: Tensor,
+        logits: Tensor,
+        anchors: Tensor,
+        draws: Sequence[Draw],
+        held: list[_Session],
+    ) -> list[tuple[Tensor, Tensor]]:
+        """For each block the candidates' ids and log-probabilities [S, k], the chosen one of each slot first."""
+        if self._ids is not None:
+            # The selector numbers tokens like the head does; an anchor without a row counts as the row before it.
+            anchors = (torch.searchsorted(self._ids, anchors, right=True) - 1).clamp(min=0)
+        rows, scores = selector(hidden, logits, anchors)
+        candidates = (self._ids[rows] if self._ids is not None else rows).cpu()
+        drafts = []
+        for ids, block_scores, draw, session in zip(candidates, scores.cpu().numpy(), draws, held, strict=True):
+            order, logprobs = walk(block_scores, ids.numpy(), draw, session.length + 1)
+            drafts.append((ids.gather(-1, torch.from_numpy(order)), torch.from_numpy(logprobs)))
+        return drafts
 
     def _touch(self, sessions: list[int]) -> None:
         """The order of the dictionary is the order of eviction."""
@@ -196,13 +226,20 @@ class BlockDrafter:
         for session in held:
             session.make_room(self.block_size)
         for i, layer in enumerate(self._layers):
-            queries, keys, values = self._block_qkv(layer, layer.input_norm(x), cos, sin)
-            attended = [self._attend(i, session, queries[n], keys[n], values[n]) for n, session in enumerate(held)]
-            x = x + layer.output(torch.stack(attended))
-            x = x + layer.down(ops.silu_and_mul(layer.gate_up(layer.post_norm(x))))
+            attention = partial(self._attention, i, layer, held, cos, sin)
+            x = x + layer.around_attention(layer.input_norm(x), attention)
+            x = x + layer.around_mlp(layer.post_norm(x), layer.mlp)
         return self._norm(x)
 
-    def _block_qkv(self, layer: _Layer, normed: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _attention(
+        self, index: int, layer: PackedLayer, held: list[_Session], cos: Tensor, sin: Tensor, normed: Tensor
+    ) -> Tensor:
+        """The attention sublayer: rows [N, B, H] to [N, B, H]."""
+        queries, keys, values = self._block_qkv(layer, normed, cos, sin)
+        attended = [self._attend(index, session, queries[n], keys[n], values[n]) for n, session in enumerate(held)]
+        return layer.output(torch.stack(attended))
+
+    def _block_qkv(self, layer: PackedLayer, normed: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         config = self.config
         sizes = [config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads]
         heads = layer.qkv(normed).unflatten(-1, (sum(sizes), config.head_dim))
@@ -231,11 +268,13 @@ class BlockDrafter:
 
 
 def _draft_head(
-    checkpoint: DrafterCheckpoint, target: TargetCheckpoint, dtype: torch.dtype
+    checkpoint: DrafterCheckpoint, target: TargetCheckpoint, dtype: torch.dtype, device: str
 ) -> tuple[Tensor | None, Tensor]:
     """Target ids of the draft vocabulary (None: the target's own) and the head's rows for it."""
-    head = target.load_head(dtype)
+    head = target.load_head(dtype) if checkpoint.head is None else checkpoint.head.to(dtype)
     if checkpoint.d2t is None:
-        return None, head
+        return None, head.to(device)
     ids = torch.arange(len(checkpoint.d2t)) + checkpoint.d2t
-    return ids, head[ids].contiguous()
+    if len(head) != len(ids):  # a head for the whole vocabulary
+        head = head[ids].contiguous()
+    return ids.to(device), head.to(device)

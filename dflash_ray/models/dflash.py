@@ -1,7 +1,8 @@
-"""The DFlash v1 network: one bidirectional pass over [anchor, MASK, ...] that reads the target's hidden states.
+"""The DFlash network: one bidirectional pass over [anchor, MASK, ...] that reads the target's hidden states.
 
-Numerics follow the published z-lab reference (PyPI `dflash` 0.1.0). Shapes: T rows of context, B block slots, H hidden,
-F taps, n_q and n_kv heads of size d. Positions are absolute; the slot k of a block stands at context length + k.
+DFlash 2 is the same network with the modules of dflash2.py in it. Numerics follow the published z-lab reference (PyPI
+`dflash` 0.1.0). Shapes: T rows of context, B block slots, H hidden, F taps, n_q and n_kv heads of size d. Positions are
+absolute; the slot k of a block stands at context length + k.
 
 `ContextProjector` (fc and its norm) runs in the target's process, the rest where the drafter is.
 """
@@ -14,16 +15,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dflash_ray.models.dflash2 import CandidateSelector, Dflash2Config, GroupedDynamicCausalConv
+
 
 @dataclass(frozen=True)
 class DflashConfig:
     """Shape of a drafter; names as in the published config.json where it has them.
 
     Attributes:
+        rope_frequencies: float32 inverse frequencies, d / 2 of them, any scaling of the checkpoint applied.
+        rope_factor: what cos and sin are multiplied by; 1 for all kinds of rope but YaRN.
         target_layer_ids: decoder layers of the target whose outputs are the taps, in order of concatenation.
         is_causal: causal attention inside the block for each layer.
         windows: sliding window of each layer, or None for full attention.
         draft_vocab_size: rows of the drafter's reduced vocabulary, or None for the target's own.
+        ties_embeddings: a drafter with an embedding of its own and no head uses the embedding as head.
+        tokenizer_hash: TargetCheckpoint.tokenizer_hash of the target that it was trained for, or None if not stated.
+        dflash2: shape of what DFlash 2 adds, or None for DFlash.
     """
 
     hidden_size: int
@@ -33,7 +41,7 @@ class DflashConfig:
     head_dim: int
     intermediate_size: int
     rms_norm_eps: float
-    rope_theta: float
+    rope_frequencies: tuple[float, ...]
     vocab_size: int
     max_position_embeddings: int
     block_size: int
@@ -41,19 +49,23 @@ class DflashConfig:
     target_layer_ids: tuple[int, ...]
     is_causal: tuple[bool, ...]
     windows: tuple[int | None, ...]
+    rope_factor: float = 1.0
     attention_bias: bool = False
     input_embedding_scale: float = 1.0
     output_multiplier: float = 1.0
     final_logit_softcapping: float = 0.0
     draft_vocab_size: int | None = None
+    ties_embeddings: bool = False
+    tokenizer_hash: str | None = None
+    dflash2: Dflash2Config | None = None
 
 
 def rope_tables(config: DflashConfig, num_positions: int) -> tuple[Tensor, Tensor]:
     """cos and sin, float32 [num_positions, d], half-split layout."""
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
-    angles = torch.arange(num_positions, dtype=torch.float32)[:, None] / config.rope_theta ** exponents[None]
+    frequencies = torch.tensor(config.rope_frequencies, dtype=torch.float32)
+    angles = torch.arange(num_positions, dtype=torch.float32)[:, None] * frequencies
     angles = torch.cat((angles, angles), dim=-1)
-    return angles.cos(), angles.sin()
+    return angles.cos() * config.rope_factor, angles.sin() * config.rope_factor
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -125,7 +137,10 @@ class DflashMlp(nn.Module):
 
 
 class DflashLayer(nn.Module):
-    """A Qwen3 block with injected context keys and values; the context skips input_layernorm."""
+    """A Qwen3 block with injected context keys and values; the context skips input_layernorm.
+
+    In DFlash 2 a convolution stands around each of the two sublayers.
+    """
 
     def __init__(self, config: DflashConfig) -> None:
         super().__init__()
@@ -133,40 +148,22 @@ class DflashLayer(nn.Module):
         self.self_attn = DflashAttention(config)
         self.post_attention_layernorm = RmsNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = DflashMlp(config)
-
-    def forward(
-        self, x: Tensor, context_keys: Tensor, context_values: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None
-    ) -> Tensor:
-        """Block rows through the layer.
-
-        Args:
-            x: [N, B, H], N independent blocks.
-            context_keys, context_values: [N, T, n_kv, d].
-            cos, sin: of the block's positions, [N, B, 1, d].
-            mask: boolean [N, 1, B, T + B], True where a slot may look, or None for everywhere.
-        """
-        attention = self.self_attn
-        normed = self.input_layernorm(x)
-        keys, values = attention.keys_values(normed, cos, sin)
-        out = F.scaled_dot_product_attention(
-            attention.queries(normed, cos, sin).transpose(1, 2),
-            torch.cat((context_keys, keys), dim=1).transpose(1, 2),
-            torch.cat((context_values, values), dim=1).transpose(1, 2),
-            attn_mask=mask,
-            enable_gqa=True,
-        )
-        x = x + attention.o_proj(out.transpose(1, 2).flatten(2))
-        return x + self.mlp(self.post_attention_layernorm(x))
+        if config.dflash2 is not None:
+            self.attention_conv = GroupedDynamicCausalConv(config.hidden_size, config.dflash2)
+            self.mlp_conv = GroupedDynamicCausalConv(config.hidden_size, config.dflash2)
 
 
 class DflashNetwork(nn.Module):
-    """Layers and final norm; embedding and head belong to the target."""
+    """Layers, final norm and, in DFlash 2, the candidate selector; embedding and head belong to the target."""
 
     def __init__(self, config: DflashConfig) -> None:
         super().__init__()
         self.config = config
         self.layers = nn.ModuleList(DflashLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RmsNorm(config.hidden_size, config.rms_norm_eps)
+        if config.dflash2 is not None:
+            num_tokens = config.draft_vocab_size or config.vocab_size
+            self.candidate_selector = CandidateSelector(num_tokens, config.hidden_size, config.dflash2)
 
     def shape_logits(self, logits: Tensor) -> Tensor:
         """The checkpoint's output multiplier and soft cap."""

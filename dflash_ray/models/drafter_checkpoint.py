@@ -1,6 +1,7 @@
-"""Drafter checkpoints in the published z-lab layout: config.json and safetensors.
+"""Drafter checkpoints: safetensors and config.json in the published z-lab layout or the one of speculators.
 
-A reduced draft vocabulary is stored as `d2t`, int64 [draft_vocab_size]: target id = draft id + d2t[draft id].
+Own tensors of the drafter take the place of the target's: `embed_tokens.weight`, `lm_head.weight`. A reduced draft
+vocabulary is stored as `d2t`, int64 [draft_vocab_size]: target id = draft id + d2t[draft id].
 """
 
 from __future__ import annotations
@@ -18,10 +19,26 @@ from torch import Tensor
 
 from dflash_ray.config import BUILTIN_DRAFTER
 from dflash_ray.models.dflash import ContextProjector, DflashConfig, DflashNetwork
+from dflash_ray.models.drafter_config import ARCHITECTURE, parse_dflash_config
 from dflash_ray.models.target_checkpoint import TargetCheckpoint
 
-ARCHITECTURE = "DFlashDraftModel"
-_IGNORED = ("embed_tokens.weight", "lm_head.weight", "t2d")  # some publishers add copies of the target's
+__all__ = [
+    "ARCHITECTURE",
+    "DrafterCheckpoint",
+    "load_drafter",
+    "parse_dflash_config",
+    "resolve_drafter",
+    "save_drafter",
+]
+
+_EMBEDDING, _HEAD = "embed_tokens.weight", "lm_head.weight"
+_IGNORED = ("t2d", "verifier_lm_head.weight", "verifier_norm.weight")  # d2t the other way round, the target's own
+# Some trainers store the codebooks as modules, the published layout as bare tensors.
+_RENAMED = {
+    f"candidate_selector.{name}.weight": f"candidate_selector.{name}"
+    for name in ("predecessor_codebook", "successor_codebook")
+}
+_INDEX = "model.safetensors.index.json"
 _PICKLES = (".bin", ".pt", ".pth", ".pkl")
 
 
@@ -32,6 +49,7 @@ class DrafterCheckpoint:
     Attributes:
         fingerprint: hash of config.json and all weights; features are valid only for the fingerprint that made them.
         d2t: offsets of the reduced draft vocabulary, or None.
+        embedding, head: the drafter's own, or None for the target's; the head has a row for each draft token.
     """
 
     config: DflashConfig
@@ -41,6 +59,14 @@ class DrafterCheckpoint:
     @property
     def d2t(self) -> Tensor | None:
         return self.weights.get("d2t")
+
+    @property
+    def embedding(self) -> Tensor | None:
+        return self.weights.get(_EMBEDDING)
+
+    @property
+    def head(self) -> Tensor | None:
+        return self.weights.get(_HEAD, self.embedding if self.config.ties_embeddings else None)
 
     def build_projector(self, dtype: torch.dtype = torch.float32) -> ContextProjector:
         """fc and hidden_norm, for the target's process."""
@@ -65,30 +91,58 @@ def resolve_drafter(path: str, target: TargetCheckpoint) -> DrafterCheckpoint:
 
 
 def load_drafter(directory: Path, target: TargetCheckpoint) -> DrafterCheckpoint:
-    """Reads config.json and *.safetensors. Raises ValueError that names what is wrong and how to put it right."""
+    """Reads config.json and the safetensors. Raises ValueError that names what is wrong and how to put it right."""
     where = f"drafter {directory}"
     config_file = directory / "config.json"
     if not config_file.is_file():
         raise ValueError(f"{where}: config.json is missing; give a directory in the published DFlash layout")
-    files = sorted(directory.glob("*.safetensors"))
-    if not files:
-        found = [file.name for file in directory.iterdir() if file.suffix in _PICKLES]
-        hint = f"{found} are pickles, which are never loaded; convert them" if found else "none found"
-        raise ValueError(f"{where}: weights must be *.safetensors ({hint})")
-    values = json.loads(config_file.read_text())
+    try:
+        values = json.loads(config_file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{where}: config.json is not JSON ({error}); copy the checkpoint again") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{where}: config.json must be a mapping of keys; copy the checkpoint again")
     config = parse_dflash_config(values, where)
     _check_target(config, target, where)
-    weights: dict[str, Tensor] = {}
     digest = hashlib.sha256(config_file.read_bytes())
-    for file in files:
-        digest.update(file.read_bytes())
+    weights: dict[str, Tensor] = {}
+    for file in _weight_files(directory, where):
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
         try:
             weights.update(load_file(file))
         except SafetensorError as error:
-            raise ValueError(f"{where}: {file.name} is truncated or corrupt ({error})") from None
-    weights = {name: tensor for name, tensor in weights.items() if name not in _IGNORED}
+            raise ValueError(
+                f"{where}: {file.name} is truncated or corrupt ({error}); copy the checkpoint again"
+            ) from None
+    weights = {_RENAMED.get(name, name): tensor for name, tensor in weights.items() if name not in _IGNORED}
     _check_weights(config, weights, where)
     return DrafterCheckpoint(config, weights, digest.hexdigest()[:16])
+
+
+def _weight_files(directory: Path, where: str) -> list[Path]:
+    """The safetensors of a directory, by its index where it has one. Pickles can run code, so they are never read."""
+    pickles = sorted(file.name for file in directory.iterdir() if file.suffix in _PICKLES)
+    if pickles:
+        raise ValueError(
+            f"{where}: {pickles} are pickles, which are never read; convert them to safetensors and remove"
+        )
+    index = directory / _INDEX
+    if not index.is_file():
+        files = sorted(directory.glob("*.safetensors"))
+        if not files:
+            raise ValueError(f"{where}: there are no *.safetensors; give a directory in the published DFlash layout")
+        return files
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{where}: {_INDEX} has no readable weight_map ({error}); copy the checkpoint again") from None
+    for name in names:
+        if Path(name).name != name or not (directory / name).is_file():
+            raise ValueError(
+                f"{where}: {_INDEX} names {name}, which is not in the directory; copy the checkpoint again"
+            )
+    return [directory / name for name in names]
 
 
 def save_drafter(directory: Path, config_values: dict[str, Any], weights: dict[str, Tensor]) -> None:
@@ -96,55 +150,6 @@ def save_drafter(directory: Path, config_values: dict[str, Any], weights: dict[s
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(config_values, indent=2) + "\n")
     save_file({name: tensor.contiguous() for name, tensor in weights.items()}, directory / "model.safetensors")
-
-
-def parse_dflash_config(values: dict[str, Any], where: str) -> DflashConfig:
-    """The published config.json as a DflashConfig; keys of `dflash_config` win over top-level ones."""
-    if values.get("architectures") != [ARCHITECTURE]:
-        raise ValueError(f"{where}: architectures is {values.get('architectures')}; [{ARCHITECTURE!r}] is supported")
-    nested = values.get("dflash_config") or {}
-
-    def get(key: str, default: Any = None) -> Any:
-        value = nested.get(key, values.get(key, default))
-        if value is None:
-            raise ValueError(f"{where}: config.json lacks {key}")
-        return value
-
-    num_layers = int(get("num_hidden_layers"))
-    layer_types = values.get("layer_types") or ["full_attention"] * num_layers
-    is_sliding = [kind == "sliding_attention" for kind in layer_types]
-    override = values.get("is_causal")
-    rope = values.get("rope_parameters") or {}
-    return DflashConfig(
-        hidden_size=int(get("hidden_size")),
-        num_hidden_layers=num_layers,
-        num_attention_heads=int(get("num_attention_heads")),
-        num_key_value_heads=int(get("num_key_value_heads")),
-        head_dim=int(get("head_dim", int(get("hidden_size")) // int(get("num_attention_heads")))),
-        intermediate_size=int(get("intermediate_size")),
-        rms_norm_eps=float(get("rms_norm_eps", 1e-6)),
-        rope_theta=float(rope.get("rope_theta", values.get("rope_theta", 10000.0))),
-        vocab_size=int(get("vocab_size")),
-        max_position_embeddings=int(get("max_position_embeddings", 32768)),
-        block_size=int(get("block_size", 16)),
-        mask_token_id=int(get("mask_token_id")),
-        target_layer_ids=tuple(
-            nested.get("target_layer_ids") or _default_layer_ids(int(get("num_target_layers")), num_layers)
-        ),
-        is_causal=tuple(bool(override) if override is not None else sliding for sliding in is_sliding),
-        windows=tuple(int(get("sliding_window")) if sliding else None for sliding in is_sliding),
-        attention_bias=bool(values.get("attention_bias", False)),
-        input_embedding_scale=float(get("input_embedding_scale", 1.0)),
-        output_multiplier=float(get("output_multiplier", 1.0)),
-        final_logit_softcapping=float(get("final_logit_softcapping", 0.0)),
-        draft_vocab_size=values.get("draft_vocab_size"),
-    )
-
-
-def _default_layer_ids(num_target_layers: int, num_layers: int) -> list[int]:
-    if num_layers == 1:
-        return [num_target_layers // 2]
-    return [round(1 + i * (num_target_layers - 4) / (num_layers - 1)) for i in range(num_layers)]
 
 
 def _check_target(config: DflashConfig, target: TargetCheckpoint, where: str) -> None:
@@ -156,19 +161,46 @@ def _check_target(config: DflashConfig, target: TargetCheckpoint, where: str) ->
             )
     num_layers = target.config.num_hidden_layers
     if any(not 0 <= layer < num_layers for layer in config.target_layer_ids):
-        raise ValueError(f"{where}: target_layer_ids {config.target_layer_ids} exceed the target's {num_layers} layers")
+        raise ValueError(
+            f"{where}: target_layer_ids {list(config.target_layer_ids)} are not all layers of the target, which has"
+            f" {num_layers}; this drafter is for another target"
+        )
     if not 0 <= config.mask_token_id < config.vocab_size:
-        raise ValueError(f"{where}: mask_token_id {config.mask_token_id} is outside the vocabulary")
+        raise ValueError(
+            f"{where}: mask_token_id {config.mask_token_id} is outside the vocabulary of {config.vocab_size};"
+            " give the token that the drafter was trained with"
+        )
+    if config.tokenizer_hash is not None and config.tokenizer_hash != target.tokenizer_hash:
+        raise ValueError(
+            f"{where}: tokenizer_hash is {config.tokenizer_hash} but the target's is {target.tokenizer_hash};"
+            " this drafter was trained with another tokenizer"
+        )
 
 
 def _check_weights(config: DflashConfig, weights: dict[str, Tensor], where: str) -> None:
+    rows = config.draft_vocab_size or config.vocab_size
     with torch.device("meta"):
         expected = {**ContextProjector(config).state_dict(), **DflashNetwork(config).state_dict()}
-    if config.draft_vocab_size is not None:
-        expected["d2t"] = torch.empty(config.draft_vocab_size, device="meta")
+        own = {
+            _EMBEDDING: torch.empty(config.vocab_size, config.hidden_size),
+            _HEAD: torch.empty(rows, config.hidden_size),
+        }
+        if config.draft_vocab_size is not None:
+            expected["d2t"] = torch.empty(rows)
+    expected |= {name: tensor for name, tensor in own.items() if name in weights}
     missing, unknown = expected.keys() - weights.keys(), weights.keys() - expected.keys()
     if missing or unknown:
-        raise ValueError(f"{where}: tensors missing {sorted(missing)[:4]}, unknown {sorted(unknown)[:4]}")
+        raise ValueError(
+            f"{where}: tensors missing {sorted(missing)[:4]}, unknown {sorted(unknown)[:4]};"
+            " config.json and the weights must be of one checkpoint"
+        )
     for name, tensor in expected.items():
         if tensor.shape != weights[name].shape:
-            raise ValueError(f"{where}: {name} is {tuple(weights[name].shape)}, config.json says {tuple(tensor.shape)}")
+            raise ValueError(
+                f"{where}: {name} is {tuple(weights[name].shape)} but config.json says {tuple(tensor.shape)};"
+                " config.json and the weights must be of one checkpoint"
+            )
+    if config.draft_vocab_size is not None:
+        ids = torch.arange(rows) + weights["d2t"]
+        if ids.min() < 0 or ids.max() >= config.vocab_size or (ids.diff() <= 0).any():
+            raise ValueError(f"{where}: d2t does not map to rising ids of the target's vocabulary; export it again")

@@ -62,6 +62,12 @@ class TargetCheckpoint:
                 digest.update(stream.read())
         return digest.hexdigest()[:16]
 
+    @cached_property
+    def tokenizer_hash(self) -> str:
+        """Hash of the vocabulary, every token with its id: equal for one tokenizer in whatever file it is stored."""
+        vocabulary = sorted(self.load_tokenizer().get_vocab().items(), key=lambda item: item[1])
+        return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()[:16]
+
     def load_model(self, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
         """The whole causal language model, in evaluation mode."""
         from transformers import AutoModelForCausalLM

@@ -117,6 +117,8 @@ class Drafting:
             request.epochs.append(epoch)
             request.committed_lens.append(sequence.committed_len)
             request.anchor_token_ids.append(sequence.tokens[-1])
+            request.temperatures.append(sequence.request.sampling.temperature)
+            request.seeds.append(sequence.request.sampling.seed)
             request.num_draft_tokens.append(min(sequence.num_drafts(max_model_len), drafter.max_draft_tokens))
         return RequestDrafts(drafter.drafter_id, request)
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from dflash_ray.models.block_drafter import BlockDrafter
+from dflash_ray.models.dflash2 import Draw
 from dflash_ray.pb import common_pb2, target_pb2
 from dflash_ray.sampling.plan import SequencePlan
 from dflash_ray.sampling.verify import SequenceOutcome
@@ -298,7 +299,8 @@ class Engine:
             return
         ids = [sequence.sequence_id for sequence in ready]
         anchors = [sequence.tokens[-1] for sequence in ready]
-        proposals = self._drafter.propose(ids, anchors, counts, max(1, step.num_candidates))
+        draws = [Draw(sequence.sampling.temperature, sequence.sampling.seed) for sequence in ready]
+        proposals = self._drafter.propose(ids, anchors, counts, max(1, step.num_candidates), draws)
         for sequence, proposal in zip(ready, proposals, strict=True):
             result.colocated_drafts.add(
                 sequence_id=sequence.sequence_id,

@@ -1,0 +1,144 @@
+"""What DFlash 2 adds to DFlash: convolutions along the block, and a selector of candidates that depend on each other.
+
+Numerics follow the published z-lab reference (PyPI `dflash` 0.1.0). Shapes: N blocks of B slots, hidden size H in
+G groups, K taps; S drafted slots, k candidates a slot, selector rank r.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dflash_ray.sampling.noise import gumbel
+
+
+@dataclass(frozen=True)
+class Dflash2Config:
+    """Shape of the convolutions and the selector; names as in the published config.json."""
+
+    conv_kernel_size: int
+    conv_group_size: int
+    selector_rank: int
+    selector_top_k: int
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """How a sequence's tokens are drawn: temperature 0 is greedy, the seed keys the noise above it."""
+
+    temperature: float = 0.0
+    seed: int = 0
+
+
+class GroupedDynamicCausalConv(nn.Module):
+    """A convolution over a block's slots before a sublayer and one after it.
+
+    A tap's coefficient is base_kernel, one a channel, plus a part that depends on the slot, one a group of channels.
+    Both parts that depend on the slot come from the sublayer's own normed input. Starts as the identity.
+    """
+
+    def __init__(self, hidden_size: int, config: Dflash2Config) -> None:
+        super().__init__()
+        self.kernel_size, self.group_size = config.conv_kernel_size, config.conv_group_size
+        num_coefficients = 2 * self.kernel_size * (hidden_size // self.group_size)
+        self.base_kernel = nn.Parameter(torch.zeros(2, self.kernel_size, hidden_size))
+        nn.init.ones_(self.base_kernel[:, 0])
+        projection = nn.Linear(hidden_size, num_coefficients, bias=False)
+        nn.init.zeros_(projection.weight)
+        self.kernel_projection: nn.Module = projection
+
+    def forward(self, normed: Tensor, sublayer: Callable[[Tensor], Tensor]) -> Tensor:
+        """The sublayer's output for rows [N, B, H] of N independent blocks, convolved on both sides."""
+        dynamic = self.kernel_projection(normed).unflatten(-1, (2, self.kernel_size, -1, 1))
+        base = self.base_kernel.unflatten(-1, (-1, self.group_size))
+        before, after = (base + dynamic).flatten(-2).unbind(2)  # [N, B, K, H]
+        return _convolve(sublayer(_convolve(normed, before)), after)
+
+
+def _convolve(x: Tensor, kernel: Tensor) -> Tensor:
+    """Sum over taps o of kernel[:, :, o] * (x, o slots earlier); nothing comes from before the block."""
+    out = kernel[:, :, 0] * x
+    for tap in range(1, min(kernel.shape[2], x.shape[1])):
+        out[:, tap:] += kernel[:, tap:, tap] * x[:, :-tap]
+    return out
+
+
+class CandidateSelector(nn.Module):
+    """Scores of a slot's candidates given the token chosen for the slot before: a bilinear form of rank r.
+
+    score(token | previous) = logit(token) + sum over r of predecessor[previous] * (W hidden) * successor[token].
+    Starts with scores that are the logits.
+    """
+
+    def __init__(self, num_tokens: int, hidden_size: int, config: Dflash2Config) -> None:
+        super().__init__()
+        self.top_k = min(config.selector_top_k, num_tokens)
+        self.predecessor_codebook = nn.Parameter(torch.randn(num_tokens, config.selector_rank))
+        self.successor_codebook = nn.Parameter(torch.zeros(num_tokens, config.selector_rank))
+        self.hidden_projection = nn.Linear(hidden_size, config.selector_rank, bias=False)
+
+    def forward(self, hidden: Tensor, logits: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor]:
+        """Candidates of all slots, and their scores after every candidate of the slot before.
+
+        Args:
+            hidden: [N, S, H], slots 1, 2, ... after the final norm; logits: float32 [N, S, vocabulary].
+            anchors: int64 [N], the tokens of slot 0.
+
+        Returns:
+            ids int64 [N, S, k], ascending, and scores float32 [N, S, k, k]: the third index is the candidate of the
+            slot before. All its rows are equal in the first slot, which follows the anchor.
+        """
+        ids = top_candidates(logits, self.top_k)
+        first = anchors[:, None, None].expand(-1, 1, self.top_k)
+        previous = F.embedding(torch.cat((first, ids[:, :-1]), dim=1), self.predecessor_codebook)
+        edges = previous * self.hidden_projection(hidden)[:, :, None]
+        edges = edges @ F.embedding(ids, self.successor_codebook).transpose(-1, -2)
+        return ids, logits.gather(-1, ids)[:, :, None] + edges.float()
+
+
+def top_candidates(logits: Tensor, count: int) -> Tensor:
+    """Ids of the `count` largest logits in each row [..., vocabulary], ascending; of equal logits the lower ids."""
+    values, ids = logits.topk(min(count + 1, logits.shape[-1]), dim=-1)
+    if logits.shape[-1] > count and (values[..., count - 1] == values[..., count]).any():
+        last = values[..., count - 1 : count]
+        is_above, is_equal = logits > last, logits == last
+        room = count - is_above.sum(dim=-1, keepdim=True)
+        is_chosen = is_above | (is_equal & (is_equal.cumsum(dim=-1) <= room))
+        return is_chosen.nonzero()[:, -1].view(*logits.shape[:-1], count)
+    return ids[..., :count].sort(dim=-1).values
+
+
+def walk(
+    scores: NDArray[np.float32], ids: NDArray[np.int64], draw: Draw, first_position: int
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Chooses a token for each slot in turn, given the choice before it.
+
+    The greedy choice is the best score. Above temperature 0 it is a draw from softmax(score / temperature), made with
+    the noise that the target will draw this position's token with, so that both mostly choose the same token.
+
+    Args:
+        scores: [S, k, k] as CandidateSelector returns them; ids: [S, k], ascending ids of the target's vocabulary.
+        first_position: position of the first slot's token.
+
+    Returns:
+        For each slot the candidates' indexes, int64 [S, k], the chosen one first and the others by falling score, and
+        their log-probabilities, float32 [S, k]. Of equal scores the lower id comes first.
+    """
+    order = np.empty(ids.shape, dtype=np.int64)
+    logprobs = np.empty(ids.shape, dtype=np.float32)
+    chosen = 0
+    for slot in range(len(ids)):
+        tempered = scores[slot, chosen].astype(np.float64) / (draw.temperature or 1.0)
+        noisy = tempered + gumbel(draw.seed, first_position + slot, ids[slot]) if draw.temperature else tempered
+        chosen = int(np.argmax(noisy))
+        ranked = np.argsort(-tempered, kind="stable")
+        order[slot] = np.concatenate(([chosen], ranked[ranked != chosen]))
+        shifted = tempered - tempered.max()
+        logprobs[slot] = (shifted - np.log(np.exp(shifted).sum()))[order[slot]]
+    return order, logprobs

@@ -1,0 +1,62 @@
+"""Sessions of a drafter: contexts that come in pieces, drafts side by side, room that runs out."""
+
+import pytest
+import torch
+
+from dflash_ray.models.block_drafter import BlockDrafter, ContextGap
+from dflash_ray.models.drafter_checkpoint import DrafterCheckpoint, load_drafter
+from tests.drafter.published import HIDDEN, VALUES, VOCAB, save_random
+
+
+@pytest.fixture(scope="module")
+def checkpoint(target, tmp_path_factory) -> DrafterCheckpoint:
+    return load_drafter(save_random(tmp_path_factory.mktemp("drafter"), VALUES), target)
+
+
+def test_context_that_comes_in_pieces_or_twice_is_the_same_context(checkpoint, target):
+    drafter = BlockDrafter(checkpoint, target)
+    features = torch.randn(30, HIDDEN)
+    drafter.open(1)
+    drafter.open(2)
+    drafter.extend(1, 0, features)
+    for start, stop in ((0, 7), (5, 8), (8, 8), (8, 29), (0, 30)):
+        drafter.extend(2, start, features[start:stop])
+    one, other = drafter.propose([1, 2], [3, 3], [5, 5], num_candidates=2)
+    assert torch.allclose(one.logprobs, other.logprobs, atol=1e-5)
+
+
+def test_sequences_drafted_together_get_the_drafts_they_get_alone(checkpoint, target):
+    drafter = BlockDrafter(checkpoint, target)
+    for session, rows in ((1, 5), (2, 19), (3, 300)):
+        drafter.open(session)
+        drafter.extend(session, 0, torch.randn(rows, HIDDEN))
+    together = drafter.propose([1, 2, 3], [4, 5, 6], [5, 2, 3], num_candidates=1)
+    for session, anchor, count, proposal in zip((1, 2, 3), (4, 5, 6), (5, 2, 3), together, strict=True):
+        alone = drafter.propose([session], [anchor], [count], num_candidates=1)[0]
+        assert torch.equal(alone.candidate_ids, proposal.candidate_ids)
+        assert proposal.candidate_ids.shape == (count, 1)
+
+
+def test_a_gap_in_the_context_is_reported_with_what_is_held(checkpoint, target):
+    drafter = BlockDrafter(checkpoint, target)
+    drafter.open(1)
+    drafter.extend(1, 0, torch.randn(4, HIDDEN))
+    with pytest.raises(ContextGap) as raised:
+        drafter.extend(1, 6, torch.randn(1, HIDDEN))
+    assert raised.value.have == 4
+
+
+def test_the_longest_unused_session_leaves_when_the_context_is_full(checkpoint, target):
+    drafter = BlockDrafter(checkpoint, target, max_context_tokens=50)
+    for session in (1, 2, 3):
+        drafter.open(session)
+        drafter.extend(session, 0, torch.randn(20, HIDDEN))
+    assert [drafter.context_len(session) for session in (1, 2, 3)] == [0, 20, 20]
+
+
+def test_a_text_longer_than_the_drafter_was_trained_for_is_drafted_up_to_the_targets_length(target, tmp_path):
+    short = load_drafter(save_random(tmp_path, VALUES | {"max_position_embeddings": 16}), target)
+    drafter = BlockDrafter(short, target)
+    drafter.open(1)
+    drafter.extend(1, 0, torch.randn(target.config.max_position_embeddings - 1, HIDDEN))
+    assert drafter.propose([1], [4], [5], num_candidates=1)[0].candidate_ids.max() < VOCAB

@@ -1,0 +1,84 @@
+"""The parity check can fail: each of four classic faults makes it raise."""
+
+import dataclasses
+
+import pytest
+
+from dflash_ray.models import drafter_checkpoint
+from dflash_ray.models.block_drafter import BlockDrafter
+from tests.drafter.parity import assert_parity
+from tests.drafter.published import save_random, sliding
+
+pytestmark = pytest.mark.usefixtures("needs_reference")
+
+
+def change_config(monkeypatch, **change) -> None:
+    """Checkpoints load with `change(config)` in place of what config.json says."""
+    parse = drafter_checkpoint.parse_dflash_config
+
+    def parse_wrongly(values, where):
+        config = parse(values, where)
+        return dataclasses.replace(config, **{key: wrong(config) for key, wrong in change.items()})
+
+    monkeypatch.setattr(drafter_checkpoint, "parse_dflash_config", parse_wrongly)
+
+
+def context_keys_without_norm(monkeypatch) -> None:
+    right = BlockDrafter._context_rows
+
+    def wrong(self, start, features):
+        norms = [layer.k_norm for layer in self._layers]
+        for layer in self._layers:
+            layer.k_norm = lambda keys: keys
+        rows = right(self, start, features)
+        for layer, norm in zip(self._layers, norms, strict=True):
+            layer.k_norm = norm
+        return rows
+
+    monkeypatch.setattr(BlockDrafter, "_context_rows", wrong)
+
+
+def context_rotated_one_position_late(monkeypatch) -> None:
+    right = BlockDrafter._context_rows
+    monkeypatch.setattr(BlockDrafter, "_context_rows", lambda self, start, features: right(self, start + 1, features))
+
+
+def block_rotated_one_position_late(monkeypatch) -> None:
+    """The context is right here, so only the drafts can show it."""
+    right = BlockDrafter._block_qkv
+
+    def wrong(self, layer, normed, cos, sin):
+        return right(self, layer, normed, cos.roll(-1, 1), sin.roll(-1, 1))
+
+    monkeypatch.setattr(BlockDrafter, "_block_qkv", wrong)
+
+
+def taps_one_layer_late(monkeypatch) -> None:
+    change_config(monkeypatch, target_layer_ids=lambda config: tuple(layer + 1 for layer in config.target_layer_ids))
+
+
+def mask_turned_round(monkeypatch) -> None:
+    change_config(monkeypatch, is_causal=lambda config: tuple(not causal for causal in config.is_causal))
+
+
+def window_one_row_wider(monkeypatch) -> None:
+    change_config(monkeypatch, windows=lambda config: tuple(window and window + 1 for window in config.windows))
+
+
+FAULTS = [
+    context_keys_without_norm,
+    context_rotated_one_position_late,
+    block_rotated_one_position_late,
+    taps_one_layer_late,
+    mask_turned_round,
+    window_one_row_wider,
+]
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+def test_a_fault_makes_the_parity_check_fail(fault, target, tmp_path, monkeypatch):
+    save_random(tmp_path, sliding("sliding", "full"))
+    assert_parity(tmp_path, target)
+    fault(monkeypatch)
+    with pytest.raises(AssertionError):
+        assert_parity(tmp_path, target)
