@@ -1,0 +1,195 @@
+"""`regenerate` and `capture`: shards of conversations that the target answered, with its taps from the same passes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from dflash_ray.config import ConfigError, ModelConfig
+from dflash_ray.gateway.tokenizer import ChatTokenizer
+from dflash_ray.models.target_checkpoint import resolve_target
+from dflash_ray.training.config import TrainingConfig
+from dflash_ray.training.decoding import BatchDecoder, DecodeRequest, local_decoder
+from dflash_ray.training.files import write_text
+from dflash_ray.training.prompt_files import Prompt, prompt_of, read_jsonl, read_prompts
+from dflash_ray.training.shards import Answered, TapLayout, write_shard
+
+
+@dataclass(frozen=True)
+class Task:
+    """A prompt to answer, or a conversation whose answer is known and which only lacks its taps."""
+
+    prompt: Prompt
+    temperature: float
+    answer: list[int] | None = None
+
+
+def regenerate(config: TrainingConfig) -> int:
+    """Answers the prompts of `prompts`, held-out ones too (for curves). Returns the number of shards."""
+    temperatures = config.regenerate.temperatures
+    prompts = [
+        prompt
+        for name in ("train.jsonl", "held_out.jsonl")
+        if (path := config.prompts_dir / name).is_file() and path.stat().st_size
+        for prompt in read_prompts(path)
+    ]
+    if not prompts:
+        raise ValueError(f"{config.prompts_dir}: there are no prompts; run `dflash-ray train prompts` first")
+    return fill_shards(config, [Task(p, temperatures[p.digest % len(temperatures)]) for p in prompts])
+
+
+def capture(config: TrainingConfig) -> int:
+    """Runs the target over conversations that were answered elsewhere. Returns the number of shards."""
+    path = config.capture.conversations
+    if path is None:
+        raise ConfigError("capture.conversations: give a JSONL file with prompt, response_ids, source, temperature")
+    tasks = []
+    for where, record in read_jsonl(path):
+        answer = record.get("response_ids")
+        if not isinstance(answer, list) or not answer or not all(isinstance(token, int) for token in answer):
+            raise ValueError(f"{where}: needs response_ids, the answer's token ids")
+        tasks.append(Task(prompt_of(record, where, path.stem), float(record.get("temperature", 0.0)), answer))
+    return fill_shards(config, tasks)
+
+
+def fill_shards(config: TrainingConfig, tasks: Sequence[Task]) -> int:
+    """Writes the shards that are missing; returns how many there are then.
+
+    Raises ValueError when the directory holds shards of other tasks or settings, DiskFullError when it has no room.
+    """
+    _claim(config, tasks)
+    size = config.regenerate.shard_conversations
+    pieces = {
+        config.shards_dir / f"{number:05d}.parquet": tasks[start : start + size]
+        for number, start in enumerate(range(0, len(tasks), size))
+    }
+    missing = {path: piece for path, piece in pieces.items() if not path.exists()}
+    with tqdm(total=len(tasks), desc="conversations", unit="conversation") as bar:
+        bar.update(len(tasks) - sum(map(len, missing.values())))
+        run = _over_cluster if config.regenerate.num_workers > 1 else _in_process
+        for count in run(config, missing):
+            bar.update(count)
+    return len(pieces)
+
+
+def _claim(config: TrainingConfig, tasks: Sequence[Task]) -> None:
+    """Records what the shards are made of, and refuses a directory that was begun with something else."""
+    digest = hashlib.sha256(config.regenerate.model_dump_json(exclude={"num_workers", "cpus_per_worker"}).encode())
+    for task in tasks:
+        digest.update(f"{task.prompt.digest} {task.prompt.source} {task.temperature} {task.answer}".encode())
+    plan = {
+        "target": resolve_target(config.target).fingerprint,
+        "tap_layer_ids": list(config.drafter.tap_layer_ids),
+        "seed": config.seed,
+        "dtype": config.engine.dtype,
+        "tasks_and_settings": digest.hexdigest(),
+    }
+    file = config.shards_dir / "plan.json"
+    if not file.exists():
+        write_text(file, json.dumps(plan, indent=2) + "\n")
+    elif (old := json.loads(file.read_text())) != plan:
+        changed = [key for key in plan if old.get(key) != plan[key]]
+        raise ValueError(f"{config.shards_dir}: was begun with other {', '.join(changed)}; use another work_dir")
+
+
+class ShardWorker:
+    """The target in one process, answering whole shards."""
+
+    def __init__(self, config: TrainingConfig) -> None:
+        self._config = config
+        self._tokenizer = ChatTokenizer(ModelConfig(path=config.target))
+        target = resolve_target(config.target)
+        last = target.config.num_hidden_layers - 1
+        layer_ids = config.drafter.tap_layer_ids
+        if config.regenerate.with_last_layer and last not in layer_ids:
+            layer_ids = (*layer_ids, last)
+        self._layout = TapLayout(target.fingerprint, layer_ids, target.config.hidden_size)
+        self._resources = ExitStack()
+        self._decoder: BatchDecoder = self._resources.enter_context(
+            local_decoder(config.target, config.engine, self._tokenizer.eos_ids, layer_ids)
+        )
+
+    def close(self) -> None:
+        self._resources.close()
+
+    def write(self, path: Path, tasks: Sequence[Task]) -> None:
+        """Answers the tasks and writes them as one shard, in their order."""
+        pairs = [(task, request) for task in tasks if (request := self._request(task)) is not None]
+        answered: dict[int, Answered] = {}
+        for index, decoded in self._decoder.run([request for _, request in pairs]):
+            task, request = pairs[index]
+            prompt_len = len(request.token_ids) - len(task.answer or ())
+            # A known answer is all prefill: the token drawn after it is not part of the conversation.
+            tokens = [*request.token_ids, *([] if task.answer else decoded.token_ids)]
+            assert decoded.taps is not None
+            answered[index] = Answered(
+                task.prompt, task.temperature, prompt_len, tokens, decoded.taps[: len(tokens) - 1]
+            )
+        write_shard(path, self._layout, [answered[index] for index in sorted(answered)])
+
+    def _request(self, task: Task) -> DecodeRequest | None:
+        """None when the prompt leaves no room for an answer of two tokens, the fewest that train anything."""
+        section = self._config.regenerate
+        prompt = self._tokenizer.encode_chat(task.prompt.messages)
+        room = section.max_length - len(prompt)
+        if room < 2:
+            return None
+        if task.answer is not None:
+            return DecodeRequest([*prompt, *task.answer[: room - 1]], 1, wants_taps=True)
+        seed = task.prompt.digest ^ self._config.seed
+        return DecodeRequest(prompt, min(room, section.max_new_tokens), task.temperature, seed=seed, wants_taps=True)
+
+
+def _in_process(config: TrainingConfig, missing: dict[Path, Sequence[Task]]) -> Iterator[int]:
+    """Writes shard by shard; yields the number of tasks of each."""
+    if not missing:
+        return
+    worker = ShardWorker(config)
+    try:
+        for path, tasks in missing.items():
+            worker.write(path, tasks)
+            yield len(tasks)
+    finally:
+        worker.close()
+
+
+class _ShardMap:
+    """A Ray Data actor: one row in, one shard written to the shared work_dir, its number of tasks out."""
+
+    def __init__(self, config: TrainingConfig, missing: dict[str, Sequence[Task]]) -> None:
+        self._worker = ShardWorker(config)
+        self._missing = missing
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        tasks = self._missing[row["path"]]
+        self._worker.write(Path(row["path"]), tasks)
+        return {"count": len(tasks)}
+
+
+def _over_cluster(config: TrainingConfig, missing: dict[Path, Sequence[Task]]) -> Iterator[int]:
+    """Spreads the missing shards over a pool of Ray actors. All nodes must see the work_dir."""
+    import ray
+
+    if not missing:
+        return
+    ray.init(address=os.environ.get("RAY_ADDRESS"), ignore_reinit_error=True, log_to_driver=False)
+    section = config.regenerate
+    absolute = {str(path.resolve()): tasks for path, tasks in missing.items()}
+    rows = ray.data.from_items([{"path": path} for path in absolute], override_num_blocks=len(absolute))
+    done = rows.map(
+        _ShardMap,
+        fn_constructor_args=(config, absolute),
+        num_cpus=section.cpus_per_worker,
+        num_gpus=section.gpus_per_worker or None,
+        compute=ray.data.ActorPoolStrategy(size=section.num_workers),
+    )
+    for row in done.iter_rows():
+        yield row["count"]

@@ -1,0 +1,135 @@
+"""Fits a drafter: AdamW, warm-up and cosine, clipping, averaged weights; goes on where it was cut off.
+
+The order of the data follows from seed and step, so only weights, optimiser and step are checkpointed.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from dflash_ray.training.batches import BatchSource, BlockBatch
+from dflash_ray.training.config import FitSection
+from dflash_ray.training.files import replacing
+from dflash_ray.training.objective import BlockLoss, DrafterObjective
+
+_ADAM_STATE = ("step", "exp_avg", "exp_avg_sq")
+_SEED_STRIDE = 1_000_003  # between the seeds of runs; steps lie in between
+
+
+class Trainer:
+    """Owns the weights, the optimiser and the step of one run, on one worker of `world_size`.
+
+    Args:
+        wrapped: the objective, possibly wrapped to average gradients over the workers.
+        seed: of the order of the data.
+    """
+
+    def __init__(
+        self,
+        objective: DrafterObjective,
+        wrapped: nn.Module,
+        section: FitSection,
+        seed: int,
+        state_file: Path,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self._section = section
+        self._objective, self._wrapped = objective, wrapped
+        self._seed = seed * _SEED_STRIDE
+        self._state_file = state_file
+        self._rank, self._world_size = rank, world_size
+        self._device = torch.device(section.device)
+        self.parameters = objective.trainable()
+        self.averaged = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+        self._optimizer = torch.optim.AdamW(
+            self.parameters.values(), lr=section.learning_rate, betas=(0.9, 0.95), weight_decay=section.weight_decay
+        )
+        self.step = 0
+
+    def run(self, source: BatchSource, report: Callable[[int, BlockLoss], None]) -> None:
+        """Trains until max_steps; rank 0 saves every `checkpoint_every_s` and at the end."""
+        saved_at = time.monotonic()
+        while self.step < self._section.max_steps:
+            size = self._section.conversations_per_step
+            batch = source.draw(size, self._seed + self.step, self._rank, self._world_size)
+            result = self._train_step(batch)
+            self.step += 1
+            report(self.step, result)
+            if time.monotonic() - saved_at > self._section.checkpoint_every_s:
+                self.save()
+                saved_at = time.monotonic()
+        self.save()
+
+    def _train_step(self, batch: BlockBatch) -> BlockLoss:
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate(self._section, self.step)
+        result = self._forward(self._wrapped, batch)
+        self._optimizer.zero_grad(set_to_none=True)
+        result.loss.backward()
+        nn.utils.clip_grad_norm_(self.parameters.values(), self._section.clip_norm)
+        self._optimizer.step()
+        decay = min(self._section.ema_decay, (1 + self.step) / (10 + self.step))
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                self.averaged[name].lerp_(parameter, 1 - decay)
+        return result
+
+    @torch.no_grad()
+    def measure(self, batch: BlockBatch) -> BlockLoss:
+        """Loss of a batch that is not trained on, with the weights of this moment; other workers take no part."""
+        return self._forward(self._objective, batch)
+
+    def _forward(self, module: nn.Module, batch: BlockBatch) -> BlockLoss:
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._section.bf16):
+            result: BlockLoss = module(batch.to(self._device))
+        return result
+
+    def save(self) -> None:
+        """Rank 0 writes the state whole: a kill at any moment leaves the last checkpoint. Raises DiskFullError."""
+        if self._rank != 0:
+            return
+        state: dict[str, Tensor] = {"step": torch.tensor(self.step)}
+        for name, parameter in self.parameters.items():
+            state[f"model.{name}"] = parameter.detach()
+            state[f"averaged.{name}"] = self.averaged[name]
+            for key, value in self._optimizer.state[parameter].items():
+                state[f"adam.{key}.{name}"] = value
+        with replacing(self._state_file) as partial:
+            save_file({name: tensor.contiguous() for name, tensor in state.items()}, partial)
+
+    def resume(self) -> None:
+        """Goes on from the last checkpoint, if there is one. Raises ValueError when it is of another drafter."""
+        if not self._state_file.exists():
+            return
+        state = load_file(self._state_file)
+        for name, parameter in self.parameters.items():
+            stored = state.get(f"model.{name}")
+            if stored is None or stored.shape != parameter.shape:
+                raise ValueError(f"{self._state_file}: is of a drafter of another shape; use another work_dir")
+            with torch.no_grad():
+                parameter.copy_(stored)
+                self.averaged[name].copy_(state[f"averaged.{name}"])
+            if f"adam.step.{name}" in state:
+                self._optimizer.state[parameter] = {
+                    key: state[f"adam.{key}.{name}"].to(torch.device("cpu") if key == "step" else self._device)
+                    for key in _ADAM_STATE
+                }
+        self.step = int(state["step"])
+
+
+def learning_rate(section: FitSection, step: int) -> float:
+    """Linear warm-up, then a cosine to the final fraction."""
+    if step < section.warmup_steps:
+        return section.learning_rate * (step + 1) / section.warmup_steps
+    progress = (step - section.warmup_steps) / max(1, section.max_steps - section.warmup_steps)
+    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    final = section.final_learning_rate_fraction
+    return section.learning_rate * (final + (1 - final) * cosine)
