@@ -35,9 +35,13 @@ class BlockBatch:
     last_hidden: Tensor | None = None
 
     def to(self, device: torch.device) -> BlockBatch:
-        last = None if self.last_hidden is None else self.last_hidden.to(device)
-        parts = (self.taps, self.anchors, self.anchor_ids, self.labels)
-        return BlockBatch(*(part.to(device) for part in parts), last)
+        return BlockBatch(
+            self.taps.to(device),
+            self.anchors.to(device),
+            self.anchor_ids.to(device),
+            self.labels.to(device),
+            None if self.last_hidden is None else self.last_hidden.to(device),
+        )
 
 
 class BatchSource:

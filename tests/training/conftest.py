@@ -10,7 +10,10 @@ import pytest
 import torch
 import yaml
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
+from dflash_ray.cli import app
 from dflash_ray.training.config import TrainingConfig
 from tests.tiny import SHAPE, save_tiny_target
 
@@ -43,7 +46,13 @@ def one_thread():
 
 @pytest.fixture(scope="session")
 def target_dir(tmp_path_factory) -> Path:
+    """Its next token follows from the last one more than a random model's would, so that a drafter can learn it."""
     directory = save_tiny_target("qwen3", tmp_path_factory.mktemp("target"))
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(6.0)
+        model.lm_head.weight.mul_(3.0)
+    model.save_pretrained(directory)
     save_tokenizer(directory)
     return directory
 
@@ -61,7 +70,7 @@ def recipe(target_dir: Path, work_dir: Path, **sections: dict) -> TrainingConfig
     work_dir.mkdir(parents=True, exist_ok=True)
     prompt_file = work_dir / "prompts.jsonl"
     if not prompt_file.exists():
-        write_prompt_file(prompt_file, 60)
+        write_prompt_file(prompt_file, 100)
     values: dict = {
         "target": str(target_dir),
         "work_dir": str(work_dir / "run"),
@@ -72,9 +81,9 @@ def recipe(target_dir: Path, work_dir: Path, **sections: dict) -> TrainingConfig
             "draft_vocab_size": 64,
         },
         "prompts": {"files": [str(prompt_file)], "held_out_fraction": 0.2},
-        "regenerate": {"max_new_tokens": 40, "max_length": 96, "temperatures": [0.0], "shard_conversations": 16},
+        "regenerate": {"max_new_tokens": 40, "max_length": 96, "temperatures": [0.0], "shard_conversations": 4},
         "fit": {
-            "max_steps": 150, "warmup_steps": 10, "learning_rate": 3e-3, "anchors_per_conversation": 16, "bf16": False,
+            "max_steps": 200, "warmup_steps": 10, "learning_rate": 3e-3, "anchors_per_conversation": 16, "bf16": False,
             "ema_decay": 0.95, "held_out_every_steps": 50,
         },
         "evaluate": {"max_new_tokens": 32, "block_sizes": [4, 8], "prompts_per_category": 4, "resamples": 200},
@@ -88,3 +97,28 @@ def recipe(target_dir: Path, work_dir: Path, **sections: dict) -> TrainingConfig
 def save_recipe(config: TrainingConfig, path: Path) -> Path:
     path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
     return path
+
+
+def run_step(step: str, recipe_file, *overrides: str) -> str:
+    options = [option for override in overrides for option in ("--set", override)]
+    result = CliRunner().invoke(app, ["train", step, "--config", str(recipe_file), *options])
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+@pytest.fixture(scope="session")
+def pipeline(target_dir, tmp_path_factory):
+    """The recipe after all steps, uninterrupted, and the results of the drafter before and after training."""
+    directory = tmp_path_factory.mktemp("pipeline")
+    config = recipe(target_dir, directory)
+    recipe_file = save_recipe(config, directory / "recipe.yaml")
+    run_step("prompts", recipe_file)
+    run_step("regenerate", recipe_file)
+    run_step("fit", recipe_file, "fit.max_steps=0")
+    run_step("evaluate", recipe_file)
+    untrained = json.loads(config.results_file.read_text())["results"]
+    run_step("fit", recipe_file)
+    run_step("evaluate", recipe_file)
+    trained = json.loads(config.results_file.read_text())["results"]
+    run_step("export", recipe_file)
+    return config, untrained, trained
