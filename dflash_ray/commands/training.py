@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
 from dflash_ray.commands.client import console, fail
 from dflash_ray.training.config import TrainingConfig, load_training_config
 
@@ -63,8 +61,6 @@ def run_step(name: str, config_path: Path | None, overrides: list[str]) -> None:
     """Runs one step and prints where its result is."""
     try:
         config = load_training_config(config_path, overrides)
-        if config.num_threads:
-            torch.set_num_threads(config.num_threads)
         console.out(_STEPS[name](config))
     except ValueError as error:  # of the configuration, the input or the room on the disk, with a text for the user
         fail(str(error))

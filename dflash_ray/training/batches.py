@@ -1,4 +1,7 @@
-"""Batches of draft blocks, each a function of the seed and the step alone: a resumed run draws the same ones."""
+"""Batches of draft blocks, each a function of its seed alone: a resumed run draws the same ones.
+
+Anchors are drawn for each conversation by itself, so they do not depend on the number of workers either.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from dflash_ray.training.losses import IGNORE
 from dflash_ray.training.shards import Conversation, ShardStore
 
+_SEED_STRIDE = 1 << 20  # more than there are conversations, so that no two draws share a seed
 _POOL_BATCHES = 8  # batches that are drawn at once to find conversations of similar length
 
 
@@ -85,14 +89,12 @@ class BatchSource:
         pool = sorted((self._indices[i] for i in chosen), key=lambda i: len(self._store.conversations[i].token_ids))
         start = int(torch.randint(max(1, len(pool) - size + 1), (1,), generator=generator))
         batch = pool[start : start + size]
-        generator.manual_seed(seed + 1 + rank)
-        return self.at(batch[rank::world_size] or batch[:1], generator)
+        return self.at(batch[rank::world_size] or batch[:1], seed)
 
-    def at(self, indices: Sequence[int], generator: torch.Generator) -> BlockBatch:
+    def at(self, indices: Sequence[int], seed: int) -> BlockBatch:
         """Random anchors in the given conversations."""
-        conversations = [self._store.conversations[i] for i in indices]
         taps = pad_sequence([self._store.taps(i, self._layer_ids) for i in indices], batch_first=True)
-        drawn = [self._draw_anchors(conversation, generator) for conversation in conversations]
+        drawn = [self._draw_anchors(self._store.conversations[i], seed * _SEED_STRIDE + i) for i in indices]
         anchors, anchor_ids, labels = (torch.stack(parts) for parts in zip(*drawn, strict=True))
         batch = BlockBatch(taps, anchors, anchor_ids, labels)
         if self._last_layer_id is None:
@@ -102,8 +104,9 @@ class BatchSource:
         rows = (anchors[:, :, None] + torch.arange(self._num_slots)).clamp(max=last.shape[1] - 1)
         return replace(batch, last_hidden=last[torch.arange(len(indices))[:, None, None], rows])
 
-    def _draw_anchors(self, conversation: Conversation, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    def _draw_anchors(self, conversation: Conversation, seed: int) -> tuple[Tensor, Tensor, Tensor]:
         """Anchors [A] among answer tokens that have a successor, their tokens, and the slots' labels [A, B-1]."""
+        generator = torch.Generator().manual_seed(seed)
         tokens, last = conversation.token_ids, len(conversation.token_ids) - 1
         anchors = torch.randint(conversation.prompt_len, last, (self._num_anchors,), generator=generator)
         at = anchors[:, None] + torch.arange(1, self._num_slots + 1)

@@ -29,6 +29,7 @@ class EngineSection(_Section):
     """The target's engine inside a step's own process, one rank."""
 
     device: Literal["cpu", "cuda"] = "cpu"
+    num_threads: int = Field(0, ge=0, description="torch threads; 0 leaves torch's choice")
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     max_model_len: int = Field(2048, ge=16)
     page_size: int = Field(16, ge=1)
@@ -133,6 +134,7 @@ class FitSection(_Section):
     held_out_every_steps: int = Field(100, ge=1, description="between measurements on held-out conversations")
     checkpoint_every_s: float = Field(30.0, gt=0)
     device: Literal["cpu", "cuda"] = "cpu"
+    num_threads: int = Field(0, ge=0, description="torch threads; 0 leaves torch's choice")
     bf16: bool = Field(True, description="autocast to bfloat16; weights and optimiser stay float32")
     num_workers: int = Field(1, ge=1, description="Ray Train workers, which share the work_dir; 1 runs without Ray")
     cpus_per_worker: float = Field(1.0, gt=0)
@@ -161,8 +163,7 @@ class TrainingConfig(_Section):
 
     target: str = Field(BUILTIN_MODEL, description="as model.path of the application")
     work_dir: Path = Field(Path("training"), description="prompts, shards, checkpoints and results")
-    seed: int = Field(0, ge=0)
-    num_threads: int = Field(0, ge=0, description="torch threads of a process; 0 leaves torch's choice")
+    seed: int = Field(0, ge=0, lt=1 << 20)
     engine: EngineSection = EngineSection()
     drafter: DrafterSection = DrafterSection()
     prompts: PromptsSection = PromptsSection()

@@ -234,6 +234,8 @@ def local_decoder(
         tap_layer_ids: layers whose raw outputs come back as taps; with `drafter` its own layers are tapped instead.
         drafter: drafts in the same process, as the colocated drafter of a target group does.
     """
+    if settings.num_threads:
+        torch.set_num_threads(settings.num_threads)
     target = resolve_target(target_path)
     is_ours = not torch.distributed.is_initialized()
     if is_ours:

@@ -26,7 +26,6 @@ from dflash_ray.training.trainer import Trainer
 
 _POINT_EVERY_STEPS = 10
 _MAX_HELD_OUT = 16  # conversations that the held-out curve is measured on
-_HELD_OUT_SEED = 1
 
 
 def fit(config: TrainingConfig) -> None:
@@ -83,6 +82,8 @@ def fit_worker(
     world_size: int = 1,
 ) -> None:
     """One worker's whole run; rank 0 also writes checkpoints, curves and the drafter."""
+    if config.fit.num_threads:
+        torch.set_num_threads(config.fit.num_threads)
     torch.manual_seed(config.seed)
     target = resolve_target(config.target)
     store = ShardStore(config.shards_dir)
@@ -112,7 +113,7 @@ def fit_worker(
     if rank != 0:
         trainer.run(source, lambda step, result: None)
         return
-    _record(config, store)
+    _record(config, store, world_size)
     progress = _Progress(config, trainer, source, held_out)
     try:
         trainer.run(source, progress.report)
@@ -161,11 +162,12 @@ def save_trained(
     save_drafter(config.trained_dir, config_values, tensors)
 
 
-def _record(config: TrainingConfig, store: ShardStore) -> None:
+def _record(config: TrainingConfig, store: ShardStore, world_size: int) -> None:
     """What the run is made of: recipe with its seeds, versions, and hashes of the shards."""
     record = {
         "config": config.model_dump(mode="json"),
         "seed": config.seed,
+        "num_workers": world_size,
         "versions": {name: version(name) for name in ("torch", "transformers", "dflash-ray")},
         "shards": {path.name: sha256_of(path) for path in store.paths},
     }
@@ -180,8 +182,7 @@ class _Progress:
         self._trainer = trainer
         self._bar = tqdm(total=config.fit.max_steps, initial=trainer.step, desc="fit", unit="step")
         self._curves = Curves(config.fit_dir, trainer.step)
-        generator = torch.Generator().manual_seed(_HELD_OUT_SEED)
-        self._held_out = source.at(held_out[:_MAX_HELD_OUT], generator) if held_out else None
+        self._held_out = source.at(held_out[:_MAX_HELD_OUT], config.seed) if held_out else None
 
     def report(self, step: int, result: BlockLoss) -> None:
         self._bar.update()

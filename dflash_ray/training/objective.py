@@ -68,7 +68,7 @@ class DrafterObjective(nn.Module):
         self._freeze("sin", sin)
         self._final_norm: RmsNorm | None = None
         if section.distillation_weight:
-            self._final_norm = _final_norm(target)
+            self._final_norm = final_norm(target)
 
     def _freeze(self, name: str, tensor: Tensor) -> None:
         self.register_buffer(name, tensor, persistent=False)
@@ -101,7 +101,8 @@ class DrafterObjective(nn.Module):
         return BlockLoss(loss, logits.argmax(-1) == batch.labels, valid)
 
 
-def _final_norm(target: TargetCheckpoint) -> RmsNorm:
+def final_norm(target: TargetCheckpoint) -> RmsNorm:
+    """The norm between the target's last layer and its head, frozen."""
     norm = RmsNorm(target.config.hidden_size, target.config.rms_norm_eps)
     norm.load_state_dict(target.load_model().get_decoder().norm.state_dict())
     return norm.requires_grad_(False)

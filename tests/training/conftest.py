@@ -74,8 +74,9 @@ def recipe(target_dir: Path, work_dir: Path, **sections: dict) -> TrainingConfig
     values: dict = {
         "target": str(target_dir),
         "work_dir": str(work_dir / "run"),
-        "num_threads": 1,
-        "engine": {"max_model_len": 128, "kv_cache_tokens": 2048, "page_size": 8, "max_batch_tokens": 128},
+        "engine": {
+            "num_threads": 1, "max_model_len": 128, "kv_cache_tokens": 2048, "page_size": 8, "max_batch_tokens": 128,
+        },
         "drafter": {
             "tap_layer_ids": [0, 2], "init_layer_ids": [1, 3], "block_size": 5, "mask_token_id": 2,
             "draft_vocab_size": 64,
@@ -83,8 +84,8 @@ def recipe(target_dir: Path, work_dir: Path, **sections: dict) -> TrainingConfig
         "prompts": {"files": [str(prompt_file)], "held_out_fraction": 0.2},
         "regenerate": {"max_new_tokens": 40, "max_length": 96, "temperatures": [0.0], "shard_conversations": 4},
         "fit": {
-            "max_steps": 200, "warmup_steps": 10, "learning_rate": 3e-3, "anchors_per_conversation": 16, "bf16": False,
-            "ema_decay": 0.95, "held_out_every_steps": 50,
+            "num_threads": 1, "max_steps": 200, "warmup_steps": 10, "learning_rate": 3e-3, "bf16": False,
+            "anchors_per_conversation": 16, "ema_decay": 0.95, "held_out_every_steps": 50,
         },
         "evaluate": {"max_new_tokens": 32, "block_sizes": [4, 8], "prompts_per_category": 4, "resamples": 200},
         "export": {"output_dir": str(work_dir / "exported")},
