@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version
@@ -41,14 +40,15 @@ def fit(config: TrainingConfig) -> None:
 
 def _fit_on_cluster(config: TrainingConfig) -> None:
     """The same code on every Ray Train worker; the work_dir must be on a file system that all nodes see."""
-    import ray
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
     from ray.train.torch import TorchTrainer
 
-    ray.init(address=os.environ.get("RAY_ADDRESS"), ignore_reinit_error=True)
+    from dflash_ray.training.cluster import cluster
+
     section = config.fit
+    ShardStore(config.shards_dir)  # what is wrong with the shards is said before workers start
     absolute = config.model_copy(update={"work_dir": config.work_dir.resolve()})
-    TorchTrainer(
+    trainer = TorchTrainer(
         _cluster_worker,
         train_loop_config={"config": absolute.model_dump_json()},
         scaling_config=ScalingConfig(
@@ -61,7 +61,13 @@ def _fit_on_cluster(config: TrainingConfig) -> None:
             storage_path=str(absolute.fit_dir / "ray"),
             failure_config=FailureConfig(max_failures=section.max_failures),
         ),
-    ).fit()
+    )
+    with cluster():
+        try:
+            trainer.fit()
+        except WorkerGroupError as error:
+            failures = "; ".join(f"worker {rank}: {failure}" for rank, failure in error.worker_failures.items())
+            raise ValueError(f"training failed: {failures}") from error
 
 
 def _cluster_worker(values: dict[str, str]) -> None:

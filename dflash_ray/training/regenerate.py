@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -162,7 +161,10 @@ def _in_process(config: TrainingConfig, missing: dict[Path, Sequence[Task]]) -> 
 
 
 class _ShardMap:
-    """A Ray Data actor: one row in, one shard written to the shared work_dir, its number of tasks out."""
+    """A Ray Data actor: one row in, one shard written to the shared work_dir, its number of tasks out.
+
+    What the user has to put right comes back as the row's `error`: Ray would bury it in a trace of its own.
+    """
 
     def __init__(self, config: TrainingConfig, missing: dict[str, Sequence[Task]]) -> None:
         self._worker = ShardWorker(config)
@@ -170,26 +172,33 @@ class _ShardMap:
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         tasks = self._missing[row["path"]]
-        self._worker.write(Path(row["path"]), tasks)
-        return {"count": len(tasks)}
+        try:
+            self._worker.write(Path(row["path"]), tasks)
+        except ValueError as error:
+            return {"count": 0, "error": str(error)}
+        return {"count": len(tasks), "error": ""}
 
 
 def _over_cluster(config: TrainingConfig, missing: dict[Path, Sequence[Task]]) -> Iterator[int]:
     """Spreads the missing shards over a pool of Ray actors. All nodes must see the work_dir."""
     import ray
 
+    from dflash_ray.training.cluster import cluster
+
     if not missing:
         return
-    ray.init(address=os.environ.get("RAY_ADDRESS"), ignore_reinit_error=True, log_to_driver=False)
     section = config.regenerate
     absolute = {str(path.resolve()): tasks for path, tasks in missing.items()}
-    rows = ray.data.from_items([{"path": path} for path in absolute], override_num_blocks=len(absolute))
-    done = rows.map(
-        _ShardMap,
-        fn_constructor_args=(config, absolute),
-        num_cpus=section.cpus_per_worker,
-        num_gpus=section.gpus_per_worker or None,
-        compute=ray.data.ActorPoolStrategy(size=section.num_workers),
-    )
-    for row in done.iter_rows():
-        yield row["count"]
+    with cluster():
+        rows = ray.data.from_items([{"path": path} for path in absolute], override_num_blocks=len(absolute))
+        done = rows.map(
+            _ShardMap,
+            fn_constructor_args=(config, absolute),
+            num_cpus=section.cpus_per_worker,
+            num_gpus=section.gpus_per_worker or None,
+            compute=ray.data.ActorPoolStrategy(size=section.num_workers),
+        )
+        for row in done.iter_rows():
+            if row["error"]:
+                raise ValueError(row["error"])
+            yield row["count"]

@@ -31,6 +31,16 @@ def test_shards_of_ray_data_actors_are_those_of_one_process(pipeline, target_dir
     assert [path.read_bytes() for path in ours.paths] == [path.read_bytes() for path in theirs.paths]
 
 
+def test_a_full_disk_on_a_worker_is_said_in_its_own_words(pipeline, target_dir, tmp_path):
+    whole, _, _ = pipeline
+    config = recipe(target_dir, tmp_path, regenerate={"num_workers": 2, "cpus_per_worker": 0.5})
+    config.shards_dir.mkdir(parents=True)
+    config.prompts_dir.symlink_to(whole.prompts_dir)
+    (config.shards_dir / "00000.parquet.partial").symlink_to("/dev/full")
+    with pytest.raises(ValueError, match=r"^no space left for .*00000\.parquet"):
+        regenerate(config)
+
+
 def test_workers_of_ray_train_fit_one_drafter(pipeline, target_dir, tmp_path):
     whole, _, _ = pipeline
     config = recipe(target_dir, tmp_path, fit={"num_workers": 2, "cpus_per_worker": 0.5, "max_steps": 30})
