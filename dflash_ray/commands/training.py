@@ -62,7 +62,7 @@ def run_step(name: str, config_path: Path | None, overrides: list[str]) -> None:
     try:
         config = load_training_config(config_path, overrides)
         console.out(_STEPS[name](config))
-    except ValueError as error:  # of the configuration, the input or the room on the disk, with a text for the user
+    except (ValueError, OSError) as error:  # their texts name the key, the line or the file
         fail(str(error))
     except ModuleNotFoundError as error:
         fail(f"{error}; install the extra: pip install 'dflash-ray[train]'")

@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import ray
 
@@ -19,7 +20,8 @@ def cluster() -> Iterator[None]:
         yield
         return
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    where = {} if "RAY_ADDRESS" in os.environ else {"_node_ip_address": "127.0.0.1", "include_dashboard": False}
+    local: dict[str, Any] = {"_node_ip_address": "127.0.0.1", "include_dashboard": False}
+    where = {} if "RAY_ADDRESS" in os.environ else local
     ray.init(runtime_env={"env_vars": _WORKER_ENV}, logging_level=logging.WARNING, **where)
     try:
         yield

@@ -173,6 +173,7 @@ class BatchDecoder:
     def _take(self, result: target_pb2.StepResult, running: dict[int, _Running]) -> Iterator[tuple[int, Decoded]]:
         """Books a step's tokens, features and drafts; yields what has finished."""
         for part in result.features:
+            assert part.dtype == common_pb2.DATA_TYPE_FLOAT32
             rows = np.frombuffer(part.data, dtype=np.float32).reshape(part.num_rows, -1)
             running[part.sequence_id].taps.append(torch.from_numpy(rows.copy()).to(torch.bfloat16))
         offset = 0

@@ -46,12 +46,17 @@ class BlockLoss:
 
 
 class DrafterObjective(nn.Module):
-    """Projector and network are trained; embedding, head and the target's last norm are frozen buffers.
+    """Projector and network are trained; embedding, head and the target's last norm are frozen.
 
     Args:
         vocabulary: int64 [V_d], target ids of the draft vocabulary.
         max_length: longest conversation, for the rotary tables.
     """
+
+    embedding: Tensor  # [V, H]
+    head: Tensor  # [V_d, H]
+    cos: Tensor  # [positions, d]
+    sin: Tensor  # [positions, d]
 
     def __init__(
         self, config: DflashConfig, section: FitSection, target: TargetCheckpoint, vocabulary: Tensor, max_length: int

@@ -1,7 +1,8 @@
 """Many draft blocks of a conversation in one pass, under the mask that they have one by one when serving.
 
 A block at anchor s sees context rows t < s (strictly: the anchor's own features are not known then) and its own slots.
-Causal layers hide a block's later slots, sliding layers everything `window` or more positions away.
+Causal layers hide a block's later slots, sliding layers everything `window` or more positions away. Blocks keep an axis
+of their own throughout, so that what mixes the slots of a block needs no mask between blocks.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ Near-duplicates are left out, so that none is on both sides of the split.
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
@@ -13,12 +14,15 @@ from tqdm import tqdm
 
 from dflash_ray.config import ConfigError, ModelConfig
 from dflash_ray.gateway.tokenizer import ChatTokenizer
+from dflash_ray.models.target_checkpoint import resolve_target
 from dflash_ray.training.config import SelfGeneratedSection, TrainingConfig
-from dflash_ray.training.decoding import DecodeRequest, local_decoder
+from dflash_ray.training.decoding import BatchDecoder, DecodeRequest, local_decoder
 from dflash_ray.training.files import write_text
 from dflash_ray.training.prompt_files import Prompt, read_prompts, write_prompts
 from dflash_ray.training.traffic import captured_prompts
 
+_PIECE_PROMPTS = 128  # a run that was cut off loses at most these
+_SEED_STRIDE = 1_000_003
 _SHINGLE_CHARACTERS = 5
 _PERMUTATIONS = 64  # the estimate of a similarity is off by about 1 / sqrt(64)
 
@@ -66,30 +70,48 @@ def _shingles(text: str) -> list[bytes]:
 
 
 def self_generated_prompts(config: TrainingConfig, section: SelfGeneratedSection) -> list[Prompt]:
-    """User turns that the target writes after its own chat prefix (Magpie, arXiv 2406.08464), some after a stem."""
-    tokenizer = ChatTokenizer(ModelConfig(path=config.target))
+    """User turns that the target writes after its own chat prefix (Magpie, arXiv 2406.08464), some after a stem.
+
+    They are kept piece by piece, so a run that was cut off goes on with the pieces that are missing.
+    """
+    settings = f"{section.model_dump_json()} {config.seed} {resolve_target(config.target).fingerprint}"
+    directory = config.prompts_dir / f"self_generated-{hashlib.sha256(settings.encode()).hexdigest()[:12]}"
+    starts = range(0, section.num_prompts, _PIECE_PROMPTS)
+    pieces = {start: directory / f"{start:07d}.jsonl" for start in starts}
+    missing = [start for start, path in pieces.items() if not path.exists()]
+    if missing:
+        tokenizer = ChatTokenizer(ModelConfig(path=config.target))
+        with local_decoder(config.target, config.engine, tokenizer.eos_ids) as decoder:
+            for start in tqdm(missing, desc="self-generated prompts", unit="piece"):
+                numbers = range(start, min(start + _PIECE_PROMPTS, section.num_prompts))
+                write_prompts(pieces[start], _write_piece(config.seed, section, tokenizer, decoder, numbers))
+    return [prompt for path in pieces.values() if path.stat().st_size for prompt in read_prompts(path)]
+
+
+def _write_piece(
+    seed: int, section: SelfGeneratedSection, tokenizer: ChatTokenizer, decoder: BatchDecoder, numbers: range
+) -> list[Prompt]:
+    """Prompts with the given numbers, without those that did not end by themselves."""
     prefix, end_of_turn = user_turn(tokenizer)
     stems = ["", *section.stems]
-    beginnings = [stems[i % len(stems)] for i in range(section.num_prompts)]
+    beginnings = [stems[number % len(stems)] for number in numbers]
     requests = [
         DecodeRequest(
             [*prefix, *tokenizer.encode(stem)],
             section.max_new_tokens,
             section.temperature,
             section.top_p,
-            seed=config.seed * 1_000_003 + number,
+            seed=seed * _SEED_STRIDE + number,
         )
-        for number, stem in enumerate(beginnings)
+        for stem, number in zip(beginnings, numbers, strict=True)
     ]
     written: dict[int, Prompt] = {}
-    with local_decoder(config.target, config.engine, tokenizer.eos_ids) as decoder:
-        results = decoder.run(requests, stop_ids=[end_of_turn])
-        for number, decoded in tqdm(results, total=len(requests), desc="prompts", unit="prompt"):
-            text = (beginnings[number] + tokenizer.decode(decoded.token_ids)).strip()
-            if decoded.is_stopped and len(text) > len(beginnings[number]):
-                source = f"self: {beginnings[number]}" if beginnings[number] else "self"
-                written[number] = Prompt([{"role": "user", "content": text}], source)
-    return [written[number] for number in sorted(written)]
+    for index, decoded in decoder.run(requests, stop_ids=[end_of_turn]):
+        stem = beginnings[index]
+        text = (stem + tokenizer.decode(decoded.token_ids)).strip()
+        if decoded.is_stopped and len(text) > len(stem):
+            written[index] = Prompt([{"role": "user", "content": text}], f"self: {stem}" if stem else "self")
+    return [written[index] for index in sorted(written)]
 
 
 def user_turn(tokenizer: ChatTokenizer) -> tuple[list[int], int]:

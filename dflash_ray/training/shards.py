@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from torch import Tensor
 from dflash_ray.training.files import replacing
 from dflash_ray.training.prompt_files import Prompt
 
+_MAX_OPEN_FILES = 256
 _LAYOUT_KEY = b"dflash_ray"
 _SCHEMA = pa.schema(
     [
@@ -99,25 +101,25 @@ class ShardStore:
         self.paths = sorted(directory.glob("*.parquet"))
         if not self.paths:
             raise ValueError(f"{directory}: there are no shards; run `dflash-ray train regenerate` or `capture` first")
-        self._files = [_open(path) for path in self.paths]
-        layouts = {_read_layout(file, path) for file, path in zip(self._files, self.paths, strict=True)}
+        self._open = lru_cache(maxsize=_MAX_OPEN_FILES)(_open)
+        layouts = {_read_layout(self._open(path), path) for path in self.paths}
         if len(layouts) > 1:
             raise ValueError(f"{directory}: its shards differ in target or layers; keep each kind in its own work_dir")
         self.layout = layouts.pop()
         self.conversations: list[Conversation] = []
-        self._places: list[tuple[int, int]] = []  # file and row group of each conversation
-        for number, file in enumerate(self._files):
-            for group, row in enumerate(file.read(columns=_LIGHT_COLUMNS).to_pylist()):
+        self._places: list[tuple[Path, int]] = []  # file and row group of each conversation
+        for path in self.paths:
+            for group, row in enumerate(self._open(path).read(columns=_LIGHT_COLUMNS).to_pylist()):
                 prompt = Prompt(json.loads(row["prompt"]), row["source"])
                 self.conversations.append(
                     Conversation(prompt, row["prompt_len"], torch.tensor(row["token_ids"], dtype=torch.int64))
                 )
-                self._places.append((number, group))
+                self._places.append((path, group))
 
     def taps(self, index: int, layer_ids: Sequence[int]) -> Tensor:
         """Taps of a conversation, bfloat16 [T - 1, len(layer_ids) * H]."""
-        number, group = self._places[index]
-        buffer = self._files[number].read_row_group(group, columns=["taps"])["taps"][0].as_buffer()
+        path, group = self._places[index]
+        buffer = self._open(path).read_row_group(group, columns=["taps"])["taps"][0].as_buffer()
         rows = np.frombuffer(buffer, dtype=np.int16).reshape(-1, len(self.layout.layer_ids), self.layout.hidden_size)
         at = [self.layout.layer_ids.index(layer) for layer in layer_ids]
         return torch.from_numpy(rows[:, at].reshape(len(rows), -1)).view(torch.bfloat16)

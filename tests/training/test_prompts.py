@@ -128,9 +128,19 @@ def test_the_users_turn_is_found_in_any_template(target_dir):
 
 
 def test_the_target_continues_its_own_chat_prefix_after_each_stem(target_dir, tmp_path):
-    config = recipe(target_dir, tmp_path)
+    config, again = (recipe(target_dir, tmp_path / name) for name in ("once", "again"))
     section = SelfGeneratedSection(num_prompts=30, stems=("Sum: ",), max_new_tokens=60, temperature=2.0)
     written = self_generated_prompts(config, section)
     assert {one.source for one in written} == {"self", "self: Sum: "}
     assert all(one.text.startswith("Sum: ") for one in written if one.source != "self")
-    assert written == self_generated_prompts(config, section)
+    assert written == self_generated_prompts(again, section)
+
+
+def test_self_generated_prompts_are_not_written_twice(target_dir, tmp_path):
+    config = recipe(target_dir, tmp_path)
+    section = SelfGeneratedSection(num_prompts=3, stems=("Sum: ",), max_new_tokens=40, temperature=2.0)
+    written = self_generated_prompts(config, section)
+    (piece,) = config.prompts_dir.glob("self_generated-*/*.jsonl")
+    before = piece.stat().st_mtime_ns
+    assert self_generated_prompts(config, section) == written
+    assert piece.stat().st_mtime_ns == before
