@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dflash_ray.commands.client import console, fail
+from dflash_ray.core.errors import RequestError
 from dflash_ray.training.config import TrainingConfig, load_training_config
 
 
@@ -62,7 +63,7 @@ def run_step(name: str, config_path: Path | None, overrides: list[str]) -> None:
     try:
         config = load_training_config(config_path, overrides)
         console.out(_STEPS[name](config))
-    except (ValueError, OSError) as error:  # their texts name the key, the line or the file
+    except (ValueError, OSError, RequestError) as error:  # their texts name the key, the line or the file
         fail(str(error))
     except ModuleNotFoundError as error:
         fail(f"{error}; install the extra: pip install 'dflash-ray[train]'")

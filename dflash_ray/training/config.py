@@ -181,6 +181,13 @@ class TrainingConfig(_Section):
             raise ValueError("engine.kv_cache_tokens must hold a sequence of engine.max_model_len")
         return self
 
+    def with_absolute_paths(self) -> TrainingConfig:
+        """The same run for processes that start in another directory."""
+        target = self.target if self.target.startswith("builtin:") else str(Path(self.target).resolve())
+        init_drafter = self.fit.init_drafter and self.fit.init_drafter.resolve()
+        fit = self.fit.model_copy(update={"init_drafter": init_drafter})
+        return self.model_copy(update={"target": target, "work_dir": self.work_dir.resolve(), "fit": fit})
+
     @property
     def prompts_dir(self) -> Path:
         return self.work_dir / "prompts"

@@ -6,11 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-
-from matplotlib import pyplot
+from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 
 from dflash_ray.training.files import replacing
@@ -48,8 +44,8 @@ class Curves:
     def close(self) -> None:
         """Flushes the event files and draws the PNG."""
         self._events.close()
-        figure, axes = pyplot.subplots(1, len(_CURVES), figsize=(10, 4), layout="constrained")
-        for axis, name in zip(axes, _CURVES, strict=True):
+        figure = Figure(figsize=(10, 4), layout="constrained")
+        for axis, name in zip(figure.subplots(1, len(_CURVES)), _CURVES, strict=True):
             for part in ("train", "held_out"):
                 points = [point for point in self.points if point["part"] == part]
                 axis.plot([p["step"] for p in points], [p[name] for p in points], label=part.replace("_", " "))
@@ -57,4 +53,3 @@ class Curves:
             axis.legend()
         with replacing(self._directory / "curves.png") as partial:
             figure.savefig(partial, format="png")
-        pyplot.close(figure)

@@ -47,7 +47,7 @@ def _fit_on_cluster(config: TrainingConfig) -> None:
 
     section = config.fit
     ShardStore(config.shards_dir)  # what is wrong with the shards is said before workers start
-    absolute = config.model_copy(update={"work_dir": config.work_dir.resolve()})
+    absolute = config.with_absolute_paths()
     trainer = TorchTrainer(
         _cluster_worker,
         train_loop_config={"config": absolute.model_dump_json()},
@@ -99,7 +99,7 @@ def fit_worker(
     vocabulary = draft_vocabulary(
         (store.conversations[i] for i in train), config.drafter.draft_vocab_size, target.config.vocab_size
     )
-    objective, config_values = build_objective(config, target, vocabulary, store)
+    objective, config_values = _build_objective(config, target, vocabulary, store)
     wrapped = wrap(objective) if wrap else objective.to(config.fit.device)
     state_file = config.fit_dir / "state.safetensors"
     trainer = Trainer(objective, wrapped, config.fit, config.seed, state_file, rank, world_size)
@@ -125,7 +125,7 @@ def fit_worker(
         trainer.run(source, progress.report)
     finally:
         progress.close()
-    save_trained(config, config_values, trainer.averaged, vocabulary)
+    _save_trained(config, config_values, trainer.averaged, vocabulary)
 
 
 def _split(store: ShardStore, fraction: float) -> tuple[list[int], list[int]]:
@@ -140,7 +140,7 @@ def _split(store: ShardStore, fraction: float) -> tuple[list[int], list[int]]:
     return train, held_out
 
 
-def build_objective(
+def _build_objective(
     config: TrainingConfig, target: TargetCheckpoint, vocabulary: Tensor, store: ShardStore
 ) -> tuple[DrafterObjective, dict[str, object]]:
     """The drafter before its first step, and its config.json."""
@@ -158,7 +158,7 @@ def build_objective(
     return objective, values
 
 
-def save_trained(
+def _save_trained(
     config: TrainingConfig, config_values: dict[str, object], weights: dict[str, Tensor], vocabulary: Tensor
 ) -> None:
     """Writes averaged weights in the published layout, bfloat16."""

@@ -21,6 +21,8 @@ from dflash_ray.training.files import write_text
 from dflash_ray.training.prompt_files import Prompt, prompt_of, read_jsonl, read_prompts
 from dflash_ray.training.shards import Answered, TapLayout, write_shard
 
+_SHORTEST_ANSWER = 3  # two tokens train something, and one more may be drawn behind a known answer
+
 
 @dataclass(frozen=True)
 class Task:
@@ -50,12 +52,16 @@ def capture(config: TrainingConfig) -> int:
     path = config.capture.conversations
     if path is None:
         raise ConfigError("capture.conversations: give a JSONL file with prompt, response_ids, source, temperature")
+    vocab_size = resolve_target(config.target).config.vocab_size
     tasks = []
     for where, record in read_jsonl(path):
-        answer = record.get("response_ids")
-        if not isinstance(answer, list) or not answer or not all(isinstance(token, int) for token in answer):
-            raise ValueError(f"{where}: needs response_ids, the answer's token ids")
-        tasks.append(Task(prompt_of(record, where, path.stem), float(record.get("temperature", 0.0)), answer))
+        answer, temperature = record.get("response_ids"), record.get("temperature", 0.0)
+        is_answer = isinstance(answer, list) and all(isinstance(t, int) and 0 <= t < vocab_size for t in answer)
+        if not is_answer or not answer:
+            raise ValueError(f"{where}: needs response_ids, the answer's token ids, each below {vocab_size}")
+        if not isinstance(temperature, int | float):
+            raise ValueError(f"{where}: temperature must be a number")
+        tasks.append(Task(prompt_of(record, where, path.stem), float(temperature), answer))
     return fill_shards(config, tasks)
 
 
@@ -81,7 +87,8 @@ def fill_shards(config: TrainingConfig, tasks: Sequence[Task]) -> int:
 
 def _claim(config: TrainingConfig, tasks: Sequence[Task]) -> None:
     """Records what the shards are made of, and refuses a directory that was begun with something else."""
-    digest = hashlib.sha256(config.regenerate.model_dump_json(exclude={"num_workers", "cpus_per_worker"}).encode())
+    settings = config.regenerate.model_dump_json(exclude={"num_workers", "cpus_per_worker", "gpus_per_worker"})
+    digest = hashlib.sha256(settings.encode())
     for task in tasks:
         digest.update(f"{task.prompt.digest} {task.prompt.source} {task.temperature} {task.answer}".encode())
     plan = {
@@ -89,7 +96,7 @@ def _claim(config: TrainingConfig, tasks: Sequence[Task]) -> None:
         "tap_layer_ids": list(config.drafter.tap_layer_ids),
         "seed": config.seed,
         "dtype": config.engine.dtype,
-        "tasks_and_settings": digest.hexdigest(),
+        "prompts_and_settings": digest.hexdigest(),
     }
     file = config.shards_dir / "plan.json"
     if not file.exists():
@@ -121,30 +128,32 @@ class ShardWorker:
 
     def write(self, path: Path, tasks: Sequence[Task]) -> None:
         """Answers the tasks and writes them as one shard, in their order."""
-        pairs = [(task, request) for task in tasks if (request := self._request(task)) is not None]
+        prompts = [self._tokenizer.encode_chat(task.prompt.messages) for task in tasks]
+        longest = self._config.regenerate.max_length - _SHORTEST_ANSWER
+        fitting = [(task, prompt) for task, prompt in zip(tasks, prompts, strict=True) if len(prompt) <= longest]
         answered: dict[int, Answered] = {}
-        for index, decoded in self._decoder.run([request for _, request in pairs]):
-            task, request = pairs[index]
-            prompt_len = len(request.token_ids) - len(task.answer or ())
+        for index, decoded in self._decoder.run([self._request(task, prompt) for task, prompt in fitting]):
+            task, prompt = fitting[index]
             # A known answer is all prefill: the token drawn after it is not part of the conversation.
-            tokens = [*request.token_ids, *([] if task.answer else decoded.token_ids)]
+            answer = decoded.token_ids if task.answer is None else self._cut(task.answer, prompt)
+            tokens = [*prompt, *answer]
             assert decoded.taps is not None
             answered[index] = Answered(
-                task.prompt, task.temperature, prompt_len, tokens, decoded.taps[: len(tokens) - 1]
+                task.prompt, task.temperature, len(prompt), tokens, decoded.taps[: len(tokens) - 1]
             )
         write_shard(path, self._layout, [answered[index] for index in sorted(answered)])
 
-    def _request(self, task: Task) -> DecodeRequest | None:
-        """None when the prompt leaves no room for an answer of two tokens, the fewest that train anything."""
-        section = self._config.regenerate
-        prompt = self._tokenizer.encode_chat(task.prompt.messages)
-        room = section.max_length - len(prompt)
-        if room < 2:
-            return None
+    def _cut(self, answer: list[int], prompt: list[int]) -> list[int]:
+        """The part of a known answer that is kept; a place is left for the token that the engine draws after it."""
+        return answer[: self._config.regenerate.max_length - len(prompt) - 1]
+
+    def _request(self, task: Task, prompt: list[int]) -> DecodeRequest:
         if task.answer is not None:
-            return DecodeRequest([*prompt, *task.answer[: room - 1]], 1, wants_taps=True)
+            return DecodeRequest([*prompt, *self._cut(task.answer, prompt)], 1, wants_taps=True)
+        section = self._config.regenerate
+        count = min(section.max_new_tokens, section.max_length - len(prompt))
         seed = task.prompt.digest ^ self._config.seed
-        return DecodeRequest(prompt, min(room, section.max_new_tokens), task.temperature, seed=seed, wants_taps=True)
+        return DecodeRequest(prompt, count, task.temperature, seed=seed, wants_taps=True)
 
 
 def _in_process(config: TrainingConfig, missing: dict[Path, Sequence[Task]]) -> Iterator[int]:
@@ -193,7 +202,7 @@ def _over_cluster(config: TrainingConfig, missing: dict[Path, Sequence[Task]]) -
         rows = ray.data.from_items([{"path": path} for path in absolute], override_num_blocks=len(absolute))
         done = rows.map(
             _ShardMap,
-            fn_constructor_args=(config, absolute),
+            fn_constructor_args=(config.with_absolute_paths(), absolute),
             num_cpus=section.cpus_per_worker,
             num_gpus=section.gpus_per_worker or None,
             compute=ray.data.ActorPoolStrategy(size=section.num_workers),

@@ -72,7 +72,7 @@ def test_a_full_disk_stops_with_whole_shards_only(tmp_path):
 def test_shards_are_not_mixed_with_those_of_other_prompts_or_settings(target_dir, tmp_path):
     config = recipe(target_dir, tmp_path)
     fill_shards(config, [Task(ANSWERED.prompt, 0.0)])
-    with pytest.raises(ValueError, match="begun with other tasks_and_settings; use another work_dir"):
+    with pytest.raises(ValueError, match="begun with other prompts_and_settings; use another work_dir"):
         fill_shards(config, [Task(ANSWERED.prompt, 0.7)])
 
 

@@ -77,25 +77,34 @@ def test_fit_leaves_curves_for_people_and_for_tensorboard(pipeline):
     assert list((config.fit_dir / "events").glob("events.out.tfevents.*"))
 
 
+def capture(config, directory, lines: list[dict], *overrides: str) -> ShardStore:
+    file = directory / "conversations.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    other = config.model_copy(update={"work_dir": directory / "run"})
+    recipe_file = save_recipe(other, directory / "recipe.yaml")
+    run_step("capture", recipe_file, f"capture.conversations={file}", *overrides)
+    return ShardStore(other.shards_dir)
+
+
 def test_captured_conversations_get_the_taps_that_regenerating_gave(pipeline, tmp_path):
     config, _, _ = pipeline
     regenerated = ShardStore(config.shards_dir)
     chosen = regenerated.conversations[:5]
     lines = [
-        {
-            "prompt": one.prompt.text,
-            "source": one.prompt.source,
-            "temperature": 0.0,
-            "response_ids": one.token_ids[one.prompt_len :].tolist(),
-        }
+        {"prompt": one.prompt.text, "response_ids": one.token_ids[one.prompt_len :].tolist(), "source": "x"}
         for one in chosen
     ]
-    file = tmp_path / "conversations.jsonl"
-    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    other = config.model_copy(update={"work_dir": tmp_path / "run"})
-    run_step("capture", save_recipe(other, tmp_path / "recipe.yaml"), f"capture.conversations={file}")
-    captured = ShardStore(other.shards_dir)
+    captured = capture(config, tmp_path, lines)
     for index, one in enumerate(chosen):
         assert torch.equal(captured.conversations[index].token_ids, one.token_ids)
+        assert captured.conversations[index].prompt_len == one.prompt_len
         taps = (store.taps(index, config.drafter.tap_layer_ids).float() for store in (captured, regenerated))
         torch.testing.assert_close(*taps, rtol=0.02, atol=0.02)
+
+
+def test_long_captured_answers_are_cut_and_prompts_without_room_left_out(pipeline, tmp_path):
+    config, _, _ = pipeline
+    lines = [{"prompt": "abc" * count, "response_ids": list(range(3, 80))} for count in (1, 40)]
+    (stored,) = capture(config, tmp_path, lines, "regenerate.max_length=60").conversations
+    assert len(stored.token_ids) == 59
+    assert stored.token_ids[stored.prompt_len :].tolist() == list(range(3, 3 + 59 - stored.prompt_len))
