@@ -7,6 +7,8 @@ of their own throughout, so that what mixes the slots of a block needs no mask b
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -39,7 +41,8 @@ def forward_blocks(
     kinds = list(zip(config.is_causal, config.windows, strict=True))
     masks = {kind: _masks(positions, length, *kind) for kind in set(kinds)}
     x = embeddings
-    for layer, kind in zip(network.layers, kinds, strict=True):
+    layers: Any = network.layers  # torch types the items of a list of modules as anything but callable
+    for layer, kind in zip(layers, kinds, strict=True):
         attended = _attention(
             layer.self_attn, layer.input_layernorm(x), features, block_rope, context_rope, *masks[kind]
         )
