@@ -84,11 +84,15 @@ class TrainingStep(StrEnum):
 
 @app.command()
 def train(step: TrainingStep, config: RecipeOption = None, overrides: SetOption = []) -> None:  # noqa: B006
-    """Run one step of training a drafter; a step that was cut off goes on when it is run again.
+    """Run one step of training a drafter; a long step that was cut off goes on when it is run again.
 
-    prompts: gather prompts from files, captured traffic and the target itself. regenerate: let the target answer them
-    and keep its hidden states (capture: of conversations that it answered elsewhere). fit: train. evaluate: measure the
-    acceptance length by decoding held-out prompts. export: write the drafter with its model card.
+    prompts: gather prompts from files, captured traffic and the target itself.
+
+    regenerate: let the target answer them, and keep its hidden states.
+
+    capture: instead, keep its hidden states of conversations that it answered elsewhere.
+
+    fit: train. evaluate: decode held-out prompts with the drafter. export: write it with its model card.
     """
     from dflash_ray.commands.training import run_step
 
