@@ -1,7 +1,11 @@
-"""`dflash-ray`: serve the application, or use a running one as a client. Errors are one line that names the fix."""
+"""`dflash-ray`: serve the application, use a running one as a client, or train a drafter.
+
+Errors are one line that names the fix.
+"""
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +16,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 ConfigOption = Annotated[
     Path | None, typer.Option("--config", "-c", help="YAML file of deployments/; defaults without")
 ]
+RecipeOption = Annotated[Path | None, typer.Option("--config", "-c", help="YAML file of a training run")]
 SetOption = Annotated[list[str], typer.Option("--set", help="key.sub=value, may be repeated")]
 GrpcOption = Annotated[str, typer.Option("--grpc", help="address of the gRPC API")]
 HttpOption = Annotated[str, typer.Option("--http", help="URL of the HTTP API")]
@@ -88,6 +93,32 @@ def kernels_report(
     from dflash_ray.commands.kernels import run_report
 
     run_report(write)
+
+
+class TrainingStep(StrEnum):
+    PROMPTS = "prompts"
+    REGENERATE = "regenerate"
+    CAPTURE = "capture"
+    FIT = "fit"
+    EVALUATE = "evaluate"
+    EXPORT = "export"
+
+
+@app.command()
+def train(step: TrainingStep, config: RecipeOption = None, overrides: SetOption = []) -> None:  # noqa: B006
+    """Run one step of training a drafter; a long step that was cut off goes on when it is run again.
+
+    prompts: gather prompts from files, captured traffic and the target itself.
+
+    regenerate: let the target answer them, and keep its hidden states.
+
+    capture: instead, keep its hidden states of conversations that it answered elsewhere.
+
+    fit: train. evaluate: decode held-out prompts with the drafter. export: write it with its model card.
+    """
+    from dflash_ray.commands.training import run_step
+
+    run_step(step, config, overrides)
 
 
 if __name__ == "__main__":

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 BUILTIN_MODEL = "builtin:smollm2"
 BUILTIN_DRAFTER = "builtin:smollm2-135m-dflash"
+
+
+_Tree = TypeVar("_Tree", bound=BaseModel)
 
 
 class ConfigError(ValueError):
@@ -153,15 +156,25 @@ class DflashRayConfig(_Section):
 
 def parse_config(values: dict[str, Any], source: str = "config") -> DflashRayConfig:
     """Validates a plain tree of values. Raises ConfigError that names every key at fault."""
+    return validate(DflashRayConfig, values, source)
+
+
+def load_config(path: Path | None, overrides: Sequence[str] = ()) -> DflashRayConfig:
+    """Reads a YAML file (None: the defaults) and applies `key.sub=value` overrides, whose values are YAML too."""
+    return validate(DflashRayConfig, read_values(path, overrides), str(path or "config"))
+
+
+def validate(model: type[_Tree], values: dict[str, Any], source: str) -> _Tree:
+    """A typed tree from plain values. Raises ConfigError that names every key at fault."""
     try:
-        return DflashRayConfig.model_validate(values)
+        return model.model_validate(values)
     except ValidationError as error:
         lines = [f"{'.'.join(str(part) for part in item['loc'])}: {item['msg']}" for item in error.errors()]
         raise ConfigError(f"{source}: " + "; ".join(lines)) from None
 
 
-def load_config(path: Path | None, overrides: Sequence[str] = ()) -> DflashRayConfig:
-    """Reads a YAML file (None: the defaults) and applies `key.sub=value` overrides, whose values are YAML too."""
+def read_values(path: Path | None, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The plain values of a YAML file after `key.sub=value` overrides. Raises ConfigError."""
     values: Any = {}
     if path is not None:
         try:
@@ -174,7 +187,7 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> DflashRayCo
         raise ConfigError(f"config file {path}: the top level must be a mapping of sections")
     for override in overrides:
         _apply_override(values, override)
-    return parse_config(values, str(path or "config"))
+    return values
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:

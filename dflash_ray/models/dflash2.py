@@ -132,11 +132,14 @@ def walk(
     """
     order = np.empty(ids.shape, dtype=np.int64)
     logprobs = np.empty(ids.shape, dtype=np.float32)
+    noise = np.zeros(ids.shape)
+    if draw.temperature:
+        positions = list(range(first_position, first_position + len(ids)))
+        noise = gumbel([draw.seed] * len(ids), positions, torch.from_numpy(ids)).numpy()
     chosen = 0
     for slot in range(len(ids)):
         tempered = scores[slot, chosen].astype(np.float64) / (draw.temperature or 1.0)
-        noisy = tempered + gumbel(draw.seed, first_position + slot, ids[slot]) if draw.temperature else tempered
-        chosen = int(np.argmax(noisy))
+        chosen = int(np.argmax(tempered + noise[slot]))
         ranked = np.argsort(-tempered, kind="stable")
         order[slot] = np.concatenate(([chosen], ranked[ranked != chosen]))
         shifted = tempered - tempered.max()

@@ -19,17 +19,8 @@ from torch import Tensor
 
 from dflash_ray.config import BUILTIN_DRAFTER
 from dflash_ray.models.dflash import ContextProjector, DflashConfig, DflashNetwork
-from dflash_ray.models.drafter_config import ARCHITECTURE, parse_dflash_config
+from dflash_ray.models.drafter_config import parse_dflash_config
 from dflash_ray.models.target_checkpoint import TargetCheckpoint
-
-__all__ = [
-    "ARCHITECTURE",
-    "DrafterCheckpoint",
-    "load_drafter",
-    "parse_dflash_config",
-    "resolve_drafter",
-    "save_drafter",
-]
 
 _EMBEDDING, _HEAD = "embed_tokens.weight", "lm_head.weight"
 _IGNORED = ("t2d", "verifier_lm_head.weight", "verifier_norm.weight")  # d2t the other way round, the target's own

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from dflash_ray.config import DflashRayConfig
-from dflash_ray.models.dflash import ContextProjector
 from dflash_ray.models.packed_linear import PackedLinear
 from dflash_ray.models.target_checkpoint import TargetCheckpoint
 from dflash_ray.target.attention import IMPLEMENTATION, PagedStep, register
@@ -21,7 +20,10 @@ from dflash_ray.target.tensor_parallel import shard
 
 @dataclass(frozen=True, slots=True)
 class StepHidden:
-    """What a pass leaves: [R, H] normed rows to draw from, and [F, H] context features on the rank that makes them."""
+    """What a pass leaves: [R, H] normed rows to draw from, and the features on the rank that makes them.
+
+    Features are [F, H] of a drafter's projector, or whatever width another projector gives.
+    """
 
     sampled: Tensor
     features: Tensor | None
@@ -31,7 +33,8 @@ class RankModel:
     """Runs steps over the paged cache of this rank.
 
     Args:
-        projector: the drafter's fc and norm, with `tap_layer_ids`, on the rank that makes features; None on others.
+        projector: what makes features of the taps of `tap_layer_ids` (the drafter's fc and norm), on the rank that
+            makes them; None on others.
     """
 
     def __init__(
@@ -40,7 +43,7 @@ class RankModel:
         config: DflashRayConfig,
         tp_rank: int,
         tp_size: int,
-        projector: ContextProjector | None = None,
+        projector: torch.nn.Module | None = None,
         tap_layer_ids: tuple[int, ...] = (),
     ) -> None:
         register()

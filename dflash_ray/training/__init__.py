@@ -1,5 +1,11 @@
-"""Trains a DFlash drafter for a target on conversations that the target answered itself.
+"""Trains a DFlash drafter for a target on conversations that the target answered itself, step by step.
 
-dataset.py reads conversations, capture.py stores the target's taps, parallel.py runs many draft blocks in one pass,
-trainer.py fits, evaluate.py measures the acceptance length by decoding. `python -m dflash_ray.training --help`.
+    prompts.py      gathers prompts (prompt_files.py, traffic.py)        -> prompts/*.jsonl
+    regenerate.py   the target answers them (decoding.py)                -> shards/*.parquet, with taps (shards.py)
+    fit.py          trains: batches.py, objective.py (parallel.py, losses.py), trainer.py, curves.py  -> fit/
+    evaluate.py     decodes with the drafter, verified for real          -> evaluation/
+    export.py       published layout and model card                      -> export.output_dir
+
+Each step reads the files of the one before it and its section of config.py. Shards are whole or absent, so a step that
+was cut off goes on when it is run again. `dflash-ray train --help`.
 """

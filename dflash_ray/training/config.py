@@ -1,50 +1,215 @@
-"""One training run as a typed tree: every figure that a result depends on."""
+"""One training run as a typed tree: every figure that a result depends on. A step reads the root and its section."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from dflash_ray.config import BUILTIN_MODEL, DflashRayConfig, parse_config, read_values, validate
+
+STEMS = (
+    "Summarize the following",
+    "Translate the following sentence into",
+    "Write a Python function that",
+    "Explain why",
+    "Write a short story about",
+    "What is the difference between",
+    "Solve the following problem step by step:",
+)
 
 
-class TrainingConfig(BaseModel):
-    """Paths are relative to the working directory."""
-
+class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    target: str = "builtin:smollm2"
-    conversations: Path = Field(description="JSONL with prompt, response_ids, source and temperature")
-    work_dir: Path = Field(description="captured taps and training checkpoints")
-    output_dir: Path = Field(description="where the drafter is exported")
+
+class EngineSection(_Section):
+    """The target's engine inside a step's own process, one rank."""
+
+    device: Literal["cpu", "cuda"] = "cpu"
+    num_threads: int = Field(0, ge=0, description="torch threads; 0 leaves torch's choice")
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    max_model_len: int = Field(2048, ge=16)
+    page_size: int = Field(16, ge=1)
+    kv_cache_tokens: int = Field(32768, ge=64)
+    max_batch_tokens: int = Field(512, ge=16, description="rows of one target pass")
+
+    def serving_config(self, target: str) -> DflashRayConfig:
+        """The same settings as the tree that the target's modules read."""
+        model = {"path": target, "dtype": self.dtype, "max_model_len": self.max_model_len}
+        keys = {"device", "page_size", "kv_cache_tokens", "max_batch_tokens"}
+        return parse_config({"model": model, "target": self.model_dump(include=keys)}, "engine")
+
+
+class DrafterSection(_Section):
+    """Shape of the drafter; the names are those of the published config.json where it has them."""
+
+    tap_layer_ids: tuple[int, ...] = Field((1, 14, 27), min_length=1)
+    init_layer_ids: tuple[int, ...] = Field(
+        (9, 19, 29), min_length=1, description="target layers that initialise the drafter's, one each"
+    )
+    block_size: int = Field(8, ge=2)
+    mask_token_id: int = Field(4, ge=0)
+    draft_vocab_size: int | None = Field(8192, ge=2, description="most frequent answer tokens; null: all of them")
+    layer_types: tuple[Literal["full_attention", "sliding_attention"], ...] | None = None
+    sliding_window: int | None = Field(None, ge=1)
+    is_causal: bool | None = Field(None, description="inside the block; null: sliding layers only")
+
+    @model_validator(mode="after")
+    def _check(self) -> DrafterSection:
+        kinds = self.layer_types or ()
+        if kinds and len(kinds) != len(self.init_layer_ids):
+            raise ValueError("layer_types must have one entry for each of init_layer_ids")
+        if "sliding_attention" in kinds and self.sliding_window is None:
+            raise ValueError("sliding_window is needed by layer_types")
+        return self
+
+
+class TrafficSection(_Section):
+    """Prompts that users sent, captured by the operator's choice. Without this section none are read."""
+
+    directory: Path = Field(description="*.jsonl with `messages` or `prompt`, and `time` in seconds since 1970")
+    retention_days: float = Field(gt=0, description="older records are not used, and files without newer ones deleted")
+    redact_patterns: tuple[str, ...] = Field((), description="regular expressions whose matches are blanked out")
+    redact_hook: str | None = Field(None, description="module:function, from text to text, called after the patterns")
+
+    @model_validator(mode="after")
+    def _check(self) -> TrafficSection:
+        if not self.redact_patterns and self.redact_hook is None:
+            raise ValueError("give redact_patterns or redact_hook: traffic is never used unredacted")
+        return self
+
+
+class SelfGeneratedSection(_Section):
+    """Prompts that the target itself continues its chat template's user turn with (Magpie, arXiv 2406.08464)."""
+
+    num_prompts: int = Field(ge=1)
+    stems: tuple[str, ...] = Field(STEMS, description="beginnings that steer the task; used in turn with none")
+    max_new_tokens: int = Field(256, ge=1)
+    temperature: float = Field(1.0, gt=0)
+    top_p: float = Field(0.95, gt=0, le=1)
+
+
+class PromptsSection(_Section):
+    files: tuple[Path, ...] = Field((), description="JSONL with `prompt` or `messages`, and optionally `source`")
+    traffic: TrafficSection | None = None
+    self_generated: SelfGeneratedSection | None = None
+    near_duplicate_similarity: float = Field(0.8, gt=0, le=1, description="Jaccard, over runs of five characters")
+    held_out_fraction: float = Field(0.02, ge=0, lt=1)
+
+
+class RegenerateSection(_Section):
+    max_new_tokens: int = Field(512, ge=2)
+    max_length: int = Field(768, ge=4, description="prompt and answer; longer prompts are left out")
+    temperatures: tuple[float, ...] = Field((0.0, 0.7), min_length=1, description="one a prompt, by its hash")
+    with_last_layer: bool = Field(False, description="store the last layer too, for fit.distillation_weight")
+    shard_conversations: int = Field(128, ge=1)
+    num_workers: int = Field(1, ge=1, description="Ray Data actors, which share the work_dir; 1 runs without Ray")
+    cpus_per_worker: float = Field(1.0, gt=0)
+    gpus_per_worker: float = Field(0.0, ge=0)
+
+
+class CaptureSection(_Section):
+    """Conversations that were answered elsewhere and lack taps."""
+
+    conversations: Path | None = Field(None, description="JSONL with prompt, response_ids, source, temperature")
+
+
+class FitSection(_Section):
     init_drafter: Path | None = Field(None, description="drafter directory to go on from, instead of target layers")
-
-    tap_layer_ids: tuple[int, ...] = (1, 14, 27)
-    init_layer_ids: tuple[int, ...] = Field((9, 19, 29), description="target layers that initialise the drafter's")
-    block_size: int = 8
-    mask_token_id: int = 4
-    draft_vocab_size: int = 8192
-
-    held_out_fraction: float = 0.02
-    max_length: int = 768
-    conversations_per_step: int = 8
-    anchors_per_conversation: int = 64
-    max_steps: int = 2400
-    warmup_steps: int = 60
-    learning_rate: float = 1e-3
-    final_learning_rate_fraction: float = 0.02
-    weight_decay: float = 0.01
-    clip_norm: float = 1.0
-    ema_decay: float = 0.998
+    max_steps: int = Field(2400, ge=0)
+    conversations_per_step: int = Field(8, ge=1, description="over all workers")
+    anchors_per_conversation: int = Field(64, ge=1)
+    warmup_steps: int = Field(60, ge=1)
+    learning_rate: float = Field(1e-3, gt=0)
+    final_learning_rate_fraction: float = Field(0.02, ge=0, le=1)
+    weight_decay: float = Field(0.01, ge=0)
+    clip_norm: float = Field(1.0, gt=0)
+    ema_decay: float = Field(0.998, ge=0, lt=1)
     loss: Literal["decay", "dpace"] = "dpace"
-    loss_decay: float = Field(4.0, description="slots after which the weight of `decay` has fallen to 1/e")
-    seed: int = 0
-    num_threads: int = 2
-    checkpoint_every_s: float = 60.0
-    bf16: bool = True
+    loss_decay: float = Field(4.0, gt=0, description="slots after which the weight of `decay` has fallen to 1/e")
+    distillation_weight: float = Field(0.0, ge=0, le=1, description="share of the divergence from the target's logits")
+    held_out_every_steps: int = Field(100, ge=1, description="between measurements on held-out conversations")
+    checkpoint_every_s: float = Field(30.0, gt=0)
+    device: Literal["cpu", "cuda"] = "cpu"
+    num_threads: int = Field(0, ge=0, description="torch threads; 0 leaves torch's choice")
+    bf16: bool = Field(True, description="autocast to bfloat16; weights and optimiser stay float32")
+    num_workers: int = Field(1, ge=1, description="Ray Train workers, which share the work_dir; 1 runs without Ray")
+    cpus_per_worker: float = Field(1.0, gt=0)
+    max_failures: int = Field(3, ge=0, description="restarts of lost Ray Train workers")
 
 
-def load_training_config(path: Path) -> TrainingConfig:
-    """Reads a YAML file; raises pydantic's ValidationError that names the key at fault."""
-    return TrainingConfig.model_validate(yaml.safe_load(path.read_text()))
+class EvaluateSection(_Section):
+    drafter: str | None = Field(None, description="directory or builtin:; null is the one of `fit`")
+    prompts: Path | None = Field(None, description="JSONL; null is the held-out prompts of `prompts`")
+    prompts_per_category: int = Field(20, ge=1)
+    max_new_tokens: int = Field(128, ge=2)
+    temperatures: tuple[float, ...] = (0.0, 1.0)
+    block_sizes: tuple[int, ...] = Field((4, 8, 16), description="anchor and drafts verified; cut to the drafter's own")
+    confidence: float = Field(0.95, gt=0, lt=1)
+    resamples: int = Field(2000, ge=100)
+
+
+class ExportSection(_Section):
+    output_dir: Path = Field(Path("drafter"), description="where the drafter and its model card go")
+    name: str = "DFlash drafter"
+    license: str = "unspecified"
+
+
+class TrainingConfig(_Section):
+    """Root of the tree. Paths are relative to the working directory."""
+
+    target: str = Field(BUILTIN_MODEL, description="as model.path of the application")
+    work_dir: Path = Field(Path("training"), description="prompts, shards, checkpoints and results")
+    seed: int = Field(0, ge=0, lt=1 << 20)
+    engine: EngineSection = EngineSection()
+    drafter: DrafterSection = DrafterSection()
+    prompts: PromptsSection = PromptsSection()
+    regenerate: RegenerateSection = RegenerateSection()
+    capture: CaptureSection = CaptureSection()
+    fit: FitSection = FitSection()
+    evaluate: EvaluateSection = EvaluateSection()
+    export: ExportSection = ExportSection()
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainingConfig:
+        if self.regenerate.max_length > self.engine.max_model_len:
+            raise ValueError("regenerate.max_length exceeds engine.max_model_len")
+        if self.engine.kv_cache_tokens < self.engine.max_model_len:
+            raise ValueError("engine.kv_cache_tokens must hold a sequence of engine.max_model_len")
+        return self
+
+    def with_absolute_paths(self) -> TrainingConfig:
+        """The same run for processes that start in another directory."""
+        target = self.target if self.target.startswith("builtin:") else str(Path(self.target).resolve())
+        init_drafter = self.fit.init_drafter and self.fit.init_drafter.resolve()
+        fit = self.fit.model_copy(update={"init_drafter": init_drafter})
+        return self.model_copy(update={"target": target, "work_dir": self.work_dir.resolve(), "fit": fit})
+
+    @property
+    def prompts_dir(self) -> Path:
+        return self.work_dir / "prompts"
+
+    @property
+    def shards_dir(self) -> Path:
+        return self.work_dir / "shards"
+
+    @property
+    def fit_dir(self) -> Path:
+        return self.work_dir / "fit"
+
+    @property
+    def trained_dir(self) -> Path:
+        """The drafter as `fit` leaves it."""
+        return self.fit_dir / "drafter"
+
+    @property
+    def results_file(self) -> Path:
+        return self.work_dir / "evaluation" / "results.json"
+
+
+def load_training_config(path: Path | None, overrides: Sequence[str] = ()) -> TrainingConfig:
+    """Reads a YAML file and applies `key.sub=value` overrides. Raises ConfigError that names the key at fault."""
+    return validate(TrainingConfig, read_values(path, overrides), str(path or "config"))

@@ -1,15 +1,21 @@
 """Many draft blocks of a conversation in one pass, under the mask that they have one by one when serving.
 
 A block at anchor s sees context rows t < s (strictly: the anchor's own features are not known then) and its own slots.
+Causal layers hide a block's later slots, sliding layers everything `window` or more positions away. Blocks keep an axis
+of their own throughout, so that what mixes the slots of a block needs no mask between blocks.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dflash_ray.models.dflash import DflashNetwork
+from dflash_ray.models.dflash import DflashAttention, DflashNetwork
+
+_HIDDEN = float("-inf")
 
 
 def forward_blocks(
@@ -24,48 +30,73 @@ def forward_blocks(
         rope: cos and sin tables [positions, d].
 
     Returns:
-        [C, A, B, H]. Full attention layers only; windows and causal layers are not trained here.
+        [C, A, B, H].
     """
-    num_conversations, num_anchors, block_size, hidden = embeddings.shape
-    length = features.shape[1]
+    config = network.config
+    length, block_size = features.shape[1], embeddings.shape[2]
     cos, sin = (table[:, None].to(features.dtype) for table in rope)
-    positions = anchors[:, :, None] + torch.arange(block_size)
-    block_rope = (cos[positions].flatten(1, 2), sin[positions].flatten(1, 2))
-    hides_context = torch.arange(length)[None, None] >= anchors[:, :, None]  # [C, A, T]
-    bias = torch.zeros(hides_context.shape, dtype=torch.float32).masked_fill_(hides_context, float("-inf"))
-    bias = bias[:, None, :, None].expand(-1, -1, -1, block_size, -1).flatten(2, 3)  # [C, 1, A*B, T]
-    x = embeddings.flatten(1, 2)
-    for layer in network.layers:
-        attention = layer.self_attn
-        normed = layer.input_layernorm(x)
-        queries = attention.queries(normed, *block_rope)
-        context = attention.keys_values(features, cos[:length], sin[:length])
-        block = attention.keys_values(normed, *block_rope)
-        out = _attend(queries, context, block, bias, num_anchors)
-        x = x + attention.o_proj(out)
+    positions = anchors[:, :, None] + torch.arange(block_size, device=anchors.device)  # [C, A, B]
+    context_rope = cos[:length], sin[:length]
+    block_rope = cos[positions], sin[positions]  # [C, A, B, 1, d]
+    kinds = list(zip(config.is_causal, config.windows, strict=True))
+    masks = {kind: _masks(positions, length, *kind) for kind in set(kinds)}
+    x = embeddings
+    layers: Any = network.layers  # torch types the items of a list of modules as anything but callable
+    for layer, kind in zip(layers, kinds, strict=True):
+        attended = _attention(
+            layer.self_attn, layer.input_layernorm(x), features, block_rope, context_rope, *masks[kind]
+        )
+        x = x + attended
         x = x + layer.mlp(layer.post_attention_layernorm(x))
-    return network.norm(x).view(num_conversations, num_anchors, block_size, hidden)
+    hidden: Tensor = network.norm(x)
+    return hidden
 
 
-def _attend(
-    queries: Tensor, context: tuple[Tensor, Tensor], block: tuple[Tensor, Tensor], bias: Tensor, num_anchors: int
+def _masks(positions: Tensor, length: int, is_causal: bool, window: int | None) -> tuple[Tensor, Tensor]:
+    """What a slot may not see, as additive float32 masks: of the context [C, 1, A, B, T], of its own block [B, B]."""
+    rows = torch.arange(length, device=positions.device)
+    hides_context = (rows >= positions[:, :, :1, None]).expand(*positions.shape, length)
+    slots = torch.arange(positions.shape[2], device=positions.device)
+    distance = slots[:, None] - slots
+    hides_block = distance < 0 if is_causal else torch.zeros_like(distance, dtype=torch.bool)
+    if window is not None:
+        hides_context = hides_context | (positions[..., None] - rows >= window)
+        hides_block = hides_block | (distance.abs() >= window)
+    context = torch.zeros(hides_context.shape, device=positions.device).masked_fill_(hides_context, _HIDDEN)
+    block = torch.zeros(hides_block.shape, device=positions.device).masked_fill_(hides_block, _HIDDEN)
+    return context[:, None], block
+
+
+def _attention(
+    attention: DflashAttention,
+    normed: Tensor,
+    features: Tensor,
+    block_rope: tuple[Tensor, Tensor],
+    context_rope: tuple[Tensor, Tensor],
+    context_mask: Tensor,
+    block_mask: Tensor,
 ) -> Tensor:
-    """One softmax over the context's keys and the block's own, without a mask between blocks.
-
-    queries [C, A*B, n_q, d]; context keys and values [C, T, n_kv, d]; block keys and values [C, A*B, n_kv, d].
-    """
-    num_heads, head_dim = queries.shape[2:]
-    repeats = num_heads // context[0].shape[2]
-    q = queries.transpose(1, 2) * head_dim**-0.5  # [C, n_q, A*B, d]
-    context_k, context_v, block_k, block_v = (
-        part.repeat_interleave(repeats, dim=2).transpose(1, 2) for part in (*context, *block)
+    """One softmax over the context's keys and the block's own: normed [C, A, B, H] to [C, A, B, H]."""
+    num_anchors, block_size = normed.shape[1:3]
+    queries = attention.queries(normed, *block_rope)  # [C, A, B, n_q, d]
+    num_heads, head_dim = queries.shape[-2:]
+    repeats = num_heads // attention.config.num_key_value_heads
+    q = queries.movedim(-2, 1) * head_dim**-0.5  # [C, n_q, A, B, d]
+    context_k, context_v = (
+        part.repeat_interleave(repeats, dim=-2).movedim(-2, 1)  # [C, n_q, T, d]
+        for part in attention.keys_values(features, *context_rope)
     )
-    by_block = (num_anchors, -1)
-    context_scores = (q @ context_k.transpose(-1, -2)).float() + bias
-    block_scores = (q.unflatten(2, by_block) @ block_k.unflatten(2, by_block).transpose(-1, -2)).float()
-    scores = torch.cat((context_scores, block_scores.flatten(2, 3)), dim=-1)
-    weights = F.softmax(scores, dim=-1).to(q.dtype)
-    length = context_scores.shape[-1]
-    own = weights[..., length:].unflatten(2, by_block) @ block_v.unflatten(2, by_block)
-    out = weights[..., :length] @ context_v + own.flatten(2, 3)
-    return out.transpose(1, 2).flatten(2)
+    block_k, block_v = (
+        part.repeat_interleave(repeats, dim=-2).movedim(-2, 1)  # [C, n_q, A, B, d]
+        for part in attention.keys_values(normed, *block_rope)
+    )
+    context_scores = (q.flatten(2, 3) @ context_k.transpose(-1, -2)).unflatten(2, (num_anchors, block_size)).float()
+    block_scores = (q @ block_k.transpose(-1, -2)).float()
+    scores = torch.cat((context_scores + context_mask, block_scores + block_mask), dim=-1)
+    weights = F.softmax(scores, dim=-1).to(block_v.dtype)
+    length = features.shape[1]
+    from_context = weights[..., :length].flatten(2, 3) @ context_v
+    from_block = weights[..., length:] @ block_v
+    out = from_context.unflatten(2, (num_anchors, block_size)) + from_block  # [C, n_q, A, B, d]
+    projected: Tensor = attention.o_proj(out.movedim(1, -2).flatten(-2))
+    return projected

@@ -121,5 +121,5 @@ def _compare_choices(ours: BlockDrafter, theirs: Any, hidden: Tensor, head: Any,
     mine = torch.empty(len(chosen), VOCAB).scatter_(-1, proposal.candidate_ids, proposal.logprobs)
     assert torch.allclose(mine.gather(-1, ids[0]).exp(), probs[0], atol=TOLERANCE)
     for slot, token in enumerate(chosen.tolist()):
-        noise = gumbel(draw.seed, ours.context_len(1) + 1 + slot, ids[0, slot].numpy())
-        assert ids[0, slot, (probs[0, slot].log() + torch.from_numpy(noise)).argmax()] == token
+        noise = gumbel([draw.seed], [ours.context_len(1) + 1 + slot], ids[:, slot])[0]
+        assert ids[0, slot, (probs[0, slot].log() + noise).argmax()] == token

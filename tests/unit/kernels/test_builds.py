@@ -21,6 +21,7 @@ def test_the_cpu_operators_run_clean_under_sanitizers(tmp_path):
     environment = os.environ | {
         build.FLAGS_ENV: SANITIZED,
         build.CACHE_ENV: str(tmp_path),
+        "OMP_NUM_THREADS": "1",  # waiting threads spin, which sanitizers make very slow
         "LD_PRELOAD": library.stdout.strip(),
         "ASAN_OPTIONS": "detect_leaks=0",  # the interpreter's own are no fault of the operators
         "UBSAN_OPTIONS": "print_stacktrace=1",

@@ -31,8 +31,8 @@ int main() {{
 BODIES = {
     "right": ("values[i] = i; __syncthreads(); int v = block_reduce(int(values[kThreads - 1 - i]), sums, TakeSum()); "
               "if (i == 0) *out = v;", 0, str(255 * 128)),
-    "race": ("values[i] = i; *out = values[(i + 1) % kThreads];", 1, "touched by two threads without a barrier"),
-    "write after read": ("values[i] = i; __syncthreads(); *out = values[0]; values[i] = 2;", 1, "touched by two threads"),
+    "race": ("values[i] = i; *out = values[(i + 1) % kThreads];", 1, "by two threads without a barrier"),
+    "write after read": ("values[i] = i; __syncthreads(); *out = values[0]; values[i] = 2;", 1, "by two threads"),
     "outside": ("values[i + 1] = i;", 1, "values[256] is outside the array"),
     "barrier": ("if (i < 40) __syncthreads(); *out = 1;", 1, "not all threads of block 0 reach the same barrier"),
     "shuffle": ("if (i % 32 < 7) *out = __shfl_down_sync(~0u, i, 1);", 1, "not all threads"),

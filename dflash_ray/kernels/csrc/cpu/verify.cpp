@@ -22,6 +22,7 @@ namespace dflash_ray {
 namespace {
 
 constexpr int64_t kChunk = 256;  // tokens
+constexpr int64_t kTokensWorthAThread = 16384;
 constexpr int64_t kBlock = 64;   // tokens whose noise is drawn together: 16 counters of 4 words
 
 // `count` values as floats: where they lie, or converted into `buffer`.
@@ -279,7 +280,8 @@ int64_t kept_mass(const Row<T>& row, float inv_temperature, float maximum, float
 // Calls work(Row, index) for every row, in parallel.
 template <class Work>
 void for_rows(const LogitsView& logits, const Work& work) {
-  at::parallel_for(0, logits.num_rows, 1, [&](int64_t begin, int64_t end) {
+  const int64_t grain = std::max<int64_t>(1, kTokensWorthAThread / std::max<int64_t>(logits.size, 1));
+  at::parallel_for(0, logits.num_rows, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       switch (logits.kind) {
         case Kind::kFloat32:

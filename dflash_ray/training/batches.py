@@ -1,0 +1,129 @@
+"""Batches of draft blocks, each a function of its seed alone: a resumed run draws the same ones.
+
+Anchors are drawn for each conversation by itself, so they do not depend on the number of workers either.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from dflash_ray.training.losses import IGNORE
+from dflash_ray.training.shards import Conversation, ShardStore
+
+_SEED_STRIDE = 1 << 20  # more than there are conversations, so that no two draws share a seed
+_POOL_BATCHES = 8  # batches that are drawn at once to find conversations of similar length
+
+
+@dataclass(frozen=True)
+class BlockBatch:
+    """A anchors in each of C conversations.
+
+    Attributes:
+        taps: bfloat16 [C, T - 1, F * H], zeros behind a conversation's end.
+        anchors: int64 [C, A], their positions.
+        anchor_ids: int64 [C, A], their tokens.
+        labels: int64 [C, A, B-1], indices into the draft vocabulary; IGNORE where no draft can be right.
+        last_hidden: bfloat16 [C, A, B-1, H], the target's last layer at the rows that predict the slots, or None.
+    """
+
+    taps: Tensor
+    anchors: Tensor
+    anchor_ids: Tensor
+    labels: Tensor
+    last_hidden: Tensor | None = None
+
+    def to(self, device: torch.device) -> BlockBatch:
+        return BlockBatch(
+            self.taps.to(device),
+            self.anchors.to(device),
+            self.anchor_ids.to(device),
+            self.labels.to(device),
+            None if self.last_hidden is None else self.last_hidden.to(device),
+        )
+
+
+class BatchSource:
+    """Draws conversations and anchors from shards.
+
+    Args:
+        indices: conversations to draw from.
+        t2d: int64 [V], the draft index of each target token, IGNORE where it has none.
+        last_layer_id: stored layer from which the target's logits follow; None where they are not needed.
+    """
+
+    def __init__(
+        self,
+        store: ShardStore,
+        indices: Sequence[int],
+        layer_ids: tuple[int, ...],
+        t2d: Tensor,
+        num_anchors: int,
+        block_size: int,
+        last_layer_id: int | None = None,
+    ) -> None:
+        wanted = layer_ids if last_layer_id is None else (*layer_ids, last_layer_id)
+        missing = set(wanted) - set(store.layout.layer_ids)
+        if missing:
+            raise ValueError(
+                f"drafter.tap_layer_ids: layers {sorted(missing)} are not in the shards, which hold "
+                f"{list(store.layout.layer_ids)}; the last layer comes with regenerate.with_last_layer"
+            )
+        self._store = store
+        self._indices = indices
+        self._layer_ids = layer_ids
+        self._t2d = t2d
+        self._num_anchors = num_anchors
+        self._num_slots = block_size - 1
+        self._last_layer_id = last_layer_id
+
+    def draw(self, size: int, seed: int, rank: int = 0, world_size: int = 1) -> BlockBatch:
+        """This rank's part of a batch of `size` conversations of similar length."""
+        generator = torch.Generator().manual_seed(seed)
+        chosen = torch.randperm(len(self._indices), generator=generator)[: size * _POOL_BATCHES].tolist()
+        pool = sorted((self._indices[i] for i in chosen), key=lambda i: len(self._store.conversations[i].token_ids))
+        start = int(torch.randint(max(1, len(pool) - size + 1), (1,), generator=generator))
+        batch = pool[start : start + size]
+        return self.at(batch[rank::world_size] or batch[:1], seed)
+
+    def at(self, indices: Sequence[int], seed: int) -> BlockBatch:
+        """Random anchors in the given conversations."""
+        taps = pad_sequence([self._store.taps(i, self._layer_ids) for i in indices], batch_first=True)
+        drawn = [self._draw_anchors(self._store.conversations[i], seed * _SEED_STRIDE + i) for i in indices]
+        anchors, anchor_ids, labels = (torch.stack(parts) for parts in zip(*drawn, strict=True))
+        batch = BlockBatch(taps, anchors, anchor_ids, labels)
+        if self._last_layer_id is None:
+            return batch
+        last = pad_sequence([self._store.taps(i, (self._last_layer_id,)) for i in indices], batch_first=True)
+        # Slot k stands at s + k; the row before it, s + k - 1, is the one that predicts it.
+        rows = (anchors[:, :, None] + torch.arange(self._num_slots)).clamp(max=last.shape[1] - 1)
+        return replace(batch, last_hidden=last[torch.arange(len(indices))[:, None, None], rows])
+
+    def _draw_anchors(self, conversation: Conversation, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Anchors [A] among answer tokens that have a successor, their tokens, and the slots' labels [A, B-1]."""
+        generator = torch.Generator().manual_seed(seed)
+        tokens, last = conversation.token_ids, len(conversation.token_ids) - 1
+        anchors = torch.randint(conversation.prompt_len, last, (self._num_anchors,), generator=generator)
+        at = anchors[:, None] + torch.arange(1, self._num_slots + 1)
+        labels = torch.where(at <= last, self._t2d[tokens[at.clamp(max=last)]], IGNORE)
+        return anchors, tokens[anchors], labels
+
+
+def draft_vocabulary(conversations: Iterable[Conversation], size: int | None, vocab_size: int) -> Tensor:
+    """The `size` most frequent answer tokens, ascending; filled with the lowest ids when there are fewer."""
+    if size is None or size >= vocab_size:
+        return torch.arange(vocab_size)
+    counts: Counter[int] = Counter()
+    for conversation in conversations:
+        counts.update(conversation.token_ids[conversation.prompt_len :].tolist())
+    chosen = {token for token, _ in counts.most_common(size)}
+    for token in range(vocab_size):
+        if len(chosen) >= size:
+            break
+        chosen.add(token)
+    return torch.tensor(sorted(chosen))

@@ -1,0 +1,272 @@
+"""Many sequences through the target's own engine in this process: chunked prefill and verify chains in one pass.
+
+A job knows its sequences and their limits beforehand, so pages are promised for a whole sequence when it is admitted
+and nothing is ever preempted.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dflash_ray.core.stats import AcceptanceStats
+from dflash_ray.models.block_drafter import BlockDrafter
+from dflash_ray.models.drafter_checkpoint import DrafterCheckpoint
+from dflash_ray.models.target_checkpoint import TargetCheckpoint, resolve_target
+from dflash_ray.pb import common_pb2, target_pb2
+from dflash_ray.sampling.shards import SingleShard
+from dflash_ray.target.engine import Engine
+from dflash_ray.target.model import RankModel
+from dflash_ray.target.tensor_parallel import StepChannel, create_store, init_process_group
+from dflash_ray.target.worker import GroupRunner
+from dflash_ray.training.config import EngineSection
+
+_INIT_TIMEOUT_S = 60.0
+_SEED_BITS = (1 << 63) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeRequest:
+    """One sequence to continue.
+
+    Attributes:
+        draft_tokens: drafts asked of the engine's drafter for each pass; 0 decodes plainly.
+        wants_taps: whether the features of all rows are wanted back.
+    """
+
+    token_ids: list[int]
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    draft_tokens: int = 0
+    wants_taps: bool = False
+
+
+@dataclass(slots=True)
+class Decoded:
+    """A finished sequence.
+
+    Attributes:
+        token_ids: the new tokens, a stop token included.
+        taps: bfloat16 [T - 1, width] of the first T - 1 of all T tokens (the last one was never run), or None.
+        stats: of the passes after the prefill.
+        is_stopped: whether it ended by a stop token.
+    """
+
+    token_ids: list[int]
+    taps: Tensor | None
+    stats: AcceptanceStats
+    is_stopped: bool
+
+
+@dataclass(slots=True)
+class _Running:
+    request: DecodeRequest
+    tokens: list[int]
+    num_pages: int
+    stats: AcceptanceStats
+    num_prefilled: int = 0
+    drafts: list[int] = field(default_factory=list)
+    taps: list[Tensor] = field(default_factory=list)
+
+    @property
+    def is_decoding(self) -> bool:
+        return len(self.tokens) > len(self.request.token_ids)
+
+    @property
+    def num_left(self) -> int:
+        return len(self.request.token_ids) + self.request.max_new_tokens - len(self.tokens)
+
+
+class BatchDecoder:
+    """Runs requests to their ends over one engine.
+
+    Args:
+        settings: page size and limits that the engine was built with.
+        stop_ids: tokens that end a sequence.
+    """
+
+    def __init__(self, engine: Engine, settings: EngineSection, stop_ids: Sequence[int]) -> None:
+        self._engine = engine
+        self._settings = settings
+        self._stop_ids = tuple(stop_ids)
+
+    def run(self, requests: Iterable[DecodeRequest], stop_ids: Sequence[int] = ()) -> Iterator[tuple[int, Decoded]]:
+        """Yields each request's index and result as they finish; `stop_ids` are stop tokens besides the decoder's.
+
+        Raises ValueError when a request cannot fit the engine or the target's logits are not finite.
+        """
+        waiting = deque(enumerate(requests))
+        running: dict[int, _Running] = {}
+        stops = [*self._stop_ids, *stop_ids]
+        close: list[int] = []
+        while waiting or running:
+            step = target_pb2.Step(close=close, num_candidates=1)
+            self._admit(step, waiting, running, stops)
+            self._add_rows(step, running)
+            result = self._engine.step(step)
+            close = []
+            for index, decoded in self._take(result, running):
+                close.append(index)
+                yield index, decoded
+        self._engine.close(close)
+
+    def _pages(self, request: DecodeRequest) -> int:
+        """Pages of the longest that a sequence can become, with a block of drafts behind it."""
+        length = len(request.token_ids) + request.max_new_tokens + request.draft_tokens
+        return -(-length // self._settings.page_size)
+
+    def _admit(
+        self,
+        step: target_pb2.Step,
+        waiting: deque[tuple[int, DecodeRequest]],
+        running: dict[int, _Running],
+        stops: list[int],
+    ) -> None:
+        free = self._settings.kv_cache_tokens // self._settings.page_size - sum(r.num_pages for r in running.values())
+        rows = sum(1 + one.request.draft_tokens for one in running.values())  # when all verify a whole block
+        while waiting:
+            index, request = waiting[0]
+            rows += 1 + request.draft_tokens
+            if running and rows > self._settings.max_batch_tokens:
+                return
+            needed = self._pages(request)
+            if needed > free:
+                if not running:
+                    raise ValueError(f"engine.kv_cache_tokens: a sequence needs {needed} pages and {free} exist")
+                return
+            waiting.popleft()
+            free -= needed
+            running[index] = _Running(request, list(request.token_ids), needed, AcceptanceStats(request.draft_tokens))
+            step.open.append(_opening(index, request, stops))
+
+    def _add_rows(self, step: target_pb2.Step, running: dict[int, _Running]) -> None:
+        """Verify chains of all that decode, then chunks of prompts in what is left of the pass."""
+        room = self._settings.max_batch_tokens
+        for index, one in running.items():
+            if one.is_decoding:
+                drafts = one.drafts[: max(0, one.num_left - 1)]
+                step.verify_ids.append(index)
+                step.base_lens.append(len(one.tokens))
+                step.num_drafts.append(len(drafts))
+                step.draft_token_ids.extend(drafts)
+                step.draft_parents.extend(range(len(drafts)))
+                room -= 1 + len(drafts)
+        for index, one in running.items():
+            chunk = min(len(one.request.token_ids) - one.num_prefilled, room)
+            if chunk > 0:
+                step.prefill_ids.append(index)
+                step.prefill_lens.append(chunk)
+                one.num_prefilled += chunk
+                room -= chunk
+            if one.request.draft_tokens:
+                step.colocated_draft_ids.append(index)
+                step.colocated_num_drafts.append(one.request.draft_tokens)
+
+    def _take(self, result: target_pb2.StepResult, running: dict[int, _Running]) -> Iterator[tuple[int, Decoded]]:
+        """Books a step's tokens, features and drafts; yields what has finished."""
+        for part in result.features:
+            assert part.dtype == common_pb2.DATA_TYPE_FLOAT32
+            rows = np.frombuffer(part.data, dtype=np.float32).reshape(part.num_rows, -1)
+            running[part.sequence_id].taps.append(torch.from_numpy(rows.copy()).to(torch.bfloat16))
+        offset = 0
+        finished: list[tuple[int, int]] = []
+        for i, index in enumerate(result.sequence_ids):
+            if result.statuses[i] != target_pb2.ENTRY_STATUS_OK:
+                raise ValueError(f"the target refused a sequence: {result.errors[0] if result.errors else 'no pages'}")
+            one, count = running[index], result.num_tokens[i]
+            if one.is_decoding:
+                num_drafted = min(len(one.drafts), max(0, one.num_left - 1))
+                one.stats.record(num_drafted, result.num_accepted_drafts[i])
+            one.drafts = []
+            one.tokens += result.token_ids[offset : offset + count]
+            offset += count
+            if result.finish_reasons[i]:
+                finished.append((index, result.finish_reasons[i]))
+        for block in result.colocated_drafts:
+            running[block.sequence_id].drafts = list(block.candidate_ids)
+        for index, reason in finished:
+            one = running.pop(index)
+            yield (
+                index,
+                Decoded(
+                    one.tokens[len(one.request.token_ids) :],
+                    torch.cat(one.taps) if one.request.wants_taps else None,
+                    one.stats,
+                    reason == common_pb2.FINISH_REASON_STOP,
+                ),
+            )
+
+
+def _opening(index: int, request: DecodeRequest, stop_ids: list[int]) -> target_pb2.OpenSequence:
+    return target_pb2.OpenSequence(
+        sequence_id=index,
+        token_ids=request.token_ids,
+        prompt_len=len(request.token_ids),
+        sampling=common_pb2.SamplingParams(
+            temperature=request.temperature,
+            top_p=request.top_p,
+            repetition_penalty=1.0,
+            seed=request.seed & _SEED_BITS,
+        ),
+        stopping=common_pb2.StoppingParams(max_new_tokens=request.max_new_tokens, stop_token_ids=stop_ids),
+        wants_features=request.wants_taps or request.draft_tokens > 0,
+    )
+
+
+@contextmanager
+def local_decoder(
+    target_path: str,
+    settings: EngineSection,
+    stop_ids: Sequence[int] = (),
+    tap_layer_ids: tuple[int, ...] = (),
+    drafter: DrafterCheckpoint | None = None,
+) -> Iterator[BatchDecoder]:
+    """The target on one rank in this process.
+
+    Args:
+        tap_layer_ids: layers whose raw outputs come back as taps; with `drafter` its own layers are tapped instead.
+        drafter: drafts in the same process, as the colocated drafter of a target group does.
+    """
+    if settings.num_threads:
+        torch.set_num_threads(settings.num_threads)
+    target = resolve_target(target_path)
+    is_ours = not torch.distributed.is_initialized()
+    if is_ours:
+        init_process_group(create_store("127.0.0.1", 1, _INIT_TIMEOUT_S), 0, 1, settings.device, True, 0)
+    try:
+        yield BatchDecoder(_build_engine(target, target_path, settings, tap_layer_ids, drafter), settings, stop_ids)
+    finally:
+        if is_ours:
+            torch.distributed.destroy_process_group()
+
+
+def _build_engine(
+    target: TargetCheckpoint,
+    target_path: str,
+    settings: EngineSection,
+    tap_layer_ids: tuple[int, ...],
+    drafter: DrafterCheckpoint | None,
+) -> Engine:
+    config = settings.serving_config(target_path)
+    dtype = getattr(torch, settings.dtype)
+    projector: torch.nn.Module = torch.nn.Identity()
+    if drafter is not None:
+        projector = drafter.build_projector(dtype).to(settings.device)
+        tap_layer_ids = drafter.config.target_layer_ids
+    model = RankModel(target, config, 0, 1, projector, tap_layer_ids)
+    return Engine(
+        GroupRunner(model, StepChannel(0, 1, settings.device), SingleShard()),
+        config.target.num_pages,
+        config.target.page_size,
+        model.max_model_len,
+        model.vocab_size,
+        None if drafter is None else BlockDrafter(drafter, target, settings.device, dtype, settings.kv_cache_tokens),
+    )

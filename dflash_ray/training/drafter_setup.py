@@ -1,0 +1,63 @@
+"""A new drafter for a target: its config.json, and weights that start as the target's own layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from dflash_ray.models.dflash import ContextProjector, DflashNetwork
+from dflash_ray.models.drafter_config import ARCHITECTURE
+from dflash_ray.models.target_checkpoint import TargetCheckpoint
+from dflash_ray.training.config import DrafterSection
+
+
+def drafter_config_values(
+    shape: DrafterSection, target: TargetCheckpoint, draft_vocab_size: int | None
+) -> dict[str, Any]:
+    """config.json of the drafter: the target's layer shape, with as many layers as are initialised."""
+    source = target.config
+    values: dict[str, Any] = {
+        "architectures": [ARCHITECTURE],
+        "model_type": "qwen3",
+        "hidden_size": source.hidden_size,
+        "num_hidden_layers": len(shape.init_layer_ids),
+        "num_attention_heads": source.num_attention_heads,
+        "num_key_value_heads": source.num_key_value_heads,
+        "head_dim": getattr(source, "head_dim", None) or source.hidden_size // source.num_attention_heads,
+        "intermediate_size": source.intermediate_size,
+        "rms_norm_eps": source.rms_norm_eps,
+        "rope_parameters": {"rope_type": "default", "rope_theta": source.rope_parameters["rope_theta"]},
+        "vocab_size": source.vocab_size,
+        "max_position_embeddings": source.max_position_embeddings,
+        "hidden_act": "silu",
+        "num_target_layers": source.num_hidden_layers,
+        "block_size": shape.block_size,
+        "dflash_config": {
+            "target_layer_ids": list(shape.tap_layer_ids),
+            "mask_token_id": shape.mask_token_id,
+        },
+    }
+    optional = {
+        "draft_vocab_size": draft_vocab_size,
+        "layer_types": None if shape.layer_types is None else list(shape.layer_types),
+        "sliding_window": shape.sliding_window,
+        "is_causal": shape.is_causal,
+    }
+    return values | {key: value for key, value in optional.items() if value is not None}
+
+
+def initialise_from_target(
+    projector: ContextProjector, network: DflashNetwork, shape: DrafterSection, target: TargetCheckpoint
+) -> None:
+    """Draft layers start as target layers, and the context feature as the mean of the taps."""
+    base = target.load_model().get_decoder()
+    with torch.no_grad():
+        projector.fc.weight.zero_()
+        for block in projector.fc.weight.chunk(len(shape.tap_layer_ids), dim=1):
+            block.fill_diagonal_(1.0 / len(shape.tap_layer_ids))
+        middle = base.layers[shape.tap_layer_ids[len(shape.tap_layer_ids) // 2]]
+        projector.hidden_norm.weight.copy_(middle.input_layernorm.weight)
+        network.norm.weight.copy_(base.norm.weight)
+        for layer, source_id in zip(network.layers, shape.init_layer_ids, strict=True):
+            layer.load_state_dict(base.layers[source_id].state_dict(), strict=False)

@@ -1,0 +1,188 @@
+"""`evaluate`: the acceptance of a drafter by decoding held-out prompts through the engine that serves.
+
+The drafter drafts beside the target as a colocated drafter does, the target verifies for real, so every figure is what
+a server with these settings counts.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+from scipy.stats import bootstrap
+from tqdm import tqdm
+
+from dflash_ray.config import ModelConfig
+from dflash_ray.core.stats import AcceptanceStats, merge
+from dflash_ray.gateway.tokenizer import ChatTokenizer
+from dflash_ray.models.drafter_checkpoint import DrafterCheckpoint, resolve_drafter
+from dflash_ray.models.target_checkpoint import resolve_target
+from dflash_ray.training.config import EvaluateSection, TrainingConfig
+from dflash_ray.training.decoding import BatchDecoder, DecodeRequest, local_decoder
+from dflash_ray.training.files import write_text
+from dflash_ray.training.prompt_files import Prompt, read_prompts
+
+ALL = "all"
+_RESAMPLING_SEED = 0
+
+
+@dataclass(frozen=True)
+class Result:
+    """Acceptance of one category of prompts at one setting.
+
+    Attributes:
+        draft_tokens: verified in a pass; the block without its anchor.
+        acceptance_length: mean tokens a pass, the target's own included.
+        low, high: bounds of its confidence interval, resampled over prompts; None for a single prompt.
+        accepted_at: share of passes whose draft in slot 1, 2, ... was accepted.
+    """
+
+    category: str
+    temperature: float
+    block_size: int
+    draft_tokens: int
+    num_prompts: int
+    num_passes: int
+    acceptance_length: float
+    low: float | None
+    high: float | None
+    accepted_at: list[float]
+
+
+def evaluate(config: TrainingConfig) -> list[Result]:
+    """Decodes at every temperature and block size; writes results.json and results.md. Raises ValueError."""
+    section = config.evaluate
+    target = resolve_target(config.target)
+    drafter = resolve_drafter(section.drafter or str(config.trained_dir), target)
+    tokenizer = ChatTokenizer(ModelConfig(path=config.target))
+    prompts = _choose_prompts(config, tokenizer)
+    results: list[Result] = []
+    with local_decoder(config.target, config.engine, tokenizer.eos_ids, drafter=drafter) as decoder:
+        settings = [(t, b) for t in section.temperatures for b in usable_block_sizes(section, drafter)]
+        for temperature, block_size in tqdm(settings, desc="evaluate", unit="setting"):
+            stats = _decode(config, decoder, prompts, temperature, block_size)
+            results += _by_category(section, prompts, stats, temperature, block_size)
+    values = {
+        "drafter": drafter.fingerprint,
+        "target": target.fingerprint,
+        "dtype": config.engine.dtype,
+        "seed": config.seed,
+        "settings": section.model_dump(mode="json"),
+        "results": [asdict(result) for result in results],
+    }
+    write_text(config.results_file, json.dumps(values, indent=2) + "\n")
+    write_text(config.results_file.with_suffix(".md"), markdown_table(results, section.confidence))
+    return results
+
+
+def usable_block_sizes(section: EvaluateSection, drafter: DrafterCheckpoint) -> list[int]:
+    """The configured sizes, those beyond the drafter's own replaced by it."""
+    return sorted({min(size, drafter.config.block_size) for size in section.block_sizes})
+
+
+def _choose_prompts(config: TrainingConfig, tokenizer: ChatTokenizer) -> list[tuple[Prompt, list[int]]]:
+    """The first prompts of each category with their tokens; too long ones are left out."""
+    section = config.evaluate
+    room = config.engine.max_model_len - section.max_new_tokens
+    chosen: dict[str, list[tuple[Prompt, list[int]]]] = defaultdict(list)
+    for prompt in read_prompts(section.prompts or config.prompts_dir / "held_out.jsonl"):
+        token_ids = tokenizer.encode_chat(prompt.messages)
+        if len(token_ids) <= room and len(chosen[prompt.source]) < section.prompts_per_category:
+            chosen[prompt.source].append((prompt, token_ids))
+    prompts = [pair for source in sorted(chosen) for pair in chosen[source]]
+    if not prompts:
+        raise ValueError("evaluate.prompts: no prompt leaves room for evaluate.max_new_tokens in the context")
+    return prompts
+
+
+def _decode(
+    config: TrainingConfig,
+    decoder: BatchDecoder,
+    prompts: Sequence[tuple[Prompt, list[int]]],
+    temperature: float,
+    block_size: int,
+) -> list[AcceptanceStats]:
+    """Statistics of each prompt."""
+    requests = [
+        DecodeRequest(
+            token_ids,
+            config.evaluate.max_new_tokens,
+            temperature,
+            seed=prompt.digest ^ config.seed,
+            draft_tokens=block_size - 1,
+        )
+        for prompt, token_ids in prompts
+    ]
+    done = {index: decoded.stats for index, decoded in decoder.run(requests)}
+    return [done[index] for index in range(len(prompts))]
+
+
+def _by_category(
+    section: EvaluateSection,
+    prompts: Sequence[tuple[Prompt, list[int]]],
+    stats: Sequence[AcceptanceStats],
+    temperature: float,
+    block_size: int,
+) -> Iterator[Result]:
+    """One result for each category and one for all; prompts that ended with their first token say nothing."""
+    groups: dict[str, list[AcceptanceStats]] = defaultdict(list)
+    for (prompt, _), one in zip(prompts, stats, strict=True):
+        if one.num_steps:
+            groups[ALL].append(one)
+            groups[prompt.source].append(one)
+    for category, group in groups.items():
+        total = merge(group)
+        low, high = confidence_interval(group, section.confidence, section.resamples)
+        yield Result(
+            category,
+            temperature,
+            block_size,
+            block_size - 1,
+            len(group),
+            total.num_steps,
+            total.acceptance_length,
+            low,
+            high,
+            [count / total.num_steps for count in total.accepted_per_position()],
+        )
+
+
+def confidence_interval(
+    stats: Sequence[AcceptanceStats], confidence: float, resamples: int
+) -> tuple[float | None, float | None]:
+    """Percentile bootstrap of the acceptance length over prompts, whose passes are not independent of each other."""
+    if len(stats) < 2:
+        return None, None
+    accepted = np.array([one.num_accepted for one in stats])
+    passes = np.array([one.num_steps for one in stats])
+    interval = bootstrap(
+        (accepted, passes),
+        lambda a, p, axis=-1: 1.0 + a.sum(axis=axis) / p.sum(axis=axis),
+        paired=True,
+        vectorized=True,
+        n_resamples=resamples,
+        confidence_level=confidence,
+        method="percentile",
+        rng=np.random.default_rng(_RESAMPLING_SEED),
+    ).confidence_interval
+    return float(interval.low), float(interval.high)
+
+
+def markdown_table(results: Sequence[Result], confidence: float) -> str:
+    """The results as a table, a line for each category and setting."""
+    lines = [
+        f"| prompts | temperature | block size | acceptance length ({confidence:.0%} interval) | passes "
+        "| accepted at slot 1, 2, ... |",
+        "|---|---|---|---|---|---|",
+    ]
+    for result in results:
+        interval = "" if result.low is None else f" ({result.low:.2f} to {result.high:.2f})"
+        slots = " ".join(f"{share:.0%}" for share in result.accepted_at)
+        lines.append(
+            f"| {result.category} ({result.num_prompts}) | {result.temperature:g} | {result.block_size} "
+            f"| {result.acceptance_length:.2f}{interval} | {result.num_passes} | {slots} |"
+        )
+    return "\n".join(lines) + "\n"

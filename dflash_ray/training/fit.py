@@ -1,0 +1,208 @@
+"""`fit`: trains a drafter on the shards, in this process or on the workers of Ray Train."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import partial
+from importlib.metadata import version
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from dflash_ray.models.drafter_checkpoint import load_drafter, save_drafter
+from dflash_ray.models.drafter_config import parse_dflash_config
+from dflash_ray.models.target_checkpoint import TargetCheckpoint, resolve_target
+from dflash_ray.training.batches import BatchSource, draft_vocabulary
+from dflash_ray.training.config import TrainingConfig
+from dflash_ray.training.curves import Curves
+from dflash_ray.training.drafter_setup import drafter_config_values, initialise_from_target
+from dflash_ray.training.files import sha256_of, write_text
+from dflash_ray.training.losses import IGNORE
+from dflash_ray.training.objective import BlockLoss, DrafterObjective
+from dflash_ray.training.shards import ShardStore
+from dflash_ray.training.trainer import Trainer
+
+_POINT_EVERY_STEPS = 10
+_MAX_HELD_OUT = 16  # conversations that the held-out curve is measured on
+
+
+def fit(config: TrainingConfig) -> None:
+    """Trains until fit.max_steps and leaves the drafter in fit/drafter.
+
+    Raises ValueError when the shards do not suit the configuration, DiskFullError when a checkpoint has no room.
+    """
+    if config.fit.num_workers == 1:
+        fit_worker(config)
+    else:
+        _fit_on_cluster(config)
+
+
+def _fit_on_cluster(config: TrainingConfig) -> None:
+    """The same code on every Ray Train worker; the work_dir must be on a file system that all nodes see."""
+    from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
+    from ray.train.torch import TorchTrainer
+
+    from dflash_ray.training.cluster import cluster
+
+    section = config.fit
+    ShardStore(config.shards_dir)  # what is wrong with the shards is said before workers start
+    absolute = config.with_absolute_paths()
+    trainer = TorchTrainer(
+        _cluster_worker,
+        train_loop_config={"config": absolute.model_dump_json()},
+        scaling_config=ScalingConfig(
+            num_workers=section.num_workers,
+            use_gpu=section.device == "cuda",
+            resources_per_worker={"CPU": section.cpus_per_worker, **({"GPU": 1} if section.device == "cuda" else {})},
+        ),
+        run_config=RunConfig(
+            name="fit",
+            storage_path=str(absolute.fit_dir / "ray"),
+            failure_config=FailureConfig(max_failures=section.max_failures),
+        ),
+    )
+    with cluster():
+        try:
+            trainer.fit()
+        except WorkerGroupError as error:
+            failures = "; ".join(f"worker {rank}: {failure}" for rank, failure in error.worker_failures.items())
+            raise ValueError(f"training failed: {failures}") from error
+
+
+def _cluster_worker(values: dict[str, str]) -> None:
+    from ray import train
+    from ray.train.torch import prepare_model
+
+    context = train.get_context()
+    config = TrainingConfig.model_validate_json(values["config"])
+    # The only buffers are frozen ones, equal everywhere.
+    wrap = partial(prepare_model, parallel_strategy_kwargs={"broadcast_buffers": False})
+    fit_worker(config, wrap, context.get_world_rank(), context.get_world_size())
+
+
+def fit_worker(
+    config: TrainingConfig,
+    wrap: Callable[[nn.Module], nn.Module] | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+) -> None:
+    """One worker's whole run; rank 0 also writes checkpoints, curves and the drafter."""
+    if config.fit.num_threads:
+        torch.set_num_threads(config.fit.num_threads)
+    torch.manual_seed(config.seed)
+    target = resolve_target(config.target)
+    store = ShardStore(config.shards_dir)
+    if store.layout.target != target.fingerprint:
+        raise ValueError(f"target: {config.shards_dir} was answered by other weights")
+    train, held_out = _split(store, config.prompts.held_out_fraction)
+    vocabulary = draft_vocabulary(
+        (store.conversations[i] for i in train), config.drafter.draft_vocab_size, target.config.vocab_size
+    )
+    objective, config_values = _build_objective(config, target, vocabulary, store)
+    wrapped = wrap(objective) if wrap else objective.to(config.fit.device)
+    state_file = config.fit_dir / "state.safetensors"
+    trainer = Trainer(objective, wrapped, config.fit, config.seed, state_file, rank, world_size)
+    trainer.resume()
+    t2d = torch.full((target.config.vocab_size,), IGNORE)
+    t2d[vocabulary] = torch.arange(len(vocabulary))
+    last_layer_id = target.config.num_hidden_layers - 1 if config.fit.distillation_weight else None
+    source = BatchSource(
+        store,
+        train,
+        config.drafter.tap_layer_ids,
+        t2d,
+        config.fit.anchors_per_conversation,
+        config.drafter.block_size,
+        last_layer_id,
+    )
+    if rank != 0:
+        trainer.run(source, lambda step, result: None)
+        return
+    _record(config, store, world_size)
+    progress = _Progress(config, trainer, source, held_out)
+    try:
+        trainer.run(source, progress.report)
+    finally:
+        progress.close()
+    _save_trained(config, config_values, trainer.averaged, vocabulary)
+
+
+def _split(store: ShardStore, fraction: float) -> tuple[list[int], list[int]]:
+    """Conversations to train on and held-out ones; answers of fewer than two tokens train nothing."""
+    train: list[int] = []
+    held_out: list[int] = []
+    for index, conversation in enumerate(store.conversations):
+        if len(conversation.token_ids) - conversation.prompt_len >= 2:
+            (held_out if conversation.prompt.is_held_out(fraction) else train).append(index)
+    if not train:
+        raise ValueError("the shards hold no conversation to train on")
+    return train, held_out
+
+
+def _build_objective(
+    config: TrainingConfig, target: TargetCheckpoint, vocabulary: Tensor, store: ShardStore
+) -> tuple[DrafterObjective, dict[str, object]]:
+    """The drafter before its first step, and its config.json."""
+    is_reduced = len(vocabulary) < target.config.vocab_size
+    values = drafter_config_values(config.drafter, target, len(vocabulary) if is_reduced else None)
+    longest = max(len(conversation.token_ids) for conversation in store.conversations)
+    objective = DrafterObjective(parse_dflash_config(values, "drafter"), config.fit, target, vocabulary, longest)
+    if config.fit.init_drafter is None:
+        initialise_from_target(objective.projector, objective.network, config.drafter, target)
+    else:
+        weights = load_drafter(config.fit.init_drafter, target).weights
+        with torch.no_grad():
+            for name, parameter in objective.trainable().items():
+                parameter.copy_(weights[name])
+    return objective, values
+
+
+def _save_trained(
+    config: TrainingConfig, config_values: dict[str, object], weights: dict[str, Tensor], vocabulary: Tensor
+) -> None:
+    """Writes averaged weights in the published layout, bfloat16."""
+    tensors = {name: tensor.to("cpu", torch.bfloat16) for name, tensor in weights.items()}
+    if config_values.get("draft_vocab_size") is not None:
+        tensors["d2t"] = vocabulary - torch.arange(len(vocabulary))
+    save_drafter(config.trained_dir, config_values, tensors)
+
+
+def _record(config: TrainingConfig, store: ShardStore, world_size: int) -> None:
+    """What the run is made of: recipe with its seeds, versions, and hashes of the shards."""
+    record = {
+        "config": config.model_dump(mode="json"),
+        "seed": config.seed,
+        "num_workers": world_size,
+        "versions": {name: version(name) for name in ("torch", "transformers", "dflash-ray")},
+        "shards": {path.name: sha256_of(path) for path in store.paths},
+    }
+    write_text(config.fit_dir / "run.json", json.dumps(record, indent=2) + "\n")
+
+
+class _Progress:
+    """Bar and curves of rank 0; measures held-out conversations from time to time."""
+
+    def __init__(self, config: TrainingConfig, trainer: Trainer, source: BatchSource, held_out: list[int]) -> None:
+        self._section = config.fit
+        self._trainer = trainer
+        self._bar = tqdm(total=config.fit.max_steps, initial=trainer.step, desc="fit", unit="step")
+        self._curves = Curves(config.fit_dir, trainer.step)
+        self._held_out = source.at(held_out[:_MAX_HELD_OUT], config.seed) if held_out else None
+
+    def report(self, step: int, result: BlockLoss) -> None:
+        self._bar.update()
+        if step % _POINT_EVERY_STEPS == 0:
+            self._add(step, "train", result)
+            self._bar.set_postfix(loss=f"{result.loss.item():.3f}", tau=f"{result.acceptance_length():.2f}")
+        if step % self._section.held_out_every_steps == 0 and self._held_out is not None:
+            self._add(step, "held_out", self._trainer.measure(self._held_out))
+
+    def _add(self, step: int, part: str, result: BlockLoss) -> None:
+        slots = {f"slot_{k}_accuracy": share for k, share in enumerate(result.slot_accuracy(), start=1)}
+        self._curves.add(step, part, loss=result.loss.item(), acceptance_length=result.acceptance_length(), **slots)
+
+    def close(self) -> None:
+        self._bar.close()
+        self._curves.close()

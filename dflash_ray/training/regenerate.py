@@ -1,0 +1,213 @@
+"""`regenerate` and `capture`: shards of conversations that the target answered, with its taps from the same passes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from dflash_ray.config import ConfigError, ModelConfig
+from dflash_ray.gateway.tokenizer import ChatTokenizer
+from dflash_ray.models.target_checkpoint import resolve_target
+from dflash_ray.training.config import TrainingConfig
+from dflash_ray.training.decoding import BatchDecoder, DecodeRequest, local_decoder
+from dflash_ray.training.files import write_text
+from dflash_ray.training.prompt_files import Prompt, prompt_of, read_jsonl, read_prompts
+from dflash_ray.training.shards import Answered, TapLayout, write_shard
+
+_SHORTEST_ANSWER = 3  # two tokens train something, and one more may be drawn behind a known answer
+
+
+@dataclass(frozen=True)
+class Task:
+    """A prompt to answer, or a conversation whose answer is known and which only lacks its taps."""
+
+    prompt: Prompt
+    temperature: float
+    answer: list[int] | None = None
+
+
+def regenerate(config: TrainingConfig) -> int:
+    """Answers the prompts of `prompts`, held-out ones too (for curves). Returns the number of shards."""
+    temperatures = config.regenerate.temperatures
+    prompts = [
+        prompt
+        for name in ("train.jsonl", "held_out.jsonl")
+        if (path := config.prompts_dir / name).is_file() and path.stat().st_size
+        for prompt in read_prompts(path)
+    ]
+    if not prompts:
+        raise ValueError(f"{config.prompts_dir}: there are no prompts; run `dflash-ray train prompts` first")
+    return fill_shards(config, [Task(p, temperatures[p.digest % len(temperatures)]) for p in prompts])
+
+
+def capture(config: TrainingConfig) -> int:
+    """Runs the target over conversations that were answered elsewhere. Returns the number of shards."""
+    path = config.capture.conversations
+    if path is None:
+        raise ConfigError("capture.conversations: give a JSONL file with prompt, response_ids, source, temperature")
+    vocab_size = resolve_target(config.target).config.vocab_size
+    tasks = []
+    for where, record in read_jsonl(path):
+        answer, temperature = record.get("response_ids"), record.get("temperature", 0.0)
+        is_answer = isinstance(answer, list) and all(isinstance(t, int) and 0 <= t < vocab_size for t in answer)
+        if not is_answer or not answer:
+            raise ValueError(f"{where}: needs response_ids, the answer's token ids, each below {vocab_size}")
+        if not isinstance(temperature, int | float):
+            raise ValueError(f"{where}: temperature must be a number")
+        tasks.append(Task(prompt_of(record, where, path.stem), float(temperature), answer))
+    return fill_shards(config, tasks)
+
+
+def fill_shards(config: TrainingConfig, tasks: Sequence[Task]) -> int:
+    """Writes the shards that are missing; returns how many there are then.
+
+    Raises ValueError when the directory holds shards of other tasks or settings, DiskFullError when it has no room.
+    """
+    _claim(config, tasks)
+    size = config.regenerate.shard_conversations
+    pieces = {
+        config.shards_dir / f"{number:05d}.parquet": tasks[start : start + size]
+        for number, start in enumerate(range(0, len(tasks), size))
+    }
+    missing = {path: piece for path, piece in pieces.items() if not path.exists()}
+    with tqdm(total=len(tasks), desc="conversations", unit="conversation") as bar:
+        bar.update(len(tasks) - sum(map(len, missing.values())))
+        run = _over_cluster if config.regenerate.num_workers > 1 else _in_process
+        for count in run(config, missing):
+            bar.update(count)
+    return len(pieces)
+
+
+def _claim(config: TrainingConfig, tasks: Sequence[Task]) -> None:
+    """Records what the shards are made of, and refuses a directory that was begun with something else."""
+    settings = config.regenerate.model_dump_json(exclude={"num_workers", "cpus_per_worker", "gpus_per_worker"})
+    digest = hashlib.sha256(settings.encode())
+    for task in tasks:
+        digest.update(f"{task.prompt.digest} {task.prompt.source} {task.temperature} {task.answer}".encode())
+    plan = {
+        "target": resolve_target(config.target).fingerprint,
+        "tap_layer_ids": list(config.drafter.tap_layer_ids),
+        "seed": config.seed,
+        "dtype": config.engine.dtype,
+        "prompts_and_settings": digest.hexdigest(),
+    }
+    file = config.shards_dir / "plan.json"
+    if not file.exists():
+        write_text(file, json.dumps(plan, indent=2) + "\n")
+    elif (old := json.loads(file.read_text())) != plan:
+        changed = [key for key in plan if old.get(key) != plan[key]]
+        raise ValueError(f"{config.shards_dir}: was begun with other {', '.join(changed)}; use another work_dir")
+
+
+class ShardWorker:
+    """The target in one process, answering whole shards."""
+
+    def __init__(self, config: TrainingConfig) -> None:
+        self._config = config
+        self._tokenizer = ChatTokenizer(ModelConfig(path=config.target))
+        target = resolve_target(config.target)
+        last = target.config.num_hidden_layers - 1
+        layer_ids = config.drafter.tap_layer_ids
+        if config.regenerate.with_last_layer and last not in layer_ids:
+            layer_ids = (*layer_ids, last)
+        self._layout = TapLayout(target.fingerprint, layer_ids, target.config.hidden_size)
+        self._resources = ExitStack()
+        self._decoder: BatchDecoder = self._resources.enter_context(
+            local_decoder(config.target, config.engine, self._tokenizer.eos_ids, layer_ids)
+        )
+
+    def close(self) -> None:
+        self._resources.close()
+
+    def write(self, path: Path, tasks: Sequence[Task]) -> None:
+        """Answers the tasks and writes them as one shard, in their order."""
+        prompts = [self._tokenizer.encode_chat(task.prompt.messages) for task in tasks]
+        longest = self._config.regenerate.max_length - _SHORTEST_ANSWER
+        fitting = [(task, prompt) for task, prompt in zip(tasks, prompts, strict=True) if len(prompt) <= longest]
+        answered: dict[int, Answered] = {}
+        for index, decoded in self._decoder.run([self._request(task, prompt) for task, prompt in fitting]):
+            task, prompt = fitting[index]
+            # A known answer is all prefill: the token drawn after it is not part of the conversation.
+            answer = decoded.token_ids if task.answer is None else self._cut(task.answer, prompt)
+            tokens = [*prompt, *answer]
+            assert decoded.taps is not None
+            answered[index] = Answered(
+                task.prompt, task.temperature, len(prompt), tokens, decoded.taps[: len(tokens) - 1]
+            )
+        write_shard(path, self._layout, [answered[index] for index in sorted(answered)])
+
+    def _cut(self, answer: list[int], prompt: list[int]) -> list[int]:
+        """The part of a known answer that is kept; a place is left for the token that the engine draws after it."""
+        return answer[: self._config.regenerate.max_length - len(prompt) - 1]
+
+    def _request(self, task: Task, prompt: list[int]) -> DecodeRequest:
+        if task.answer is not None:
+            return DecodeRequest([*prompt, *self._cut(task.answer, prompt)], 1, wants_taps=True)
+        section = self._config.regenerate
+        count = min(section.max_new_tokens, section.max_length - len(prompt))
+        seed = task.prompt.digest ^ self._config.seed
+        return DecodeRequest(prompt, count, task.temperature, seed=seed, wants_taps=True)
+
+
+def _in_process(config: TrainingConfig, missing: dict[Path, Sequence[Task]]) -> Iterator[int]:
+    """Writes shard by shard; yields the number of tasks of each."""
+    if not missing:
+        return
+    worker = ShardWorker(config)
+    try:
+        for path, tasks in missing.items():
+            worker.write(path, tasks)
+            yield len(tasks)
+    finally:
+        worker.close()
+
+
+class _ShardMap:
+    """A Ray Data actor: one row in, one shard written to the shared work_dir, its number of tasks out.
+
+    What the user has to put right comes back as the row's `error`: Ray would bury it in a trace of its own.
+    """
+
+    def __init__(self, config: TrainingConfig, missing: dict[str, Sequence[Task]]) -> None:
+        self._worker = ShardWorker(config)
+        self._missing = missing
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        tasks = self._missing[row["path"]]
+        try:
+            self._worker.write(Path(row["path"]), tasks)
+        except ValueError as error:
+            return {"count": 0, "error": str(error)}
+        return {"count": len(tasks), "error": ""}
+
+
+def _over_cluster(config: TrainingConfig, missing: dict[Path, Sequence[Task]]) -> Iterator[int]:
+    """Spreads the missing shards over a pool of Ray actors. All nodes must see the work_dir."""
+    import ray
+
+    from dflash_ray.training.cluster import cluster
+
+    if not missing:
+        return
+    section = config.regenerate
+    absolute = {str(path.resolve()): tasks for path, tasks in missing.items()}
+    with cluster():
+        rows = ray.data.from_items([{"path": path} for path in absolute], override_num_blocks=len(absolute))
+        done = rows.map(
+            _ShardMap,  # type: ignore[arg-type] # a class is one actor's function
+            fn_constructor_args=(config.with_absolute_paths(), absolute),
+            num_cpus=section.cpus_per_worker,
+            num_gpus=section.gpus_per_worker or None,
+            compute=ray.data.ActorPoolStrategy(size=section.num_workers),
+        )
+        for row in done.iter_rows():
+            if row["error"]:
+                raise ValueError(row["error"])
+            yield row["count"]

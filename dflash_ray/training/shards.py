@@ -1,0 +1,140 @@
+"""Answered conversations with the target's taps: Parquet files, a row group for each conversation.
+
+A shard is written whole (renamed into place) and holds the conversations of one range of prompts, so a run that was
+killed goes on with the shards that are missing, and nothing is answered twice.
+
+Columns: prompt (JSON of the messages), source, temperature, prompt_len, token_ids (prompt and answer, T of them) and
+taps, the raw outputs of the tapped layers for the first T - 1 tokens: bfloat16 [T - 1, layers, H], little-endian.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from dflash_ray.training.files import replacing
+from dflash_ray.training.prompt_files import Prompt
+
+_MAX_OPEN_FILES = 256
+_LAYOUT_KEY = b"dflash_ray"
+_SCHEMA = pa.schema(
+    [
+        ("prompt", pa.string()),
+        ("source", pa.string()),
+        ("temperature", pa.float32()),
+        ("prompt_len", pa.int32()),
+        ("token_ids", pa.list_(pa.int32())),
+        ("taps", pa.binary()),
+    ]
+)
+_LIGHT_COLUMNS = ["prompt", "source", "prompt_len", "token_ids"]
+
+
+@dataclass(frozen=True)
+class TapLayout:
+    """What the taps of a shard are; shards of one training agree in it.
+
+    Attributes:
+        target: fingerprint of the target's weights.
+        layer_ids: tapped decoder layers, in order of concatenation.
+    """
+
+    target: str
+    layer_ids: tuple[int, ...]
+    hidden_size: int
+
+
+@dataclass(frozen=True)
+class Answered:
+    """One conversation: token_ids are prompt and answer, taps bfloat16 [T - 1, layers * H]."""
+
+    prompt: Prompt
+    temperature: float
+    prompt_len: int
+    token_ids: list[int]
+    taps: Tensor
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A stored conversation without its taps; token_ids int64 [T]."""
+
+    prompt: Prompt
+    prompt_len: int
+    token_ids: Tensor
+
+
+def write_shard(path: Path, layout: TapLayout, answered: Sequence[Answered]) -> None:
+    """Writes one shard. Raises DiskFullError when there is no room for it."""
+    schema = _SCHEMA.with_metadata({_LAYOUT_KEY: json.dumps(asdict(layout)).encode()})
+    # Python's own file, so that a full disk is an OSError with its number.
+    with (
+        replacing(path) as partial,
+        partial.open("wb") as stream,
+        pq.ParquetWriter(stream, schema, compression="zstd", use_dictionary=False) as writer,
+    ):
+        for one in answered:
+            row = {
+                "prompt": json.dumps(one.prompt.messages),
+                "source": one.prompt.source,
+                "temperature": one.temperature,
+                "prompt_len": one.prompt_len,
+                "token_ids": one.token_ids,
+                "taps": one.taps.contiguous().view(torch.int16).numpy().tobytes(),
+            }
+            writer.write_table(pa.Table.from_pylist([row], schema=schema))
+
+
+class ShardStore:
+    """All conversations of a directory of shards; tokens are in memory, taps are read when asked for."""
+
+    def __init__(self, directory: Path) -> None:
+        self.paths = sorted(directory.glob("*.parquet"))
+        if not self.paths:
+            raise ValueError(f"{directory}: there are no shards; run `dflash-ray train regenerate` or `capture` first")
+        self._open = lru_cache(maxsize=_MAX_OPEN_FILES)(_open)
+        layouts = {_read_layout(self._open(path), path) for path in self.paths}
+        if len(layouts) > 1:
+            raise ValueError(f"{directory}: its shards differ in target or layers; keep each kind in its own work_dir")
+        self.layout = layouts.pop()
+        self.conversations: list[Conversation] = []
+        self._places: list[tuple[Path, int]] = []  # file and row group of each conversation
+        for path in self.paths:
+            for group, row in enumerate(self._open(path).read(columns=_LIGHT_COLUMNS).to_pylist()):
+                prompt = Prompt(json.loads(row["prompt"]), row["source"])
+                self.conversations.append(
+                    Conversation(prompt, row["prompt_len"], torch.tensor(row["token_ids"], dtype=torch.int64))
+                )
+                self._places.append((path, group))
+
+    def taps(self, index: int, layer_ids: Sequence[int]) -> Tensor:
+        """Taps of a conversation, bfloat16 [T - 1, len(layer_ids) * H]."""
+        path, group = self._places[index]
+        buffer = self._open(path).read_row_group(group, columns=["taps"])["taps"][0].as_buffer()
+        rows = np.frombuffer(buffer, dtype=np.int16).reshape(-1, len(self.layout.layer_ids), self.layout.hidden_size)
+        at = [self.layout.layer_ids.index(layer) for layer in layer_ids]
+        return torch.from_numpy(rows[:, at].reshape(len(rows), -1)).view(torch.bfloat16)
+
+
+def _open(path: Path) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(path, memory_map=True)
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{path}: is not a whole shard ({error}); delete it and run `regenerate` again") from None
+
+
+def _read_layout(file: pq.ParquetFile, path: Path) -> TapLayout:
+    text = (file.schema_arrow.metadata or {}).get(_LAYOUT_KEY)
+    if text is None:
+        raise ValueError(f"{path}: was not written by dflash-ray train")
+    values = json.loads(text)
+    return TapLayout(values["target"], tuple(values["layer_ids"]), values["hidden_size"])

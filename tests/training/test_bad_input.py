@@ -1,0 +1,98 @@
+"""Mistakes end in one line that names the key, the line or the file at fault."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from dflash_ray.cli import app
+from dflash_ray.training.files import DiskFullError
+from dflash_ray.training.prompt_files import Prompt
+from dflash_ray.training.regenerate import Task, fill_shards
+from dflash_ray.training.shards import Answered, ShardStore, TapLayout, write_shard
+from tests.training.conftest import recipe, save_recipe
+
+LAYOUT = TapLayout("target", (0, 2), 4)
+ANSWERED = Answered(
+    Prompt([{"role": "user", "content": "hi"}], "test"), 0.0, 2, [3, 4, 5], torch.randn(2, 8).to(torch.bfloat16)
+)
+
+
+def error_of(step: str, recipe_file, *overrides: str) -> str:
+    options = [option for override in overrides for option in ("--set", override)]
+    result = CliRunner().invoke(app, ["train", step, "--config", str(recipe_file), *options])
+    assert result.exit_code == 1
+    assert result.output.startswith("error: ") and result.output.count("\n") == 1
+    return result.output
+
+
+@pytest.fixture
+def recipe_file(target_dir, tmp_path):
+    return save_recipe(recipe(target_dir, tmp_path), tmp_path / "recipe.yaml")
+
+
+@pytest.mark.parametrize(
+    ("step", "override", "named"),
+    [
+        ("fit", "fit.learning_rat=1", "fit.learning_rat"),
+        ("fit", "fit.learning_rate=fast", "fit.learning_rate"),
+        ("fit", "drafter.layer_types=[sliding_attention, full_attention]", "sliding_window"),
+        ("prompts", "prompts.files=[]", "prompts: give at least one of"),
+        ("prompts", "prompts.files=[nowhere.jsonl]", "nowhere.jsonl"),
+        ("prompts", "prompts.traffic={directory: x, retention_days: 1}", "redact_patterns or redact_hook"),
+        ("regenerate", "seed=1", "run `dflash-ray train prompts` first"),
+        ("regenerate", "target=nowhere", "run `dflash-ray train prompts` first"),
+        ("capture", "seed=1", "capture.conversations"),
+        ("fit", "seed=1", "there are no shards"),
+        ("evaluate", "evaluate.drafter=nowhere", "drafter nowhere"),
+        ("export", "seed=1", "config.json is missing"),
+    ],
+)
+def test_a_step_without_what_it_needs_says_so(step, override, named, recipe_file):
+    assert named in error_of(step, recipe_file, override)
+
+
+def test_a_conversation_without_an_answer_is_named(recipe_file, tmp_path):
+    file = tmp_path / "conversations.jsonl"
+    file.write_text(json.dumps({"prompt": "hi", "response_ids": ["a"], "source": "x", "temperature": 0}) + "\n")
+    text = error_of("capture", recipe_file, f"capture.conversations={file}")
+    assert "conversations.jsonl, line 1: needs response_ids" in text
+
+
+def test_a_full_disk_stops_with_whole_shards_only(tmp_path):
+    path = tmp_path / "00001.parquet"
+    path.with_name(path.name + ".partial").symlink_to("/dev/full")
+    with pytest.raises(DiskFullError, match=r"no space left for .*00001\.parquet; .* run the step again"):
+        write_shard(path, LAYOUT, [ANSWERED])
+    assert not list(tmp_path.iterdir())
+
+
+def test_shards_are_not_mixed_with_those_of_other_prompts_or_settings(target_dir, tmp_path):
+    config = recipe(target_dir, tmp_path)
+    fill_shards(config, [Task(ANSWERED.prompt, 0.0)])
+    with pytest.raises(ValueError, match="begun with other prompts_and_settings; use another work_dir"):
+        fill_shards(config, [Task(ANSWERED.prompt, 0.7)])
+
+
+def test_a_truncated_shard_is_named(tmp_path):
+    write_shard(tmp_path / "00000.parquet", LAYOUT, [ANSWERED])
+    (tmp_path / "00000.parquet").write_bytes((tmp_path / "00000.parquet").read_bytes()[:-9])
+    with pytest.raises(ValueError, match=r"00000\.parquet: is not a whole shard"):
+        ShardStore(tmp_path)
+
+
+def test_shards_of_different_targets_are_not_mixed(tmp_path):
+    write_shard(tmp_path / "00000.parquet", LAYOUT, [ANSWERED])
+    write_shard(tmp_path / "00001.parquet", replace(LAYOUT, target="other"), [ANSWERED])
+    with pytest.raises(ValueError, match="differ in target or layers"):
+        ShardStore(tmp_path)
+
+
+def test_taps_come_back_as_they_were_stored(tmp_path):
+    write_shard(tmp_path / "00000.parquet", LAYOUT, [ANSWERED, ANSWERED])
+    store = ShardStore(tmp_path)
+    assert torch.equal(store.taps(1, (0, 2)), ANSWERED.taps)
+    assert torch.equal(store.taps(1, (2,)), ANSWERED.taps[:, 4:])
+    assert store.conversations[1].token_ids.tolist() == ANSWERED.token_ids

@@ -1,0 +1,53 @@
+"""Regenerating and fitting over Ray workers give what one process gives."""
+
+import json
+
+import pytest
+import ray
+from safetensors.torch import load_file
+
+from dflash_ray.training.fit import fit
+from dflash_ray.training.regenerate import regenerate
+from dflash_ray.training.shards import ShardStore
+from tests.training.conftest import recipe
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster():
+    ray.init(num_cpus=2, include_dashboard=False)
+    yield
+    ray.shutdown()
+
+
+def test_shards_of_ray_data_actors_are_those_of_one_process(pipeline, target_dir, tmp_path):
+    whole, _, _ = pipeline
+    config = recipe(target_dir, tmp_path, regenerate={"num_workers": 2, "cpus_per_worker": 0.5})
+    config.work_dir.mkdir(parents=True)
+    config.prompts_dir.symlink_to(whole.prompts_dir)
+    regenerate(config)
+    ours, theirs = ShardStore(config.shards_dir), ShardStore(whole.shards_dir)
+    assert [path.read_bytes() for path in ours.paths] == [path.read_bytes() for path in theirs.paths]
+
+
+def test_a_full_disk_on_a_worker_is_said_in_its_own_words(pipeline, target_dir, tmp_path):
+    whole, _, _ = pipeline
+    config = recipe(target_dir, tmp_path, regenerate={"num_workers": 2, "cpus_per_worker": 0.5})
+    config.shards_dir.mkdir(parents=True)
+    config.prompts_dir.symlink_to(whole.prompts_dir)
+    (config.shards_dir / "00000.parquet.partial").symlink_to("/dev/full")
+    with pytest.raises(ValueError, match=r"^no space left for .*00000\.parquet"):
+        regenerate(config)
+
+
+def test_workers_of_ray_train_fit_one_drafter(pipeline, target_dir, tmp_path):
+    whole, _, _ = pipeline
+    config = recipe(target_dir, tmp_path, fit={"num_workers": 2, "cpus_per_worker": 0.5, "max_steps": 30})
+    config.work_dir.mkdir(parents=True)
+    config.shards_dir.symlink_to(whole.shards_dir)
+    fit(config)
+    state = load_file(config.fit_dir / "state.safetensors")
+    assert int(state["step"]) == 30
+    assert json.loads((config.fit_dir / "run.json").read_text())["num_workers"] == 2
+    assert (config.trained_dir / "model.safetensors").is_file()
