@@ -50,9 +50,7 @@ def test_the_cuda_binding_is_valid_against_torchs_headers(tmp_path):
     generated = tmp_path / "c10" / "cuda" / "impl" / "cuda_cmake_macros.h"
     generated.parent.mkdir(parents=True)
     generated.write_text("#pragma once\n")
-    toolkit = Path(os.path.realpath(shutil.which("nvcc"))).parents[1] / "include"
-    if not (toolkit / "cuda_runtime.h").exists():
-        pytest.skip("the CUDA toolkit's headers are not beside nvcc")
-    includes = [f"-I{folder}" for folder in (tmp_path, *cpp_extension.include_paths(), toolkit)]
+    includes = [f"-I{folder}" for folder in (tmp_path, *cpp_extension.include_paths())]
     source = build.SOURCES / "cuda" / "binding.cpp"
-    subprocess.run(["g++", "-std=c++20", "-fsyntax-only", *includes, source], check=True)
+    check = ["nvcc", "-std=c++20", "-Xcompiler", "-fsyntax-only", *includes, "-c", source, "-o", tmp_path / "binding.o"]
+    subprocess.run(check, check=True)
