@@ -5,7 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GemmaConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 SHAPE = {
     "vocab_size": 96,
@@ -23,6 +31,10 @@ SHAPE = {
 CONFIGS = {
     "llama": lambda **changes: LlamaConfig(**SHAPE | {"tie_word_embeddings": True} | changes),
     "qwen3": lambda **changes: Qwen3Config(**SHAPE | {"tie_word_embeddings": False} | changes),
+    "qwen2": lambda **changes: Qwen2Config(**SHAPE | changes),
+    "mistral": lambda **changes: MistralConfig(**SHAPE | {"sliding_window": 9} | changes),
+    "gemma": lambda **changes: GemmaConfig(**SHAPE | changes),
+    "gemma2": lambda **changes: Gemma2Config(**SHAPE | {"sliding_window": 9, "query_pre_attn_scalar": 8} | changes),
 }
 
 

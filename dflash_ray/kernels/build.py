@@ -38,14 +38,16 @@ def cache_dir() -> Path:
     return Path(os.environ.get(CACHE_ENV) or Path(home) / "dflash_ray" / "kernels")
 
 
-def library_path() -> Path:
+def library_path(with_cuda: bool) -> Path:
     """Where the library for this machine is, or would be after `build`."""
-    return cache_dir() / _fingerprint() / f"{_NAME}.so"
+    return cache_dir() / _fingerprint(with_cuda) / f"{_NAME}.so"
 
 
 def build() -> Path:
     """Compiles the library unless it is there. Raises RuntimeError with the compiler's text when that fails."""
-    path = library_path()
+    path = library_path(_has_cuda())
+    if path.exists():  # it may lie in an image, where nothing can be written
+        return path
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):
         if not path.exists():
@@ -68,14 +70,14 @@ def _loaded_devices() -> tuple[str, ...]:
         return ()
     register_verify_fakes("dflash_ray")
     register_forward_fakes()
-    return ("cpu", "cuda") if _builds_cuda() else ("cpu",)
+    return ("cpu", "cuda") if _has_cuda() else ("cpu",)
 
 
 def _compile(path: Path) -> None:
     if shutil.which(os.environ.get("CXX", "g++")) is None:
         raise RuntimeError("no C++ compiler: install g++ or set CXX")
     logger.info("compiling the operators into %s; this takes a minute or two, once", path.parent)
-    sources = CPU_SOURCES + (_CUDA_SOURCES if _builds_cuda() else ())
+    sources = CPU_SOURCES + (_CUDA_SOURCES if _has_cuda() else ())
     from torch.utils import cpp_extension
 
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
@@ -92,11 +94,11 @@ def _compile(path: Path) -> None:
         os.replace(Path(folder) / path.name, path)
 
 
-def _builds_cuda() -> bool:
-    """Whether the CUDA operators are of use: torch has CUDA, and its compiler is here."""
+def _has_cuda() -> bool:
+    """Whether the library has CUDA operators: torch does, and they are compiled already or their compiler is here."""
     from torch.utils import cpp_extension
 
-    return torch.version.cuda is not None and cpp_extension.CUDA_HOME is not None
+    return torch.version.cuda is not None and (cpp_extension.CUDA_HOME is not None or library_path(True).exists())
 
 
 def _machine_flags() -> list[str]:
@@ -104,14 +106,14 @@ def _machine_flags() -> list[str]:
     return os.environ.get(FLAGS_ENV, "-march=native").split()
 
 
-def _fingerprint() -> str:
+def _fingerprint(with_cuda: bool) -> str:
     machine = _machine_flags()
     processor = _processor() if "-march=native" in machine else ""
     digest = hashlib.sha256(f"{torch.__version__} {platform.machine()} {processor} {machine}".encode())
     for source in sorted(SOURCES.rglob("*")):
         if source.is_file():
             digest.update(source.read_bytes())
-    digest.update(" ".join((*_FLAGS, *CUDA_FLAGS, str(_builds_cuda()))).encode())
+    digest.update(" ".join((*_FLAGS, *CUDA_FLAGS, str(with_cuda))).encode())
     return digest.hexdigest()[:16]
 
 

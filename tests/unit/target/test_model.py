@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from dflash_ray.models.target_checkpoint import resolve_target
 from dflash_ray.target.batch import StepBatch
 from dflash_ray.target.model import RankModel
+from tests.tiny import save_tiny_target
 from tests.unit.target.conftest import CONFIG
 
 PAGE = CONFIG.target.page_size
@@ -77,6 +79,16 @@ def test_a_row_is_the_same_bit_for_bit_in_any_step(rank_model, tokens):
         rank_model, (tokens[9:14], 9, others), (tokens[20:28], 20, pages), (tokens[:17], 0, [40, 41, 42, 43, 44])
     )
     assert torch.equal(one_by_one, as_block[5:13])
+
+
+@pytest.mark.parametrize("family", ["qwen2", "mistral", "gemma", "gemma2"])
+def test_other_families_load_by_the_same_path(process_group, tmp_path, tokens, family):
+    target = resolve_target(str(save_tiny_target(family, tmp_path)))
+    with torch.inference_mode():
+        expected = target.load_model()(torch.tensor([tokens])).logits[0]
+    model, pages = RankModel(target, CONFIG, 0, 1), list(range(10))
+    got = [logits(model, (tokens[a:b], a, pages)) for a, b in ((0, 13), (13, 38), (38, 39), (39, 40))]
+    assert torch.allclose(torch.cat(got), expected, atol=1e-4)
 
 
 def test_a_batch_survives_packing(tokens):
