@@ -18,17 +18,21 @@ from dflash_ray.kernels import build, reference_verify
 from dflash_ray.kernels.columns import PlanTensors
 
 
+def with_flat_plans(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """The compiled operator for arguments in which a plan is one: its tensors are handed over one by one."""
+
+    def call(*arguments: Any) -> Any:
+        flat: list[Any] = []
+        for argument in arguments:
+            flat.extend(argument) if isinstance(argument, PlanTensors) else flat.append(argument)
+        return compiled(*flat)
+
+    return call
+
+
 def _operator(name: str, like: Tensor) -> Callable[..., Any]:
     if build.is_loaded_for(like.device.type):
-        compiled = getattr(torch.ops.dflash_ray, name)
-
-        def call(*arguments: Any) -> Any:
-            flat: list[Any] = []
-            for argument in arguments:
-                flat.extend(argument) if isinstance(argument, PlanTensors) else flat.append(argument)
-            return compiled(*flat)
-
-        return call
+        return with_flat_plans(getattr(torch.ops.dflash_ray, name))
     function: Callable[..., Any] = getattr(reference_verify, name)
     return function
 

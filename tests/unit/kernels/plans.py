@@ -9,7 +9,7 @@ import torch
 from hypothesis import strategies as st
 
 from dflash_ray.kernels import reference_verify, verify_ops
-from dflash_ray.kernels.columns import Mode, PlanTensors
+from dflash_ray.kernels.columns import Mode
 from dflash_ray.sampling.plan import SequencePlan
 from dflash_ray.sampling.shards import SingleShard
 from dflash_ray.sampling.verify import SequenceOutcome, verify
@@ -39,19 +39,7 @@ def plan_of(tokens: list[int], parents: list[int] | None = None, **values: Any) 
 
 def torch_operator(namespace: str) -> Callable[[str, Any], Callable[..., Any]]:
     """Looks up operators of a torch.ops namespace as `verify_ops` does."""
-
-    def operator(name: str, like: Any) -> Callable[..., Any]:
-        compiled = getattr(getattr(torch.ops, namespace), name)
-
-        def call(*arguments: Any) -> Any:
-            flat: list[Any] = []
-            for argument in arguments:
-                flat.extend(argument) if isinstance(argument, PlanTensors) else flat.append(argument)
-            return compiled(*flat)
-
-        return call
-
-    return operator
+    return lambda name, like: verify_ops.with_flat_plans(getattr(getattr(torch.ops, namespace), name))
 
 
 def reference_operator(name: str, like: Any) -> Callable[..., Any]:
