@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 CACHE_ENV = "DFLASH_RAY_KERNEL_CACHE"
 FLAGS_ENV = "DFLASH_RAY_KERNEL_FLAGS"
 SOURCES = Path(__file__).parent / "csrc"
-CPU_SOURCES = ("binding.cpp", "cpu/forward.cpp", "cpu/linear.cpp", "cpu/verify.cpp")
+_CPU_SOURCES = ("binding.cpp", "cpu/forward.cpp", "cpu/linear.cpp", "cpu/verify.cpp")
 _CUDA_SOURCES = ("cuda/binding.cpp", "cuda/verify.cu")
 _NAME = "dflash_ray_kernels"
 _FLAGS = ("-O3", "-std=c++20", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-Wall")
@@ -77,7 +77,7 @@ def _compile(path: Path) -> None:
     if shutil.which(os.environ.get("CXX", "g++")) is None:
         raise RuntimeError("no C++ compiler: install g++ or set CXX")
     logger.info("compiling the operators into %s; this takes a minute or two, once", path.parent)
-    sources = CPU_SOURCES + (_CUDA_SOURCES if _has_cuda() else ())
+    sources = _CPU_SOURCES + (_CUDA_SOURCES if _has_cuda() else ())
     from torch.utils import cpp_extension
 
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:

@@ -1,7 +1,7 @@
 """Swaps a sharded model's linear layers and norms for leaner ones with the same results.
 
 At a few rows a CPU pass costs the reading of the weights, so layers with one input become one product over weights that
-oneDNN laid out once. Row-parallel layers keep their all-reduce.
+were laid out once. Row-parallel layers keep their all-reduce.
 """
 
 from __future__ import annotations

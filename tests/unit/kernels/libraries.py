@@ -1,4 +1,4 @@
-"""Builds of the operators that only tests want: the CUDA kernels under emulation, and builds with sanitizers."""
+"""The CUDA kernels under emulation: a library that only tests want."""
 
 from __future__ import annotations
 
@@ -16,9 +16,6 @@ from dflash_ray.kernels.fakes import register_verify_fakes
 
 CUDA = build.SOURCES / "cuda"
 EMULATED = (CUDA / "verify.cu", CUDA / "emulated_binding.cpp")
-CPU = tuple(build.SOURCES / source for source in build.CPU_SOURCES)
-ARCHITECTURES = ("sm_80", "sm_90a", "sm_100")
-NVCC_FLAGS = ("-O3", "-std=c++20", "--fmad=false")
 
 
 def compile_shared(name: str, sources: tuple[Path, ...], flags: tuple[str, ...]) -> Path:
