@@ -34,6 +34,7 @@ class ProcessGroupShards:
         self.size = size
 
     def all_gather(self, values: Tensor) -> Tensor:
-        gathered = torch.empty(self.size, *values.shape, dtype=values.dtype, device=values.device)
-        torch.distributed.all_gather_into_tensor(gathered, values.contiguous(), group=self._group)
-        return gathered
+        # Flat, because gloo takes no output with a dimension more than the input.
+        gathered = torch.empty(self.size * values.numel(), dtype=values.dtype, device=values.device)
+        torch.distributed.all_gather_into_tensor(gathered, values.contiguous().view(-1), group=self._group)
+        return gathered.view(self.size, *values.shape)
