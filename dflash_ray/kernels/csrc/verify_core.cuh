@@ -119,9 +119,11 @@ DFLASH_FN float value_of_key(uint32_t key) {
 }
 
 // exp(x) for x <= 0 (tiny positive x are allowed) with a relative error below 2^-22; 0 below the range of normal
-// floats. Branch-free, so that loops over it become vector code. Range reduction and polynomial after Cephes' expf.
+// floats, and of NaN (a row with one is flagged; its sums need only be defined). Branch-free, so that loops over it become
+// vector code. Range reduction and polynomial after Cephes' expf.
 DFLASH_FN float exp_of_nonpositive(float x) {
-  const float clamped = x < -87.0f ? -87.0f : x;
+  const bool counts = x >= -87.0f;
+  const float clamped = counts ? x : -87.0f;
   const float n = floorf(fmaf(clamped, 1.44269504f, 0.5f));
   const float r = fmaf(n, 2.12194440e-4f, fmaf(n, -0.693359375f, clamped));
   float p = 1.9875691500e-4f;
@@ -134,7 +136,7 @@ DFLASH_FN float exp_of_nonpositive(float x) {
   const uint32_t bits = static_cast<uint32_t>(static_cast<int32_t>(n) + 127) << 23;
   float scale;
   memcpy(&scale, &bits, sizeof scale);
-  return x < -87.0f ? 0.0f : p * scale;
+  return counts ? p * scale : 0.0f;
 }
 
 // Mass of a token relative to the likeliest one, in multiples of 2^-32: integers, so that sums over threads and shards

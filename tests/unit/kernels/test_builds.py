@@ -11,23 +11,32 @@ import pytest
 from dflash_ray.kernels import build, cuda_report
 
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc: CUDA kernels cannot be compiled here")
-SANITIZED = "-g -O1 -mavx2 -mfma -mf16c -fsanitize=address,undefined -fno-sanitize-recover=all"
+SANITIZED = "-g -O1 -mavx2 -mfma -mf16c -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all"
+
+
+def _library(name: str) -> str:
+    """Where g++ has it."""
+    found = subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True)
+    return found.stdout.strip()
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_the_cpu_operators_run_clean_under_sanitizers(tmp_path):
-    library = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
+    # The C++ runtime beside it, or the sanitizer finds no exceptions to intercept: the interpreter itself has none.
+    libraries = [_library(name) for name in ("libasan.so", "libstdc++.so.6")]
     environment = os.environ | {
         build.FLAGS_ENV: SANITIZED,
         build.CACHE_ENV: str(tmp_path),
         "OMP_NUM_THREADS": "1",  # waiting threads spin, which sanitizers make very slow
-        "LD_PRELOAD": library.stdout.strip(),
+        "LD_PRELOAD": " ".join(libraries),
         "ASAN_OPTIONS": "detect_leaks=0",  # the interpreter's own are no fault of the operators
         "UBSAN_OPTIONS": "print_stacktrace=1",
     }
     tests = [str(Path(__file__).parent / name) for name in ("test_verify.py", "test_forward.py")]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "not emulated and not warning"]
+    # Nothing is captured (-s): a process that a sanitizer ends takes what pytest has caught with it.
+    options = ["-q", "-s", "-p", "no:cacheprovider", "-k", "not emulated and not warning"]
+    command = [sys.executable, "-m", "pytest", *options]
     done = subprocess.run([*command, *tests], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
