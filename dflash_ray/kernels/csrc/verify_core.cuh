@@ -119,8 +119,8 @@ DFLASH_FN float value_of_key(uint32_t key) {
 }
 
 // exp(x) for x <= 0 (tiny positive x are allowed) with a relative error below 2^-22; 0 below the range of normal
-// floats, and of NaN (a row with one is flagged; its sums need only be defined). Branch-free, so that loops over it become
-// vector code. Range reduction and polynomial after Cephes' expf.
+// floats, and for NaN (a row with one is flagged; its sums need only be defined). Branch-free, so that loops over it
+// become vector code. Range reduction and polynomial after Cephes' expf.
 DFLASH_FN float exp_of_nonpositive(float x) {
   const bool counts = x >= -87.0f;
   const float clamped = counts ? x : -87.0f;
@@ -139,11 +139,14 @@ DFLASH_FN float exp_of_nonpositive(float x) {
   return counts ? p * scale : 0.0f;
 }
 
-// Mass of a token relative to the likeliest one, in multiples of 2^-32: integers, so that sums over threads and shards
-// do not depend on their order.
+// Mass of a token relative to the likeliest one, in multiples of 2^-32 and of integral value, so that sums over threads
+// and shards do not depend on their order.
+DFLASH_FN float integral_mass(float logit, float inv_temperature, float maximum) {
+  return floorf(exp_of_nonpositive(fmaf(logit, inv_temperature, -maximum)) * 4294967296.0f);
+}
+
 DFLASH_FN int64_t mass_of(float logit, float inv_temperature, float maximum) {
-  const float distance = fmaf(logit, inv_temperature, -maximum);
-  return static_cast<int64_t>(exp_of_nonpositive(distance) * 4294967296.0f);
+  return static_cast<int64_t>(integral_mass(logit, inv_temperature, maximum));
 }
 
 struct Penalties {

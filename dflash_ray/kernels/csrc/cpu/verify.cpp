@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <numeric>
 #include <vector>
 
 #if defined(__F16C__) || defined(__AVX512F__)
@@ -23,6 +24,7 @@ namespace {
 
 constexpr int64_t kChunk = 256;  // tokens
 constexpr int64_t kTokensWorthAThread = 16384;
+constexpr double kGapOfFew = 12;  // to a block's likeliest token, from which on few of its tokens may win
 constexpr int64_t kBlock = 64;   // tokens whose noise is drawn together: 16 counters of 4 words
 
 // `count` values as floats: where they lie, or converted into `buffer`.
@@ -207,10 +209,36 @@ struct NeededWords {
   }
 };
 
+const NeededWords needed_words;
+
+// Considers the tokens of an aligned, whole block that may still win, four at a time as they share their noise. False,
+// with nothing considered, where so many may win that drawing the block's noise at once is quicker.
+bool draw_singly(const RowDraw& draw, const float* values, int64_t first_token, Best& best) {
+  constexpr int kGroups = kBlock / 4, kFewGroups = 4;
+  const float reach = static_cast<float>(best.score - kMaxGumbel) - 1e-3f;  // the margin covers rounding
+  uint32_t may_win[kBlock];
+  for (int i = 0; i < kBlock; ++i) may_win[i] = values[i] * draw.inv_temperature >= reach;
+  int groups[kGroups], num_groups = 0;
+  for (int g = 0; g < kGroups; ++g) {
+    groups[num_groups] = g;
+    num_groups += (may_win[4 * g] | may_win[4 * g + 1] | may_win[4 * g + 2] | may_win[4 * g + 3]) != 0;
+  }
+  if (num_groups > kFewGroups) return false;
+  for (int n = 0; n < num_groups; ++n) {
+    const int64_t group = (first_token >> 2) + groups[n];
+    const Words words = noise_words(draw.seed, draw.position, group, draw.purpose);
+    for (int w = 0; w < 4; ++w) {
+      const float scaled = values[4 * groups[n] + w] * draw.inv_temperature;
+      if ((words.at[w] >> 8) < needed_words(best.score - static_cast<double>(scaled))) continue;
+      consider(draw, scaled, words.at[w], 4 * group + w, best);
+    }
+  }
+  return true;
+}
+
 // Considers the tokens [at, end) of a row, block by block; blocks that cannot win cost one maximum or one draw.
 template <class T>
 void draw_chunk(const Row<T>& row, const RowDraw& draw, int64_t at, int64_t end, Best& best) {
-  static const NeededWords needed_words;
   while (at < end) {
     const int64_t first = (row.start + at) & ~(kBlock - 1), offset = row.start + at - first;
     const int64_t count = std::min(kBlock - offset, end - at);
@@ -221,7 +249,8 @@ void draw_chunk(const Row<T>& row, const RowDraw& draw, int64_t at, int64_t end,
     const bool is_out = highest == kMinusInf || highest < draw.floor;
     const double gap = best.token < 0 ? 0 : best.score - static_cast<double>(highest);
     const uint32_t needed = is_out ? kNoWord : needed_words(gap);
-    if (needed < kNoWord) {
+    const bool has_few = gap > kGapOfFew && count == kBlock;
+    if (needed < kNoWord && !(has_few && draw_singly(draw, values, first, best))) {
       uint32_t words[4][kBlock / 4];
       block_words(draw, first, words);
       uint32_t any = 0;
@@ -263,18 +292,28 @@ void write_partial(double* partial, const Best& best, float maximum, bool is_bad
   partial[kIsBad] = is_bad;
 }
 
+// Masses of `count` values from `floor` on. What stands behind them up to kChunk is 0.
+void masses_of(const float* values, int64_t count, float inv_temperature, float maximum, float floor, float* masses) {
+  for (int64_t i = 0; i < count; ++i) {
+    const float mass = integral_mass(values[i], inv_temperature, maximum);
+    masses[i] = values[i] * inv_temperature >= floor ? mass : 0.0f;
+  }
+  std::fill(masses + count, masses + kChunk, 0.0f);
+}
+
+// Doubles hold a row's sums exactly: less than 2^21 tokens of at most 2^32 each.
 template <class T>
-int64_t kept_mass(const Row<T>& row, float inv_temperature, float maximum, float floor) {
-  float buffer[kChunk];
-  int64_t total = 0;
+double kept_mass(const Row<T>& row, float inv_temperature, float maximum, float floor) {
+  float buffer[kChunk], masses[kChunk];
+  double totals[kLanes]{};
   for (int64_t at = 0; at < row.size; at += kChunk) {
     const int64_t count = std::min(kChunk, row.size - at);
-    const float* values = floats_at(row.data + at, count, buffer);
-    for (int64_t i = 0; i < count; ++i) {
-      total += values[i] * inv_temperature >= floor ? mass_of(values[i], inv_temperature, maximum) : 0;
+    masses_of(floats_at(row.data + at, count, buffer), count, inv_temperature, maximum, floor, masses);
+    for (int64_t i = 0; i < kChunk; i += kLanes) {
+      for (int j = 0; j < kLanes; ++j) totals[j] += static_cast<double>(masses[i + j]);
     }
   }
-  return total;
+  return std::accumulate(totals, totals + kLanes, 0.0);
 }
 
 // Calls work(Row, index) for every row, in parallel.
@@ -331,12 +370,12 @@ struct CpuBackend {
       if (!round.concerns(plan.sequence(s), plan.parameters(s))) return;
       // Neighbours fall into few bins: histograms of their own keep additions from waiting for each other.
       constexpr int kLanesOfBins = 4;
-      int64_t bins[kLanesOfBins][kBins]{};
+      double bins[kLanesOfBins][kBins]{};  // exact, as in kept_mass
       const uint64_t low = std::max(state[kFloorKey], round.shift == 24 ? 0 : state[kPrefix]);
       const uint64_t high = round.shift == 24 ? uint64_t{1} << 32 : state[kPrefix] + (uint64_t{1} << (round.shift + 8));
       float buffer[kChunk];
       uint32_t keys[kChunk];
-      int64_t weights[kChunk];
+      float weights[kChunk];
       for (int64_t at = 0; at < row.size; at += kChunk) {
         const int64_t count = std::min(kChunk, row.size - at);
         const float* values = floats_at(row.data + at, count, buffer);
@@ -346,19 +385,18 @@ struct CpuBackend {
           any |= keys[j] >= low && keys[j] < high;
         }
         if (!any) continue;
-        if (round.shift == 24) {  // every value is in: vector code
-          for (int64_t j = 0; j < count; ++j) {
-            weights[j] = round.is_top_k ? 1 : mass_of(values[j], inv_temperature, maximum);
-          }
+        if (round.is_top_k) {
+          std::fill_n(weights, kChunk, 1.0f);
+        } else {
+          masses_of(values, count, inv_temperature, maximum, kMinusInf, weights);
         }
         for (int64_t j = 0; j < count; ++j) {
           if (keys[j] < low || keys[j] >= high) continue;
-          if (round.shift < 24) weights[j] = round.is_top_k ? 1 : mass_of(values[j], inv_temperature, maximum);
-          bins[j % kLanesOfBins][keys[j] >> round.shift & (kBins - 1)] += weights[j];
+          bins[j % kLanesOfBins][keys[j] >> round.shift & (kBins - 1)] += static_cast<double>(weights[j]);
         }
       }
       for (const auto& lane : bins) {
-        for (int bin = 0; bin < kBins; ++bin) histogram[bin] += lane[bin];
+        for (int bin = 0; bin < kBins; ++bin) histogram[bin] += static_cast<int64_t>(lane[bin]);
       }
     });
   }
@@ -414,7 +452,7 @@ struct CpuBackend {
       if (!is_judged(plan, drafts, i) || partial[kIsBad] != 0) return;
       const float inv_temperature = temperature_scale(plan, i), maximum = static_cast<float>(maxima[i]);
       const float floor = floor_of(state, i);
-      partial[kMass] = static_cast<double>(kept_mass(row, inv_temperature, maximum, floor));
+      partial[kMass] = kept_mass(row, inv_temperature, maximum, floor);
       for (int64_t j = 0; j < drafts.width; ++j) {
         const int64_t token = drafts.ids[i * drafts.width + j];
         if (!row.has(token) || row.get(token) * inv_temperature < floor) continue;
