@@ -18,12 +18,16 @@ from dflash_ray.models.target_checkpoint import resolve_target
 
 @dataclass(frozen=True, slots=True)
 class Proposal:
-    """Candidates of one sequence, best first in each slot; both lists are [num_slots * num_candidates]."""
+    """Candidates of one sequence, the draft first in each slot; both lists are [num_slots * num_candidates].
+
+    `is_drawn` is as in `DraftProposal`.
+    """
 
     num_slots: int
     num_candidates: int
     candidate_ids: list[int]
     log_probs: list[float]
+    is_drawn: bool = False
 
 
 class DraftMethod(Protocol):
@@ -92,6 +96,7 @@ class DflashMethod:
                 draft.candidate_ids.shape[1],
                 draft.candidate_ids.flatten().tolist(),
                 draft.logprobs.flatten().tolist(),
+                draft.is_drawn,
             )
             for draft in drafts
         ]

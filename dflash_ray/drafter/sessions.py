@@ -47,7 +47,7 @@ class DraftSessions:
                 [request.anchor_token_ids[i] for i in ready],
                 [min(request.num_draft_tokens[i], self._method.max_draft_tokens) for i in ready],
                 max(1, request.num_candidates),
-                [Draw(request.temperatures[i], request.seeds[i]) for i in ready],
+                [Draw(request.temperatures[i], request.seeds[i], request.wants_distributions[i]) for i in ready],
             )
             for i, proposal in zip(ready, proposals, strict=True):
                 reply.blocks.append(_to_block(request, i, proposal))
@@ -112,4 +112,5 @@ def _to_block(request: drafter_pb2.DraftRequest, i: int, proposal: Proposal) -> 
         num_candidates=proposal.num_candidates,
         candidate_ids=proposal.candidate_ids,
         log_probs=proposal.log_probs,
+        is_drawn=proposal.is_drawn,
     )

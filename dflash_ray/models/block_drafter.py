@@ -38,11 +38,13 @@ class ContextGap(ValueError):
 class DraftProposal:
     """Candidates of one sequence: ids int64 [n, k] of the target's vocabulary, log-probabilities float32 [n, k].
 
-    The first candidate of a slot is the draft; the others follow by falling probability.
+    The first candidate of a slot is the draft; the others follow by falling probability. With `is_drawn` the draft was
+    drawn from these probabilities, which then are of all candidates that had a chance.
     """
 
     candidate_ids: Tensor
     logprobs: Tensor
+    is_drawn: bool = False
 
 
 class _Session:
@@ -182,11 +184,14 @@ class BlockDrafter:
         logits = self._network.shape_logits(self._head(hidden).float())
         self._touch(sessions)
         if self._selector is not None:
-            drafts = self._select(self._selector, hidden, logits, anchors, draws or [Draw()] * len(held), held)
-            return [
-                DraftProposal(ids[:n, :num_candidates], logprobs[:n, :num_candidates])
-                for (ids, logprobs), n in zip(drafts, num_draft_tokens, strict=True)
-            ]
+            draws = draws or [Draw()] * len(held)
+            drafts = self._select(self._selector, hidden, logits, anchors, draws, held)
+            proposals = []
+            for (ids, logprobs), n, draw in zip(drafts, num_draft_tokens, draws, strict=True):
+                is_drawn = draw.wants_distribution and draw.temperature > 0
+                kept = ids.shape[1] if is_drawn else num_candidates
+                proposals.append(DraftProposal(ids[:n, :kept], logprobs[:n, :kept], is_drawn))
+            return proposals
         best, at = logits.topk(min(num_candidates, logits.shape[-1]), dim=-1)
         logprobs = best - logits.logsumexp(dim=-1, keepdim=True)
         ids = self._ids[at] if self._ids is not None else at

@@ -30,10 +30,17 @@ class Dflash2Config:
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """How a sequence's tokens are drawn: temperature 0 is greedy, the seed keys the noise above it."""
+    """How a sequence's tokens are drawn.
+
+    Attributes:
+        temperature: 0 is greedy.
+        seed: key of the noise above it.
+        wants_distribution: all candidates of a draw come back, not only the likeliest.
+    """
 
     temperature: float = 0.0
     seed: int = 0
+    wants_distribution: bool = False
 
 
 class GroupedDynamicCausalConv(nn.Module):

@@ -93,7 +93,7 @@ class ContextFeatures(_message.Message):
     def __init__(self, sequence_id: _Optional[int] = ..., start: _Optional[int] = ..., num_rows: _Optional[int] = ..., dtype: _Optional[_Union[DataType, str]] = ..., data: _Optional[bytes] = ..., token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class DraftBlock(_message.Message):
-    __slots__ = ("sequence_id", "epoch", "committed_len", "num_slots", "num_candidates", "candidate_ids", "log_probs")
+    __slots__ = ("sequence_id", "epoch", "committed_len", "num_slots", "num_candidates", "candidate_ids", "log_probs", "is_drawn")
     SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     COMMITTED_LEN_FIELD_NUMBER: _ClassVar[int]
@@ -101,6 +101,7 @@ class DraftBlock(_message.Message):
     NUM_CANDIDATES_FIELD_NUMBER: _ClassVar[int]
     CANDIDATE_IDS_FIELD_NUMBER: _ClassVar[int]
     LOG_PROBS_FIELD_NUMBER: _ClassVar[int]
+    IS_DRAWN_FIELD_NUMBER: _ClassVar[int]
     sequence_id: int
     epoch: int
     committed_len: int
@@ -108,7 +109,8 @@ class DraftBlock(_message.Message):
     num_candidates: int
     candidate_ids: _containers.RepeatedScalarFieldContainer[int]
     log_probs: _containers.RepeatedScalarFieldContainer[float]
-    def __init__(self, sequence_id: _Optional[int] = ..., epoch: _Optional[int] = ..., committed_len: _Optional[int] = ..., num_slots: _Optional[int] = ..., num_candidates: _Optional[int] = ..., candidate_ids: _Optional[_Iterable[int]] = ..., log_probs: _Optional[_Iterable[float]] = ...) -> None: ...
+    is_drawn: bool
+    def __init__(self, sequence_id: _Optional[int] = ..., epoch: _Optional[int] = ..., committed_len: _Optional[int] = ..., num_slots: _Optional[int] = ..., num_candidates: _Optional[int] = ..., candidate_ids: _Optional[_Iterable[int]] = ..., log_probs: _Optional[_Iterable[float]] = ..., is_drawn: _Optional[bool] = ...) -> None: ...
 
 class TokenLogprobs(_message.Message):
     __slots__ = ("chosen", "num_top", "top_token_ids", "top_logprobs")

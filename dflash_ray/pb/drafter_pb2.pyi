@@ -48,7 +48,7 @@ class DrafterHelloReply(_message.Message):
     def __init__(self, protocol_version: _Optional[int] = ..., drafter_id: _Optional[str] = ..., method: _Optional[str] = ..., fingerprint: _Optional[str] = ..., max_draft_tokens: _Optional[int] = ..., needs_features: _Optional[bool] = ...) -> None: ...
 
 class DraftRequest(_message.Message):
-    __slots__ = ("request_id", "close", "contexts", "sequence_ids", "epochs", "committed_lens", "anchor_token_ids", "num_draft_tokens", "num_candidates", "temperatures", "seeds")
+    __slots__ = ("request_id", "close", "contexts", "sequence_ids", "epochs", "committed_lens", "anchor_token_ids", "num_draft_tokens", "num_candidates", "temperatures", "seeds", "wants_distributions")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     CLOSE_FIELD_NUMBER: _ClassVar[int]
     CONTEXTS_FIELD_NUMBER: _ClassVar[int]
@@ -60,6 +60,7 @@ class DraftRequest(_message.Message):
     NUM_CANDIDATES_FIELD_NUMBER: _ClassVar[int]
     TEMPERATURES_FIELD_NUMBER: _ClassVar[int]
     SEEDS_FIELD_NUMBER: _ClassVar[int]
+    WANTS_DISTRIBUTIONS_FIELD_NUMBER: _ClassVar[int]
     request_id: int
     close: _containers.RepeatedScalarFieldContainer[int]
     contexts: _containers.RepeatedCompositeFieldContainer[_common_pb2.ContextFeatures]
@@ -71,7 +72,8 @@ class DraftRequest(_message.Message):
     num_candidates: int
     temperatures: _containers.RepeatedScalarFieldContainer[float]
     seeds: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, request_id: _Optional[int] = ..., close: _Optional[_Iterable[int]] = ..., contexts: _Optional[_Iterable[_Union[_common_pb2.ContextFeatures, _Mapping]]] = ..., sequence_ids: _Optional[_Iterable[int]] = ..., epochs: _Optional[_Iterable[int]] = ..., committed_lens: _Optional[_Iterable[int]] = ..., anchor_token_ids: _Optional[_Iterable[int]] = ..., num_draft_tokens: _Optional[_Iterable[int]] = ..., num_candidates: _Optional[int] = ..., temperatures: _Optional[_Iterable[float]] = ..., seeds: _Optional[_Iterable[int]] = ...) -> None: ...
+    wants_distributions: _containers.RepeatedScalarFieldContainer[bool]
+    def __init__(self, request_id: _Optional[int] = ..., close: _Optional[_Iterable[int]] = ..., contexts: _Optional[_Iterable[_Union[_common_pb2.ContextFeatures, _Mapping]]] = ..., sequence_ids: _Optional[_Iterable[int]] = ..., epochs: _Optional[_Iterable[int]] = ..., committed_lens: _Optional[_Iterable[int]] = ..., anchor_token_ids: _Optional[_Iterable[int]] = ..., num_draft_tokens: _Optional[_Iterable[int]] = ..., num_candidates: _Optional[int] = ..., temperatures: _Optional[_Iterable[float]] = ..., seeds: _Optional[_Iterable[int]] = ..., wants_distributions: _Optional[_Iterable[bool]] = ...) -> None: ...
 
 class MissingContext(_message.Message):
     __slots__ = ("sequence_id", "have_len")

@@ -119,6 +119,7 @@ class Drafting:
             request.anchor_token_ids.append(sequence.tokens[-1])
             request.temperatures.append(sequence.request.sampling.temperature)
             request.seeds.append(sequence.request.sampling.seed)
+            request.wants_distributions.append(sequence.request.sampling.mode == common_pb2.VERIFY_MODE_REJECTION)
             request.num_draft_tokens.append(min(sequence.num_drafts(max_model_len), drafter.max_draft_tokens))
         return RequestDrafts(drafter.drafter_id, request)
 
@@ -138,8 +139,7 @@ class Drafting:
             elif sequence.draft_deadline is None:
                 self._count_dropped("late")
             else:
-                sequence.draft = list(block.candidate_ids[:: block.num_candidates])
-                sequence.draft_source = "remote"
+                sequence.take_draft(block, "remote")
                 sequence.draft_deadline = None
         for missing in reply.missing:
             sequence = sequences.get(missing.sequence_id)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from dataclasses import dataclass
+from itertools import islice, takewhile
 
 from dflash_ray.config import DflashRayConfig
 from dflash_ray.core.errors import InvalidRequestError, OverloadedError, RequestError, UnavailableError
@@ -161,8 +162,7 @@ class Scheduler:
         for block in result.colocated_drafts:
             drafted = self._sequences.get(block.sequence_id)
             if drafted is not None and drafted.committed_len == block.committed_len:
-                drafted.draft = list(block.candidate_ids[:: block.num_candidates])
-                drafted.draft_source = "colocated"
+                drafted.take_draft(block, "colocated")
 
     def _advance(self, sequence: RouterSequence, tokens: list[int], num_accepted: int, now: float) -> None:
         if sequence.phase is Phase.DECODE:
@@ -328,16 +328,23 @@ class Scheduler:
         assert self.limits is not None and self._step is not None
         if room < 1:
             return 0
+        vocab_size = self.limits.vocab_size
         count = min(sequence.num_drafts(self.limits.max_model_len), room - 1)
         if sequence.draft is None and count and self._uses_ngram:
             sequence.draft = sequence.ngram_draft(count)
             sequence.draft_source = "ngram" if sequence.draft else "plain"
-        sequence.draft = [t for t in (sequence.draft or [])[:count] if t < self.limits.vocab_size]
+        in_vocabulary = takewhile(lambda token: token < vocab_size, sequence.draft or [])
+        sequence.draft = list(islice(in_vocabulary, count))
         step.verify_ids.append(sequence.sequence_id)
         step.base_lens.append(sequence.committed_len)
         step.num_drafts.append(len(sequence.draft))
         step.draft_token_ids.extend(sequence.draft)
         step.draft_parents.extend(range(len(sequence.draft)))
+        num_candidates = sequence.drawn.num_candidates if sequence.drawn is not None else 0
+        step.num_draft_candidates.append(num_candidates)
+        if sequence.drawn is not None:
+            step.draft_candidate_ids.extend(sequence.drawn.candidate_ids[: num_candidates * len(sequence.draft)])
+            step.draft_log_probs.extend(sequence.drawn.log_probs[: num_candidates * len(sequence.draft)])
         self.num_drafts_by_source[sequence.draft_source] += 1
         self.num_draft_tokens += len(sequence.draft)
         self._join_step(step, sequence)

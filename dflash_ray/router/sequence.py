@@ -30,6 +30,7 @@ class RouterSequence:
         sent_rows: context rows that the drafter was sent.
         pending: context features not sent yet, contiguous.
         draft: drafts for the next step, None while there are none.
+        drawn: the block they come from, when its drafts were drawn from its probabilities.
         draft_deadline: when the next step goes on without a remote draft; None when nothing is waited for.
     """
 
@@ -47,6 +48,7 @@ class RouterSequence:
     pending: list[common_pb2.ContextFeatures] = field(default_factory=list)
     is_replaying: bool = False
     draft: list[int] | None = None
+    drawn: common_pb2.DraftBlock | None = None
     draft_source: str = "plain"
     draft_deadline: float | None = None
     ngram: NgramIndex | None = None
@@ -83,8 +85,14 @@ class RouterSequence:
         self.pending.clear()
         self.is_replaying = False
 
+    def take_draft(self, block: common_pb2.DraftBlock, source: str) -> None:
+        """A draft for the next step."""
+        self.draft = list(block.candidate_ids[:: block.num_candidates])
+        self.drawn = block if block.is_drawn else None
+        self.draft_source = source
+
     def forget_draft(self) -> None:
-        self.draft, self.draft_deadline, self.draft_source = None, None, "plain"
+        self.draft, self.drawn, self.draft_deadline, self.draft_source = None, None, None, "plain"
 
     def leave_drafter(self) -> None:
         """The drafter's context is of no use any more."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from dflash_ray.kernels.columns import FloatColumn, IntColumn, Mode, PlanTensors
 from dflash_ray.sampling.plan import SequencePlan
@@ -20,7 +21,9 @@ class PlanColumns:
     """A plan's tensors and what it needs, known without asking the device.
 
     Attributes:
-        draft_ids, draft_probs: [R, 1] one-hot drafts of each row's first child in rejection mode, else [0, 0].
+        draft_ids, draft_probs: [R, K] in rejection mode, else [0, 0]: candidates of each row's child, the child's own
+            token first, and the probabilities that it was drawn with; -1 and 0 for none. A child that was not drawn is
+            its only candidate, with probability 1.
         depth: rows on the longest path.
     """
 
@@ -85,7 +88,7 @@ def to_columns(plan: Sequence[SequencePlan], device: torch.device) -> PlanColumn
         )  # fmt: skip
     drawn = [sequence for sequence in plan if sequence.temperature >= _COLDEST]
     is_rejection = any(sequence.mode == Mode.REJECTION for sequence in drawn)
-    draft_ids = torch.tensor(children, dtype=torch.int64)[:, None] if is_rejection else torch.empty(0, 0).long()
+    draft_ids, draft_probs = _drafts(plan, children) if is_rejection else (np.zeros((0, 0)), np.zeros((0, 0)))
 
     def move(array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(device, non_blocking=True)
@@ -98,8 +101,8 @@ def to_columns(plan: Sequence[SequencePlan], device: torch.device) -> PlanColumn
             move(np.array(ids, dtype=np.int64)),
             move(np.array(values, dtype=np.float32)),
         ),
-        draft_ids=draft_ids.to(device),
-        draft_probs=torch.ones(draft_ids.shape, device=device),
+        draft_ids=move(draft_ids.astype(np.int64)),
+        draft_probs=move(draft_probs.astype(np.float32)),
         depth=depth,
         is_greedy=not drawn,
         is_rejection=is_rejection,
@@ -108,3 +111,20 @@ def to_columns(plan: Sequence[SequencePlan], device: torch.device) -> PlanColumn
         has_top_k=any(sequence.top_k > 0 for sequence in drawn),
         has_top_p=any(sequence.top_p < 1 for sequence in drawn),
     )
+
+
+def _drafts(plan: Sequence[SequencePlan], children: list[int]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """draft_ids and draft_probs [R, K] of rows whose first children are `children`."""
+    width = max(1, *(sequence.num_candidates for sequence in plan))
+    ids, probs = np.full((len(children), width), -1), np.zeros((len(children), width))
+    ids[:, 0], probs[:, 0] = children, 1
+    first = 0
+    for sequence in plan:
+        count = sequence.num_candidates
+        if count:
+            # A chain: the child of row i is row i + 1, whose candidates are the i-th.
+            chain = slice(first, first + sequence.num_rows - 1)
+            ids[chain, :count] = np.reshape(sequence.candidate_ids, (-1, count))
+            probs[chain, :count] = np.reshape(sequence.candidate_probs, (-1, count))
+        first += sequence.num_rows
+    return ids, probs

@@ -31,6 +31,9 @@ class SequencePlan:
         bias_ids, bias_values: added to logits.
         banned_ids, ban_below: tokens that may not be drawn for positions below ban_below.
         history_ids, history_counts: tokens seen so far, and how often in the output; the root's token is included.
+        num_candidates: candidates of each draft of a chain that was drawn, in rejection mode; 0 when none was.
+        candidate_ids, candidate_probs: [rows but the root, num_candidates], the draft's token first, and the
+            probabilities that it was drawn with.
         stop_ids: tokens that end a sequence of more than min_len tokens; max_len: length at which it ends.
         feature_row: row of the root in the step's context features, -1 when it has none.
     """
@@ -58,6 +61,9 @@ class SequencePlan:
     min_len: int = 0
     max_len: int = NO_LIMIT
     feature_row: int = -1
+    num_candidates: int = 0
+    candidate_ids: list[int] = field(default_factory=list)
+    candidate_probs: list[float] = field(default_factory=list)
 
     @property
     def has_penalties(self) -> bool:
@@ -76,7 +82,11 @@ class SequencePlan:
 
 
 _FLOATS = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
-_ARRAYS = ("tokens", "parents", "bias_ids", "bias_values", "banned_ids", "history_ids", "history_counts", "stop_ids")
+_FLOAT_ARRAYS = ("bias_values", "candidate_probs")
+_ARRAYS = (
+    "tokens", "parents", "bias_ids", "banned_ids", "history_ids", "history_counts", "stop_ids", "candidate_ids",
+    *_FLOAT_ARRAYS,
+)  # fmt: skip
 _INTS = tuple(f.name for f in fields(SequencePlan) if f.name not in (*_FLOATS, *_ARRAYS))
 
 
@@ -89,14 +99,17 @@ def pack_plan(plan: Sequence[SequencePlan]) -> NDArray[np.int64]:
         columns.append(np.array([value - (1 << 64) if value >> 63 > 0 else value for value in ints], dtype=np.int64))
         columns.append(np.array([getattr(sequence, name) for name in _FLOATS], dtype=np.float64))
         for name in _ARRAYS:
-            dtype = np.float64 if name == "bias_values" else np.int64
-            columns.append(np.asarray(getattr(sequence, name), dtype=dtype))
+            columns.append(np.asarray(getattr(sequence, name), dtype=_dtype(name)))
     return pack_arrays(columns)
+
+
+def _dtype(name: str) -> Any:
+    return np.float64 if name in _FLOAT_ARRAYS else np.int64
 
 
 def unpack_plan(flat: NDArray[np.int64]) -> list[SequencePlan]:
     """The plan of `pack_plan`."""
-    dtypes = [np.int64, np.float64, *(np.float64 if name == "bias_values" else np.int64 for name in _ARRAYS)]
+    dtypes = [np.int64, np.float64, *(_dtype(name) for name in _ARRAYS)]
     count = int(flat[0]) // len(dtypes)
     arrays = unpack_arrays(flat, dtypes * count)
     plan = []

@@ -15,14 +15,13 @@ import numpy as np
 import torch
 
 from dflash_ray.models.block_drafter import BlockDrafter
-from dflash_ray.models.dflash2 import Draw
 from dflash_ray.pb import common_pb2, target_pb2
 from dflash_ray.sampling.plan import SequencePlan
 from dflash_ray.sampling.verify import SequenceOutcome
 from dflash_ray.target.batch import StepBatch
 from dflash_ray.target.model import StepHidden
 from dflash_ray.target.page_allocator import PageAllocator
-from dflash_ray.target.sequences import Sequence
+from dflash_ray.target.sequences import Draft, Sequence, drafts_of
 
 OK = target_pb2.ENTRY_STATUS_OK
 _FINISH_REASONS = (
@@ -49,6 +48,7 @@ class _Entry:
     error: str = ""
     sequence: Sequence | None = None
     token_ids: list[int] = field(default_factory=list)  # rows: prefill chunk, or anchor and drafts
+    draft: Draft = field(default_factory=Draft)
     is_verify: bool = False
     draws: bool = False
     num_accepted: int = 0
@@ -154,15 +154,10 @@ class Engine:
                 entry.draws = sequence.kv_len + len(entry.token_ids) == sequence.committed_len
                 self._reserve(entry)
             entries.append(entry)
-        offset = 0
-        for i, sequence_id in enumerate(step.verify_ids):
-            count = step.num_drafts[i]
-            drafts = list(step.draft_token_ids[offset : offset + count])
-            parents = list(step.draft_parents[offset : offset + count])
-            offset += count
+        for sequence_id, base_len, draft in zip(step.verify_ids, step.base_lens, drafts_of(step), strict=True):
             entry = self._new_entry(sequence_id, errors, seen)
             if entry.sequence is not None:
-                self._check_verify(entry, step.base_lens[i], drafts, parents)
+                self._check_verify(entry, base_len, draft)
             entries.append(entry)
         return entries
 
@@ -176,18 +171,17 @@ class Engine:
         status = OK if sequence is not None else target_pb2.ENTRY_STATUS_UNKNOWN
         return _Entry(sequence_id, status, sequence=sequence)
 
-    def _check_verify(self, entry: _Entry, base_len: int, drafts: list[int], parents: list[int]) -> None:
+    def _check_verify(self, entry: _Entry, base_len: int, draft: Draft) -> None:
         sequence = entry.sequence
         assert sequence is not None
         entry.is_verify = entry.draws = True
-        entry.token_ids = [sequence.tokens[-1], *drafts]
+        entry.draft = draft
+        entry.token_ids = [sequence.tokens[-1], *draft.tokens]
         if base_len != sequence.committed_len or sequence.kv_len != sequence.committed_len - 1:
             entry.status = target_pb2.ENTRY_STATUS_STALE
-        elif parents != list(range(len(drafts))):
-            entry.status, entry.error = target_pb2.ENTRY_STATUS_FAILED, "only chains of drafts can be verified"
-        elif any(token >= self._vocab_size for token in drafts):
-            entry.status, entry.error = target_pb2.ENTRY_STATUS_FAILED, f"drafts must be below {self._vocab_size}"
-        elif sequence.committed_len + len(drafts) > self._max_model_len:
+        elif fault := draft.fault(self._vocab_size):
+            entry.status, entry.error = target_pb2.ENTRY_STATUS_FAILED, fault
+        elif sequence.committed_len + len(draft.tokens) > self._max_model_len:
             entry.status, entry.error = target_pb2.ENTRY_STATUS_FAILED, "drafts reach past the model's context"
         else:
             self._reserve(entry)
@@ -226,8 +220,7 @@ class Engine:
             feature_row = len(columns["feature_rows"]) + root - first if sequence.wants_features else -1
             if entry.draws:
                 columns["sample_rows"] += range(root, first + count)
-                drafts = entry.token_ids[root - first + 1 :]
-                plan.append(sequence.plan(drafts, list(range(len(drafts))), feature_row))
+                plan.append(sequence.plan(entry.draft, feature_row))
             if sequence.wants_features:
                 columns["feature_rows"] += range(first, first + count)
         return StepBatch(**{name: np.array(values, dtype=np.int64) for name, values in columns.items()}), plan
@@ -299,7 +292,7 @@ class Engine:
             return
         ids = [sequence.sequence_id for sequence in ready]
         anchors = [sequence.tokens[-1] for sequence in ready]
-        draws = [Draw(sequence.sampling.temperature, sequence.sampling.seed) for sequence in ready]
+        draws = [sequence.draw() for sequence in ready]
         proposals = self._drafter.propose(ids, anchors, counts, max(1, step.num_candidates), draws)
         for sequence, proposal in zip(ready, proposals, strict=True):
             result.colocated_drafts.add(
@@ -310,6 +303,7 @@ class Engine:
                 num_candidates=proposal.candidate_ids.shape[1],
                 candidate_ids=proposal.candidate_ids.flatten().tolist(),
                 log_probs=proposal.logprobs.flatten().tolist(),
+                is_drawn=proposal.is_drawn,
             )
 
 

@@ -8,14 +8,61 @@ Regions of a sequence, by position:
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from dflash_ray.models.dflash2 import Draw
 from dflash_ray.pb import common_pb2, target_pb2
 from dflash_ray.sampling.plan import COUPLED, NO_LOGPROBS, REJECTION, SequencePlan
 
+_MAX_LOG_PROB = 1e-3  # rounding may leave a certain draft above 0
 _MODES = {common_pb2.VERIFY_MODE_REJECTION: REJECTION}
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """What an entry brings to be verified, columns as in `target_pb2.Step`."""
+
+    tokens: list[int] = field(default_factory=list)
+    parents: list[int] = field(default_factory=list)
+    num_candidates: int = 0
+    candidate_ids: list[int] = field(default_factory=list)
+    log_probs: list[float] = field(default_factory=list)
+
+    def fault(self, vocab_size: int) -> str | None:
+        """Why it cannot be verified."""
+        if self.parents != list(range(len(self.tokens))):
+            return "only chains of drafts can be verified"
+        if any(token >= vocab_size for token in self.tokens):
+            return f"drafts must be below {vocab_size}"
+        size = self.num_candidates * len(self.tokens)
+        if not len(self.candidate_ids) == len(self.log_probs) == size:
+            return f"{size} draft candidates and log-probabilities belong to num_draft_candidates {self.num_candidates}"
+        if self.num_candidates and self.candidate_ids[:: self.num_candidates] != self.tokens:
+            return "the first candidate of a draft must be the draft"
+        if not all(value <= _MAX_LOG_PROB for value in self.log_probs):
+            return "draft_log_probs must be at most 0"
+        return None
+
+
+def drafts_of(step: target_pb2.Step) -> Iterator[Draft]:
+    """The drafts of a step's verify entries, in order."""
+    at = candidates_at = 0
+    for i, count in enumerate(step.num_drafts):
+        stop = at + count
+        num_candidates = step.num_draft_candidates[i] if step.num_draft_candidates else 0
+        candidates_stop = candidates_at + count * num_candidates
+        yield Draft(
+            list(step.draft_token_ids[at:stop]),
+            list(step.draft_parents[at:stop]),
+            num_candidates,
+            list(step.draft_candidate_ids[candidates_at:candidates_stop]),
+            list(step.draft_log_probs[candidates_at:candidates_stop]),
+        )
+        at, candidates_at = stop, candidates_stop
 
 
 @dataclass(slots=True)
@@ -78,7 +125,7 @@ class Sequence:
         for token in tokens:
             self.history[token] = self.history.get(token, 0) + 1
 
-    def plan(self, drafts: list[int], parents: list[int], feature_row: int) -> SequencePlan:
+    def plan(self, draft: Draft, feature_row: int) -> SequencePlan:
         """The rows that draw: the last committed token, whose feature is in `feature_row`, and the drafts after it."""
         sampling = self.sampling
         return SequencePlan(
@@ -93,8 +140,8 @@ class Sequence:
             repetition_penalty=sampling.repetition_penalty,
             num_logprobs=sampling.num_logprobs if sampling.HasField("num_logprobs") else NO_LOGPROBS,
             position=self.committed_len - 1,
-            tokens=[self.tokens[-1], *drafts],
-            parents=[-1, *parents],
+            tokens=[self.tokens[-1], *draft.tokens],
+            parents=[-1, *draft.parents],
             bias_ids=list(sampling.bias_token_ids),
             bias_values=list(sampling.bias_values),
             banned_ids=sorted(self.stop_ids) if self.min_new_tokens else [],
@@ -105,7 +152,15 @@ class Sequence:
             min_len=self.prompt_len + self.min_new_tokens,
             max_len=self.max_len,
             feature_row=feature_row,
+            num_candidates=draft.num_candidates,
+            candidate_ids=draft.candidate_ids,
+            candidate_probs=[math.exp(value) for value in draft.log_probs],
         )
+
+    def draw(self) -> Draw:
+        """What a drafter may know of its draws."""
+        is_rejection = self.sampling.mode == common_pb2.VERIFY_MODE_REJECTION
+        return Draw(self.sampling.temperature, self.sampling.seed, is_rejection)
 
     def features_from(self, start: int) -> np.ndarray | None:
         """Context features of positions [start, kv_len), or None when there are none."""

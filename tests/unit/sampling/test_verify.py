@@ -5,6 +5,7 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
+from dflash_ray.models.dflash2 import Draw, walk
 from dflash_ray.sampling import verify as verify_module
 from dflash_ray.sampling.plan import COUPLED, REJECTION, SequencePlan, pack_plan, unpack_plan
 from dflash_ray.sampling.shards import SingleShard
@@ -50,7 +51,8 @@ def test_the_number_of_shards_changes_nothing(values, size):
 
 
 def test_a_plan_survives_packing():
-    plan = [plan_of([1, 2], seed=2**64 - 1, bias_ids=[4], bias_values=[0.5]), plan_of([3], mode=REJECTION)]
+    drawn = plan_of([3, 7], mode=REJECTION, num_candidates=2, candidate_ids=[7, 1], candidate_probs=[0.25, 0.75])
+    plan = [plan_of([1, 2], seed=2**64 - 1, bias_ids=[4], bias_values=[0.5]), drawn]
     assert unpack_plan(pack_plan(plan)) == plan
     assert unpack_plan(pack_plan([])) == []
 
@@ -154,5 +156,55 @@ def test_the_distribution_test_fails_when_drafts_are_accepted_without_the_draw(m
     right = verify_module.ops.verify_coupled
     monkeypatch.setattr(verify_module.ops, "verify_coupled", always_accepted)
     first, _ = drawn_pairs(COUPLED)
+    with pytest.raises(AssertionError):
+        assert_law(first, TARGET[0])
+
+
+DRAFT_SCORES = np.array(
+    [[[0.0, 1.5, -1.0, 0.5]] * 4, [[2.0, 0.0, 0.0, 1.0], [0.0, 2.0, 0.0, 0.0]] * 2], dtype=np.float32
+)
+DRAFT_IDS = np.array([[0, 4, 5, 7], [1, 2, 4, 6]])
+
+
+def drawn_by_selector(
+    num_draws: int, keeps_distribution: bool, stated: float = 1.0
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """Counts of first and second tokens, and the mean number accepted, of drafts that a selector's walk draws.
+
+    `stated` tempers the probabilities that are sent along; 1 is the truth.
+    """
+    firsts, seconds, accepted = [], [], 0
+    batch = 2000
+    logits = torch.cat((TARGET, TARGET[:1])).repeat(batch, 1)
+    for start in range(0, num_draws, batch):
+        plan = []
+        for seed in range(start, start + batch):
+            key = seed * 2654435761 % 2**64
+            order, logprobs = walk(DRAFT_SCORES, DRAFT_IDS, Draw(1.0, key, True), first_position=11)
+            ids = np.take_along_axis(DRAFT_IDS, order, axis=1)
+            kept = {"num_candidates": 4, "candidate_ids": ids.flatten().tolist()} if keeps_distribution else {}
+            if kept:
+                kept["candidate_probs"] = np.exp(logprobs * stated).flatten().tolist()
+            plan.append(plan_of([0, *ids[:, 0].tolist()], seed=key, mode=REJECTION, position=10, **kept))
+        for outcome in verify_alone(logits, plan):
+            accepted += len(outcome.accepted_rows)
+            firsts.append(outcome.tokens[0])
+            seconds += outcome.tokens[1:2]
+    return np.bincount(firsts, minlength=8), np.bincount(seconds, minlength=8), accepted / num_draws
+
+
+@pytest.mark.parametrize("keeps_distribution", [True, False], ids=["distribution sent along", "taken as one-hot"])
+def test_drafts_that_a_selector_draws_leave_the_law_as_it_is(keeps_distribution):
+    first, second, _ = drawn_by_selector(20_000, keeps_distribution)
+    assert_law(first, TARGET[0])
+    assert_law(second, TARGET[1])
+
+
+def test_knowing_the_draft_distribution_accepts_more():
+    assert drawn_by_selector(4000, True)[2] > 1.3 * drawn_by_selector(4000, False)[2]
+
+
+def test_the_law_is_broken_when_the_distribution_sent_along_is_not_the_one_drawn_from():
+    first, _, _ = drawn_by_selector(20_000, True, stated=2.0)
     with pytest.raises(AssertionError):
         assert_law(first, TARGET[0])

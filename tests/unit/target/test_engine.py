@@ -180,6 +180,36 @@ def test_branching_drafts_end_their_sequence_with_a_clear_text(runner):
     assert list(result.statuses) == [FAILED] and "chains" in result.errors[0]
 
 
+def test_drawn_drafts_are_judged_by_their_distribution(runner):
+    engine = new_engine(runner)
+    message = opening(temperature=1.0, mode=common_pb2.VERIFY_MODE_REJECTION)
+    first = engine.step(target_pb2.Step(open=[message], prefill_ids=[1], prefill_lens=[len(PROMPT)]))
+    tokens = [*PROMPT, *first.token_ids]
+    # Each draft was nearly impossible to be drawn, so the target has it more often than the drafter did.
+    step = verify_step({1: tokens}, {1: [3, 4]})
+    step.num_draft_candidates.append(2)
+    step.draft_candidate_ids.extend([3, 9, 4, 9])
+    step.draft_log_probs.extend([-30.0, 0.0, -30.0, 0.0])
+    result = engine.step(step)
+    assert result.num_accepted_drafts[0] == 2 and list(result.token_ids[:2]) == [3, 4]
+
+
+@pytest.mark.parametrize(
+    ("ids", "log_probs", "fault"),
+    [([3, 9, 4], [0.0] * 3, "4 draft candidates"), ([9, 3, 4, 9], [0.0] * 4, "first candidate"),
+     ([3, 9, 4, 9], [0.0, 0.0, 0.0, 0.5], "at most 0"), ([3, 9, 4, 9], [0.0, 0.0, 0.0, float("nan")], "at most 0")],
+)  # fmt: skip
+def test_a_malformed_draft_distribution_ends_its_sequence_with_a_clear_text(runner, ids, log_probs, fault):
+    engine = new_engine(runner)
+    first = engine.step(target_pb2.Step(open=[opening()], prefill_ids=[1], prefill_lens=[len(PROMPT)]))
+    step = verify_step({1: [*PROMPT, *first.token_ids]}, {1: [3, 4]})
+    step.num_draft_candidates.append(2)
+    step.draft_candidate_ids.extend(ids)
+    step.draft_log_probs.extend(log_probs)
+    result = engine.step(step)
+    assert list(result.statuses) == [FAILED] and fault in result.errors[0]
+
+
 def test_a_sequence_without_pages_waits_and_its_neighbour_goes_on(runner):
     engine = new_engine(runner, num_pages=4)
     other = opening(2, tokens=[7, 8, 9, 10, 11, 12, 13, 14, 15])
