@@ -103,10 +103,13 @@ class CandidateSelector(nn.Module):
         """
         ids = top_candidates(logits, self.top_k)
         first = anchors[:, None, None].expand(-1, 1, self.top_k)
-        previous = F.embedding(torch.cat((first, ids[:, :-1]), dim=1), self.predecessor_codebook)
-        edges = previous * self.hidden_projection(hidden)[:, :, None]
+        return ids, self.scores(hidden, logits, ids, torch.cat((first, ids[:, :-1]), dim=1))
+
+    def scores(self, hidden: Tensor, logits: Tensor, ids: Tensor, previous: Tensor) -> Tensor:
+        """Scores float32 [..., P, k] of candidates ids [..., k] after each of the tokens previous [..., P]."""
+        edges = F.embedding(previous, self.predecessor_codebook) * self.hidden_projection(hidden)[..., None, :]
         edges = edges @ F.embedding(ids, self.successor_codebook).transpose(-1, -2)
-        return ids, logits.gather(-1, ids)[:, :, None] + edges.float()
+        return logits.gather(-1, ids)[..., None, :] + edges.float()
 
 
 def top_candidates(logits: Tensor, count: int) -> Tensor:

@@ -43,6 +43,15 @@ class EngineSection(_Section):
         return parse_config({"model": model, "target": self.model_dump(include=keys)}, "engine")
 
 
+class Dflash2Section(_Section):
+    """What DFlash 2 adds to the drafter; names as in the published config.json."""
+
+    conv_kernel_size: int = Field(2, ge=1)
+    conv_group_size: int = Field(16, ge=1)
+    selector_rank: int = Field(64, ge=1)
+    selector_top_k: int = Field(16, ge=1)
+
+
 class DrafterSection(_Section):
     """Shape of the drafter; the names are those of the published config.json where it has them."""
 
@@ -56,6 +65,7 @@ class DrafterSection(_Section):
     layer_types: tuple[Literal["full_attention", "sliding_attention"], ...] | None = None
     sliding_window: int | None = Field(None, ge=1)
     is_causal: bool | None = Field(None, description="inside the block; null: sliding layers only")
+    dflash2: Dflash2Section | None = Field(None, description="convolutions and selector; null: DFlash")
 
     @model_validator(mode="after")
     def _check(self) -> DrafterSection:
@@ -130,6 +140,7 @@ class FitSection(_Section):
     ema_decay: float = Field(0.998, ge=0, lt=1)
     loss: Literal["decay", "dpace"] = "dpace"
     loss_decay: float = Field(4.0, gt=0, description="slots after which the weight of `decay` has fallen to 1/e")
+    selector_weight: float = Field(1.0, ge=0, description="of the selector's loss beside the slots', for DFlash 2")
     distillation_weight: float = Field(0.0, ge=0, le=1, description="share of the divergence from the target's logits")
     held_out_every_steps: int = Field(100, ge=1, description="between measurements on held-out conversations")
     checkpoint_every_s: float = Field(30.0, gt=0)

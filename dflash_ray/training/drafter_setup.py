@@ -5,11 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dflash_ray.models.dflash import ContextProjector, DflashNetwork
-from dflash_ray.models.drafter_config import ARCHITECTURE
+from dflash_ray.models.drafter_checkpoint import DrafterCheckpoint
+from dflash_ray.models.drafter_config import ARCHITECTURE, ARCHITECTURE_2
 from dflash_ray.models.target_checkpoint import TargetCheckpoint
 from dflash_ray.training.config import DrafterSection
+from dflash_ray.training.objective import DrafterObjective
 
 
 def drafter_config_values(
@@ -18,7 +21,7 @@ def drafter_config_values(
     """config.json of the drafter: the target's layer shape, with as many layers as are initialised."""
     source = target.config
     values: dict[str, Any] = {
-        "architectures": [ARCHITECTURE],
+        "architectures": [ARCHITECTURE if shape.dflash2 is None else ARCHITECTURE_2],
         "model_type": "qwen3",
         "hidden_size": source.hidden_size,
         "num_hidden_layers": len(shape.init_layer_ids),
@@ -36,6 +39,7 @@ def drafter_config_values(
         "dflash_config": {
             "target_layer_ids": list(shape.tap_layer_ids),
             "mask_token_id": shape.mask_token_id,
+            **({} if shape.dflash2 is None else shape.dflash2.model_dump()),
         },
     }
     optional = {
@@ -45,6 +49,37 @@ def drafter_config_values(
         "is_causal": shape.is_causal,
     }
     return values | {key: value for key, value in optional.items() if value is not None}
+
+
+def initialise_from_drafter(objective: DrafterObjective, source: DrafterCheckpoint, vocabulary: Tensor) -> None:
+    """Weights of a trained drafter of the same shape; what a DFlash drafter lacks of DFlash 2 stays as it starts.
+
+    Raises ValueError when the shapes or the vocabularies of codebooks differ.
+    """
+    parameters = objective.trainable()
+    weights = {**source.build_projector().state_dict(), **source.build_network().state_dict()}
+    missing = parameters.keys() - weights.keys()
+    is_same = weights.keys() <= parameters.keys() and all(
+        tensor.shape == parameters[name].shape for name, tensor in weights.items()
+    )
+    if not is_same or any(not _is_of_dflash2(name) for name in missing):
+        raise ValueError("fit.init_drafter: its layers, taps or codebooks are not those of `drafter`")
+    if source.config.dflash2 is not None and not torch.equal(_ids(source), vocabulary):
+        raise ValueError("fit.init_drafter: its codebooks number another draft vocabulary than the shards give")
+    with torch.no_grad():
+        for name, tensor in weights.items():
+            parameters[name].copy_(tensor)
+
+
+def _is_of_dflash2(name: str) -> bool:
+    return "_conv." in name or name.startswith("candidate_selector.")
+
+
+def _ids(source: DrafterCheckpoint) -> Tensor:
+    """Target ids of the draft vocabulary."""
+    if source.d2t is None:
+        return torch.arange(source.config.vocab_size)
+    return torch.arange(len(source.d2t)) + source.d2t
 
 
 def initialise_from_target(

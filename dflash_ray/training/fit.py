@@ -17,7 +17,11 @@ from dflash_ray.models.target_checkpoint import TargetCheckpoint, resolve_target
 from dflash_ray.training.batches import BatchSource, draft_vocabulary
 from dflash_ray.training.config import TrainingConfig
 from dflash_ray.training.curves import Curves
-from dflash_ray.training.drafter_setup import drafter_config_values, initialise_from_target
+from dflash_ray.training.drafter_setup import (
+    drafter_config_values,
+    initialise_from_drafter,
+    initialise_from_target,
+)
 from dflash_ray.training.files import sha256_of, write_text
 from dflash_ray.training.losses import IGNORE
 from dflash_ray.training.objective import BlockLoss, DrafterObjective
@@ -152,10 +156,7 @@ def _build_objective(
     if config.fit.init_drafter is None:
         initialise_from_target(objective.projector, objective.network, config.drafter, target)
     else:
-        weights = load_drafter(config.fit.init_drafter, target).weights
-        with torch.no_grad():
-            for name, parameter in objective.trainable().items():
-                parameter.copy_(weights[name])
+        initialise_from_drafter(objective, load_drafter(config.fit.init_drafter, target), vocabulary)
     return objective, values
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dflash_ray.models.dflash import ContextProjector, DflashConfig, DflashNetwork, RmsNorm, rope_tables
+from dflash_ray.models.dflash2 import CandidateSelector, top_candidates
 from dflash_ray.models.target_checkpoint import TargetCheckpoint
 from dflash_ray.training.batches import BlockBatch
 from dflash_ray.training.config import FitSection
@@ -22,7 +23,7 @@ class BlockLoss:
 
     Attributes:
         loss: scalar to minimise.
-        is_right: bool [C, A, B-1], where the likeliest token is the label.
+        is_right: bool [C, A, B-1], where the token that the drafter would choose after the true one is the label.
         valid: bool [C, A, B-1], slots that have a label.
     """
 
@@ -57,6 +58,7 @@ class DrafterObjective(nn.Module):
     head: Tensor  # [V_d, H]
     cos: Tensor  # [positions, d]
     sin: Tensor  # [positions, d]
+    vocabulary: Tensor  # [V_d]
 
     def __init__(
         self, config: DflashConfig, section: FitSection, target: TargetCheckpoint, vocabulary: Tensor, max_length: int
@@ -68,6 +70,7 @@ class DrafterObjective(nn.Module):
         self._section = section
         self._freeze("embedding", target.load_embedding() * config.input_embedding_scale)
         self._freeze("head", target.load_head()[vocabulary])
+        self._freeze("vocabulary", vocabulary)
         cos, sin = rope_tables(config, max_length + config.block_size)
         self._freeze("cos", cos)
         self._freeze("sin", sin)
@@ -103,7 +106,28 @@ class DrafterObjective(nn.Module):
             target_logits = F.linear(self._final_norm(batch.last_hidden.float()), self.head)
             losses = (1 - share) * losses + share * divergences(logits, target_logits) * valid
         loss = (losses * weights).sum() / weights.sum().clamp(min=1.0)
-        return BlockLoss(loss, logits.argmax(-1) == batch.labels, valid)
+        if self._config.dflash2 is None:
+            return BlockLoss(loss, logits.argmax(-1) == batch.labels, valid)
+        selector_loss, choices = self._select(hidden[:, :, 1:], logits, batch, weights)
+        return BlockLoss(loss + self._section.selector_weight * selector_loss, choices == batch.labels, valid)
+
+    def _select(self, hidden: Tensor, logits: Tensor, batch: BlockBatch, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """The selector's loss, and its choices int64 [C, A, B-1], each after the true token of the slot before.
+
+        Slots count whose label is a candidate and whose predecessor is in the draft vocabulary.
+        """
+        selector: CandidateSelector = self.network.candidate_selector
+        ids = top_candidates(logits.detach(), selector.top_k)
+        # As when serving: an anchor without a row counts as the row before it.
+        anchors = (torch.searchsorted(self.vocabulary, batch.anchor_ids, right=True) - 1).clamp(min=0)
+        previous = torch.cat((anchors[..., None], batch.labels[..., :-1]), dim=-1)
+        scores = selector.scores(hidden, logits, ids, previous.clamp(min=0)[..., None])[..., 0, :]
+        is_label = ids == batch.labels[..., None]
+        counts = is_label.any(-1) & (previous != IGNORE)
+        losses = cross_entropies(scores, torch.where(counts, is_label.int().argmax(-1), IGNORE))
+        kept = weights * counts
+        loss = (losses * kept).sum() / kept.sum().clamp(min=1.0)
+        return loss, ids.gather(-1, scores.argmax(-1, keepdim=True))[..., 0]
 
 
 def final_norm(target: TargetCheckpoint) -> RmsNorm:

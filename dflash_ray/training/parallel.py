@@ -7,6 +7,8 @@ of their own throughout, so that what mixes the slots of a block needs no mask b
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dflash_ray.models.dflash import DflashAttention, DflashNetwork
+from dflash_ray.models.dflash2 import GroupedDynamicCausalConv
 
 _HIDDEN = float("-inf")
 
@@ -43,13 +46,27 @@ def forward_blocks(
     x = embeddings
     layers: Any = network.layers  # torch types the items of a list of modules as anything but callable
     for layer, kind in zip(layers, kinds, strict=True):
-        attended = _attention(
-            layer.self_attn, layer.input_layernorm(x), features, block_rope, context_rope, *masks[kind]
+        attention = partial(
+            _attention,
+            layer.self_attn,
+            features=features,
+            block_rope=block_rope,
+            context_rope=context_rope,
+            context_mask=masks[kind][0],
+            block_mask=masks[kind][1],
         )
-        x = x + attended
-        x = x + layer.mlp(layer.post_attention_layernorm(x))
+        x = x + _around(getattr(layer, "attention_conv", None), layer.input_layernorm(x), attention)
+        x = x + _around(getattr(layer, "mlp_conv", None), layer.post_attention_layernorm(x), layer.mlp)
     hidden: Tensor = network.norm(x)
     return hidden
+
+
+def _around(conv: GroupedDynamicCausalConv | None, normed: Tensor, sublayer: Callable[[Tensor], Tensor]) -> Tensor:
+    """A sublayer's output for rows [C, A, B, H], inside the convolutions that DFlash 2 has around it."""
+    if conv is None:
+        return sublayer(normed)
+    convolved: Tensor = conv(normed.flatten(0, 1), lambda rows: sublayer(rows.view(normed.shape)).flatten(0, 1))
+    return convolved.view(normed.shape)
 
 
 def _masks(positions: Tensor, length: int, is_causal: bool, window: int | None) -> tuple[Tensor, Tensor]:
