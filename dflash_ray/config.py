@@ -5,6 +5,7 @@ Unknown keys and bad values raise a ConfigError whose text names the key. Values
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -107,6 +108,26 @@ class RouterConfig(_Section):
     lease_ttl_s: float = Field(5.0, gt=0)
 
 
+class TrafficConfig(_Section):
+    """Prompts that users sent, as JSONL with `messages` or `prompt`, and `time` in seconds since 1970."""
+
+    directory: Path
+    retention_days: float = Field(gt=0, description="older records are not used, and files without newer ones deleted")
+    redact_patterns: tuple[str, ...] = Field((), description="regular expressions whose matches are blanked out")
+    redact_hook: str | None = Field(None, description="module:function, from text to text, called after the patterns")
+
+    @model_validator(mode="after")
+    def _check(self) -> TrafficConfig:
+        if not self.redact_patterns and self.redact_hook is None:
+            raise ValueError("give redact_patterns or redact_hook: traffic is never used unredacted")
+        for pattern in self.redact_patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"redact_patterns: {pattern!r} is no regular expression ({error})") from None
+        return self
+
+
 class GatewayConfig(_Section):
     num_replicas: int = Field(1, ge=1)
     placement: PlacementConfig = PlacementConfig()
@@ -119,6 +140,7 @@ class GatewayConfig(_Section):
     max_choices: int = Field(16, ge=1, description="largest n of a request")
     max_logprobs: int = Field(20, ge=0)
     request_timeout_s: float = Field(600.0, gt=0)
+    traffic: TrafficConfig | None = Field(None, description="where chat prompts are recorded; null records none")
 
 
 class NetworkConfig(_Section):

@@ -10,6 +10,7 @@ from dflash_ray.gateway.generation import Generator
 from dflash_ray.gateway.requests import RequestBuilder
 from dflash_ray.gateway.routers import Routers
 from dflash_ray.gateway.tokenizer import ChatTokenizer
+from dflash_ray.gateway.traffic import TrafficRecorder
 from dflash_ray.observability.metrics import GatewayMetrics
 from dflash_ray.rpc.directory import DirectoryClient
 from dflash_ray.rpc.metrics import collect_metrics
@@ -23,7 +24,8 @@ class GatewayCore:
         self.started_at = int(time.time())
         self.metrics = GatewayMetrics()
         self.tokenizer = ChatTokenizer(config.model)
-        self.requests = RequestBuilder(config, self.tokenizer)
+        self.traffic = None if config.gateway.traffic is None else TrafficRecorder(config.gateway.traffic)
+        self.requests = RequestBuilder(config, self.tokenizer, self.traffic)
         self.routers = Routers(directory)
         self.generator = Generator(
             self.routers,
@@ -33,6 +35,12 @@ class GatewayCore:
             config.gateway.request_timeout_s,
         )
         self._directory = directory
+
+    async def close(self) -> None:
+        """Ends the connections to routers, and writes what is still to be recorded."""
+        await self.routers.close()
+        if self.traffic is not None:
+            self.traffic.close()
 
     async def render_metrics(self) -> str:
         """Metrics of this gateway and of every other process in the directory."""

@@ -11,6 +11,7 @@ from dflash_ray.config import DflashRayConfig
 from dflash_ray.core.errors import InvalidRequestError, UnknownModelError
 from dflash_ray.gateway.openai_types import ChatCompletionRequest, CompletionRequest
 from dflash_ray.gateway.tokenizer import ChatTokenizer
+from dflash_ray.gateway.traffic import TrafficRecorder
 from dflash_ray.pb import common_pb2, generation_pb2, router_pb2
 
 _POLICIES = {
@@ -40,12 +41,15 @@ class GenerationRequest:
 
 
 class RequestBuilder:
-    """Checks requests against the model and this gateway's limits."""
+    """Checks requests against the model and this gateway's limits; accepted chats are recorded where that is wanted."""
 
-    def __init__(self, config: DflashRayConfig, tokenizer: ChatTokenizer) -> None:
+    def __init__(
+        self, config: DflashRayConfig, tokenizer: ChatTokenizer, traffic: TrafficRecorder | None = None
+    ) -> None:
         self._config = config
         self._limits = config.gateway
         self._tokenizer = tokenizer
+        self._traffic = traffic
 
     def check_model(self, name: str | None) -> None:
         """Raises UnknownModelError unless the name is the served model's or empty."""
@@ -63,7 +67,10 @@ class RequestBuilder:
         max_tokens = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
         prompt_ids = self._tokenizer.encode_chat(messages)
         num_logprobs = (body.top_logprobs or 0) if wants_logprobs else None
-        return self._from_openai(body, request_id, prompt_ids, "messages", max_tokens, num_logprobs, "top_logprobs")
+        request = self._from_openai(body, request_id, prompt_ids, "messages", max_tokens, num_logprobs, "top_logprobs")
+        if self._traffic is not None:
+            self._traffic.record(messages)
+        return request
 
     def from_completion(self, body: CompletionRequest, request_id: str) -> list[GenerationRequest]:
         """A completion; one request for each prompt of a batch."""
@@ -156,7 +163,7 @@ class RequestBuilder:
             mode=random.verify_mode,
             num_logprobs=num_logprobs,
         )
-        return self._build(
+        request = self._build(
             request_id,
             prompt_ids,
             kind,
@@ -171,6 +178,9 @@ class RequestBuilder:
             stop_strings=list(stopping.stop_strings),
             include_stop_strings=stopping.include_stop_strings,
         )
+        if kind == "chat" and self._traffic is not None:
+            self._traffic.record(grpc_messages(message.chat))
+        return request
 
     def _grpc_prompt(self, message: generation_pb2.GenerateRequest, kind: str) -> list[int]:
         if kind == "text":

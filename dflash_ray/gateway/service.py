@@ -61,4 +61,4 @@ class GatewayReplica:
         for task in self._tasks:
             task.cancel()
         await self._server.stop(grace_s=5.0)
-        await self.core.routers.close()
+        await self.core.close()

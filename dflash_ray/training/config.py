@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from dflash_ray.config import BUILTIN_MODEL, DflashRayConfig, parse_config, read_values, validate
+from dflash_ray.config import BUILTIN_MODEL, DflashRayConfig, TrafficConfig, parse_config, read_values, validate
 
 STEMS = (
     "Summarize the following",
@@ -77,21 +77,6 @@ class DrafterSection(_Section):
         return self
 
 
-class TrafficSection(_Section):
-    """Prompts that users sent, captured by the operator's choice. Without this section none are read."""
-
-    directory: Path = Field(description="*.jsonl with `messages` or `prompt`, and `time` in seconds since 1970")
-    retention_days: float = Field(gt=0, description="older records are not used, and files without newer ones deleted")
-    redact_patterns: tuple[str, ...] = Field((), description="regular expressions whose matches are blanked out")
-    redact_hook: str | None = Field(None, description="module:function, from text to text, called after the patterns")
-
-    @model_validator(mode="after")
-    def _check(self) -> TrafficSection:
-        if not self.redact_patterns and self.redact_hook is None:
-            raise ValueError("give redact_patterns or redact_hook: traffic is never used unredacted")
-        return self
-
-
 class SelfGeneratedSection(_Section):
     """Prompts that the target itself continues its chat template's user turn with (Magpie, arXiv 2406.08464)."""
 
@@ -104,7 +89,7 @@ class SelfGeneratedSection(_Section):
 
 class PromptsSection(_Section):
     files: tuple[Path, ...] = Field((), description="JSONL with `prompt` or `messages`, and optionally `source`")
-    traffic: TrafficSection | None = None
+    traffic: TrafficConfig | None = Field(None, description="prompts of users, as gateway.traffic records them")
     self_generated: SelfGeneratedSection | None = None
     near_duplicate_similarity: float = Field(0.8, gt=0, le=1, description="Jaccard, over runs of five characters")
     held_out_fraction: float = Field(0.02, ge=0, lt=1)
@@ -146,7 +131,7 @@ class FitSection(_Section):
     checkpoint_every_s: float = Field(30.0, gt=0)
     device: Literal["cpu", "cuda"] = "cpu"
     num_threads: int = Field(0, ge=0, description="torch threads; 0 leaves torch's choice")
-    bf16: bool = Field(True, description="autocast to bfloat16; weights and optimiser stay float32")
+    bf16: bool = Field(True, description="on a GPU: autocast to bfloat16; weights and optimiser stay float32")
     num_workers: int = Field(1, ge=1, description="Ray Train workers, which share the work_dir; 1 runs without Ray")
     cpus_per_worker: float = Field(1.0, gt=0)
     max_failures: int = Field(3, ge=0, description="restarts of lost Ray Train workers")
@@ -159,6 +144,7 @@ class EvaluateSection(_Section):
     max_new_tokens: int = Field(128, ge=2)
     temperatures: tuple[float, ...] = (0.0, 1.0)
     block_sizes: tuple[int, ...] = Field((4, 8, 16), description="anchor and drafts verified; cut to the drafter's own")
+    tree_nodes: tuple[int, ...] = Field((7, 15), description="sizes of trees of drafts, simulated at temperature 0")
     confidence: float = Field(0.95, gt=0, lt=1)
     resamples: int = Field(2000, ge=100)
 

@@ -26,6 +26,7 @@ from dflash_ray.target.model import RankModel
 from dflash_ray.target.tensor_parallel import StepChannel, create_store, init_process_group
 from dflash_ray.target.worker import GroupRunner
 from dflash_ray.training.config import EngineSection
+from dflash_ray.training.trees import Candidates
 
 _INIT_TIMEOUT_S = 60.0
 _SEED_BITS = (1 << 63) - 1
@@ -38,6 +39,7 @@ class DecodeRequest:
     Attributes:
         draft_tokens: drafts asked of the engine's drafter for each pass; 0 decodes plainly.
         wants_taps: whether the features of all rows are wanted back.
+        num_candidates: of each slot that are wanted back; 0 for no blocks. The same for all requests of a run.
     """
 
     token_ids: list[int]
@@ -47,6 +49,7 @@ class DecodeRequest:
     seed: int = 0
     draft_tokens: int = 0
     wants_taps: bool = False
+    num_candidates: int = 0
 
 
 @dataclass(slots=True)
@@ -58,12 +61,14 @@ class Decoded:
         taps: bfloat16 [T - 1, width] of the first T - 1 of all T tokens (the last one was never run), or None.
         stats: of the passes after the prefill.
         is_stopped: whether it ended by a stop token.
+        blocks: the drafted blocks that were verified, when candidates were wanted.
     """
 
     token_ids: list[int]
     taps: Tensor | None
     stats: AcceptanceStats
     is_stopped: bool
+    blocks: list[Candidates] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -75,6 +80,7 @@ class _Running:
     num_prefilled: int = 0
     drafts: list[int] = field(default_factory=list)
     taps: list[Tensor] = field(default_factory=list)
+    blocks: list[Candidates] = field(default_factory=list)
 
     @property
     def is_decoding(self) -> bool:
@@ -108,8 +114,9 @@ class BatchDecoder:
         stops = [*self._stop_ids, *stop_ids]
         close: list[int] = []
         while waiting or running:
-            step = target_pb2.Step(close=close, num_candidates=1)
+            step = target_pb2.Step(close=close)
             self._admit(step, waiting, running, stops)
+            step.num_candidates = max(1, *(one.request.num_candidates for one in running.values()))
             self._add_rows(step, running)
             result = self._engine.step(step)
             close = []
@@ -191,7 +198,10 @@ class BatchDecoder:
             if result.finish_reasons[i]:
                 finished.append((index, result.finish_reasons[i]))
         for block in result.colocated_drafts:
-            running[block.sequence_id].drafts = list(block.candidate_ids)
+            one = running[block.sequence_id]
+            one.drafts = list(block.candidate_ids[:: block.num_candidates])
+            if one.request.num_candidates and not any(index == block.sequence_id for index, _ in finished):
+                one.blocks.append(_candidates(block))
         for index, reason in finished:
             one = running.pop(index)
             yield (
@@ -201,8 +211,15 @@ class BatchDecoder:
                     torch.cat(one.taps) if one.request.wants_taps else None,
                     one.stats,
                     reason == common_pb2.FINISH_REASON_STOP,
+                    one.blocks,
                 ),
             )
+
+
+def _candidates(block: common_pb2.DraftBlock) -> Candidates:
+    shape = (block.num_slots, block.num_candidates)
+    ids, logprobs = np.array(block.candidate_ids, dtype=np.int64), np.array(block.log_probs, dtype=np.float32)
+    return Candidates(block.committed_len, ids.reshape(shape), logprobs.reshape(shape))
 
 
 def _opening(index: int, request: DecodeRequest, stop_ids: list[int]) -> target_pb2.OpenSequence:

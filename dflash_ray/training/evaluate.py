@@ -24,6 +24,7 @@ from dflash_ray.training.config import EvaluateSection, TrainingConfig
 from dflash_ray.training.decoding import BatchDecoder, DecodeRequest, local_decoder
 from dflash_ray.training.files import write_text
 from dflash_ray.training.prompt_files import Prompt, read_prompts
+from dflash_ray.training.trees import accepted_by_tree
 
 ALL = "all"
 _RESAMPLING_SEED = 0
@@ -38,6 +39,8 @@ class Result:
         acceptance_length: mean tokens a pass, the target's own included.
         low, high: bounds of its confidence interval, resampled over prompts; None for a single prompt.
         accepted_at: share of passes whose draft in slot 1, 2, ... was accepted.
+        tree_acceptance_lengths: by number of nodes, what trees over the block's candidates would have accepted at the
+            same anchors; empty above temperature 0.
     """
 
     category: str
@@ -50,6 +53,16 @@ class Result:
     low: float | None
     high: float | None
     accepted_at: list[float]
+    tree_acceptance_lengths: dict[int, float]
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """One prompt's passes, the blocks drafted in them, and the drafts that trees of so many nodes would have got."""
+
+    stats: AcceptanceStats
+    num_blocks: int
+    accepted_by_tree: dict[int, int]
 
 
 def evaluate(config: TrainingConfig) -> list[Result]:
@@ -63,8 +76,8 @@ def evaluate(config: TrainingConfig) -> list[Result]:
     with local_decoder(config.target, config.engine, tokenizer.eos_ids, drafter=drafter) as decoder:
         settings = [(t, b) for t in section.temperatures for b in usable_block_sizes(section, drafter)]
         for temperature, block_size in tqdm(settings, desc="evaluate", unit="setting"):
-            stats = _decode(config, decoder, prompts, temperature, block_size)
-            results += _by_category(section, prompts, stats, temperature, block_size)
+            measured = _decode(config, decoder, prompts, temperature, block_size)
+            results += _by_category(section, prompts, measured, temperature, block_size)
     values = {
         "drafter": drafter.fingerprint,
         "target": target.fingerprint,
@@ -104,8 +117,9 @@ def _decode(
     prompts: Sequence[tuple[Prompt, list[int]]],
     temperature: float,
     block_size: int,
-) -> list[AcceptanceStats]:
-    """Statistics of each prompt."""
+) -> list[_Measured]:
+    """What each prompt showed."""
+    tree_nodes = config.evaluate.tree_nodes if temperature == 0 else ()
     requests = [
         DecodeRequest(
             token_ids,
@@ -113,29 +127,36 @@ def _decode(
             temperature,
             seed=prompt.digest ^ config.seed,
             draft_tokens=block_size - 1,
+            num_candidates=max(tree_nodes, default=0),  # a tree of n nodes is at most n wide
         )
         for prompt, token_ids in prompts
     ]
-    done = {index: decoded.stats for index, decoded in decoder.run(requests)}
+    done = {}
+    for index, decoded in decoder.run(requests):
+        tokens = [*prompts[index][1], *decoded.token_ids]
+        trees = [accepted_by_tree(decoded.blocks, tokens, count) for count in tree_nodes]
+        done[index] = _Measured(decoded.stats, len(decoded.blocks), dict(zip(tree_nodes, trees, strict=True)))
     return [done[index] for index in range(len(prompts))]
 
 
 def _by_category(
     section: EvaluateSection,
     prompts: Sequence[tuple[Prompt, list[int]]],
-    stats: Sequence[AcceptanceStats],
+    measured: Sequence[_Measured],
     temperature: float,
     block_size: int,
 ) -> Iterator[Result]:
     """One result for each category and one for all; prompts that ended with their first token say nothing."""
-    groups: dict[str, list[AcceptanceStats]] = defaultdict(list)
-    for (prompt, _), one in zip(prompts, stats, strict=True):
-        if one.num_steps:
+    groups: dict[str, list[_Measured]] = defaultdict(list)
+    for (prompt, _), one in zip(prompts, measured, strict=True):
+        if one.stats.num_steps:
             groups[ALL].append(one)
             groups[prompt.source].append(one)
     for category, group in groups.items():
-        total = merge(group)
-        low, high = confidence_interval(group, section.confidence, section.resamples)
+        stats = [one.stats for one in group]
+        total = merge(stats)
+        low, high = confidence_interval(stats, section.confidence, section.resamples)
+        num_blocks = max(1, sum(one.num_blocks for one in group))
         yield Result(
             category,
             temperature,
@@ -147,6 +168,7 @@ def _by_category(
             low,
             high,
             [count / total.num_steps for count in total.accepted_per_position()],
+            {n: 1 + sum(one.accepted_by_tree[n] for one in group) / num_blocks for n in group[0].accepted_by_tree},
         )
 
 
@@ -175,14 +197,15 @@ def markdown_table(results: Sequence[Result], confidence: float) -> str:
     """The results as a table, a line for each category and setting."""
     lines = [
         f"| prompts | temperature | block size | acceptance length ({confidence:.0%} interval) | passes "
-        "| accepted at slot 1, 2, ... |",
-        "|---|---|---|---|---|---|",
+        "| trees | accepted at slot 1, 2, ... |",
+        "|---|---|---|---|---|---|---|",
     ]
     for result in results:
         interval = "" if result.low is None else f" ({result.low:.2f} to {result.high:.2f})"
         slots = " ".join(f"{share:.0%}" for share in result.accepted_at)
+        trees = ", ".join(f"{n}: {length:.2f}" for n, length in result.tree_acceptance_lengths.items())
         lines.append(
             f"| {result.category} ({result.num_prompts}) | {result.temperature:g} | {result.block_size} "
-            f"| {result.acceptance_length:.2f}{interval} | {result.num_passes} | {slots} |"
+            f"| {result.acceptance_length:.2f}{interval} | {result.num_passes} | {trees} | {slots} |"
         )
     return "\n".join(lines) + "\n"

@@ -6,9 +6,9 @@ import time
 
 import pytest
 
-from dflash_ray.config import ConfigError, ModelConfig
+from dflash_ray.config import ConfigError, ModelConfig, TrafficConfig
 from dflash_ray.gateway.tokenizer import ChatTokenizer
-from dflash_ray.training.config import SelfGeneratedSection, TrafficSection
+from dflash_ray.training.config import SelfGeneratedSection
 from dflash_ray.training.prompt_files import Prompt, read_prompts
 from dflash_ray.training.prompts import self_generated_prompts, user_turn, without_near_duplicates
 from dflash_ray.training.traffic import captured_prompts
@@ -95,7 +95,7 @@ def capture_traffic(directory, **ages_in_days: float) -> None:
 
 def test_traffic_is_redacted_by_patterns_and_hook(tmp_path):
     capture_traffic(tmp_path, today=0)
-    section = TrafficSection(
+    section = TrafficConfig(
         directory=tmp_path,
         retention_days=30,
         redact_patterns=(r"\S+@\S+",),
@@ -108,14 +108,14 @@ def test_traffic_is_redacted_by_patterns_and_hook(tmp_path):
 
 def test_traffic_past_its_retention_is_neither_used_nor_kept(tmp_path):
     capture_traffic(tmp_path, today=0, old=31)
-    section = TrafficSection(directory=tmp_path, retention_days=30, redact_patterns=("x",))
+    section = TrafficConfig(directory=tmp_path, retention_days=30, redact_patterns=("x",))
     assert [one.text.split(":")[0] for one in captured_prompts(section)] == ["today"]
     assert [file.name for file in tmp_path.iterdir()] == ["today.jsonl"]
 
 
 def test_a_redaction_that_cannot_be_loaded_stops_before_traffic_is_read(tmp_path):
     capture_traffic(tmp_path, today=0)
-    section = TrafficSection(directory=tmp_path, retention_days=30, redact_hook="no_such_module:f")
+    section = TrafficConfig(directory=tmp_path, retention_days=30, redact_hook="no_such_module:f")
     with pytest.raises(ConfigError, match=r"prompts.traffic.redact_hook"):
         list(captured_prompts(section))
 
