@@ -19,8 +19,6 @@ from dflash_ray.router.actions import Action, CloseSequences, Emit, Fail, RunSte
 from dflash_ray.router.drafting import Drafting
 from dflash_ray.router.sequence import Phase, RouterSequence
 
-TARGET_WAIT_S = 60.0  # requests wait this long for a lost target group to come back
-
 
 @dataclass(frozen=True, slots=True)
 class TargetLimits:
@@ -257,11 +255,11 @@ class Scheduler:
         """When `poll` has something to do even if no event comes."""
         deadlines = [s.draft_deadline for s in self._running if s.draft_deadline is not None]
         if self._lost_at is not None and self._waiting:
-            deadlines.append(self._lost_at + TARGET_WAIT_S)
+            deadlines.append(self._lost_at + self._router.target_wait_s)
         return min(deadlines, default=None)
 
     def _give_up_waiting(self, now: float) -> None:
-        if self._lost_at is not None and now >= self._lost_at + TARGET_WAIT_S:
+        if self._lost_at is not None and now >= self._lost_at + self._router.target_wait_s:
             for sequence in list(self._waiting):
                 self._fail(sequence, UnavailableError("no target group is up; try again later"))
 
