@@ -94,7 +94,9 @@ class DrafterObjective(nn.Module):
         features = self.projector(batch.taps.float())
         inputs = F.embedding(block_ids, self.embedding)
         hidden = forward_blocks(self.network, features, batch.anchors, inputs, (self.cos, self.sin))
-        logits = self.network.shape_logits(F.linear(hidden[:, :, 1:], self.head).float())
+        # Contiguous, or torch makes a product of its own for every block.
+        hidden = hidden[:, :, 1:].contiguous()
+        logits = self.network.shape_logits(F.linear(hidden, self.head).float())
         valid = batch.labels != IGNORE
         losses = cross_entropies(logits, batch.labels)
         if self._section.loss == "decay":
@@ -108,7 +110,7 @@ class DrafterObjective(nn.Module):
         loss = (losses * weights).sum() / weights.sum().clamp(min=1.0)
         if self._config.dflash2 is None:
             return BlockLoss(loss, logits.argmax(-1) == batch.labels, valid)
-        selector_loss, choices = self._select(hidden[:, :, 1:], logits, batch, weights)
+        selector_loss, choices = self._select(hidden, logits, batch, weights)
         return BlockLoss(loss + self._section.selector_weight * selector_loss, choices == batch.labels, valid)
 
     def _select(self, hidden: Tensor, logits: Tensor, batch: BlockBatch, weights: Tensor) -> tuple[Tensor, Tensor]:
