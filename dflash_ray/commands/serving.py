@@ -13,7 +13,7 @@ import httpx
 from dflash_ray.commands.client import Answer, console, fail, stream_answer
 from dflash_ray.config import ConfigError, DflashRayConfig, load_config
 
-_READY_TIMEOUT_S = 120.0
+_READY_TIMEOUT_S = 300.0
 _DEMO_PROMPTS = (
     "Tom has 3 boxes with 12 pencils each. He gives away 9 pencils. How many pencils are left?",
     "A recipe for 4 people needs 300 g of flour. How much flour is needed for 10 people?",
