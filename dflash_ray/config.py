@@ -119,6 +119,10 @@ class TrafficConfig(_Section):
     redact_patterns: tuple[str, ...] = Field((), description="regular expressions whose matches are blanked out")
     redact_hook: str | None = Field(None, description="module:function, from text to text, called after the patterns")
 
+    @property
+    def retention_s(self) -> float:
+        return self.retention_days * 86400.0
+
     @model_validator(mode="after")
     def _check(self) -> TrafficConfig:
         if not self.redact_patterns and self.redact_hook is None:

@@ -16,7 +16,6 @@ from dflash_ray.config import ConfigError, TrafficConfig
 
 logger = logging.getLogger(__name__)
 
-_SECONDS_A_DAY = 86400.0
 _BLANK = "[redacted]"
 
 
@@ -29,7 +28,7 @@ class TrafficRecorder:
 
     def __init__(self, config: TrafficConfig) -> None:
         self._directory = config.directory
-        self._retention_s = config.retention_days * _SECONDS_A_DAY
+        self._retention_s = config.retention_s
         self._redact = redaction(config, "gateway.traffic")
         try:
             self._directory.mkdir(parents=True, exist_ok=True, mode=0o700)

@@ -277,9 +277,9 @@ def _draft_head(
 ) -> tuple[Tensor | None, Tensor]:
     """Target ids of the draft vocabulary (None: the target's own) and the head's rows for it."""
     head = target.load_head(dtype) if checkpoint.head is None else checkpoint.head.to(dtype)
-    if checkpoint.d2t is None:
+    ids = checkpoint.draft_ids
+    if ids is None:
         return None, head.to(device)
-    ids = torch.arange(len(checkpoint.d2t)) + checkpoint.d2t
     if len(head) != len(ids):  # a head for the whole vocabulary
         head = head[ids].contiguous()
     return ids.to(device), head.to(device)

@@ -39,7 +39,7 @@ class DrafterCheckpoint:
 
     Attributes:
         fingerprint: hash of config.json and all weights; features are valid only for the fingerprint that made them.
-        d2t: offsets of the reduced draft vocabulary, or None.
+        draft_ids: int64 [draft_vocab_size], target ids of the reduced draft vocabulary, or None.
         embedding, head: the drafter's own, or None for the target's; the head has a row for each draft token.
     """
 
@@ -48,8 +48,9 @@ class DrafterCheckpoint:
     fingerprint: str
 
     @property
-    def d2t(self) -> Tensor | None:
-        return self.weights.get("d2t")
+    def draft_ids(self) -> Tensor | None:
+        offsets = self.weights.get("d2t")
+        return None if offsets is None else torch.arange(len(offsets)) + offsets
 
     @property
     def embedding(self) -> Tensor | None:

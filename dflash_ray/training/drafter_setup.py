@@ -64,7 +64,8 @@ def initialise_from_drafter(objective: DrafterObjective, source: DrafterCheckpoi
     )
     if not is_same or any(not _is_of_dflash2(name) for name in missing):
         raise ValueError("fit.init_drafter: its layers, taps or codebooks are not those of `drafter`")
-    if source.config.dflash2 is not None and not torch.equal(_ids(source), vocabulary):
+    ids = torch.arange(source.config.vocab_size) if source.draft_ids is None else source.draft_ids
+    if source.config.dflash2 is not None and not torch.equal(ids, vocabulary):
         raise ValueError("fit.init_drafter: its codebooks number another draft vocabulary than the shards give")
     with torch.no_grad():
         for name, tensor in weights.items():
@@ -73,13 +74,6 @@ def initialise_from_drafter(objective: DrafterObjective, source: DrafterCheckpoi
 
 def _is_of_dflash2(name: str) -> bool:
     return "_conv." in name or name.startswith("candidate_selector.")
-
-
-def _ids(source: DrafterCheckpoint) -> Tensor:
-    """Target ids of the draft vocabulary."""
-    if source.d2t is None:
-        return torch.arange(source.config.vocab_size)
-    return torch.arange(len(source.d2t)) + source.d2t
 
 
 def initialise_from_target(

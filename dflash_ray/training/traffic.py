@@ -9,8 +9,6 @@ from dflash_ray.config import ConfigError, TrafficConfig
 from dflash_ray.gateway.traffic import forget_old_files, redaction
 from dflash_ray.training.prompt_files import Prompt, prompt_of, read_jsonl
 
-_SECONDS_A_DAY = 86400.0
-
 
 def captured_prompts(section: TrafficConfig) -> Iterator[Prompt]:
     """Redacted prompts that are younger than the retention limit; files without any are deleted.
@@ -20,7 +18,7 @@ def captured_prompts(section: TrafficConfig) -> Iterator[Prompt]:
     if not section.directory.is_dir():
         raise ConfigError(f"prompts.traffic.directory: {section.directory} is not a directory")
     redact = redaction(section, "prompts.traffic")
-    oldest = time.time() - section.retention_days * _SECONDS_A_DAY
+    oldest = time.time() - section.retention_s
     forget_old_files(section.directory, oldest)
     for path in sorted(section.directory.glob("*.jsonl")):
         for where, record in read_jsonl(path):

@@ -27,6 +27,20 @@ def features(sequence_id: int, rows: torch.Tensor) -> common_pb2.ContextFeatures
     )
 
 
+def request_of_two(rows: torch.Tensor, **columns) -> drafter_pb2.DraftRequest:
+    """Proposals for two sequences with the same context; `columns` say how they draw."""
+    return drafter_pb2.DraftRequest(
+        contexts=[features(4, rows), features(9, rows)],
+        sequence_ids=[4, 9],
+        epochs=[1, 1],
+        committed_lens=[7, 7],
+        anchor_token_ids=[11, 11],
+        num_draft_tokens=[5, 5],
+        num_candidates=3,
+        **columns,
+    )
+
+
 def test_the_router_sends_each_sequences_temperature_and_seed():
     drafting = Drafting(timeout_s=1.0, num_candidates=2)
     drafting.join(DrafterState("d", needs_features=False, max_draft_tokens=5))
@@ -50,18 +64,7 @@ def test_the_router_sends_each_sequences_temperature_and_seed():
 def test_a_replica_drafts_with_the_temperature_and_seed_it_is_sent(target, tmp_path):
     drafter = BlockDrafter(load_drafter(save_random(tmp_path, dflash2(top_k=8)), target), target)
     rows = torch.randn(6, HIDDEN)
-    request = drafter_pb2.DraftRequest(
-        contexts=[features(4, rows), features(9, rows)],
-        sequence_ids=[4, 9],
-        epochs=[1, 1],
-        committed_lens=[7, 7],
-        anchor_token_ids=[11, 11],
-        num_draft_tokens=[5, 5],
-        num_candidates=3,
-        temperatures=[0.0, 2.0],
-        seeds=[1, 77],
-        wants_distributions=[False, False],
-    )
+    request = request_of_two(rows, temperatures=[0.0, 2.0], seeds=[1, 77], wants_distributions=[False, False])
     reply = DraftSessions(DflashMethod(drafter)).answer(0, request)
     drafter.open(100)
     drafter.extend(100, 0, rows)
@@ -74,18 +77,7 @@ def test_a_replica_drafts_with_the_temperature_and_seed_it_is_sent(target, tmp_p
 def test_a_replica_returns_the_whole_distribution_of_a_draft_that_it_drew(target, tmp_path):
     drafter = BlockDrafter(load_drafter(save_random(tmp_path, dflash2(top_k=8)), target), target)
     rows = torch.randn(6, HIDDEN)
-    request = drafter_pb2.DraftRequest(
-        contexts=[features(4, rows), features(9, rows)],
-        sequence_ids=[4, 9],
-        epochs=[1, 1],
-        committed_lens=[7, 7],
-        anchor_token_ids=[11, 11],
-        num_draft_tokens=[5, 5],
-        num_candidates=3,
-        temperatures=[2.0, 0.0],
-        seeds=[77, 77],
-        wants_distributions=[True, True],
-    )
+    request = request_of_two(rows, temperatures=[2.0, 0.0], seeds=[77, 77], wants_distributions=[True, True])
     drawn, greedy = DraftSessions(DflashMethod(drafter)).answer(0, request).blocks
     assert drawn.is_drawn and drawn.num_candidates == 8
     assert np.exp(drawn.log_probs).reshape(5, 8).sum(1) == pytest.approx(np.ones(5), abs=1e-5)
