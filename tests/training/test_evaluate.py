@@ -28,7 +28,7 @@ def test_one_prompt_has_no_interval():
 
 
 def test_the_table_has_a_line_for_each_result():
-    result = Result("sums", 0.0, 4, 3, 2, 10, 1.5, 1.25, 1.75, [0.4, 0.1, 0.0])
+    result = Result("sums", 0.0, 4, 3, 2, 10, 1.5, 1.25, 1.75, [0.4, 0.1, 0.0], {7: 1.75, 15: 2.0})
     assert markdown_table([result], 0.95).splitlines()[-1] == (
-        "| sums (2) | 0 | 4 | 1.50 (1.25 to 1.75) | 10 | 40% 10% 0% |"
+        "| sums (2) | 0 | 4 | 1.50 (1.25 to 1.75) | 10 | 7: 1.75, 15: 2.00 | 40% 10% 0% |"
     )
