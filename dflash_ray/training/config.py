@@ -89,9 +89,12 @@ class SelfGeneratedSection(_Section):
 
 class PromptsSection(_Section):
     files: tuple[Path, ...] = Field((), description="JSONL with `prompt` or `messages`, and optionally `source`")
+    prompts_per_file: int | None = Field(None, ge=1, description="of each file at most these, by hash; null: all")
     traffic: TrafficConfig | None = Field(None, description="prompts of users, as gateway.traffic records them")
     self_generated: SelfGeneratedSection | None = None
-    near_duplicate_similarity: float = Field(0.8, gt=0, le=1, description="Jaccard, over runs of five characters")
+    near_duplicate_similarity: float | None = Field(
+        0.8, gt=0, le=0.95, description="Jaccard, over runs of five characters, from which on; null keeps all"
+    )
     held_out_fraction: float = Field(0.02, ge=0, lt=1)
 
 
@@ -140,6 +143,7 @@ class FitSection(_Section):
 class EvaluateSection(_Section):
     drafter: str | None = Field(None, description="directory or builtin:; null is the one of `fit`")
     prompts: Path | None = Field(None, description="JSONL; null is the held-out prompts of `prompts`")
+    answers: Path | None = Field(None, description="shards of greedy answers, followed in place of decoding `prompts`")
     prompts_per_category: int = Field(20, ge=1)
     max_new_tokens: int = Field(128, ge=2)
     temperatures: tuple[float, ...] = (0.0, 1.0)
@@ -172,6 +176,8 @@ class TrainingConfig(_Section):
 
     @model_validator(mode="after")
     def _check(self) -> TrainingConfig:
+        if self.evaluate.answers is not None and any(self.evaluate.temperatures):
+            raise ValueError("evaluate.temperatures must be [0.0] with evaluate.answers, which are greedy")
         if self.regenerate.max_length > self.engine.max_model_len:
             raise ValueError("regenerate.max_length exceeds engine.max_model_len")
         if self.engine.kv_cache_tokens < self.engine.max_model_len:

@@ -12,6 +12,7 @@ from torch.utils.tensorboard import SummaryWriter
 from dflash_ray.training.files import replacing
 
 _CURVES = ("loss", "acceptance_length")
+_PARTS = ("train", "held_out", "followed")
 
 
 class Curves:
@@ -33,23 +34,29 @@ class Curves:
         self._file.write_text("".join(json.dumps(point) + "\n" for point in self.points))
         self._events = SummaryWriter(str(directory / "events"), purge_step=step)
 
-    def add(self, step: int, part: str, **values: float) -> None:
-        """Adds values of `part` (train or held_out)."""
+    def add(self, step: int, part: str, **values: float | dict[str, float]) -> None:
+        """Adds values of `part` (train, held_out or followed); those by category are one curve a category."""
         self.points.append({"step": step, "part": part, **values})
         with self._file.open("a") as stream:
             stream.write(json.dumps(self.points[-1]) + "\n")
         for name, value in values.items():
-            self._events.add_scalar(f"{name}/{part}", value, step)
+            if isinstance(value, dict):
+                self._events.add_scalars(f"{name}/{part}", value, step)
+            else:
+                self._events.add_scalar(f"{name}/{part}", value, step)
 
     def close(self) -> None:
         """Flushes the event files and draws the PNG."""
         self._events.close()
         figure = Figure(figsize=(10, 4), layout="constrained")
         for axis, name in zip(figure.subplots(1, len(_CURVES)), _CURVES, strict=True):
-            for part in ("train", "held_out"):
-                points = [point for point in self.points if point["part"] == part]
+            for part in _PARTS:
+                points = [point for point in self.points if point["part"] == part and name in point]
+                if not points:
+                    continue
                 axis.plot([p["step"] for p in points], [p[name] for p in points], label=part.replace("_", " "))
             axis.set(xlabel="step", ylabel=name.replace("_", " "))
-            axis.legend()
+            if axis.lines:
+                axis.legend()
         with replacing(self._directory / "curves.png") as partial:
             figure.savefig(partial, format="png")

@@ -199,6 +199,8 @@ class BatchDecoder:
                 finished.append((index, result.finish_reasons[i]))
         for block in result.colocated_drafts:
             one = running[block.sequence_id]
+            if not one.is_decoding:  # the prompt lacks its last token alone, which needs no verification
+                continue
             one.drafts = list(block.candidate_ids[:: block.num_candidates])
             if one.request.num_candidates and not any(index == block.sequence_id for index, _ in finished):
                 one.blocks.append(_candidates(block))

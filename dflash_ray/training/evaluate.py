@@ -1,7 +1,7 @@
 """`evaluate`: the acceptance of a drafter by decoding held-out prompts through the engine that serves.
 
 The drafter drafts beside the target as a colocated drafter does, the target verifies for real, so every figure is what
-a server with these settings counts.
+a server with these settings counts. To compare drafters, the target's greedy answers may be recorded once and followed.
 """
 
 from __future__ import annotations
@@ -18,12 +18,15 @@ from tqdm import tqdm
 from dflash_ray.config import ModelConfig
 from dflash_ray.core.stats import AcceptanceStats, merge
 from dflash_ray.gateway.tokenizer import ChatTokenizer
+from dflash_ray.models.block_drafter import BlockDrafter
 from dflash_ray.models.drafter_checkpoint import DrafterCheckpoint, resolve_drafter
-from dflash_ray.models.target_checkpoint import resolve_target
+from dflash_ray.models.target_checkpoint import TargetCheckpoint, resolve_target
 from dflash_ray.training.config import EvaluateSection, TrainingConfig
-from dflash_ray.training.decoding import BatchDecoder, DecodeRequest, local_decoder
+from dflash_ray.training.decoding import BatchDecoder, Decoded, DecodeRequest, local_decoder
 from dflash_ray.training.files import write_text
+from dflash_ray.training.follow import GreedyAnswer, follow
 from dflash_ray.training.prompt_files import Prompt, read_prompts
+from dflash_ray.training.shards import ShardStore
 from dflash_ray.training.trees import accepted_by_tree
 
 ALL = "all"
@@ -70,14 +73,8 @@ def evaluate(config: TrainingConfig) -> list[Result]:
     section = config.evaluate
     target = resolve_target(config.target)
     drafter = resolve_drafter(section.drafter or str(config.trained_dir), target)
-    tokenizer = ChatTokenizer(ModelConfig(path=config.target))
-    prompts = _choose_prompts(config, tokenizer)
-    results: list[Result] = []
-    with local_decoder(config.target, config.engine, tokenizer.eos_ids, drafter=drafter) as decoder:
-        settings = [(t, b) for t in section.temperatures for b in usable_block_sizes(section, drafter)]
-        for temperature, block_size in tqdm(settings, desc="evaluate", unit="setting"):
-            measured = _decode(config, decoder, prompts, temperature, block_size)
-            results += _by_category(section, prompts, measured, temperature, block_size)
+    measure = _decode_prompts if section.answers is None else follow_answers
+    results = measure(config, drafter, target)
     values = {
         "drafter": drafter.fingerprint,
         "target": target.fingerprint,
@@ -89,6 +86,62 @@ def evaluate(config: TrainingConfig) -> list[Result]:
     write_text(config.results_file, json.dumps(values, indent=2) + "\n")
     write_text(config.results_file.with_suffix(".md"), markdown_table(results, section.confidence))
     return results
+
+
+def _decode_prompts(config: TrainingConfig, drafter: DrafterCheckpoint, target: TargetCheckpoint) -> list[Result]:
+    section = config.evaluate
+    tokenizer = ChatTokenizer(ModelConfig(path=config.target))
+    prompts = _choose_prompts(config, tokenizer)
+    sources = [prompt.source for prompt, _ in prompts]
+    results: list[Result] = []
+    with local_decoder(config.target, config.engine, tokenizer.eos_ids, drafter=drafter) as decoder:
+        settings = [(t, b) for t in section.temperatures for b in usable_block_sizes(section, drafter)]
+        for temperature, block_size in tqdm(settings, desc="evaluate", unit="setting"):
+            measured = _decode(config, decoder, prompts, temperature, block_size)
+            results += _by_category(section, sources, measured, temperature, block_size)
+    return results
+
+
+def follow_answers(config: TrainingConfig, drafter: DrafterCheckpoint, target: TargetCheckpoint) -> list[Result]:
+    """The acceptance over the recorded greedy answers of evaluate.answers, at every block size."""
+    section = config.evaluate
+    assert section.answers is not None
+    answers = _choose_answers(section, ShardStore(section.answers), drafter, target)
+    sources = [source for source, _ in answers]
+    block_drafter = BlockDrafter(drafter, target, max_context_tokens=config.engine.kv_cache_tokens)
+    projector = drafter.build_projector()
+    stop_ids = ChatTokenizer(ModelConfig(path=config.target)).eos_ids
+    num_candidates = max(section.tree_nodes, default=0)
+    results: list[Result] = []
+    for block_size in usable_block_sizes(section, drafter):
+        greedy = [answer for _, answer in answers]
+        followed = follow(block_drafter, projector, greedy, stop_ids, block_size - 1, num_candidates)
+        measured = [
+            _measure(one, answer.token_ids, section.tree_nodes) for one, answer in zip(followed, greedy, strict=True)
+        ]
+        results += _by_category(section, sources, measured, 0.0, block_size)
+    return results
+
+
+def _choose_answers(
+    section: EvaluateSection, store: ShardStore, drafter: DrafterCheckpoint, target: TargetCheckpoint
+) -> list[tuple[str, GreedyAnswer]]:
+    """The first answers of each category, cut to max_new_tokens, with their sources."""
+    if store.layout.target != target.fingerprint:
+        raise ValueError(f"evaluate.answers: {section.answers} was answered by other weights")
+    if missing := set(drafter.config.target_layer_ids) - set(store.layout.layer_ids):
+        raise ValueError(f"evaluate.answers: {section.answers} lacks layers {sorted(missing)}, which the drafter taps")
+    chosen: dict[str, list[GreedyAnswer]] = defaultdict(list)
+    for index, conversation in enumerate(store.conversations):
+        of_source = chosen[conversation.prompt.source]
+        if conversation.temperature == 0 and len(of_source) < section.prompts_per_category:
+            token_ids = conversation.token_ids[: conversation.prompt_len + section.max_new_tokens].tolist()
+            taps = store.taps(index, drafter.config.target_layer_ids)[: len(token_ids) - 1]
+            of_source.append(GreedyAnswer(conversation.prompt_len, token_ids, taps))
+    answers = [(source, answer) for source in sorted(chosen) for answer in chosen[source]]
+    if not answers:
+        raise ValueError("evaluate.answers: holds no answers at temperature 0")
+    return answers
 
 
 def usable_block_sizes(section: EvaluateSection, drafter: DrafterCheckpoint) -> list[int]:
@@ -133,25 +186,29 @@ def _decode(
     ]
     done = {}
     for index, decoded in decoder.run(requests):
-        tokens = [*prompts[index][1], *decoded.token_ids]
-        trees = [accepted_by_tree(decoded.blocks, tokens, count) for count in tree_nodes]
-        done[index] = _Measured(decoded.stats, len(decoded.blocks), dict(zip(tree_nodes, trees, strict=True)))
+        done[index] = _measure(decoded, [*prompts[index][1], *decoded.token_ids], tree_nodes)
     return [done[index] for index in range(len(prompts))]
+
+
+def _measure(decoded: Decoded, tokens: list[int], tree_nodes: Sequence[int]) -> _Measured:
+    """What decoding to `tokens`, prompt included, showed."""
+    trees = {count: accepted_by_tree(decoded.blocks, tokens, count) for count in tree_nodes}
+    return _Measured(decoded.stats, len(decoded.blocks), trees)
 
 
 def _by_category(
     section: EvaluateSection,
-    prompts: Sequence[tuple[Prompt, list[int]]],
+    sources: Sequence[str],
     measured: Sequence[_Measured],
     temperature: float,
     block_size: int,
 ) -> Iterator[Result]:
     """One result for each category and one for all; prompts that ended with their first token say nothing."""
     groups: dict[str, list[_Measured]] = defaultdict(list)
-    for (prompt, _), one in zip(prompts, measured, strict=True):
+    for source, one in zip(sources, measured, strict=True):
         if one.stats.num_steps:
             groups[ALL].append(one)
-            groups[prompt.source].append(one)
+            groups[source].append(one)
     for category, group in groups.items():
         stats = [one.stats for one in group]
         total = merge(stats)

@@ -22,6 +22,7 @@ from dflash_ray.training.drafter_setup import (
     initialise_from_drafter,
     initialise_from_target,
 )
+from dflash_ray.training.evaluate import ALL, follow_answers
 from dflash_ray.training.files import sha256_of, write_text
 from dflash_ray.training.losses import IGNORE
 from dflash_ray.training.objective import BlockLoss, DrafterObjective
@@ -125,12 +126,16 @@ def fit_worker(
         trainer.run(source, lambda step, result: None)
         return
     _record(config, store, world_size)
-    progress = _Progress(config, trainer, source, held_out)
+
+    def save() -> None:
+        _save_trained(config, config_values, trainer.averaged, vocabulary)
+
+    progress = _Progress(config, target, trainer, source, held_out, save)
     try:
         trainer.run(source, progress.report)
     finally:
         progress.close()
-    _save_trained(config, config_values, trainer.averaged, vocabulary)
+    save()
 
 
 def _split(store: ShardStore, fraction: float) -> tuple[list[int], list[int]]:
@@ -183,11 +188,25 @@ def _record(config: TrainingConfig, store: ShardStore, world_size: int) -> None:
 
 
 class _Progress:
-    """Bar and curves of rank 0; measures held-out conversations from time to time."""
+    """Bar and curves of rank 0; measures held-out conversations and recorded answers from time to time.
 
-    def __init__(self, config: TrainingConfig, trainer: Trainer, source: BatchSource, held_out: list[int]) -> None:
-        self._section = config.fit
+    Args:
+        save: writes the drafter with the averaged weights of this moment.
+    """
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        target: TargetCheckpoint,
+        trainer: Trainer,
+        source: BatchSource,
+        held_out: list[int],
+        save: Callable[[], None],
+    ) -> None:
+        self._config = config
+        self._target = target
         self._trainer = trainer
+        self._save = save
         self._bar = tqdm(total=config.fit.max_steps, initial=trainer.step, desc="fit", unit="step")
         self._curves = Curves(config.fit_dir, trainer.step)
         self._held_out = source.at(held_out[:_MAX_HELD_OUT], config.seed) if held_out else None
@@ -197,12 +216,24 @@ class _Progress:
         if step % _POINT_EVERY_STEPS == 0:
             self._add(step, "train", result)
             self._bar.set_postfix(loss=f"{result.loss.item():.3f}", tau=f"{result.acceptance_length():.2f}")
-        if step % self._section.held_out_every_steps == 0 and self._held_out is not None:
-            self._add(step, "held_out", self._trainer.measure(self._held_out))
+        if step % self._config.fit.held_out_every_steps == 0:
+            if self._held_out is not None:
+                self._add(step, "held_out", self._trainer.measure(self._held_out))
+            if self._config.evaluate.answers is not None:
+                self._follow(step)
 
     def _add(self, step: int, part: str, result: BlockLoss) -> None:
         slots = {f"slot_{k}_accuracy": share for k, share in enumerate(result.slot_accuracy(), start=1)}
         self._curves.add(step, part, loss=result.loss.item(), acceptance_length=result.acceptance_length(), **slots)
+
+    def _follow(self, step: int) -> None:
+        """The acceptance that evaluate.answers would decode with, at the drafter's own block size."""
+        self._save()
+        drafter = load_drafter(self._config.trained_dir, self._target)
+        section = self._config.evaluate.model_copy(update={"block_sizes": (drafter.config.block_size,)})
+        results = follow_answers(self._config.model_copy(update={"evaluate": section}), drafter, self._target)
+        lengths = {result.category: result.acceptance_length for result in results}
+        self._curves.add(step, "followed", acceptance_length=lengths[ALL], by_category=lengths)
 
     def close(self) -> None:
         self._bar.close()

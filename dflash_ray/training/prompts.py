@@ -35,12 +35,13 @@ def gather_prompts(config: TrainingConfig) -> tuple[int, int]:
     section = config.prompts
     if not section.files and section.traffic is None and section.self_generated is None:
         raise ConfigError("prompts: give at least one of files, traffic and self_generated")
-    prompts = [prompt for path in section.files for prompt in read_prompts(path)]
+    prompts = [prompt for path in section.files for prompt in _some(read_prompts(path), section.prompts_per_file)]
     if section.traffic is not None:
         prompts += captured_prompts(section.traffic)
     if section.self_generated is not None:
         prompts += self_generated_prompts(config, section.self_generated)
-    kept = list(without_near_duplicates(prompts, section.near_duplicate_similarity))
+    similarity = section.near_duplicate_similarity
+    kept = prompts if similarity is None else list(without_near_duplicates(prompts, similarity))
     held_out = [prompt for prompt in kept if prompt.is_held_out(section.held_out_fraction)]
     train = [prompt for prompt in kept if not prompt.is_held_out(section.held_out_fraction)]
     write_prompts(config.prompts_dir / "train.jsonl", train)
@@ -49,6 +50,11 @@ def gather_prompts(config: TrainingConfig) -> tuple[int, int]:
     lines = [f"{source}\t{count}\n" for source, count in sorted(counts.items())]
     write_text(config.prompts_dir / "sources.tsv", "".join(lines))
     return len(train), len(held_out)
+
+
+def _some(prompts: list[Prompt], count: int | None) -> list[Prompt]:
+    """The `count` prompts of the lowest digests: a sample that does not change from run to run."""
+    return prompts if count is None else sorted(prompts, key=lambda prompt: prompt.digest)[:count]
 
 
 def without_near_duplicates(prompts: Iterable[Prompt], similarity: float) -> Iterator[Prompt]:

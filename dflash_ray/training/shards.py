@@ -36,7 +36,7 @@ _SCHEMA = pa.schema(
         ("taps", pa.binary()),
     ]
 )
-_LIGHT_COLUMNS = ["prompt", "source", "prompt_len", "token_ids"]
+_LIGHT_COLUMNS = ["prompt", "source", "temperature", "prompt_len", "token_ids"]
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,7 @@ class Conversation:
     """A stored conversation without its taps; token_ids int64 [T]."""
 
     prompt: Prompt
+    temperature: float
     prompt_len: int
     token_ids: Tensor
 
@@ -111,9 +112,8 @@ class ShardStore:
         for path in self.paths:
             for group, row in enumerate(self._open(path).read(columns=_LIGHT_COLUMNS).to_pylist()):
                 prompt = Prompt(json.loads(row["prompt"]), row["source"])
-                self.conversations.append(
-                    Conversation(prompt, row["prompt_len"], torch.tensor(row["token_ids"], dtype=torch.int64))
-                )
+                token_ids = torch.tensor(row["token_ids"], dtype=torch.int64)
+                self.conversations.append(Conversation(prompt, row["temperature"], row["prompt_len"], token_ids))
                 self._places.append((path, group))
 
     def taps(self, index: int, layer_ids: Sequence[int]) -> Tensor:

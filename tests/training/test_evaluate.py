@@ -1,9 +1,14 @@
 """Intervals and tables say what was counted."""
 
+import json
+from pathlib import Path
+
 import pytest
 
 from dflash_ray.core.stats import AcceptanceStats
+from dflash_ray.training.config import TrainingConfig
 from dflash_ray.training.evaluate import Result, confidence_interval, markdown_table
+from tests.training.conftest import recipe, run_step, save_recipe
 
 
 def stats(*accepted: int) -> AcceptanceStats:
@@ -32,3 +37,35 @@ def test_the_table_has_a_line_for_each_result():
     assert markdown_table([result], 0.95).splitlines()[-1] == (
         "| sums (2) | 0 | 4 | 1.50 (1.25 to 1.75) | 10 | 7: 1.75, 15: 2.00 | 40% 10% 0% |"
     )
+
+
+def results_of(config: TrainingConfig) -> list[dict]:
+    return json.loads(config.results_file.read_text())["results"]
+
+
+def test_following_recorded_answers_counts_what_decoding_counts(pipeline, tmp_path):
+    config, _, _ = pipeline
+    held_out = config.prompts_dir / "held_out.jsonl"
+    recorded = save_recipe(
+        recipe(
+            Path(config.target),
+            tmp_path,
+            prompts={"files": [str(held_out)], "held_out_fraction": 0.0, "near_duplicate_similarity": None},
+            regenerate={"max_new_tokens": config.evaluate.max_new_tokens},
+        ),
+        tmp_path / "recorded.yaml",
+    )
+    run_step("prompts", recorded)
+    run_step("regenerate", recorded)
+    recipe_file = save_recipe(config, tmp_path / "recipe.yaml")
+    common = ["evaluate.temperatures=[0.0]", "evaluate.prompts_per_category=100"]
+    run_step("evaluate", recipe_file, *common)
+    decoded = results_of(config)
+    run_step("evaluate", recipe_file, *common, f"evaluate.answers={tmp_path}/run/shards")
+    followed = results_of(config)
+    for one, other in zip(followed, decoded, strict=True):
+        for key in ("category", "block_size", "num_prompts", "num_passes", "acceptance_length", "accepted_at"):
+            assert one[key] == other[key]
+        # Recorded taps are bfloat16: where two paths are nearly as likely, a tree may hold the other one.
+        assert one["tree_acceptance_lengths"] == pytest.approx(other["tree_acceptance_lengths"], abs=0.02)
+    assert followed[0]["acceptance_length"] > 1.1
