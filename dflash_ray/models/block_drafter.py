@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dflash_ray.kernels import ops
-from dflash_ray.models.dflash import apply_rope, rope_tables
-from dflash_ray.models.dflash2 import CandidateSelector, Draw, walk
+from dflash_ray.models.dflash import DflashNetwork, apply_rope, rope_tables
+from dflash_ray.models.dflash2 import CandidateSelector, Draw, FactorisedSelector, walk
 from dflash_ray.models.drafter_checkpoint import DrafterCheckpoint
 from dflash_ray.models.packed_layer import PackedLayer, packed_norm
 from dflash_ray.models.packed_linear import PackedLinear, fuse
@@ -100,7 +100,6 @@ class BlockDrafter:
         self._network = network
         self._norm = packed_norm(network.norm)
         self._layers = [PackedLayer(layer, self.config.dflash2 is not None) for layer in network.layers]
-        self._selector: CandidateSelector | None = getattr(network, "candidate_selector", None)
         # One product makes the context keys and values of all layers.
         projections = [p for layer in network.layers for p in (layer.self_attn.k_proj, layer.self_attn.v_proj)]
         self._context_kv = fuse(projections)
@@ -108,6 +107,7 @@ class BlockDrafter:
         self._embedding = embedding.to(device) * self.config.input_embedding_scale
         self._ids, head = _draft_head(checkpoint, target, dtype, device)
         self._head = PackedLinear(head)
+        self._selector = _build_selector(network, self._embedding, self._ids, head)
         # The target may serve longer texts than the drafter was trained on; its last block reaches past them.
         longest = max(self.config.max_position_embeddings, target.config.max_position_embeddings)
         self._rope = tuple(t.to(device) for t in rope_tables(self.config, longest + self.block_size))
@@ -270,6 +270,18 @@ class BlockDrafter:
             window=self.config.windows[layer] or 0,
             is_causal=self.config.is_causal[layer],
         ).flatten(1)
+
+
+def _build_selector(
+    network: DflashNetwork, embedding: Tensor, ids: Tensor | None, head: Tensor
+) -> CandidateSelector | None:
+    """The network's selector, ready to use; embedding [V, H], head [V_d, H] of the tokens `ids` (None: all)."""
+    selector: CandidateSelector | None = getattr(network, "candidate_selector", None)
+    dflash2 = network.config.dflash2
+    if isinstance(selector, FactorisedSelector) and dflash2 is not None:
+        selector.bind(embedding if ids is None else embedding[ids], head)
+        return selector.expanded(dflash2)
+    return selector
 
 
 def _draft_head(

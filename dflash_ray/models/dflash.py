@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dflash_ray.models.dflash2 import CandidateSelector, Dflash2Config, GroupedDynamicCausalConv
+from dflash_ray.models.dflash2 import Dflash2Config, GroupedDynamicCausalConv, build_selector
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ class DflashNetwork(nn.Module):
         self.norm = RmsNorm(config.hidden_size, config.rms_norm_eps)
         if config.dflash2 is not None:
             num_tokens = config.draft_vocab_size or config.vocab_size
-            self.candidate_selector = CandidateSelector(num_tokens, config.hidden_size, config.dflash2)
+            self.candidate_selector = build_selector(num_tokens, config.hidden_size, config.dflash2)
 
     def shape_logits(self, logits: Tensor) -> Tensor:
         """The checkpoint's output multiplier and soft cap."""

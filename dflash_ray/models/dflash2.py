@@ -20,12 +20,17 @@ from dflash_ray.sampling.noise import gumbel
 
 @dataclass(frozen=True)
 class Dflash2Config:
-    """Shape of the convolutions and the selector; names as in the published config.json."""
+    """Shape of the convolutions and the selector; names as in the published config.json.
+
+    Attributes:
+        is_factorised: the codebooks are projections of the target's embedding and head, an architecture of our own.
+    """
 
     conv_kernel_size: int
     conv_group_size: int
     selector_rank: int
     selector_top_k: int
+    is_factorised: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,9 +112,56 @@ class CandidateSelector(nn.Module):
 
     def scores(self, hidden: Tensor, logits: Tensor, ids: Tensor, previous: Tensor) -> Tensor:
         """Scores float32 [..., P, k] of candidates ids [..., k] after each of the tokens previous [..., P]."""
-        edges = F.embedding(previous, self.predecessor_codebook) * self.hidden_projection(hidden)[..., None, :]
-        edges = edges @ F.embedding(ids, self.successor_codebook).transpose(-1, -2)
+        predecessors, successors = self.codebooks()
+        edges = F.embedding(previous, predecessors) * self.hidden_projection(hidden)[..., None, :]
+        edges = edges @ F.embedding(ids, successors).transpose(-1, -2)
         return logits.gather(-1, ids)[..., None, :] + edges.float()
+
+    def codebooks(self) -> tuple[Tensor, Tensor]:
+        """Of predecessors and of successors, [tokens, r] each."""
+        return self.predecessor_codebook, self.successor_codebook
+
+
+class FactorisedSelector(CandidateSelector):
+    """A selector whose codebooks are projections of the target's embedding and head: few weights, for little data.
+
+    `bind` comes before the first use.
+    """
+
+    embedding: Tensor
+    head: Tensor
+
+    def __init__(self, num_tokens: int, hidden_size: int, config: Dflash2Config) -> None:
+        nn.Module.__init__(self)
+        self.top_k = min(config.selector_top_k, num_tokens)
+        self.predecessor_projection = nn.Linear(hidden_size, config.selector_rank, bias=False)
+        self.successor_projection = nn.Linear(hidden_size, config.selector_rank, bias=False)
+        nn.init.zeros_(self.successor_projection.weight)
+        self.hidden_projection = nn.Linear(hidden_size, config.selector_rank, bias=False)
+
+    def bind(self, embedding: Tensor, head: Tensor) -> None:
+        """Takes the target's embedding and head, [tokens, H] each, in the numbering of the draft vocabulary."""
+        self.register_buffer("embedding", embedding, persistent=False)
+        self.register_buffer("head", head, persistent=False)
+
+    def codebooks(self) -> tuple[Tensor, Tensor]:
+        """As the selector's own ones would be."""
+        return self.predecessor_projection(self.embedding), self.successor_projection(self.head)
+
+    def expanded(self, config: Dflash2Config) -> CandidateSelector:
+        """The same selector with the codebooks worked out, for serving."""
+        predecessors, successors = self.codebooks()
+        selector = CandidateSelector(len(predecessors), self.hidden_projection.in_features, config)
+        selector.predecessor_codebook = nn.Parameter(predecessors, requires_grad=False)
+        selector.successor_codebook = nn.Parameter(successors, requires_grad=False)
+        selector.hidden_projection = self.hidden_projection
+        return selector
+
+
+def build_selector(num_tokens: int, hidden_size: int, config: Dflash2Config) -> CandidateSelector:
+    """The selector of the kind that the configuration names."""
+    kind = FactorisedSelector if config.is_factorised else CandidateSelector
+    return kind(num_tokens, hidden_size, config)
 
 
 def top_candidates(logits: Tensor, count: int) -> Tensor:

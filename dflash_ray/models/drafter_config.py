@@ -8,6 +8,7 @@ that runs with other numerics than it was trained with only shows as a low accep
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 ARCHITECTURE = "DFlashDraftModel"
 ARCHITECTURE_2 = "DFlash2DraftModel"
+ARCHITECTURE_2_FACTORISED = "DFlash2FactorisedDraftModel"  # of our own: codebooks from the target's embedding and head
+_ARCHITECTURES = (ARCHITECTURE, ARCHITECTURE_2, ARCHITECTURE_2_FACTORISED)
 
 _DFLASH2_KEYS = ("conv_kernel_size", "conv_group_size", "selector_rank", "selector_top_k")
 _DRAFTER_KEYS = frozenset({
@@ -70,10 +73,11 @@ def parse_dflash_config(values: dict[str, Any], where: str) -> DflashConfig:
     """
     if "speculators_model_type" in values:
         return _parse_speculators(values, where)
-    if values.get("architectures") not in ([ARCHITECTURE], [ARCHITECTURE_2]):
+    architecture = (values.get("architectures") or [None])[0]
+    if values.get("architectures") != [architecture] or architecture not in _ARCHITECTURES:
         raise ValueError(
             f"{where}: architectures is {values.get('architectures')};"
-            f" [{ARCHITECTURE!r}] and [{ARCHITECTURE_2!r}] are supported"
+            f" one of {', '.join(f'[{name!r}]' for name in _ARCHITECTURES)} is supported"
         )
     _check_keys(values, _PUBLISHED_KEYS, "", where)
     nested = values.get("dflash_config") or {}
@@ -84,8 +88,10 @@ def parse_dflash_config(values: dict[str, Any], where: str) -> DflashConfig:
     if "sliding_attention" in (values.get("layer_types") or ()):
         layers["use_sliding_window"] = True  # some checkpoints leave out what their layer types say
     config = _layer_config("qwen3", layers, where)
-    is_dflash2 = values["architectures"] == [ARCHITECTURE_2]
-    return _assemble(config, own, values.get("is_causal"), is_dflash2, where)
+    parsed = _assemble(config, own, values.get("is_causal"), architecture != ARCHITECTURE, where)
+    if architecture != ARCHITECTURE_2_FACTORISED or parsed.dflash2 is None:
+        return parsed
+    return replace(parsed, dflash2=replace(parsed.dflash2, is_factorised=True))
 
 
 def _parse_speculators(values: dict[str, Any], where: str) -> DflashConfig:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dflash_ray.models.dflash import ContextProjector, DflashNetwork
 from dflash_ray.models.drafter_checkpoint import DrafterCheckpoint
-from dflash_ray.models.drafter_config import ARCHITECTURE, ARCHITECTURE_2
+from dflash_ray.models.drafter_config import ARCHITECTURE, ARCHITECTURE_2, ARCHITECTURE_2_FACTORISED
 from dflash_ray.models.target_checkpoint import TargetCheckpoint
 from dflash_ray.training.config import DrafterSection
 from dflash_ray.training.objective import DrafterObjective
@@ -20,8 +20,11 @@ def drafter_config_values(
 ) -> dict[str, Any]:
     """config.json of the drafter: the target's layer shape, with as many layers as are initialised."""
     source = target.config
+    architecture = ARCHITECTURE
+    if shape.dflash2 is not None:
+        architecture = ARCHITECTURE_2_FACTORISED if shape.dflash2.factorised else ARCHITECTURE_2
     values: dict[str, Any] = {
-        "architectures": [ARCHITECTURE if shape.dflash2 is None else ARCHITECTURE_2],
+        "architectures": [architecture],
         "model_type": "qwen3",
         "hidden_size": source.hidden_size,
         "num_hidden_layers": len(shape.init_layer_ids),
@@ -39,7 +42,7 @@ def drafter_config_values(
         "dflash_config": {
             "target_layer_ids": list(shape.tap_layer_ids),
             "mask_token_id": shape.mask_token_id,
-            **({} if shape.dflash2 is None else shape.dflash2.model_dump()),
+            **({} if shape.dflash2 is None else shape.dflash2.model_dump(exclude={"factorised"})),
         },
     }
     optional = {

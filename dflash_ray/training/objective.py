@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dflash_ray.models.dflash import ContextProjector, DflashConfig, DflashNetwork, RmsNorm, rope_tables
-from dflash_ray.models.dflash2 import CandidateSelector, top_candidates
+from dflash_ray.models.dflash2 import CandidateSelector, FactorisedSelector, top_candidates
 from dflash_ray.models.target_checkpoint import TargetCheckpoint
 from dflash_ray.training.batches import BlockBatch
 from dflash_ray.training.config import FitSection
@@ -71,6 +71,9 @@ class DrafterObjective(nn.Module):
         self._freeze("embedding", target.load_embedding() * config.input_embedding_scale)
         self._freeze("head", target.load_head()[vocabulary])
         self._freeze("vocabulary", vocabulary)
+        selector = getattr(self.network, "candidate_selector", None)
+        if isinstance(selector, FactorisedSelector):
+            selector.bind(self.embedding[vocabulary], self.head)
         cos, sin = rope_tables(config, max_length + config.block_size)
         self._freeze("cos", cos)
         self._freeze("sin", sin)

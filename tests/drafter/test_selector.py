@@ -4,7 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-from dflash_ray.models.dflash2 import Draw, top_candidates, walk
+from dflash_ray.models.dflash2 import (
+    CandidateSelector,
+    Dflash2Config,
+    Draw,
+    FactorisedSelector,
+    build_selector,
+    top_candidates,
+    walk,
+)
 from dflash_ray.sampling.noise import gumbel
 
 
@@ -81,3 +89,20 @@ def test_behind_the_drawn_candidate_the_others_follow_by_score():
         order, _ = walk(scores, np.array([[1, 2, 3, 4]]), Draw(3.0, seed), 0)
         rest = [index for index in (0, 2, 3, 1) if index != order[0, 0]]
         assert order[0, 1:].tolist() == rest
+
+
+def test_factorised_codebooks_score_as_their_expansion_does():
+    config = Dflash2Config(conv_kernel_size=2, conv_group_size=4, selector_rank=3, selector_top_k=4, is_factorised=True)
+    torch.manual_seed(0)
+    selector = build_selector(20, 8, config)
+    assert isinstance(selector, FactorisedSelector)
+    torch.nn.init.normal_(selector.successor_projection.weight)
+    selector.bind(torch.randn(20, 8), torch.randn(20, 8))
+    hidden, logits, anchors = torch.randn(2, 3, 8), torch.randn(2, 3, 20), torch.tensor([1, 19])
+    expanded = selector.expanded(config)
+    assert type(expanded) is CandidateSelector
+    for mine, other in zip(selector(hidden, logits, anchors), expanded(hidden, logits, anchors), strict=True):
+        torch.testing.assert_close(mine, other)
+    assert not torch.equal(
+        selector(hidden, logits, anchors)[1][:, :, 0], logits.gather(-1, selector(hidden, logits, anchors)[0])
+    )

@@ -13,10 +13,16 @@ from tests.training.test_pipeline import acceptance_length
 DFLASH2 = {"conv_kernel_size": 2, "conv_group_size": 16, "selector_rank": 8, "selector_top_k": 4}
 
 
-def test_a_dflash2_drafter_starts_with_the_drafts_of_the_drafter_it_goes_on_from(pipeline, target_dir, tmp_path):
+@pytest.mark.parametrize("factorised", [False, True])
+def test_a_dflash2_drafter_starts_with_the_drafts_of_the_drafter_it_goes_on_from(
+    pipeline, target_dir, tmp_path, factorised
+):
     config, _, before = pipeline
     mine = recipe(
-        target_dir, tmp_path, drafter={"dflash2": DFLASH2}, fit={"init_drafter": str(config.export.output_dir)}
+        target_dir,
+        tmp_path,
+        drafter={"dflash2": DFLASH2 | {"factorised": factorised}},
+        fit={"init_drafter": str(config.export.output_dir)},
     )
     (tmp_path / "run").mkdir()
     for part in ("shards", "prompts"):
@@ -32,7 +38,9 @@ def test_a_dflash2_drafter_starts_with_the_drafts_of_the_drafter_it_goes_on_from
     trained = json.loads(mine.results_file.read_text())["results"]
     assert acceptance_length(trained, 0.0, 5) > 0.9 * acceptance_length(start, 0.0, 5)
     target = resolve_target(mine.target)
-    assert resolve_drafter(str(mine.trained_dir), target).config.dflash2 is not None
+    drafter = resolve_drafter(str(mine.trained_dir), target)
+    assert drafter.config.dflash2 is not None
+    assert ("candidate_selector.predecessor_codebook" in drafter.weights) is not factorised
 
 
 def test_a_drafter_of_another_shape_is_no_beginning(pipeline, target_dir, tmp_path):
