@@ -36,12 +36,14 @@ def main(
 ) -> None:
     """Prints a table with a line for each variant."""
     target = resolve_target(load_training_config(config).target)
-    shards = load_training_config(config, set_ or ()).shards_dir.resolve()
+    shards = load_training_config(config, set_ or ()).shard_dirs
     rows, drafters = [], []
     for name, overrides in yaml.safe_load(variants.read_text()).items():
         recipe = load_training_config(config, [*(set_ or ()), *(overrides or ())])
-        recipe = recipe.model_copy(update={"work_dir": recipe.work_dir / "variants" / name.replace(" ", "-")})
-        drafter, seconds = _trained(recipe, shards, target)
+        work_dir = recipe.work_dir / "variants" / name.replace(" ", "-")
+        section = recipe.fit.model_copy(update={"shards": shards})
+        recipe = recipe.model_copy(update={"work_dir": work_dir, "fit": section})
+        drafter, seconds = _trained(recipe, target)
         drafters.append(drafter)
         rows.append([name, str(recipe.fit.max_steps), f"{seconds:.0f}", *_lengths(recipe, drafter, target, category)])
     for row, milliseconds in zip(rows, _draft_milliseconds(drafters, target), strict=True):
@@ -51,13 +53,10 @@ def main(
         typer.echo("| " + " | ".join(row) + " |")
 
 
-def _trained(recipe: TrainingConfig, shards: Path, target: TargetCheckpoint) -> tuple[DrafterCheckpoint, float]:
+def _trained(recipe: TrainingConfig, target: TargetCheckpoint) -> tuple[DrafterCheckpoint, float]:
     """The drafter of a variant and the seconds that its training took; 0 when it was there already."""
     if (recipe.trained_dir / "config.json").is_file():
         return load_drafter(recipe.trained_dir, target), 0.0
-    recipe.work_dir.mkdir(parents=True, exist_ok=True)
-    if not recipe.shards_dir.exists():
-        recipe.shards_dir.symlink_to(shards)
     start = time.monotonic()
     fit(recipe)
     return load_drafter(recipe.trained_dir, target), time.monotonic() - start

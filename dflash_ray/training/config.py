@@ -117,6 +117,7 @@ class CaptureSection(_Section):
 
 
 class FitSection(_Section):
+    shards: tuple[Path, ...] = Field((), description="directories to train on; none: those of work_dir alone")
     init_drafter: Path | None = Field(None, description="drafter directory to go on from, instead of target layers")
     max_steps: int = Field(2400, ge=0)
     conversations_per_step: int = Field(8, ge=1, description="over all workers")
@@ -189,7 +190,8 @@ class TrainingConfig(_Section):
         """The same run for processes that start in another directory."""
         target = self.target if self.target.startswith("builtin:") else str(Path(self.target).resolve())
         init_drafter = self.fit.init_drafter and self.fit.init_drafter.resolve()
-        fit = self.fit.model_copy(update={"init_drafter": init_drafter})
+        shards = tuple(path.resolve() for path in self.fit.shards)
+        fit = self.fit.model_copy(update={"init_drafter": init_drafter, "shards": shards})
         return self.model_copy(update={"target": target, "work_dir": self.work_dir.resolve(), "fit": fit})
 
     @property
@@ -198,7 +200,13 @@ class TrainingConfig(_Section):
 
     @property
     def shards_dir(self) -> Path:
+        """Where `regenerate` and `capture` write."""
         return self.work_dir / "shards"
+
+    @property
+    def shard_dirs(self) -> tuple[Path, ...]:
+        """What `fit` reads."""
+        return self.fit.shards or (self.shards_dir,)
 
     @property
     def fit_dir(self) -> Path:

@@ -65,9 +65,9 @@ def _results(config: TrainingConfig, fingerprint: str) -> str:
 
 def _lineage(config: TrainingConfig, run: dict[str, Any]) -> str:
     """Sources, counts and hashes of what the drafter was trained on."""
-    store = ShardStore(config.shards_dir)
-    if {path.name for path in store.paths} != run["shards"].keys():
-        raise ValueError(f"{config.shards_dir}: is not what `fit` ran on; run `fit` again")
+    store = ShardStore(*config.shard_dirs)
+    if store.paths.keys() != run["shards"].keys():
+        raise ValueError(f"{', '.join(map(str, config.shard_dirs))}: is not what `fit` ran on; run `fit` again")
     fraction = config.prompts.held_out_fraction
     counts: dict[str, list[int]] = {}
     for conversation in store.conversations:

@@ -52,7 +52,7 @@ def _fit_on_cluster(config: TrainingConfig) -> None:
     from dflash_ray.training.cluster import cluster
 
     section = config.fit
-    ShardStore(config.shards_dir)  # what is wrong with the shards is said before workers start
+    ShardStore(*config.shard_dirs)  # what is wrong with the shards is said before workers start
     absolute = config.with_absolute_paths()
     trainer = TorchTrainer(
         _cluster_worker,
@@ -98,9 +98,9 @@ def fit_worker(
         torch.set_num_threads(config.fit.num_threads)
     torch.manual_seed(config.seed)
     target = resolve_target(config.target)
-    store = ShardStore(config.shards_dir)
+    store = ShardStore(*config.shard_dirs)
     if store.layout.target != target.fingerprint:
-        raise ValueError(f"target: {config.shards_dir} was answered by other weights")
+        raise ValueError(f"target: {', '.join(map(str, config.shard_dirs))} was answered by other weights")
     train, held_out = _split(store, config.prompts.held_out_fraction)
     vocabulary = draft_vocabulary(
         (store.conversations[i] for i in train), config.drafter.draft_vocab_size, target.config.vocab_size
@@ -182,7 +182,7 @@ def _record(config: TrainingConfig, store: ShardStore, world_size: int) -> None:
         "seed": config.seed,
         "num_workers": world_size,
         "versions": {name: version(name) for name in ("torch", "transformers", "dflash-ray")},
-        "shards": {path.name: sha256_of(path) for path in store.paths},
+        "shards": {name: sha256_of(path) for name, path in store.paths.items()},
     }
     write_text(config.fit_dir / "run.json", json.dumps(record, indent=2) + "\n")
 

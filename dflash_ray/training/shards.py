@@ -96,20 +96,31 @@ def write_shard(path: Path, layout: TapLayout, answered: Sequence[Answered]) -> 
 
 
 class ShardStore:
-    """All conversations of a directory of shards; tokens are in memory, taps are read when asked for."""
+    """All conversations of directories of shards; tokens are in memory, taps are read when asked for.
 
-    def __init__(self, directory: Path) -> None:
-        self.paths = sorted(directory.glob("*.parquet"))
-        if not self.paths:
-            raise ValueError(f"{directory}: there are no shards; run `dflash-ray train regenerate` or `capture` first")
+    Attributes:
+        paths: of the shards by name: the file's, after the number of its directory where there are several.
+    """
+
+    def __init__(self, *directories: Path) -> None:
+        self.paths: dict[str, Path] = {}
+        for number, directory in enumerate(directories, start=1):
+            paths = sorted(directory.glob("*.parquet"))
+            if not paths:
+                raise ValueError(
+                    f"{directory}: there are no shards; run `dflash-ray train regenerate` or `capture` first"
+                )
+            prefix = f"{number}/" if len(directories) > 1 else ""
+            self.paths |= {f"{prefix}{path.name}": path for path in paths}
         self._open = lru_cache(maxsize=_MAX_OPEN_FILES)(_open)
-        layouts = {_read_layout(self._open(path), path) for path in self.paths}
+        layouts = {_read_layout(self._open(path), path) for path in self.paths.values()}
         if len(layouts) > 1:
-            raise ValueError(f"{directory}: its shards differ in target or layers; keep each kind in its own work_dir")
+            places = ", ".join(map(str, directories))
+            raise ValueError(f"{places}: the shards differ in target or layers; keep each kind in its own work_dir")
         self.layout = layouts.pop()
         self.conversations: list[Conversation] = []
         self._places: list[tuple[Path, int]] = []  # file and row group of each conversation
-        for path in self.paths:
+        for path in self.paths.values():
             for group, row in enumerate(self._open(path).read(columns=_LIGHT_COLUMNS).to_pylist()):
                 prompt = Prompt(json.loads(row["prompt"]), row["source"])
                 token_ids = torch.tensor(row["token_ids"], dtype=torch.int64)

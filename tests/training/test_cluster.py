@@ -28,7 +28,7 @@ def test_shards_of_ray_data_actors_are_those_of_one_process(pipeline, target_dir
     config.prompts_dir.symlink_to(whole.prompts_dir)
     regenerate(config)
     ours, theirs = ShardStore(config.shards_dir), ShardStore(whole.shards_dir)
-    assert [path.read_bytes() for path in ours.paths] == [path.read_bytes() for path in theirs.paths]
+    assert [path.read_bytes() for path in ours.paths.values()] == [path.read_bytes() for path in theirs.paths.values()]
 
 
 def test_a_full_disk_on_a_worker_is_said_in_its_own_words(pipeline, target_dir, tmp_path):

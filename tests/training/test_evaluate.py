@@ -43,25 +43,28 @@ def results_of(config: TrainingConfig) -> list[dict]:
     return json.loads(config.results_file.read_text())["results"]
 
 
-def test_following_recorded_answers_counts_what_decoding_counts(pipeline, tmp_path):
+@pytest.fixture(scope="module")
+def answers(pipeline, tmp_path_factory) -> Path:
+    """Shards of the greedy answers to the prompts that the pipeline evaluates on."""
     config, _, _ = pipeline
+    directory = tmp_path_factory.mktemp("answers")
     held_out = config.prompts_dir / "held_out.jsonl"
-    recorded = save_recipe(
-        recipe(
-            Path(config.target),
-            tmp_path,
-            prompts={"files": [str(held_out)], "held_out_fraction": 0.0, "near_duplicate_similarity": None},
-            regenerate={"max_new_tokens": config.evaluate.max_new_tokens},
-        ),
-        tmp_path / "recorded.yaml",
-    )
-    run_step("prompts", recorded)
-    run_step("regenerate", recorded)
+    prompts = {"files": [str(held_out)], "held_out_fraction": 0.0, "near_duplicate_similarity": None}
+    regenerated = {"max_new_tokens": config.evaluate.max_new_tokens}
+    recorded = recipe(Path(config.target), directory, prompts=prompts, regenerate=regenerated)
+    recipe_file = save_recipe(recorded, directory / "recipe.yaml")
+    run_step("prompts", recipe_file)
+    run_step("regenerate", recipe_file)
+    return recorded.shards_dir
+
+
+def test_following_recorded_answers_counts_what_decoding_counts(pipeline, answers, tmp_path):
+    config, _, _ = pipeline
     recipe_file = save_recipe(config, tmp_path / "recipe.yaml")
     common = ["evaluate.temperatures=[0.0]", "evaluate.prompts_per_category=100"]
     run_step("evaluate", recipe_file, *common)
     decoded = results_of(config)
-    run_step("evaluate", recipe_file, *common, f"evaluate.answers={tmp_path}/run/shards")
+    run_step("evaluate", recipe_file, *common, f"evaluate.answers={answers}")
     followed = results_of(config)
     for one, other in zip(followed, decoded, strict=True):
         for key in ("category", "block_size", "num_prompts", "num_passes", "acceptance_length", "accepted_at"):
@@ -69,3 +72,19 @@ def test_following_recorded_answers_counts_what_decoding_counts(pipeline, tmp_pa
         # Recorded taps are bfloat16: where two paths are nearly as likely, a tree may hold the other one.
         assert one["tree_acceptance_lengths"] == pytest.approx(other["tree_acceptance_lengths"], abs=0.02)
     assert followed[0]["acceptance_length"] > 1.1
+
+
+def test_fit_trains_on_several_directories_and_follows_recorded_answers_meanwhile(pipeline, answers, tmp_path):
+    config, _, _ = pipeline
+    mine = config.model_copy(update={"work_dir": tmp_path / "run"})
+    steps = {"shards": (config.shards_dir, answers), "max_steps": 4, "held_out_every_steps": 2}
+    mine = mine.model_copy(update={"fit": config.fit.model_copy(update=steps)})
+    greedy = {"answers": answers, "temperatures": (0.0,)}
+    mine = mine.model_copy(update={"evaluate": config.evaluate.model_copy(update=greedy)})
+    run_step("fit", save_recipe(mine, tmp_path / "recipe.yaml"))
+    run = json.loads((mine.fit_dir / "run.json").read_text())
+    assert {name.split("/")[0] for name in run["shards"]} == {"1", "2"}
+    points = [json.loads(line) for line in (mine.fit_dir / "curves.jsonl").read_text().splitlines()]
+    followed = [point for point in points if point["part"] == "followed"]
+    assert [point["step"] for point in followed] == [2, 4]
+    assert all(point["by_category"].keys() == {"all", "sums", "words"} for point in followed)

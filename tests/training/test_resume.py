@@ -44,7 +44,7 @@ def test_a_killed_regenerate_goes_on_to_the_same_shards(pipeline, target_dir, tm
     store, whole = ShardStore(config.shards_dir), ShardStore(uninterrupted.shards_dir)
     assert 0 < len(before) < len(store.paths)
     assert all(path.stat().st_mtime_ns == written for path, written in before.items())
-    assert [path.read_bytes() for path in store.paths] == [path.read_bytes() for path in whole.paths]
+    assert [path.read_bytes() for path in store.paths.values()] == [path.read_bytes() for path in whole.paths.values()]
     assert max(Counter(one.prompt.digest for one in store.conversations).values()) == 1
 
 
