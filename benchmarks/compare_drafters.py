@@ -46,6 +46,7 @@ def main(
         drafter, seconds = _trained(recipe, target)
         drafters.append(drafter)
         rows.append([name, str(recipe.fit.max_steps), f"{seconds:.0f}", *_lengths(recipe, drafter, target, category)])
+        typer.echo(" | ".join(rows[-1]), err=True)
     for row, milliseconds in zip(rows, _draft_milliseconds(drafters, target), strict=True):
         row.append(f"{milliseconds:.1f}")
     head = ["variant", "steps", "seconds", "all", category, "trees of 7, 15", "accepted at slot 1, 2, ...", "draft, ms"]

@@ -99,6 +99,9 @@ class RouterConfig(_Section):
     placement: PlacementConfig = PlacementConfig()
     policy: Literal["adaptive", "fixed", "off"] = "fixed"
     draft_tokens: int = Field(4, ge=0, le=31, description="drafts a step unless the request says otherwise")
+    prefer_ngram: bool = Field(
+        True, description="draft from an earlier occurrence of the text's end where that is right more often"
+    )
     num_candidates: int = Field(1, ge=1, le=16, description="candidates a draft slot that drafters return")
     cohorts: Literal[1, 2] = Field(1, description="2: one cohort is verified while the other is drafted")
     draft_timeout_ms: float = Field(100.0, gt=0, description="a slower draft is replaced by an n-gram or none")

@@ -6,9 +6,18 @@ Source of the idea: Saxena, Prompt Lookup Decoding (2023). Needs no weights and 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-MAX_NGRAM = 4
+MAX_NGRAM = 5
 MIN_NGRAM = 2
+
+
+@dataclass(frozen=True, slots=True)
+class NgramDraft:
+    """Tokens that may come next, and how many of the last tokens occurred before them; none and 0 where all is new."""
+
+    tokens: list[int]
+    match_len: int
 
 
 class NgramIndex:
@@ -34,17 +43,17 @@ class NgramIndex:
                     self._followers[tuple(self._tokens[end - size : end])] = end
             self._tokens.append(token_id)
 
-    def propose(self, num_draft_tokens: int) -> list[int]:
-        """At most `num_draft_tokens` tokens that may come next; empty when the last n-grams are new."""
+    def propose(self, num_draft_tokens: int) -> NgramDraft:
+        """At most `num_draft_tokens` tokens after the longest match."""
         return self._follow(self._tokens[-MAX_NGRAM:], num_draft_tokens)
 
-    def propose_after(self, token_id: int, num_draft_tokens: int) -> list[int]:
+    def propose_after(self, token_id: int, num_draft_tokens: int) -> NgramDraft:
         """As `propose`, for the sequence with one more token that is not appended."""
         return self._follow([*self._tokens[-(MAX_NGRAM - 1) :], token_id], num_draft_tokens)
 
-    def _follow(self, suffix: list[int], num_draft_tokens: int) -> list[int]:
+    def _follow(self, suffix: list[int], num_draft_tokens: int) -> NgramDraft:
         for size in range(len(suffix), MIN_NGRAM - 1, -1):
             follower = self._followers.get(tuple(suffix[-size:]))
             if follower is not None:
-                return self._tokens[follower : follower + num_draft_tokens]
-        return []
+                return NgramDraft(self._tokens[follower : follower + num_draft_tokens], size)
+        return NgramDraft([], 0)

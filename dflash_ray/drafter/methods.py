@@ -136,7 +136,7 @@ class NgramMethod:
     ) -> list[Proposal]:
         proposals = []
         for session, anchor_id, count in zip(sessions, anchor_ids, num_draft_tokens, strict=True):
-            draft = self._indexes[session].propose_after(anchor_id, count)
+            draft = self._indexes[session].propose_after(anchor_id, count).tokens
             proposals.append(Proposal(len(draft), 1, draft, [0.0] * len(draft)))
         return proposals
 

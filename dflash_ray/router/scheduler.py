@@ -16,8 +16,11 @@ from dflash_ray.core.errors import InvalidRequestError, OverloadedError, Request
 from dflash_ray.core.stats import AcceptanceStats
 from dflash_ray.pb import common_pb2, drafter_pb2, router_pb2, target_pb2
 from dflash_ray.router.actions import Action, CloseSequences, Emit, Fail, RunStep
+from dflash_ray.router.draft_rates import DraftRates
 from dflash_ray.router.drafting import Drafting
 from dflash_ray.router.sequence import Phase, RouterSequence
+
+_MAX_PENDING_ROWS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +42,8 @@ class Scheduler:
     def __init__(self, config: DflashRayConfig) -> None:
         self._router = config.router
         self._uses_ngram = config.drafter.method != "none"
+        self._weighs_ngrams = config.router.prefer_ngram and config.uses_features
+        self._rates = DraftRates()
         self._is_colocated = config.drafter.placement_mode == "colocated"
         self._wants_features = config.uses_features
         self.drafting = Drafting(config.router.draft_timeout_ms / 1000, config.router.num_candidates)
@@ -165,11 +170,20 @@ class Scheduler:
     def _advance(self, sequence: RouterSequence, tokens: list[int], num_accepted: int, now: float) -> None:
         if sequence.phase is Phase.DECODE:
             sequence.stats.record(len(sequence.draft or ()), num_accepted)
+            if tokens:
+                self._judge_drafts(sequence, tokens[0])
         elif tokens:
             sequence.phase = Phase.DECODE
             sequence.decoding_since = sequence.decoding_since or now
-        sequence.forget_draft()
-        sequence.tokens.extend(tokens)
+        sequence.append(tokens)
+
+    def _judge_drafts(self, sequence: RouterSequence, token: int) -> None:
+        """Takes note of whose first draft was the token that came."""
+        ngram = sequence.ngram_draft
+        if ngram is not None and ngram.tokens:
+            self._rates.saw_ngram(ngram.match_len, ngram.tokens[0] == token)
+        if sequence.draft and sequence.draft_source in ("remote", "colocated"):
+            self._rates.saw_drafter(sequence.draft[0] == token)
 
     def _emit(
         self,
@@ -240,8 +254,10 @@ class Scheduler:
         if self.limits is not None:
             self.drafting.expire(self._running, now)
             self._admit(now)
+            idle = [s for s in self._running if s.phase is Phase.DECODE and not s.in_step]
+            if self._weighs_ngrams:
+                self._prefer_ngrams(idle)
             if not self._is_colocated:
-                idle = [s for s in self._running if s.phase is Phase.DECODE and not s.in_step]
                 self._actions += self.drafting.request(idle, self.limits.max_model_len, self.limits.epoch, now)
             if self._step is None:
                 self._start_step(now)
@@ -250,6 +266,18 @@ class Scheduler:
                 self._close_next = []
         actions, self._actions = self._actions, []
         return actions
+
+    def _prefer_ngrams(self, idle: list[RouterSequence]) -> None:
+        """Gives sequences whose tokens have just come an n-gram in a drafter's place, where that promises more."""
+        assert self.limits is not None
+        for sequence in idle:
+            count = sequence.num_drafts(self.limits.max_model_len)
+            if sequence.ngram_draft is not None or not count:
+                continue
+            match_len = sequence.look_up(count).match_len
+            # Features that wait for the drafter's next request are not piled up without end.
+            if self._rates.prefers_ngram(match_len) and sequence.num_pending_rows < _MAX_PENDING_ROWS:
+                sequence.take_ngram(count)
 
     def next_deadline(self) -> float | None:
         """When `poll` has something to do even if no event comes."""
@@ -329,8 +357,7 @@ class Scheduler:
         vocab_size = self.limits.vocab_size
         count = min(sequence.num_drafts(self.limits.max_model_len), room - 1)
         if sequence.draft is None and count and self._uses_ngram:
-            sequence.draft = sequence.ngram_draft(count)
-            sequence.draft_source = "ngram" if sequence.draft else "plain"
+            sequence.take_ngram(count)
         in_vocabulary = takewhile(lambda token: token < vocab_size, sequence.draft or [])
         sequence.draft = list(islice(in_vocabulary, count))
         step.verify_ids.append(sequence.sequence_id)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
-from dflash_ray.core.ngram import NgramIndex
+from dflash_ray.core.ngram import NgramDraft, NgramIndex
 from dflash_ray.core.stats import AcceptanceStats
 from dflash_ray.pb import common_pb2, router_pb2, target_pb2
 
@@ -52,6 +52,7 @@ class RouterSequence:
     draft_source: str = "plain"
     draft_deadline: float | None = None
     ngram: NgramIndex | None = None
+    ngram_draft: NgramDraft | None = None  # for the tokens of this moment, once it was looked up
     stats: AcceptanceStats = field(default_factory=AcceptanceStats)
     admitted_at: float = 0.0
     decoding_since: float = 0.0
@@ -61,6 +62,11 @@ class RouterSequence:
     def committed_len(self) -> int:
         return len(self.tokens)
 
+    @property
+    def num_pending_rows(self) -> int:
+        """Features that its drafter has not got yet."""
+        return sum(part.num_rows for part in self.pending)
+
     def max_len(self, max_model_len: int) -> int:
         """Tokens at which it ends."""
         return min(max_model_len, self.request.prompt_len + self.request.stopping.max_new_tokens)
@@ -69,12 +75,26 @@ class RouterSequence:
         """Drafts worth verifying now: a step with k drafts can emit k + 1 tokens."""
         return max(0, min(self.draft_tokens, self.max_len(max_model_len) - self.committed_len - 1))
 
-    def ngram_draft(self, count: int) -> list[int]:
-        """Prompt lookup over all tokens known."""
-        if self.ngram is None:
-            self.ngram = NgramIndex()
-        self.ngram.extend(self.tokens[len(self.ngram) :])
-        return self.ngram.propose(count)
+    def look_up(self, count: int) -> NgramDraft:
+        """Prompt lookup over all tokens known, at most `count` drafts."""
+        if self.ngram_draft is None:
+            if self.ngram is None:
+                self.ngram = NgramIndex()
+            self.ngram.extend(self.tokens[len(self.ngram) :])
+            self.ngram_draft = self.ngram.propose(count)
+        return self.ngram_draft
+
+    def take_ngram(self, count: int) -> None:
+        """The n-gram's draft for the next step, or none."""
+        self.draft = self.look_up(count).tokens[:count]
+        self.drawn = None
+        self.draft_source = "ngram" if self.draft else "plain"
+
+    def append(self, tokens: list[int]) -> None:
+        """Committed tokens; drafts were for those before them."""
+        self.forget_draft()
+        self.ngram_draft = None
+        self.tokens.extend(tokens)
 
     def leave_target(self) -> None:
         """Back to waiting: the target no longer has it, the tokens stay."""

@@ -1,0 +1,115 @@
+"""An n-gram takes a drafter's place where it is right more often, and the drafter misses no context by it."""
+
+from dflash_ray.config import load_config
+from dflash_ray.pb import common_pb2, drafter_pb2, router_pb2, target_pb2
+from dflash_ray.router.actions import RequestDrafts, RunStep
+from dflash_ray.router.draft_rates import DraftRates
+from dflash_ray.router.drafting import DrafterState
+from dflash_ray.router.scheduler import Scheduler, TargetLimits
+
+LIMITS = TargetLimits(1, 4096, 1000, 16, 512, 512)
+CYCLE = [11, 12, 13, 14, 15, 16, 17]
+
+
+class CyclingTarget:
+    """Goes round CYCLE, unless `says` has a token for a position."""
+
+    def __init__(self, prompt: list[int], says: dict[int, int]) -> None:
+        self.tokens = list(prompt)
+        self.says = says
+        self.kv_len = 0
+
+    def next_token(self, position: int) -> int:
+        return self.says.get(position, CYCLE[position % len(CYCLE)])
+
+    def step(self, step: target_pb2.Step) -> target_pb2.StepResult:
+        drafts, new = list(step.draft_token_ids), []
+        for draft in [*drafts, None]:
+            new.append(self.next_token(len(self.tokens) + len(new)))
+            if new[-1] != draft:
+                break
+        rows = len(self.tokens) - self.kv_len + len(new) - 1
+        result = target_pb2.StepResult(step_id=step.step_id, free_pages=500)
+        result.sequence_ids.append(1)
+        result.statuses.append(target_pb2.ENTRY_STATUS_OK)
+        result.num_accepted_drafts.append(len(new) - 1)
+        result.num_tokens.append(len(new))
+        result.token_ids.extend(new)
+        result.finish_reasons.append(common_pb2.FINISH_REASON_UNSPECIFIED)
+        result.features.add(sequence_id=1, start=self.kv_len, num_rows=rows)
+        self.kv_len += rows
+        self.tokens += new
+        return result
+
+
+def run(prompt: list[int], num_steps: int, says: dict[int, int] | None = None, *overrides: str):
+    """Steps of one sequence; the drafter answers each request with a wrong token. Returns steps, requests, tokens."""
+    scheduler = Scheduler(load_config(None, ["router.draft_tokens=3", "router.prefill_chunk_tokens=512", *overrides]))
+    scheduler.target_ready(LIMITS, 0.0)
+    scheduler.drafting.join(DrafterState("d", needs_features=True, max_draft_tokens=7))
+    request = router_pb2.GenerateTokensRequest(
+        token_ids=prompt, prompt_len=len(prompt), stopping=common_pb2.StoppingParams(max_new_tokens=4000)
+    )
+    scheduler.arrive(request, 0.0)
+    target, steps, requests = CyclingTarget(prompt, says or {}), [], []
+    while len(steps) < num_steps:
+        for action in scheduler.poll(0.0):
+            if isinstance(action, RequestDrafts):
+                requests.append(action.request)
+                reply = drafter_pb2.DraftReply(request_id=action.request.request_id)
+                reply.blocks.add(
+                    sequence_id=1, epoch=1, committed_len=action.request.committed_lens[0], num_slots=1,
+                    num_candidates=1, candidate_ids=[999],
+                )  # fmt: skip
+                scheduler.drafts_done("d", reply)
+            elif isinstance(action, RunStep):
+                steps.append(action.step)
+                scheduler.step_done(target.step(action.step), 0.0)
+    return scheduler, steps, requests, target.tokens
+
+
+def rows_of(requests: list[drafter_pb2.DraftRequest]) -> list[tuple[int, int]]:
+    return [(part.start, part.num_rows) for request in requests for part in request.contexts]
+
+
+def test_a_text_that_repeats_is_drafted_without_the_drafter():
+    scheduler, steps, requests, tokens = run(CYCLE * 2, 20)
+    assert not requests
+    assert all(step.num_drafts[0] == 3 for step in steps[1:])
+    assert scheduler.num_drafts_by_source == {"ngram": 19}
+    assert tokens == (CYCLE * 20)[: len(tokens)] and len(tokens) == 14 + 1 + 19 * 4
+
+
+def test_the_drafter_gets_the_rows_of_the_steps_that_went_without_it():
+    novel = {position: 500 + position for position in (60, 61, 62)}
+    _, _, requests, tokens = run(CYCLE * 2, 30, novel)
+    assert requests and len(tokens) > 70
+    at = 0
+    for start, count in rows_of(requests):
+        assert start == at
+        at += count
+    assert at == requests[-1].committed_lens[0] - 1
+
+
+def test_rows_for_the_drafter_are_not_piled_up_without_end():
+    _, _, requests, tokens = run(CYCLE * 2, 200)
+    sent = [sum(part.num_rows for part in request.contexts) for request in requests]
+    assert len(tokens) > 700 and len(sent) >= 2 and max(sent) < 256 + 8
+
+
+def test_a_drafter_is_asked_every_time_where_ngrams_are_not_preferred():
+    scheduler, _, requests, _ = run(CYCLE * 2, 10, {}, "router.prefer_ngram=false")
+    assert len(requests) == 9 and scheduler.num_drafts_by_source == {"remote": 9}
+
+
+def test_whoever_was_right_more_often_drafts():
+    rates = DraftRates()
+    assert rates.prefers_ngram(5) and not rates.prefers_ngram(0)
+    for _ in range(200):
+        rates.saw_drafter(True)
+    assert not any(rates.prefers_ngram(size) for size in range(6))
+    for _ in range(400):
+        rates.saw_drafter(False)
+        rates.saw_ngram(3, False)
+    rates.saw_drafter(True)
+    assert rates.prefers_ngram(2) and not rates.prefers_ngram(3)
