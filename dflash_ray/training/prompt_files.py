@@ -1,10 +1,12 @@
-"""Prompts as JSONL. Errors name the file and the line."""
+"""Prompts as JSONL, plain or compressed by gzip. Errors name the file and the line."""
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,8 +51,8 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     if not path.is_file():
         raise ValueError(f"{path}: there is no such file")
     is_empty = True
-    with path.open("rb") as stream:
-        for number, line in enumerate(stream, start=1):
+    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as stream:
+        for number, line in enumerate(_lines(stream, path), start=1):
             where = f"{path}, line {number}"
             try:
                 record = json.loads(line)
@@ -64,9 +66,21 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise ValueError(f"{path}: is empty")
 
 
+def _lines(stream: Iterable[bytes], path: Path) -> Iterator[bytes]:
+    try:
+        yield from stream
+    except (EOFError, OSError, zlib.error) as error:  # cut off, or no gzip at all
+        raise ValueError(f"{path}: cannot be unpacked ({error}); copy it again") from None
+
+
+def default_source(path: Path) -> str:
+    """The name of a file without what says its format."""
+    return Path(path.name.removesuffix(".gz")).stem
+
+
 def read_prompts(path: Path) -> list[Prompt]:
     """Prompts of a JSONL file; `source` defaults to the file's name."""
-    return [prompt_of(record, where, path.stem) for where, record in read_jsonl(path)]
+    return [prompt_of(record, where, default_source(path)) for where, record in read_jsonl(path)]
 
 
 def prompt_of(record: dict[str, Any], where: str, source: str) -> Prompt:

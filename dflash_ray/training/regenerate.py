@@ -18,7 +18,7 @@ from dflash_ray.models.target_checkpoint import resolve_target
 from dflash_ray.training.config import TrainingConfig
 from dflash_ray.training.decoding import BatchDecoder, DecodeRequest, local_decoder
 from dflash_ray.training.files import write_text
-from dflash_ray.training.prompt_files import Prompt, prompt_of, read_jsonl, read_prompts
+from dflash_ray.training.prompt_files import Prompt, default_source, prompt_of, read_jsonl, read_prompts
 from dflash_ray.training.shards import Answered, TapLayout, write_shard
 
 _MIXER = 0x9E3779B97F4A7C15  # odd: orders digests otherwise than by size, which decides what is held out
@@ -66,7 +66,7 @@ def capture(config: TrainingConfig) -> int:
             raise ValueError(f"{where}: needs response_ids, the answer's token ids, each below {vocab_size}")
         if not isinstance(temperature, int | float):
             raise ValueError(f"{where}: temperature must be a number")
-        tasks.append(Task(prompt_of(record, where, path.stem), float(temperature), answer))
+        tasks.append(Task(prompt_of(record, where, default_source(path)), float(temperature), answer))
     return fill_shards(config, tasks)
 
 

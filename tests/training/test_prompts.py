@@ -1,5 +1,6 @@
 """Prompts come from files, traffic and the target; bad lines are named, near-duplicates and old traffic left out."""
 
+import gzip
 import json
 import os
 import time
@@ -12,7 +13,7 @@ from dflash_ray.training.config import SelfGeneratedSection
 from dflash_ray.training.prompt_files import Prompt, read_prompts
 from dflash_ray.training.prompts import self_generated_prompts, user_turn, without_near_duplicates
 from dflash_ray.training.traffic import captured_prompts
-from tests.training.conftest import END, recipe
+from tests.training.conftest import END, recipe, write_prompt_file
 
 GOOD_LINE = '{"prompt": "hello"}\n'
 
@@ -144,3 +145,18 @@ def test_self_generated_prompts_are_not_written_twice(target_dir, tmp_path):
     before = piece.stat().st_mtime_ns
     assert self_generated_prompts(config, section) == written
     assert piece.stat().st_mtime_ns == before
+
+
+def test_compressed_prompts_are_read_like_plain_ones(tmp_path):
+    plain, packed = tmp_path / "questions.jsonl", tmp_path / "questions.jsonl.gz"
+    write_prompt_file(plain, 6)
+    packed.write_bytes(gzip.compress(plain.read_bytes()))
+    assert read_prompts(packed) == read_prompts(plain)
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:-12], lambda data: b"{}" + data], ids=["cut off", "no gzip"])
+def test_a_damaged_archive_is_named(tmp_path, damage):
+    path = tmp_path / "questions.jsonl.gz"
+    path.write_bytes(damage(gzip.compress(b'{"prompt": "hello"}\n' * 400)))
+    with pytest.raises(ValueError, match=r"questions\.jsonl\.gz: cannot be unpacked"):
+        read_prompts(path)
