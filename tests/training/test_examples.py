@@ -1,0 +1,27 @@
+"""The recipes of the drafter that comes along are valid, and the conversations they name are whole."""
+
+from pathlib import Path
+
+import pytest
+
+from dflash_ray.models.target_checkpoint import resolve_target
+from dflash_ray.training.config import load_training_config
+from dflash_ray.training.prompt_files import read_jsonl
+
+DIRECTORY = Path(__file__).parents[2] / "examples" / "train_smollm2"
+
+
+@pytest.mark.parametrize(("name", "count"), [("first", 5641), ("second", 1024)])
+def test_each_recipe_has_its_conversations(name, count):
+    config = load_training_config(DIRECTORY / f"{name}.yaml")
+    conversations = [record for _, record in read_jsonl(DIRECTORY / f"{name}.jsonl.gz")]
+    assert config.capture.conversations == Path(f"examples/train_smollm2/{name}.jsonl.gz")
+    assert len(conversations) == count
+    vocab_size = resolve_target(config.target).config.vocab_size
+    assert all(0 <= token < vocab_size for record in conversations for token in record["response_ids"])
+
+
+def test_the_second_recipe_goes_on_from_what_the_first_leaves():
+    first, second = (load_training_config(DIRECTORY / f"{name}.yaml") for name in ("first", "second"))
+    assert second.fit.init_drafter == first.trained_dir
+    assert second.fit.shards == (second.shards_dir, first.shards_dir)
