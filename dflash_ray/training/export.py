@@ -83,4 +83,5 @@ def _lineage(config: TrainingConfig, run: dict[str, Any]) -> str:
 
 
 def _source(prompt: Prompt) -> str:
-    return prompt.source.replace("|", "/")
+    """As one cell of a table."""
+    return " ".join(prompt.source.split()).replace("|", "/")

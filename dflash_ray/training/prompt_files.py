@@ -14,6 +14,7 @@ from typing import Any
 from dflash_ray.training.files import write_text
 
 Messages = list[dict[str, str]]
+_MIXER = 0x9E3779B97F4A7C15  # odd, so that orders differ; the split goes by the size of digests
 _PICKLES = (".pkl", ".pickle", ".pt", ".pth", ".bin")
 
 
@@ -38,6 +39,11 @@ class Prompt:
         """64 bits that depend on the messages alone: split, seed and temperature follow from it."""
         text = json.dumps([[message["role"], message["content"]] for message in self.messages])
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+
+    @property
+    def order(self) -> int:
+        """Mixes prompts the same way each time, whichever side of the split they are on."""
+        return _MIXER * self.digest % 2**64
 
     def is_held_out(self, fraction: float) -> bool:
         """The same prompt always falls on the same side."""

@@ -53,8 +53,8 @@ def gather_prompts(config: TrainingConfig) -> tuple[int, int]:
 
 
 def _some(prompts: list[Prompt], count: int | None) -> list[Prompt]:
-    """The `count` prompts of the lowest digests: a sample that does not change from run to run."""
-    return prompts if count is None else sorted(prompts, key=lambda prompt: prompt.digest)[:count]
+    """A sample that does not change from run to run."""
+    return prompts if count is None else sorted(prompts, key=lambda prompt: prompt.order)[:count]
 
 
 def without_near_duplicates(prompts: Iterable[Prompt], similarity: float) -> Iterator[Prompt]:
@@ -116,7 +116,8 @@ def _write_piece(
         stem = beginnings[index]
         text = (stem + tokenizer.decode(decoded.token_ids)).strip()
         if decoded.is_stopped and len(text) > len(stem):
-            written[index] = Prompt([{"role": "user", "content": text}], f"self: {stem}" if stem else "self")
+            source = f"self: {' '.join(stem.split())}" if stem else "self"
+            written[index] = Prompt([{"role": "user", "content": text}], source)
     return [written[index] for index in sorted(written)]
 
 

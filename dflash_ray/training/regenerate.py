@@ -21,7 +21,6 @@ from dflash_ray.training.files import write_text
 from dflash_ray.training.prompt_files import Prompt, default_source, prompt_of, read_jsonl, read_prompts
 from dflash_ray.training.shards import Answered, TapLayout, write_shard
 
-_MIXER = 0x9E3779B97F4A7C15  # odd: orders digests otherwise than by size, which decides what is held out
 _SHORTEST_ANSWER = 3  # two tokens train something, and one more may be drawn behind a known answer
 
 
@@ -48,7 +47,7 @@ def regenerate(config: TrainingConfig) -> int:
     ]
     if not prompts:
         raise ValueError(f"{config.prompts_dir}: there are no prompts; run `dflash-ray train prompts` first")
-    prompts.sort(key=lambda prompt: _MIXER * prompt.digest % 2**64)
+    prompts.sort(key=lambda prompt: prompt.order)
     return fill_shards(config, [Task(p, temperatures[p.digest % len(temperatures)]) for p in prompts])
 
 

@@ -11,7 +11,7 @@ from dflash_ray.config import ConfigError, ModelConfig, TrafficConfig
 from dflash_ray.gateway.tokenizer import ChatTokenizer
 from dflash_ray.training.config import SelfGeneratedSection
 from dflash_ray.training.prompt_files import Prompt, read_prompts
-from dflash_ray.training.prompts import self_generated_prompts, user_turn, without_near_duplicates
+from dflash_ray.training.prompts import gather_prompts, self_generated_prompts, user_turn, without_near_duplicates
 from dflash_ray.training.traffic import captured_prompts
 from tests.training.conftest import END, recipe, write_prompt_file
 
@@ -132,7 +132,7 @@ def test_the_target_continues_its_own_chat_prefix_after_each_stem(target_dir, tm
     config, again = (recipe(target_dir, tmp_path / name) for name in ("once", "again"))
     section = SelfGeneratedSection(num_prompts=30, stems=("Sum: ",), max_new_tokens=60, temperature=2.0)
     written = self_generated_prompts(config, section)
-    assert {one.source for one in written} == {"self", "self: Sum: "}
+    assert {one.source for one in written} == {"self", "self: Sum:"}
     assert all(one.text.startswith("Sum: ") for one in written if one.source != "self")
     assert written == self_generated_prompts(again, section)
 
@@ -160,3 +160,18 @@ def test_a_damaged_archive_is_named(tmp_path, damage):
     path.write_bytes(damage(gzip.compress(b'{"prompt": "hello"}\n' * 400)))
     with pytest.raises(ValueError, match=r"questions\.jsonl\.gz: cannot be unpacked"):
         read_prompts(path)
+
+
+def test_a_sample_of_a_file_is_the_same_each_time_and_not_what_is_held_out(target_dir, tmp_path):
+    write_prompt_file(tmp_path / "questions.jsonl", 400)
+    sections = {"files": [str(tmp_path / "questions.jsonl")], "prompts_per_file": 80, "held_out_fraction": 0.2}
+    counts = []
+    for run in ("a", "b"):
+        config = recipe(target_dir, tmp_path / run, prompts=sections)
+        counts.append(gather_prompts(config))
+    assert counts[0] == counts[1]
+    num_train, num_held_out = counts[0]
+    assert 70 <= num_train + num_held_out <= 80 and 4 <= num_held_out <= 28
+    assert (tmp_path / "a/run/prompts/train.jsonl").read_bytes() == (
+        tmp_path / "b/run/prompts/train.jsonl"
+    ).read_bytes()
