@@ -21,7 +21,7 @@ from dflash_ray.models.block_drafter import BlockDrafter
 from dflash_ray.models.drafter_checkpoint import DrafterCheckpoint, load_drafter
 from dflash_ray.models.target_checkpoint import TargetCheckpoint, resolve_target
 from dflash_ray.training.config import TrainingConfig, load_training_config
-from dflash_ray.training.evaluate import ALL, Result, follow_answers
+from dflash_ray.training.evaluate import ALL, follow_whole_blocks
 from dflash_ray.training.fit import fit
 
 _CONTEXT_ROWS = 200
@@ -65,9 +65,7 @@ def _trained(recipe: TrainingConfig, target: TargetCheckpoint) -> tuple[DrafterC
 
 def _lengths(recipe: TrainingConfig, drafter: DrafterCheckpoint, target: TargetCheckpoint, category: str) -> list[str]:
     """Acceptance lengths at the drafter's own block size."""
-    section = recipe.evaluate.model_copy(update={"block_sizes": (drafter.config.block_size,)})
-    results: list[Result] = follow_answers(recipe.model_copy(update={"evaluate": section}), drafter, target)
-    by_category = {result.category: result for result in results}
+    by_category = follow_whole_blocks(recipe, drafter, target)
     total = by_category[ALL]
     return [
         f"{total.acceptance_length:.2f} ({total.low:.2f} to {total.high:.2f})",

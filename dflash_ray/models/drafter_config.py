@@ -8,7 +8,6 @@ that runs with other numerics than it was trained with only shows as a low accep
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -73,8 +72,7 @@ def parse_dflash_config(values: dict[str, Any], where: str) -> DflashConfig:
     """
     if "speculators_model_type" in values:
         return _parse_speculators(values, where)
-    architecture = (values.get("architectures") or [None])[0]
-    if values.get("architectures") != [architecture] or architecture not in _ARCHITECTURES:
+    if values.get("architectures") not in [[name] for name in _ARCHITECTURES]:
         raise ValueError(
             f"{where}: architectures is {values.get('architectures')};"
             f" one of {', '.join(f'[{name!r}]' for name in _ARCHITECTURES)} is supported"
@@ -88,10 +86,7 @@ def parse_dflash_config(values: dict[str, Any], where: str) -> DflashConfig:
     if "sliding_attention" in (values.get("layer_types") or ()):
         layers["use_sliding_window"] = True  # some checkpoints leave out what their layer types say
     config = _layer_config("qwen3", layers, where)
-    parsed = _assemble(config, own, values.get("is_causal"), architecture != ARCHITECTURE, where)
-    if architecture != ARCHITECTURE_2_FACTORISED or parsed.dflash2 is None:
-        return parsed
-    return replace(parsed, dflash2=replace(parsed.dflash2, is_factorised=True))
+    return _assemble(config, own, values.get("is_causal"), values["architectures"][0], where)
 
 
 def _parse_speculators(values: dict[str, Any], where: str) -> DflashConfig:
@@ -127,7 +122,7 @@ def _parse_speculators(values: dict[str, Any], where: str) -> DflashConfig:
     rows = values.get("draft_vocab_size")
     own["draft_vocab_size"] = None if rows == config.vocab_size else rows
     is_causal = False if values.get("sliding_window_non_causal", kind == "dflash2") else None
-    return _assemble(config, own, is_causal, kind == "dflash2", where)
+    return _assemble(config, own, is_causal, ARCHITECTURE_2 if kind == "dflash2" else ARCHITECTURE, where)
 
 
 def _check_keys(values: Any, known: frozenset[str], prefix: str, where: str) -> None:
@@ -153,7 +148,7 @@ def _layer_config(model_type: str, layers: dict[str, Any], where: str) -> Pretra
 
 
 def _assemble(
-    config: PretrainedConfig, own: dict[str, Any], is_causal: bool | None, is_dflash2: bool, where: str
+    config: PretrainedConfig, own: dict[str, Any], is_causal: bool | None, architecture: str, where: str
 ) -> DflashConfig:
     """Joins the layers' shape and the drafter's own keys, of which those that are absent are None."""
 
@@ -186,12 +181,12 @@ def _assemble(
     if block_size < 2:
         raise ValueError(f"{where}: block_size is {block_size}; a block is the anchor and at least one drafted token")
     dflash2 = None
-    if is_dflash2:
+    if architecture != ARCHITECTURE:
         sizes = {key: read(key) for key in _DFLASH2_KEYS}
         for key, size in sizes.items():
             if size < 1 or (key == "conv_group_size" and config.hidden_size % size):
                 raise ValueError(f"{where}: {key} is {size}; it must be positive, and a group size divide hidden_size")
-        dflash2 = Dflash2Config(**sizes)
+        dflash2 = Dflash2Config(**sizes, is_factorised=architecture == ARCHITECTURE_2_FACTORISED)
     return DflashConfig(
         hidden_size=config.hidden_size,
         num_hidden_layers=num_layers,

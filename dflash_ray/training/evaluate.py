@@ -123,6 +123,15 @@ def follow_answers(config: TrainingConfig, drafter: DrafterCheckpoint, target: T
     return results
 
 
+def follow_whole_blocks(
+    config: TrainingConfig, drafter: DrafterCheckpoint, target: TargetCheckpoint
+) -> dict[str, Result]:
+    """As `follow_answers`, at the drafter's own block size alone; by category."""
+    section = config.evaluate.model_copy(update={"block_sizes": (drafter.config.block_size,)})
+    results = follow_answers(config.model_copy(update={"evaluate": section}), drafter, target)
+    return {result.category: result for result in results}
+
+
 def _choose_answers(
     section: EvaluateSection, store: ShardStore, drafter: DrafterCheckpoint, target: TargetCheckpoint
 ) -> list[tuple[str, GreedyAnswer]]:

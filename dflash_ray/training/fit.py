@@ -22,7 +22,7 @@ from dflash_ray.training.drafter_setup import (
     initialise_from_drafter,
     initialise_from_target,
 )
-from dflash_ray.training.evaluate import ALL, follow_answers
+from dflash_ray.training.evaluate import ALL, follow_whole_blocks
 from dflash_ray.training.files import sha256_of, write_text
 from dflash_ray.training.losses import IGNORE
 from dflash_ray.training.objective import BlockLoss, DrafterObjective
@@ -230,9 +230,8 @@ class _Progress:
         """The acceptance that evaluate.answers would decode with, at the drafter's own block size."""
         self._save()
         drafter = load_drafter(self._config.trained_dir, self._target)
-        section = self._config.evaluate.model_copy(update={"block_sizes": (drafter.config.block_size,)})
-        results = follow_answers(self._config.model_copy(update={"evaluate": section}), drafter, self._target)
-        lengths = {result.category: result.acceptance_length for result in results}
+        results = follow_whole_blocks(self._config, drafter, self._target)
+        lengths = {category: result.acceptance_length for category, result in results.items()}
         self._curves.add(step, "followed", acceptance_length=lengths[ALL], by_category=lengths)
 
     def close(self) -> None:
