@@ -192,7 +192,10 @@ class TrainingConfig(_Section):
         init_drafter = self.fit.init_drafter and self.fit.init_drafter.resolve()
         shards = tuple(path.resolve() for path in self.fit.shards)
         fit = self.fit.model_copy(update={"init_drafter": init_drafter, "shards": shards})
-        return self.model_copy(update={"target": target, "work_dir": self.work_dir.resolve(), "fit": fit})
+        answers = self.evaluate.answers and self.evaluate.answers.resolve()
+        evaluate = self.evaluate.model_copy(update={"answers": answers})
+        work_dir = self.work_dir.resolve()
+        return self.model_copy(update={"target": target, "work_dir": work_dir, "fit": fit, "evaluate": evaluate})
 
     @property
     def prompts_dir(self) -> Path:

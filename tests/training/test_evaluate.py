@@ -88,3 +88,11 @@ def test_fit_trains_on_several_directories_and_follows_recorded_answers_meanwhil
     followed = [point for point in points if point["part"] == "followed"]
     assert [point["step"] for point in followed] == [2, 4]
     assert all(point["by_category"].keys() == {"all", "sums", "words"} for point in followed)
+
+
+def test_a_worker_in_another_directory_finds_what_fit_reads(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    values = {"fit": {"shards": ["a", "b"]}, "evaluate": {"answers": "answers", "temperatures": [0.0]}}
+    config = TrainingConfig.model_validate(values).with_absolute_paths()
+    assert config.shard_dirs == (tmp_path / "a", tmp_path / "b")
+    assert config.evaluate.answers == tmp_path / "answers"
