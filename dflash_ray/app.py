@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -24,6 +25,11 @@ from dflash_ray.rpc.directory import ACTOR_NAME, NAMESPACE
 from dflash_ray.target.service import TargetReplica, target_placement
 
 APPLICATION_NAME = "dflash_ray"
+
+
+class AppStartError(RuntimeError):
+    """The application cannot start; the text says what to change."""
+
 
 PROCESS_ENV = {
     # One event loop a process: grpc.aio shares one poller among all loops.
@@ -130,6 +136,9 @@ def running_app(config: DflashRayConfig) -> Iterator[None]:
 
     Without RAY_ADDRESS a Ray instance of its own is started on the loopback interface and stopped at the end; with it,
     only the application is removed.
+
+    Raises:
+        AppStartError: a port of the gateway is taken, or a deployment does not come up.
     """
     os.environ.update(PROCESS_ENV)
     # Ray runs workers at niceness 15; these are the service itself.
@@ -138,6 +147,8 @@ def running_app(config: DflashRayConfig) -> Iterator[None]:
     if joins_cluster:
         ray.init(namespace=NAMESPACE, logging_level=logging.WARNING)
     else:
+        _require_free("gateway.http_port", config.gateway.http_host, config.gateway.http_port)
+        _require_free("gateway.grpc_port", config.gateway.grpc_host, config.gateway.grpc_port)
         ray.init(
             namespace=NAMESPACE,
             _node_ip_address="127.0.0.1",
@@ -149,7 +160,10 @@ def running_app(config: DflashRayConfig) -> Iterator[None]:
     try:
         http = HTTPOptions(host=config.gateway.http_host, port=config.gateway.http_port)
         serve.start(http_options=http, logging_config={"log_level": "WARNING", "enable_access_log": False})
-        serve.run(build_app(config.model_dump()), name=APPLICATION_NAME, route_prefix="/")
+        try:
+            serve.run(build_app(config.model_dump()), name=APPLICATION_NAME, route_prefix="/")
+        except RuntimeError as error:
+            raise AppStartError(_why_not_running(str(error))) from error
         yield
     finally:
         serve.delete(APPLICATION_NAME)
@@ -157,6 +171,30 @@ def running_app(config: DflashRayConfig) -> Iterator[None]:
         if not joins_cluster:
             serve.shutdown()
         ray.shutdown()
+
+
+def _require_free(field: str, host: str, port: int) -> None:
+    """Says now what would otherwise show after the weights are loaded, as a deployment that fails three times."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            text = f"{field}: cannot listen on {host}:{port} ({error.strerror}); choose another port or free this one"
+            raise AppStartError(text) from None
+
+
+def _why_not_running(summary: str) -> str:
+    """Serve's one-line summary, and below it the last line of what each deployment reports."""
+    application = serve.status().applications.get(APPLICATION_NAME)
+    deployments = application.deployments if application else {}
+    reasons = [
+        f"{name}: {state.message.strip().splitlines()[-1]}"
+        for name, state in deployments.items()
+        if state.message.strip()
+    ]
+    return "\n".join([summary, *reasons])
 
 
 def _remove_directory() -> None:

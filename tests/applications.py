@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,9 +20,16 @@ POLICIES = {"off": router_pb2.SPECULATION_POLICY_OFF, "fixed": router_pb2.SPECUL
 
 
 def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
+    """A port to listen on a minute later: outside what the system hands to others meanwhile (32768 and above) and what
+    Ray gives its workers (10002 to 19999)."""
+    for port in random.sample(range(20_000, 32_000), 100):
+        with socket.socket() as sock:
+            try:
+                sock.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise RuntimeError("100 ports between 20000 and 32000 are taken")
 
 
 @dataclass(frozen=True)

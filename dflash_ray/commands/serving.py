@@ -6,6 +6,8 @@ import signal
 import statistics
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -44,13 +46,23 @@ def _wait_until_ready(url: str) -> None:
     fail(f"{url}/health was not 200 within {_READY_TIMEOUT_S:.0f} s; see the logs above")
 
 
+@contextmanager
+def _running(config: DflashRayConfig) -> Iterator[None]:
+    """The running application; ends the command with a clear text when it does not start."""
+    from dflash_ray.app import AppStartError, running_app
+
+    try:
+        with running_app(config):
+            yield
+    except AppStartError as error:
+        fail(str(error))
+
+
 def run_serve(config_path: Path | None, overrides: list[str]) -> None:
     """Runs until SIGINT or SIGTERM."""
     config = _load(config_path, overrides)
-    from dflash_ray.app import running_app
-
     stop = threading.Event()
-    with running_app(config):
+    with _running(config):
         http = f"http://{config.gateway.http_host}:{config.gateway.http_port}"
         address = f"{config.gateway.grpc_host}:{config.gateway.grpc_port}"
         _wait_until_ready(http)
@@ -69,10 +81,8 @@ def run_serve(config_path: Path | None, overrides: list[str]) -> None:
 def run_demo(config_path: Path | None, overrides: list[str]) -> None:
     """Answers real prompts with speculation off and on, interleaved, and prints what differs: the speed alone."""
     config = _load(config_path, overrides)
-    from dflash_ray.app import running_app
-
     console.print("starting (weights are loaded, about a minute) ...")
-    with running_app(config):
+    with _running(config):
         _wait_until_ready(f"http://{config.gateway.http_host}:{config.gateway.http_port}")
         address = f"{config.gateway.grpc_host}:{config.gateway.grpc_port}"
         console.print(f"[bold]> {_DEMO_PROMPTS[0]}[/bold]")

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import uuid
+from contextlib import AsyncExitStack
 
 import ray
 import torch
@@ -30,6 +31,7 @@ class DrafterReplica:
     """One drafter process. Serve awaits the constructor, so a replica that runs is one that answers."""
 
     async def __init__(self, config: DflashRayConfig) -> None:
+        self._closing = AsyncExitStack()
         configure_logging("drafter", config.observability.log_level, config.observability.log_format)
         if config.drafter.num_threads:
             torch.set_num_threads(config.drafter.num_threads)
@@ -37,6 +39,7 @@ class DrafterReplica:
         method = await asyncio.to_thread(load_method, config)
         self._servicer = DrafterServicer(drafter_id, method, DrafterMetrics())
         self._server = await self._serve(bind_host(config.network.bind_host))
+        self._closing.push_async_callback(self._server.stop, grace_s=1.0)
         self._entry = Entry(
             "drafter",
             drafter_id,
@@ -52,6 +55,7 @@ class DrafterReplica:
         self._registration = asyncio.create_task(
             keep_registered(self._directory, self._entry, config.network.entry_ttl_s)
         )
+        self._closing.push_async_callback(self._unregister)
         logger.info("drafter ready", extra={"drafter_id": drafter_id, "address": self._entry.address})
 
     async def _serve(self, host: str) -> RunningServer:
@@ -64,10 +68,12 @@ class DrafterReplica:
         """The signal of the autoscaling policy."""
         return {"busy_fraction": self._servicer.busy.fraction()}
 
-    async def __del__(self) -> None:
+    async def _unregister(self) -> None:
         self._registration.cancel()
         try:
             await self._directory.unregister("drafter", self._entry.id)
         except ConnectionError as error:
             logger.warning("the directory entry is left to expire: %s", error)
-        await self._server.stop(grace_s=1.0)
+
+    async def __del__(self) -> None:
+        await self._closing.aclose()

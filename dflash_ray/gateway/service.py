@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from contextlib import AsyncExitStack
 from typing import Any
 
 from fastapi import FastAPI
@@ -37,13 +38,18 @@ class GatewayReplica:
     """
 
     async def __init__(self, config: DflashRayConfig, *peers: Any) -> None:  # type: ignore[misc]
+        self._closing = AsyncExitStack()
         configure_logging("gateway", config.observability.log_level, config.observability.log_format)
         self.core = GatewayCore(config, DirectoryClient())
+        self._closing.push_async_callback(self.core.close)
         server = new_server(max_message_bytes=config.gateway.max_body_bytes)
         generation_pb2_grpc.add_GenerationServicer_to_server(GenerationServicer(self.core), server)
         host = bind_host(config.gateway.grpc_host)
         self._server = await start_server(server, [_SERVICE_NAME], host, config.gateway.grpc_port)
+        self._closing.push_async_callback(self._server.stop, grace_s=5.0)
         self._tasks = [asyncio.create_task(self.core.routers.run()), asyncio.create_task(self._report_health())]
+        for task in self._tasks:
+            self._closing.callback(task.cancel)
 
     async def _report_health(self) -> None:
         """Keeps the standard gRPC health in step with GET /health."""
@@ -58,7 +64,4 @@ class GatewayReplica:
                 task.result()
 
     async def __del__(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-        await self._server.stop(grace_s=5.0)
-        await self.core.close()
+        await self._closing.aclose()

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import uuid
+from contextlib import AsyncExitStack
 
 from dflash_ray.config import DflashRayConfig
 from dflash_ray.observability.logs import configure_logging
@@ -27,16 +28,20 @@ class RouterReplica:
     """One router process. Serve awaits the constructor."""
 
     async def __init__(self, config: DflashRayConfig) -> None:  # type: ignore[misc]
+        self._closing = AsyncExitStack()
         configure_logging("router", config.observability.log_level, config.observability.log_format)
         self._config = config
         self._router_id = uuid.uuid4().hex[:12]
         self._directory = DirectoryClient()
         self._metrics = RouterMetrics()
         self._fleet = Fleet(config, self._router_id, self._directory, self._metrics)
+        self._closing.push_async_callback(self._fleet.close)
         host = bind_host(config.network.bind_host)
         self._server = await self._serve(host)
+        self._closing.push_async_callback(self._server.stop, grace_s=1.0)
         self._address = format_address(host, self._server.port)
         self._tasks = [asyncio.create_task(self._fleet.run()), asyncio.create_task(self._keep_registered())]
+        self._closing.push_async_callback(self._unregister)
 
     async def _serve(self, host: str) -> RunningServer:
         server = new_server()
@@ -72,12 +77,13 @@ class RouterReplica:
             if task.done():
                 task.result()
 
-    async def __del__(self) -> None:
+    async def _unregister(self) -> None:
         for task in self._tasks:
             task.cancel()
         try:
             await self._directory.unregister("router", self._router_id)
         except ConnectionError as error:
             logger.warning("the directory entry is left to expire: %s", error)
-        await self._server.stop(grace_s=1.0)
-        await self._fleet.close()
+
+    async def __del__(self) -> None:
+        await self._closing.aclose()

@@ -10,6 +10,7 @@ import asyncio
 import logging
 import os
 import uuid
+from contextlib import ExitStack
 from typing import Any
 
 from dflash_ray.config import DflashRayConfig
@@ -26,13 +27,16 @@ class TargetReplica:
     """Supervises one target group. Serve awaits the constructor, so a replica that runs has a group that answers."""
 
     async def __init__(self, config: DflashRayConfig) -> None:
+        self._closing = ExitStack()
         configure_logging("target", config.observability.log_level, config.observability.log_format)
         self._config = config
         self._directory = DirectoryClient()
         self._failure: str | None = None
         self._target_id = ""
         self._group = await self._start_group()
+        self._closing.callback(lambda: self._group.kill())  # the group of that time: it is replaced when a rank dies
         self._supervision = asyncio.create_task(self._supervise())
+        self._closing.callback(self._supervision.cancel)
 
     async def _start_group(self) -> TargetGroup:
         threads = self._config.target.num_threads or max(1, (os.cpu_count() or 1) // self._config.target.tp_size)
@@ -79,8 +83,7 @@ class TargetReplica:
             raise RuntimeError(self._failure)
 
     async def __del__(self) -> None:
-        self._supervision.cancel()
-        self._group.kill()
+        self._closing.close()
 
 
 def target_placement(config: DflashRayConfig) -> tuple[list[dict[str, float]], str, dict[str, Any]]:
