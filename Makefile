@@ -63,8 +63,9 @@ kernels: setup ## Compile the operators, and the CUDA kernels where nvcc is
 	@if command -v nvcc >/dev/null; then $(BIN)/dflash-ray kernels report; else echo "no nvcc: CUDA kernels not compiled"; fi
 
 .PHONY: bench
-bench: setup ## Print the speed of plain decoding and of verification against their peers
+bench: setup ## Print the speed of plain decoding, of linear layers and of verification against their peers
 	$(BIN)/python benchmarks/plain_decode.py
+	$(BIN)/python benchmarks/linear.py
 	$(BIN)/python benchmarks/verify.py
 
 .PHONY: clean

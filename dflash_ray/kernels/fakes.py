@@ -15,6 +15,10 @@ def _table(like: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
     return like.new_empty((like.shape[0], columns), dtype=dtype)
 
 
+def _unsharded_columns(num_candidates: int) -> int:
+    return Partial.MASS + 1 + num_candidates if num_candidates else Partial.MASS
+
+
 _VERIFY: dict[str, Callable[..., Tensor | None]] = {
     "verify_prepare": lambda logits, *_: _table(logits, 2, torch.float64),
     "threshold_start": lambda maxima, *_: _table(maxima, len(StateColumn), torch.int64),
@@ -23,6 +27,7 @@ _VERIFY: dict[str, Callable[..., Tensor | None]] = {
     "verify_greedy": lambda logits, *_: _table(logits, Partial.MASS, torch.float64),
     "verify_coupled": lambda logits, *_: _table(logits, Partial.MASS, torch.float64),
     "verify_rejection": lambda logits, *rest: _table(logits, Partial.MASS + 1 + rest[-1].shape[1], torch.float64),
+    "verify_unsharded": lambda logits, *rest: _table(logits, _unsharded_columns(rest[-5].shape[1]), torch.float64),
     "verify_combine": lambda partials, rows, ints, *rest: _table(
         ints, OutcomeColumn.TOKENS + 2 * rest[-1], torch.int64
     ),

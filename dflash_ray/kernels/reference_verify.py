@@ -275,6 +275,25 @@ def verify_rejection(
     return torch.tensor(lines, dtype=torch.float64, device=logits.device).view(len(plan.rows), -1)
 
 
+def verify_unsharded(
+    logits: Tensor,
+    vocab_start: int,
+    plan: PlanTensors,
+    draft_ids: Tensor,
+    draft_probs: Tensor,
+    adjusts: bool,
+    has_top_k: bool,
+    has_top_p: bool,
+) -> Tensor:
+    maxima = verify_prepare(logits, vocab_start, plan)[:, 0]
+    state = threshold_start(maxima, plan)
+    for index in range(2 * NUM_TOP_K_ROUNDS):
+        threshold_narrow(state, threshold_histogram(logits, vocab_start, plan, maxima, state, index), plan, index)
+    if not draft_ids.shape[1]:
+        return verify_coupled(logits, vocab_start, plan, state, False)
+    return verify_rejection(logits, vocab_start, plan, maxima, state, draft_ids, draft_probs)
+
+
 def verify_combine(partials: Tensor, plan: PlanTensors, draft_ids: Tensor, draft_probs: Tensor, depth: int) -> Tensor:
     rows, shards = _rows(plan), partials.cpu()
     outcome = torch.full((len(plan.ints), OutcomeColumn.TOKENS + 2 * depth), -1, dtype=torch.int64)

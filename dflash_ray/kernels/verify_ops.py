@@ -98,6 +98,28 @@ def verify_rejection(
     return operator(logits, vocab_start, plan, maxima, state, draft_ids, draft_probs)
 
 
+def verify_unsharded(
+    logits: Tensor,
+    vocab_start: int,
+    plan: PlanTensors,
+    draft_ids: Tensor,
+    draft_probs: Tensor,
+    adjusts: bool,
+    has_top_k: bool,
+    has_top_p: bool,
+) -> Tensor:
+    """Preparation, threshold search and draw in one, for a shard that is the whole vocabulary.
+
+    Returns the partials of `verify_rejection` where drafts are given, and else those of `verify_coupled`.
+
+    Args:
+        draft_ids, draft_probs: as given to `verify_rejection`; [0, 0] in coupled mode.
+        has_top_k, has_top_p: whether a sequence of the plan has such a limit.
+    """
+    operator = _operator("verify_unsharded", logits)
+    return operator(logits, vocab_start, plan, draft_ids, draft_probs, adjusts, has_top_k, has_top_p)
+
+
 def verify_combine(partials: Tensor, plan: PlanTensors, draft_ids: Tensor, draft_probs: Tensor, depth: int) -> Tensor:
     """All shards' partials [N, R, C] to the verdict: int64 [S, 2 + 2 * depth] (`OutcomeColumn`).
 

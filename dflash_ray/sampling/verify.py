@@ -84,10 +84,13 @@ def _partials(logits: Tensor, vocab_start: int, columns: PlanColumns, group: Sha
         return ops.verify_greedy(logits, vocab_start, plan, adjusts)
     if not columns.has_thresholds and not columns.is_rejection:
         return ops.verify_coupled(logits, vocab_start, plan, None, adjusts)
+    drafts = (columns.draft_ids, columns.draft_probs)
+    if group.size == 1:
+        limits = (columns.has_top_k, columns.has_top_p)
+        return ops.verify_unsharded(logits, vocab_start, plan, *drafts, adjusts, *limits)
     maxima = group.all_gather(ops.verify_prepare(logits, vocab_start, plan)[:, 0].contiguous()).amax(0)
     state = _threshold(logits, vocab_start, columns, maxima, group) if columns.has_thresholds else None
     if columns.is_rejection:
-        drafts = (columns.draft_ids, columns.draft_probs)
         return ops.verify_rejection(logits, vocab_start, plan, maxima, state, *drafts)
     return ops.verify_coupled(logits, vocab_start, plan, state, False)
 
@@ -101,9 +104,7 @@ def _threshold(logits: Tensor, vocab_start: int, columns: PlanColumns, maxima: T
     ]
     for index in rounds:
         histogram = ops.threshold_histogram(logits, vocab_start, columns.tensors, maxima, state, index)
-        if group.size > 1:
-            histogram = group.all_gather(histogram).sum(0)
-        ops.threshold_narrow(state, histogram, columns.tensors, index)
+        ops.threshold_narrow(state, group.all_gather(histogram).sum(0), columns.tensors, index)
     return state
 
 

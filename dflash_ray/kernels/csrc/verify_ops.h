@@ -129,6 +129,32 @@ struct VerifyOps {
     return partials;
   }
 
+  static Tensor unsharded(const Tensor& logits, int64_t start, DFLASH_PLAN, const Tensor& draft_ids,
+                          const Tensor& draft_probs, bool adjusts, bool has_top_k, bool has_top_p) {
+    const DraftView drafts = draft_view(draft_ids, draft_probs);
+    const int64_t width = drafts.width > 0 ? kDraftMass + drafts.width : int64_t{kPlainPartials};
+    if constexpr (requires { &Backend::unsharded; }) {
+      const Guard guard(rows);
+      const PlanView plan = plan_view(rows, ints, floats, ids, values);
+      TORCH_CHECK(drafts.width == 0 || draft_ids.size(0) == plan.num_rows, "draft_ids must be [R, K]");
+      Tensor partials = at::empty({plan.num_rows, width}, logits.options().dtype(at::kDouble));
+      Backend::unsharded(logits_view(logits, start, rows), plan, drafts, adjusts, width,
+                         partials.template mutable_data_ptr<double>());
+      return partials;
+    } else {
+      const Tensor maxima = prepare(logits, start, rows, ints, floats, ids, values).select(1, 0).contiguous();
+      const Tensor state = threshold_start(maxima, rows, ints, floats, ids, values);
+      for (int round = 0; round < kRounds; ++round) {
+        if (!(Round(round).is_top_k ? has_top_k : has_top_p)) continue;
+        const Tensor histogram =
+            threshold_histogram(logits, start, rows, ints, floats, ids, values, maxima, state, round);
+        threshold_narrow(state, histogram, rows, ints, floats, ids, values, round);
+      }
+      if (drafts.width == 0) return coupled(logits, start, rows, ints, floats, ids, values, state, false);
+      return rejection(logits, start, rows, ints, floats, ids, values, maxima, state, draft_ids, draft_probs);
+    }
+  }
+
   static Tensor combine(const Tensor& partials, DFLASH_PLAN, const Tensor& draft_ids, const Tensor& draft_probs,
                         int64_t depth) {
     const Guard guard(rows);
@@ -190,6 +216,7 @@ struct VerifyOps {
     library.impl("verify_greedy", &greedy);
     library.impl("verify_coupled", &coupled);
     library.impl("verify_rejection", &rejection);
+    library.impl("verify_unsharded", &unsharded);
     library.impl("verify_combine", &combine);
     library.impl("commit", &commit);
     library.impl("token_logprobs", &logprobs);
@@ -230,6 +257,8 @@ inline void define_verify_ops(torch::Library& library) {
   library.def("verify_coupled" DFLASH_ADJUSTED_SCHEMA ", Tensor? state, bool adjusts) -> Tensor");
   library.def("verify_rejection" DFLASH_ROWS_SCHEMA
               ", Tensor maxima, Tensor? state, Tensor draft_ids, Tensor draft_probs) -> Tensor");
+  library.def("verify_unsharded" DFLASH_ADJUSTED_SCHEMA
+              ", Tensor draft_ids, Tensor draft_probs, bool adjusts, bool has_top_k, bool has_top_p) -> Tensor");
   library.def("verify_combine(Tensor partials, " DFLASH_PLAN_SCHEMA
               ", Tensor draft_ids, Tensor draft_probs, int depth) -> Tensor");
   library.def("commit(Tensor outcome, " DFLASH_PLAN_SCHEMA ", Tensor(a!)? features) -> Tensor");

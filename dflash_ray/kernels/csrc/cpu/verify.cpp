@@ -7,7 +7,9 @@
 
 #include <algorithm>
 #include <cstring>
+#include <functional>
 #include <numeric>
+#include <utility>
 #include <vector>
 
 #if defined(__F16C__) || defined(__AVX512F__)
@@ -25,6 +27,7 @@ namespace {
 constexpr int64_t kChunk = 256;  // tokens
 constexpr int64_t kTokensWorthAThread = 16384;
 constexpr double kGapOfFew = 12;  // to a block's likeliest token, from which on few of its tokens may win
+constexpr float kMassless = -22.3f;  // further below the likeliest token, a token's mass is 0
 constexpr int64_t kBlock = 64;   // tokens whose noise is drawn together: 16 counters of 4 words
 
 // `count` values as floats: where they lie, or converted into `buffer`.
@@ -303,10 +306,12 @@ void masses_of(const float* values, int64_t count, float inv_temperature, float 
 
 // Doubles hold a row's sums exactly: less than 2^21 tokens of at most 2^32 each.
 template <class T>
-double kept_mass(const Row<T>& row, float inv_temperature, float maximum, float floor) {
+double kept_mass(const Row<T>& row, const Scan& scan, float inv_temperature, float maximum, float floor) {
   float buffer[kChunk], masses[kChunk];
   double totals[kLanes]{};
   for (int64_t at = 0; at < row.size; at += kChunk) {
+    const float highest = scan.maxima[at / kChunk] * inv_temperature;
+    if (highest < floor || highest - maximum < kMassless) continue;
     const int64_t count = std::min(kChunk, row.size - at);
     masses_of(floats_at(row.data + at, count, buffer), count, inv_temperature, maximum, floor, masses);
     for (int64_t i = 0; i < kChunk; i += kLanes) {
@@ -314,6 +319,99 @@ double kept_mass(const Row<T>& row, float inv_temperature, float maximum, float 
     }
   }
   return std::accumulate(totals, totals + kLanes, 0.0);
+}
+
+// Raises the floor to the k-th largest value; fewer kept tokens than k all stay.
+template <class T>
+void keep_top_k(const Row<T>& row, const Scan& scan, int64_t k, float inv_temperature, int64_t* state) {
+  thread_local std::vector<float> maxima;
+  thread_local std::vector<uint32_t> kept;
+  // The k largest chunk maxima are k tokens, so that the k-th largest token lies no lower than the least of them.
+  uint32_t low = static_cast<uint32_t>(state[kFloorKey]);
+  if (k <= static_cast<int64_t>(scan.maxima.size())) {
+    maxima = scan.maxima;
+    std::nth_element(maxima.begin(), maxima.begin() + (k - 1), maxima.end(), std::greater<>());
+    low = std::max(low, key_of(maxima[k - 1] * inv_temperature));
+  }
+  kept.clear();
+  float buffer[kChunk];
+  uint32_t keys[kChunk];
+  for (int64_t at = 0; at < row.size; at += kChunk) {
+    if (key_of(scan.maxima[at / kChunk] * inv_temperature) < low) continue;
+    const int64_t count = std::min(kChunk, row.size - at);
+    const float* values = floats_at(row.data + at, count, buffer);
+    for (int64_t j = 0; j < count; ++j) keys[j] = key_of(values[j] * inv_temperature);
+    for (int64_t j = 0; j < count; ++j) {
+      if (keys[j] >= low) kept.push_back(keys[j]);
+    }
+  }
+  if (kept.empty()) return;
+  const auto last = kept.begin() + (std::min<int64_t>(k, kept.size()) - 1);
+  std::nth_element(kept.begin(), last, kept.end(), std::greater<>());
+  state[kFloorKey] = std::max<int64_t>(state[kFloorKey], *last);
+}
+
+// Distances from the likeliest token in steps of 1/64. What has no mass or is not kept is spread over bins of its own:
+// additions to one bin wait for each other.
+constexpr float kStepsANat = 64;
+constexpr int kSteps = static_cast<int>(-kMassless * kStepsANat) + 1, kDropped = 16;
+
+void steps_of(const float* values, int64_t count, float inv_temperature, float maximum, float floor, int32_t* steps) {
+  for (int64_t i = 0; i < count; ++i) {
+    const float scaled = values[i] * inv_temperature, distance = (maximum - scaled) * kStepsANat;
+    const float step = distance < kSteps ? distance : kSteps;
+    const bool is_kept = scaled >= floor && distance < kSteps;
+    steps[i] = is_kept ? static_cast<int32_t>(step) : kSteps + static_cast<int32_t>(i % kDropped);
+  }
+  for (int64_t i = count; i < kChunk; ++i) steps[i] = kSteps;
+}
+
+// Raises the floor to the value at which the mass from the largest value down first reaches `share` of all that is kept.
+template <class T>
+void keep_top_p(const Row<T>& row, const Scan& scan, float share, float inv_temperature, float maximum, int64_t* state) {
+  const float floor = floor_of(state, 0);
+  const auto for_chunks = [&](const auto& work) {
+    float buffer[kChunk];
+    for (int64_t at = 0; at < row.size; at += kChunk) {
+      const float highest = scan.maxima[at / kChunk] * inv_temperature;
+      if (highest < floor || highest - maximum < kMassless) continue;
+      const int64_t count = std::min(kChunk, row.size - at);
+      work(floats_at(row.data + at, count, buffer), count);
+    }
+  };
+  double bins[kSteps + kDropped]{};
+  float masses[kChunk];
+  int32_t steps[kChunk];
+  for_chunks([&](const float* values, int64_t count) {
+    masses_of(values, count, inv_temperature, maximum, floor, masses);
+    steps_of(values, count, inv_temperature, maximum, floor, steps);
+    for (int64_t i = 0; i < kChunk; ++i) bins[steps[i]] += static_cast<double>(masses[i]);
+  });
+  const double total = std::accumulate(bins, bins + kSteps, 0.0);
+  const double wanted = std::min(total, std::max(1.0, ceil(static_cast<double>(share) * total)));
+  double above = 0;
+  int step = 0;
+  while (step < kSteps - 1 && above + bins[step] < wanted) above += bins[step++];
+  // The bin in which it is reached, token by token.
+  thread_local std::vector<std::pair<uint32_t, float>> tokens;
+  tokens.clear();
+  for_chunks([&](const float* values, int64_t count) {
+    steps_of(values, count, inv_temperature, maximum, floor, steps);
+    int any = 0;
+    for (int64_t i = 0; i < kChunk; ++i) any |= steps[i] == step;
+    for (int64_t i = 0; any && i < count; ++i) {
+      if (steps[i] != step) continue;
+      tokens.emplace_back(key_of(values[i] * inv_temperature), integral_mass(values[i], inv_temperature, maximum));
+    }
+  });
+  std::sort(tokens.begin(), tokens.end(), std::greater<>());
+  for (const auto& [key, mass] : tokens) {
+    above += static_cast<double>(mass);
+    if (above >= wanted) {
+      state[kFloorKey] = std::max<int64_t>(state[kFloorKey], key);
+      return;
+    }
+  }
 }
 
 // Calls work(Row, index) for every row, in parallel.
@@ -419,45 +517,75 @@ struct CpuBackend {
     });
   }
 
-  // One row of a mixed batch: greedy or drawn.
+  // One row of a mixed batch, scanned: greedy or drawn.
   template <class T>
-  static void draw_row(Row<T>& row, int64_t i, const PlanView& plan, const int64_t* state, const DraftView& drafts,
-                       double* partial) {
-    thread_local Scan scan;
-    scan.run(row);
+  static void draw_row(const Row<T>& row, const Scan& scan, int64_t i, const PlanView& plan, float floor,
+                       const DraftView& drafts, double* partial) {
     Best best;
-    const bool greedy_row = is_greedy(plan.parameters(plan.row(i)[kRowSequence]));
-    if (greedy_row) {
+    if (is_greedy(plan.parameters(plan.row(i)[kRowSequence]))) {
       best_greedy(row, scan, best);
     } else if (!scan.is_bad()) {
-      best_drawn(row, scan, row_draw(plan, drafts, i, floor_of(state, i)), best);
+      best_drawn(row, scan, row_draw(plan, drafts, i, floor), best);
     }
     write_partial(partial, best, scan.maximum * temperature_scale(plan, i), scan.is_bad());
+  }
+
+  // What rejection sampling needs of a row beside its draw.
+  template <class T>
+  static void write_masses(const Row<T>& row, const Scan& scan, int64_t i, const PlanView& plan, float maximum,
+                           float floor, const DraftView& drafts, double* partial) {
+    std::fill_n(partial + kMass, 1 + drafts.width, 0.0);
+    if (!is_judged(plan, drafts, i) || partial[kIsBad] != 0) return;
+    const float inv_temperature = temperature_scale(plan, i);
+    partial[kMass] = kept_mass(row, scan, inv_temperature, maximum, floor);
+    for (int64_t j = 0; j < drafts.width; ++j) {
+      const int64_t token = drafts.ids[i * drafts.width + j];
+      if (!row.has(token) || row.get(token) * inv_temperature < floor) continue;
+      partial[kDraftMass + j] = static_cast<double>(mass_of(row.get(token), inv_temperature, maximum));
+    }
   }
 
   static void coupled(const LogitsView& logits, const PlanView& plan, const int64_t* state, bool adjusts,
                       double* partials) {
     for_rows(logits, [&](auto row, int64_t i) {
+      thread_local Scan scan;
       if (adjusts) adjust(plan, i, row);
-      draw_row(row, i, plan, state, {}, partials + i * kPlainPartials);
+      scan.run(row);
+      draw_row(row, scan, i, plan, floor_of(state, i), {}, partials + i * kPlainPartials);
     });
   }
 
   static void rejection(const LogitsView& logits, const PlanView& plan, const double* maxima, const int64_t* state,
                         const DraftView& drafts, double* partials) {
     for_rows(logits, [&](auto row, int64_t i) {
+      thread_local Scan scan;
       double* partial = partials + i * (kDraftMass + drafts.width);
-      draw_row(row, i, plan, state, drafts, partial);
-      std::fill_n(partial + kMass, 1 + drafts.width, 0.0);
-      if (!is_judged(plan, drafts, i) || partial[kIsBad] != 0) return;
-      const float inv_temperature = temperature_scale(plan, i), maximum = static_cast<float>(maxima[i]);
       const float floor = floor_of(state, i);
-      partial[kMass] = kept_mass(row, inv_temperature, maximum, floor);
-      for (int64_t j = 0; j < drafts.width; ++j) {
-        const int64_t token = drafts.ids[i * drafts.width + j];
-        if (!row.has(token) || row.get(token) * inv_temperature < floor) continue;
-        partial[kDraftMass + j] = static_cast<double>(mass_of(row.get(token), inv_temperature, maximum));
+      scan.run(row);
+      draw_row(row, scan, i, plan, floor, drafts, partial);
+      write_masses(row, scan, i, plan, static_cast<float>(maxima[i]), floor, drafts, partial);
+    });
+  }
+
+  // All of it for rows that lie here whole, while each is in cache. `width` is that of the partials.
+  static void unsharded(const LogitsView& logits, const PlanView& plan, const DraftView& drafts, bool adjusts,
+                        int64_t width, double* partials) {
+    for_rows(logits, [&](auto row, int64_t i) {
+      thread_local Scan scan;
+      const int64_t* sequence = plan.sequence(plan.row(i)[kRowSequence]);
+      const float* parameters = plan.parameters(plan.row(i)[kRowSequence]);
+      if (adjusts) adjust(plan, i, row);
+      scan.run(row);
+      const float scale = temperature_scale(plan, i), maximum = scan.maximum * scale;
+      int64_t state[kStateColumns];
+      dflash_ray::start_threshold(parameters, maximum, state);
+      if (!is_greedy(parameters) && !scan.is_bad() && maximum > kMinusInf) {
+        if (sequence[kTopK] > 0) keep_top_k(row, scan, sequence[kTopK], scale, state);
+        if (parameters[kTopP] < 1) keep_top_p(row, scan, parameters[kTopP], scale, maximum, state);
       }
+      const float floor = floor_of(state, 0);
+      draw_row(row, scan, i, plan, floor, drafts, partials + i * width);
+      if (drafts.width > 0) write_masses(row, scan, i, plan, maximum, floor, drafts, partials + i * width);
     });
   }
 
