@@ -110,7 +110,9 @@ def verify_unsharded(
 ) -> Tensor:
     """Preparation, threshold search and draw in one, for a shard that is the whole vocabulary.
 
-    Returns the partials of `verify_rejection` where drafts are given, and else those of `verify_coupled`.
+    Returns the partials of `verify_rejection` where drafts are given, else those of `verify_coupled`; the verdict is
+    theirs. A row whose only candidate was drawn for certain may leave out what its own verdict does not need: the
+    winner when it accepts, masses beside the likeliest token's when it must reject.
 
     Args:
         draft_ids, draft_probs: as given to `verify_rejection`; [0, 0] in coupled mode.

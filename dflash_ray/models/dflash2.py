@@ -91,9 +91,11 @@ class CandidateSelector(nn.Module):
     def __init__(self, num_tokens: int, hidden_size: int, config: Dflash2Config) -> None:
         super().__init__()
         self.top_k = min(config.selector_top_k, num_tokens)
-        self.predecessor_codebook = nn.Parameter(torch.randn(num_tokens, config.selector_rank))
-        self.successor_codebook = nn.Parameter(torch.zeros(num_tokens, config.selector_rank))
         self.hidden_projection = nn.Linear(hidden_size, config.selector_rank, bias=False)
+
+    def codebooks(self) -> tuple[Tensor, Tensor]:
+        """Of predecessors and of successors, [tokens, r] each."""
+        raise NotImplementedError
 
     def forward(self, hidden: Tensor, logits: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor]:
         """Candidates of all slots, and their scores after every candidate of the slot before.
@@ -117,8 +119,16 @@ class CandidateSelector(nn.Module):
         edges = edges @ F.embedding(ids, successors).transpose(-1, -2)
         return logits.gather(-1, ids)[..., None, :] + edges.float()
 
+
+class CodebookSelector(CandidateSelector):
+    """The published selector, with a row in each codebook for every token of the draft vocabulary."""
+
+    def __init__(self, num_tokens: int, hidden_size: int, config: Dflash2Config) -> None:
+        super().__init__(num_tokens, hidden_size, config)
+        self.predecessor_codebook = nn.Parameter(torch.randn(num_tokens, config.selector_rank))
+        self.successor_codebook = nn.Parameter(torch.zeros(num_tokens, config.selector_rank))
+
     def codebooks(self) -> tuple[Tensor, Tensor]:
-        """Of predecessors and of successors, [tokens, r] each."""
         return self.predecessor_codebook, self.successor_codebook
 
 
@@ -132,12 +142,10 @@ class FactorisedSelector(CandidateSelector):
     head: Tensor
 
     def __init__(self, num_tokens: int, hidden_size: int, config: Dflash2Config) -> None:
-        nn.Module.__init__(self)
-        self.top_k = min(config.selector_top_k, num_tokens)
+        super().__init__(num_tokens, hidden_size, config)
         self.predecessor_projection = nn.Linear(hidden_size, config.selector_rank, bias=False)
         self.successor_projection = nn.Linear(hidden_size, config.selector_rank, bias=False)
         nn.init.zeros_(self.successor_projection.weight)
-        self.hidden_projection = nn.Linear(hidden_size, config.selector_rank, bias=False)
 
     def bind(self, embedding: Tensor, head: Tensor) -> None:
         """Takes the target's embedding and head, [tokens, H] each, in the numbering of the draft vocabulary."""
@@ -145,13 +153,12 @@ class FactorisedSelector(CandidateSelector):
         self.register_buffer("head", head, persistent=False)
 
     def codebooks(self) -> tuple[Tensor, Tensor]:
-        """As the selector's own ones would be."""
         return self.predecessor_projection(self.embedding), self.successor_projection(self.head)
 
-    def expanded(self, config: Dflash2Config) -> CandidateSelector:
+    def expanded(self, config: Dflash2Config) -> CodebookSelector:
         """The same selector with the codebooks worked out, for serving."""
         predecessors, successors = self.codebooks()
-        selector = CandidateSelector(len(predecessors), self.hidden_projection.in_features, config)
+        selector = CodebookSelector(len(predecessors), self.hidden_projection.in_features, config)
         selector.predecessor_codebook = nn.Parameter(predecessors, requires_grad=False)
         selector.successor_codebook = nn.Parameter(successors, requires_grad=False)
         selector.hidden_projection = self.hidden_projection
@@ -160,7 +167,7 @@ class FactorisedSelector(CandidateSelector):
 
 def build_selector(num_tokens: int, hidden_size: int, config: Dflash2Config) -> CandidateSelector:
     """The selector of the kind that the configuration names."""
-    kind = FactorisedSelector if config.is_factorised else CandidateSelector
+    kind = FactorisedSelector if config.is_factorised else CodebookSelector
     return kind(num_tokens, hidden_size, config)
 
 

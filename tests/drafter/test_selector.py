@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from dflash_ray.models.dflash2 import (
-    CandidateSelector,
+    CodebookSelector,
     Dflash2Config,
     Draw,
     FactorisedSelector,
@@ -100,7 +100,7 @@ def test_factorised_codebooks_score_as_their_expansion_does():
     selector.bind(torch.randn(20, 8), torch.randn(20, 8))
     hidden, logits, anchors = torch.randn(2, 3, 8), torch.randn(2, 3, 20), torch.tensor([1, 19])
     expanded = selector.expanded(config)
-    assert type(expanded) is CandidateSelector
+    assert type(expanded) is CodebookSelector
     for mine, other in zip(selector(hidden, logits, anchors), expanded(hidden, logits, anchors), strict=True):
         torch.testing.assert_close(mine, other)
     assert not torch.equal(

@@ -545,6 +545,28 @@ struct CpuBackend {
     }
   }
 
+  // A judged row whose only candidate was drawn for certain. As no other shard has a say, acceptance is known: a row that
+  // accepts draws nothing, and one that rejects whatever the total tells the likeliest token's mass in its place.
+  template <class T>
+  static void judge_alone(const Row<T>& row, const Scan& scan, int64_t i, const PlanView& plan, float maximum,
+                          float floor, const DraftView& drafts, double* partial) {
+    const float inv_temperature = temperature_scale(plan, i);
+    const int64_t token = drafts.ids[i], seed = plan.sequence(plan.row(i)[kRowSequence])[kSeed];
+    const bool is_kept = row.has(token) && row.get(token) * inv_temperature >= floor;
+    const double mass = is_kept ? static_cast<double>(mass_of(row.get(token), inv_temperature, maximum)) : 0.0;
+    const double least = static_cast<double>(mass_of(scan.maximum, inv_temperature, maximum));
+    const double uniform = uniform_of(noise_words(seed, plan.row(i)[kRowPosition], 0, kAcceptDraw).at[0]);
+    const bool is_rejected = mass <= least && uniform * least >= mass;
+    const double total = is_rejected ? least : kept_mass(row, scan, inv_temperature, maximum, floor);
+    if (uniform * total < mass) {
+      write_partial(partial, {}, maximum, false);
+    } else {
+      draw_row(row, scan, i, plan, floor, drafts, partial);
+    }
+    partial[kMass] = total;
+    partial[kDraftMass] = mass;
+  }
+
   static void coupled(const LogitsView& logits, const PlanView& plan, const int64_t* state, bool adjusts,
                       double* partials) {
     for_rows(logits, [&](auto row, int64_t i) {
@@ -577,15 +599,21 @@ struct CpuBackend {
       if (adjusts) adjust(plan, i, row);
       scan.run(row);
       const float scale = temperature_scale(plan, i), maximum = scan.maximum * scale;
+      const bool is_finite = !scan.is_bad() && maximum > kMinusInf;
       int64_t state[kStateColumns];
       dflash_ray::start_threshold(parameters, maximum, state);
-      if (!is_greedy(parameters) && !scan.is_bad() && maximum > kMinusInf) {
+      if (!is_greedy(parameters) && is_finite) {
         if (sequence[kTopK] > 0) keep_top_k(row, scan, sequence[kTopK], scale, state);
         if (parameters[kTopP] < 1) keep_top_p(row, scan, parameters[kTopP], scale, maximum, state);
       }
       const float floor = floor_of(state, 0);
-      draw_row(row, scan, i, plan, floor, drafts, partials + i * width);
-      if (drafts.width > 0) write_masses(row, scan, i, plan, maximum, floor, drafts, partials + i * width);
+      double* partial = partials + i * width;
+      if (drafts.width == 1 && drafts.probs[i] == 1 && is_judged(plan, drafts, i) && is_finite) {
+        judge_alone(row, scan, i, plan, maximum, floor, drafts, partial);
+        return;
+      }
+      draw_row(row, scan, i, plan, floor, drafts, partial);
+      if (drafts.width > 0) write_masses(row, scan, i, plan, maximum, floor, drafts, partial);
     });
   }
 
