@@ -11,7 +11,7 @@ from dflash_ray.training.prompt_files import read_jsonl
 DIRECTORY = Path(__file__).parents[2] / "examples" / "train_smollm2"
 
 
-@pytest.mark.parametrize(("name", "count"), [("first", 5641), ("second", 1024)])
+@pytest.mark.parametrize(("name", "count"), [("first", 5641), ("second", 1024), ("third", 3662)])
 def test_each_recipe_has_its_conversations(name, count):
     config = load_training_config(DIRECTORY / f"{name}.yaml")
     conversations = [record for _, record in read_jsonl(DIRECTORY / f"{name}.jsonl.gz")]
@@ -21,7 +21,11 @@ def test_each_recipe_has_its_conversations(name, count):
     assert all(0 <= token < vocab_size for record in conversations for token in record["response_ids"])
 
 
-def test_the_second_recipe_goes_on_from_what_the_first_leaves():
-    first, second = (load_training_config(DIRECTORY / f"{name}.yaml") for name in ("first", "second"))
+def test_each_recipe_goes_on_from_what_the_one_before_leaves():
+    names = ("first", "second", "third", "fourth")
+    first, second, third, fourth = (load_training_config(DIRECTORY / f"{name}.yaml") for name in names)
     assert second.fit.init_drafter == first.trained_dir
+    assert third.fit.init_drafter == second.trained_dir
+    assert fourth.fit.init_drafter == third.trained_dir
     assert second.fit.shards == (second.shards_dir, first.shards_dir)
+    assert third.fit.shards == fourth.fit.shards == (third.shards_dir, *second.fit.shards)
