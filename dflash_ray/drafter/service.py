@@ -18,7 +18,7 @@ from dflash_ray.observability.logs import configure_logging
 from dflash_ray.observability.metrics import DrafterMetrics
 from dflash_ray.pb import drafter_pb2, drafter_pb2_grpc
 from dflash_ray.rpc.channel import RunningServer, format_address, new_server, start_server
-from dflash_ray.rpc.directory import DirectoryClient, Entry, keep_registered
+from dflash_ray.rpc.directory import DirectoryClient, Entry, keep_registered, leave
 from dflash_ray.rpc.metrics import SERVICE_NAME as METRICS_SERVICE_NAME
 from dflash_ray.rpc.metrics import add_metrics_service
 from dflash_ray.rpc.node import bind_host
@@ -70,10 +70,7 @@ class DrafterReplica:
 
     async def _unregister(self) -> None:
         self._registration.cancel()
-        try:
-            await self._directory.unregister("drafter", self._entry.id)
-        except ConnectionError as error:
-            logger.warning("the directory entry is left to expire: %s", error)
+        await leave(self._directory, "drafter", self._entry.id)
 
     async def __del__(self) -> None:
         await self._closing.aclose()

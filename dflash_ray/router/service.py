@@ -15,7 +15,7 @@ from dflash_ray.pb import router_pb2, router_pb2_grpc
 from dflash_ray.router.fleet import Fleet
 from dflash_ray.router.servicer import RouterServicer
 from dflash_ray.rpc.channel import RunningServer, format_address, new_server, start_server
-from dflash_ray.rpc.directory import DirectoryClient, Entry
+from dflash_ray.rpc.directory import DirectoryClient, Entry, leave
 from dflash_ray.rpc.metrics import SERVICE_NAME as METRICS_SERVICE_NAME
 from dflash_ray.rpc.metrics import add_metrics_service
 from dflash_ray.rpc.node import bind_host
@@ -80,10 +80,7 @@ class RouterReplica:
     async def _unregister(self) -> None:
         for task in self._tasks:
             task.cancel()
-        try:
-            await self._directory.unregister("router", self._router_id)
-        except ConnectionError as error:
-            logger.warning("the directory entry is left to expire: %s", error)
+        await leave(self._directory, "router", self._router_id)
 
     async def __del__(self) -> None:
         await self._closing.aclose()

@@ -162,6 +162,14 @@ def _get_or_create_actor() -> Any:
     ).remote()
 
 
+async def leave(client: DirectoryClient, kind: Kind, entry_id: str) -> None:
+    """Removes an entry; one that cannot be reached is left to expire."""
+    try:
+        await client.unregister(kind, entry_id)
+    except ConnectionError as error:
+        logger.warning("the directory entry is left to expire: %s", error)
+
+
 async def keep_registered(client: DirectoryClient, entry: Entry, ttl_s: float) -> None:
     """Renews an entry three times a TTL until cancelled."""
     while True:

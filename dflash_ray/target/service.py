@@ -15,7 +15,7 @@ from typing import Any
 
 from dflash_ray.config import DflashRayConfig
 from dflash_ray.observability.logs import configure_logging
-from dflash_ray.rpc.directory import DirectoryClient, Entry, keep_registered
+from dflash_ray.rpc.directory import DirectoryClient, Entry, keep_registered, leave
 from dflash_ray.target.group import GroupStartError, TargetGroup
 
 logger = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ class TargetReplica:
             reason = await self._group.wait_for_death()
             logger.error("a target rank died; the group is started again", extra={"reason": reason})
             registration.cancel()
-            await self._unregister(entry)
+            await leave(self._directory, "target", entry.id)
             await self._restart()
 
     async def _restart(self) -> None:
@@ -68,12 +68,6 @@ class TargetReplica:
                 await asyncio.sleep(2.0**attempt)
         self._failure = failure
         await asyncio.Event().wait()  # check_health reports the failure, and Serve replaces the replica
-
-    async def _unregister(self, entry: Entry) -> None:
-        try:
-            await self._directory.unregister("target", entry.id)
-        except ConnectionError as error:
-            logger.warning("the directory entry is left to expire: %s", error)
 
     async def check_health(self) -> None:
         """Raises when the group could not be started again."""
