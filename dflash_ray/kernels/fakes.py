@@ -27,7 +27,7 @@ _VERIFY: dict[str, Callable[..., Tensor | None]] = {
     "verify_greedy": lambda logits, *_: _table(logits, Partial.MASS, torch.float64),
     "verify_coupled": lambda logits, *_: _table(logits, Partial.MASS, torch.float64),
     "verify_rejection": lambda logits, *rest: _table(logits, Partial.MASS + 1 + rest[-1].shape[1], torch.float64),
-    "verify_unsharded": lambda logits, *rest: _table(logits, _unsharded_columns(rest[-5].shape[1]), torch.float64),
+    "verify_unsharded": lambda logits, *rest: _table(logits, _unsharded_columns(rest[6].shape[1]), torch.float64),
     "verify_combine": lambda partials, rows, ints, *rest: _table(
         ints, OutcomeColumn.TOKENS + 2 * rest[-1], torch.int64
     ),

@@ -282,6 +282,7 @@ def verify_unsharded(
     draft_ids: Tensor,
     draft_probs: Tensor,
     adjusts: bool,
+    has_min_p: bool,
     has_top_k: bool,
     has_top_p: bool,
 ) -> Tensor:

@@ -105,6 +105,7 @@ def verify_unsharded(
     draft_ids: Tensor,
     draft_probs: Tensor,
     adjusts: bool,
+    has_min_p: bool,
     has_top_k: bool,
     has_top_p: bool,
 ) -> Tensor:
@@ -116,10 +117,10 @@ def verify_unsharded(
 
     Args:
         draft_ids, draft_probs: as given to `verify_rejection`; [0, 0] in coupled mode.
-        has_top_k, has_top_p: whether a sequence of the plan has such a limit.
+        has_min_p, has_top_k, has_top_p: whether a sequence of the plan has such a limit.
     """
     operator = _operator("verify_unsharded", logits)
-    return operator(logits, vocab_start, plan, draft_ids, draft_probs, adjusts, has_top_k, has_top_p)
+    return operator(logits, vocab_start, plan, draft_ids, draft_probs, adjusts, has_min_p, has_top_k, has_top_p)
 
 
 def verify_combine(partials: Tensor, plan: PlanTensors, draft_ids: Tensor, draft_probs: Tensor, depth: int) -> Tensor:

@@ -86,7 +86,7 @@ def _partials(logits: Tensor, vocab_start: int, columns: PlanColumns, group: Sha
         return ops.verify_coupled(logits, vocab_start, plan, None, adjusts)
     drafts = (columns.draft_ids, columns.draft_probs)
     if group.size == 1:
-        limits = (columns.has_top_k, columns.has_top_p)
+        limits = (columns.has_min_p, columns.has_top_k, columns.has_top_p)
         return ops.verify_unsharded(logits, vocab_start, plan, *drafts, adjusts, *limits)
     maxima = group.all_gather(ops.verify_prepare(logits, vocab_start, plan)[:, 0].contiguous()).amax(0)
     state = _threshold(logits, vocab_start, columns, maxima, group) if columns.has_thresholds else None

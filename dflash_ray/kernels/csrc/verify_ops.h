@@ -130,7 +130,7 @@ struct VerifyOps {
   }
 
   static Tensor unsharded(const Tensor& logits, int64_t start, DFLASH_PLAN, const Tensor& draft_ids,
-                          const Tensor& draft_probs, bool adjusts, bool has_top_k, bool has_top_p) {
+                          const Tensor& draft_probs, bool adjusts, bool has_min_p, bool has_top_k, bool has_top_p) {
     const DraftView drafts = draft_view(draft_ids, draft_probs);
     const int64_t width = drafts.width > 0 ? kDraftMass + drafts.width : int64_t{kPlainPartials};
     if constexpr (requires { &Backend::unsharded; }) {
@@ -143,12 +143,13 @@ struct VerifyOps {
       return partials;
     } else {
       const Tensor maxima = prepare(logits, start, rows, ints, floats, ids, values).select(1, 0).contiguous();
-      const Tensor state = threshold_start(maxima, rows, ints, floats, ids, values);
+      std::optional<Tensor> state;
+      if (has_min_p || has_top_k || has_top_p) state = threshold_start(maxima, rows, ints, floats, ids, values);
       for (int round = 0; round < kRounds; ++round) {
         if (!(Round(round).is_top_k ? has_top_k : has_top_p)) continue;
         const Tensor histogram =
-            threshold_histogram(logits, start, rows, ints, floats, ids, values, maxima, state, round);
-        threshold_narrow(state, histogram, rows, ints, floats, ids, values, round);
+            threshold_histogram(logits, start, rows, ints, floats, ids, values, maxima, *state, round);
+        threshold_narrow(*state, histogram, rows, ints, floats, ids, values, round);
       }
       if (drafts.width == 0) return coupled(logits, start, rows, ints, floats, ids, values, state, false);
       return rejection(logits, start, rows, ints, floats, ids, values, maxima, state, draft_ids, draft_probs);
@@ -258,7 +259,8 @@ inline void define_verify_ops(torch::Library& library) {
   library.def("verify_rejection" DFLASH_ROWS_SCHEMA
               ", Tensor maxima, Tensor? state, Tensor draft_ids, Tensor draft_probs) -> Tensor");
   library.def("verify_unsharded" DFLASH_ADJUSTED_SCHEMA
-              ", Tensor draft_ids, Tensor draft_probs, bool adjusts, bool has_top_k, bool has_top_p) -> Tensor");
+              ", Tensor draft_ids, Tensor draft_probs, bool adjusts, bool has_min_p, "
+              "bool has_top_k, bool has_top_p) -> Tensor");
   library.def("verify_combine(Tensor partials, " DFLASH_PLAN_SCHEMA
               ", Tensor draft_ids, Tensor draft_probs, int depth) -> Tensor");
   library.def("commit(Tensor outcome, " DFLASH_PLAN_SCHEMA ", Tensor(a!)? features) -> Tensor");

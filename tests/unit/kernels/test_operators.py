@@ -34,7 +34,7 @@ def calls():
         "verify_greedy": (logits, 0, *plan, True),
         "verify_coupled": (logits, 0, *plan, state, True),
         "verify_rejection": (logits, 0, *plan, maxima, state, *drafts),
-        "verify_unsharded": (logits, 0, *plan, *drafts, True, True, True),
+        "verify_unsharded": (logits, 0, *plan, *drafts, True, True, True, True),
         "verify_combine": (partials, *plan, *no_drafts, 3),
         "commit": (outcome, *plan, torch.randn(3, 4)),
         "token_logprobs": (logits, 0, torch.tensor([1, 2, 3]), 2),

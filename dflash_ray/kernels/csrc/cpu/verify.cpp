@@ -304,20 +304,30 @@ void masses_of(const float* values, int64_t count, float inv_temperature, float 
   std::fill(masses + count, masses + kChunk, 0.0f);
 }
 
-// Doubles hold a row's sums exactly: less than 2^21 tokens of at most 2^32 each.
-template <class T>
-double kept_mass(const Row<T>& row, const Scan& scan, float inv_temperature, float maximum, float floor) {
-  float buffer[kChunk], masses[kChunk];
-  double totals[kLanes]{};
+// Calls work(values, count) for the chunks of a row in which a token may be kept and have a mass.
+template <class T, class Work>
+void for_massive_chunks(const Row<T>& row, const Scan& scan, float inv_temperature, float maximum, float floor,
+                        const Work& work) {
+  float buffer[kChunk];
   for (int64_t at = 0; at < row.size; at += kChunk) {
     const float highest = scan.maxima[at / kChunk] * inv_temperature;
     if (highest < floor || highest - maximum < kMassless) continue;
     const int64_t count = std::min(kChunk, row.size - at);
-    masses_of(floats_at(row.data + at, count, buffer), count, inv_temperature, maximum, floor, masses);
+    work(floats_at(row.data + at, count, buffer), count);
+  }
+}
+
+// Doubles hold a row's sums exactly: less than 2^21 tokens of at most 2^32 each.
+template <class T>
+double kept_mass(const Row<T>& row, const Scan& scan, float inv_temperature, float maximum, float floor) {
+  float masses[kChunk];
+  double totals[kLanes]{};
+  for_massive_chunks(row, scan, inv_temperature, maximum, floor, [&](const float* values, int64_t count) {
+    masses_of(values, count, inv_temperature, maximum, floor, masses);
     for (int64_t i = 0; i < kChunk; i += kLanes) {
       for (int j = 0; j < kLanes; ++j) totals[j] += static_cast<double>(masses[i + j]);
     }
-  }
+  });
   return std::accumulate(totals, totals + kLanes, 0.0);
 }
 
@@ -370,19 +380,10 @@ void steps_of(const float* values, int64_t count, float inv_temperature, float m
 template <class T>
 void keep_top_p(const Row<T>& row, const Scan& scan, float share, float inv_temperature, float maximum, int64_t* state) {
   const float floor = floor_of(state, 0);
-  const auto for_chunks = [&](const auto& work) {
-    float buffer[kChunk];
-    for (int64_t at = 0; at < row.size; at += kChunk) {
-      const float highest = scan.maxima[at / kChunk] * inv_temperature;
-      if (highest < floor || highest - maximum < kMassless) continue;
-      const int64_t count = std::min(kChunk, row.size - at);
-      work(floats_at(row.data + at, count, buffer), count);
-    }
-  };
   double bins[kSteps + kDropped]{};
   float masses[kChunk];
   int32_t steps[kChunk];
-  for_chunks([&](const float* values, int64_t count) {
+  for_massive_chunks(row, scan, inv_temperature, maximum, floor, [&](const float* values, int64_t count) {
     masses_of(values, count, inv_temperature, maximum, floor, masses);
     steps_of(values, count, inv_temperature, maximum, floor, steps);
     for (int64_t i = 0; i < kChunk; ++i) bins[steps[i]] += static_cast<double>(masses[i]);
@@ -395,7 +396,7 @@ void keep_top_p(const Row<T>& row, const Scan& scan, float share, float inv_temp
   // The bin in which it is reached, token by token.
   thread_local std::vector<std::pair<uint32_t, float>> tokens;
   tokens.clear();
-  for_chunks([&](const float* values, int64_t count) {
+  for_massive_chunks(row, scan, inv_temperature, maximum, floor, [&](const float* values, int64_t count) {
     steps_of(values, count, inv_temperature, maximum, floor, steps);
     int any = 0;
     for (int64_t i = 0; i < kChunk; ++i) any |= steps[i] == step;
