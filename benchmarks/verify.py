@@ -1,19 +1,23 @@
 """Verification of 32 sequences with 8 drafts each: the operators against plain torch, `transformers`, and an argmax.
 
-`python benchmarks/verify.py`: all cores, float32 logits, interleaved rounds, medians. `peaked` logits are shaped like a
-language model's (a few likely tokens), `flat` ones are unit normals, the worst case for pruning. Prints figures;
-asserts nothing.
+`python benchmarks/verify.py`: all cores, float32 logits, interleaved rounds, medians. `target` logits are the embedded
+model's over the prompts of `drafter_prompts.jsonl`; `peaked` ones are normals of which a few are likely, `flat` ones
+unit normals, the worst case for pruning. Prints figures; asserts nothing.
 """
 
 from __future__ import annotations
 
+import json
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from transformers.generation.utils import _speculative_sampling
 
+from dflash_ray.config import BUILTIN_MODEL
+from dflash_ray.models.target_checkpoint import resolve_target
 from dflash_ray.sampling.plan import COUPLED, REJECTION, SequencePlan
 from dflash_ray.sampling.shards import SingleShard
 from dflash_ray.sampling.verify import verify
@@ -58,6 +62,19 @@ def transformers_sampling(logits: torch.Tensor) -> None:
         _speculative_sampling(ids, draft_logits[i : i + 1], ROWS - 1, logits[i * ROWS : (i + 1) * ROWS][None])
 
 
+def target_logits() -> torch.Tensor:
+    """Float32 [SEQUENCES * ROWS, 49152]: what the embedded model says at consecutive tokens of one text."""
+    lines = (Path(__file__).parent / "drafter_prompts.jsonl").read_text().splitlines()
+    target = resolve_target(BUILTIN_MODEL)
+    ids = target.load_tokenizer()("\n\n".join(json.loads(line)["prompt"] for line in lines))["input_ids"]
+    with torch.inference_mode():
+        return target.load_model()(torch.tensor([ids[: SEQUENCES * ROWS]])).logits[0].float().contiguous()
+
+
+def random_logits(vocabulary: int, spread: float) -> torch.Tensor:
+    return torch.randn(SEQUENCES * ROWS, vocabulary, generator=torch.Generator().manual_seed(0)) * spread
+
+
 def measure(functions: dict[str, Callable[[], object]]) -> dict[str, float]:
     """Median milliseconds of each, in interleaved rounds after one that is not counted."""
     times: dict[str, list[float]] = {name: [] for name in functions}
@@ -69,22 +86,25 @@ def measure(functions: dict[str, Callable[[], object]]) -> dict[str, float]:
     return {name: statistics.median(values[1:]) for name, values in times.items()}
 
 
+def report(shape: str, logits: torch.Tensor) -> None:
+    functions: dict[str, Callable[[], object]] = {
+        "argmax": lambda: logits.argmax(-1),
+        "plain torch, top-p 0.95": lambda: plain_torch(logits),
+        "transformers, T=1": lambda: transformers_sampling(logits),
+    }
+    for name, values in CASES.items():
+        functions[name] = lambda step=plan(**values): verify(logits, 0, step, SingleShard())
+    figures = measure(functions)
+    print(f"{SEQUENCES} x {ROWS} rows, vocabulary {logits.shape[1]}, {shape} logits")
+    for name, value in figures.items():
+        print(f"  {name:24}{value:9.1f} ms  {value / figures['argmax']:6.2f} x argmax")
+
+
 def main() -> None:
+    report("target", target_logits())
     for vocabulary in VOCABULARIES:
         for shape, spread in SHAPES.items():
-            logits = torch.randn(SEQUENCES * ROWS, vocabulary, generator=torch.Generator().manual_seed(0)) * spread
-            functions: dict[str, Callable[[], object]] = {
-                "argmax": lambda logits=logits: logits.argmax(-1),
-                "plain torch, top-p 0.95": lambda logits=logits: plain_torch(logits),
-                "transformers, T=1": lambda logits=logits: transformers_sampling(logits),
-            }
-            for name, values in CASES.items():
-                step = plan(**values)
-                functions[name] = lambda logits=logits, step=step: verify(logits, 0, step, SingleShard())
-            figures = measure(functions)
-            print(f"{SEQUENCES} x {ROWS} rows, vocabulary {vocabulary}, {shape} logits")
-            for name, value in figures.items():
-                print(f"  {name:24}{value:9.1f} ms  {value / figures['argmax']:6.2f} x argmax")
+            report(shape, random_logits(vocabulary, spread))
 
 
 if __name__ == "__main__":

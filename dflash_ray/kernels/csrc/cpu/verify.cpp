@@ -7,48 +7,18 @@
 
 #include <algorithm>
 #include <cstring>
-#include <functional>
-#include <numeric>
-#include <utility>
-#include <vector>
-
-#if defined(__F16C__) || defined(__AVX512F__)
-#include <immintrin.h>
-#endif
 
 #include "../operators.h"
-#include "../scalars.h"
 #include "../verify_ops.h"
-#include "vectors.h"
+#include "noise.h"
+#include "rows.h"
+#include "thresholds.h"
 
 namespace dflash_ray {
 namespace {
 
-constexpr int64_t kChunk = 256;  // tokens
 constexpr int64_t kTokensWorthAThread = 16384;
 constexpr double kGapOfFew = 12;  // to a block's likeliest token, from which on few of its tokens may win
-constexpr float kMassless = -22.3f;  // further below the likeliest token, a token's mass is 0
-constexpr int64_t kBlock = 64;   // tokens whose noise is drawn together: 16 counters of 4 words
-
-// `count` values as floats: where they lie, or converted into `buffer`.
-inline const float* floats_at(const float* from, int64_t, float*) { return from; }
-
-inline const float* floats_at(const Bfloat16* from, int64_t count, float* buffer) {
-  for (int64_t i = 0; i < count; ++i) buffer[i] = to_float(from[i]);
-  return buffer;
-}
-
-inline const float* floats_at(const Float16* from, int64_t count, float* buffer) {
-  int64_t i = 0;
-#ifdef __F16C__
-  for (; i + 8 <= count; i += 8) {
-    const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i));
-    _mm256_storeu_ps(buffer + i, _mm256_cvtph_ps(bits));
-  }
-#endif
-  for (; i < count; ++i) buffer[i] = to_float(from[i]);
-  return buffer;
-}
 
 template <class T>
 void adjust(const PlanView& plan, int64_t row, Row<T>& logits) {
@@ -64,59 +34,6 @@ void adjust(const PlanView& plan, int64_t row, Row<T>& logits) {
   }
 }
 
-// The largest of `count` values; sets `has_nan` where one is not a number.
-float maximum_of(const float* x, int64_t count, bool& has_nan) {
-  Lanes best[2], nan[2]{};
-  best[0] = best[1] = Lanes{} + kMinusInf;
-  int64_t i = 0;
-  for (; i + 2 * kLanes <= count; i += 2 * kLanes) {
-    for (int j = 0; j < 2; ++j) {
-      const Lanes value = load(x + i + j * kLanes);
-      best[j] = value > best[j] ? value : best[j];
-      nan[j] = value != value ? value : nan[j];
-    }
-  }
-  float lanes[2 * kLanes], nans[2 * kLanes];
-  for (int j = 0; j < 2; ++j) {
-    store(lanes + j * kLanes, best[j]);
-    store(nans + j * kLanes, nan[j]);
-  }
-  float result = kMinusInf;
-  for (int j = 0; j < 2 * kLanes; ++j) {
-    result = lanes[j] > result ? lanes[j] : result;
-    has_nan |= nans[j] != nans[j];
-  }
-  for (; i < count; ++i) {
-    result = x[i] > result ? x[i] : result;
-    has_nan |= x[i] != x[i];
-  }
-  return result;
-}
-
-// Maxima of a row's chunks, from the one pass over its memory.
-struct Scan {
-  std::vector<float> maxima;
-  float maximum = kMinusInf;
-  bool has_nan = false;
-
-  template <class T>
-  void run(const Row<T>& row) {
-    float buffer[kChunk];
-    maxima.clear();
-    maximum = kMinusInf;
-    has_nan = false;
-    for (int64_t at = 0; at < row.size; at += kChunk) {
-      const int64_t count = std::min(kChunk, row.size - at);
-      maxima.push_back(maximum_of(floats_at(row.data + at, count, buffer), count, has_nan));
-      maximum = std::max(maximum, maxima.back());
-    }
-  }
-
-  bool is_bad() const { return has_nan || maximum == INFINITY; }
-
-  int64_t chunk_of_maximum() const { return std::find(maxima.begin(), maxima.end(), maximum) - maxima.begin(); }
-};
-
 template <class T>
 void best_greedy(const Row<T>& row, const Scan& scan, Best& best) {
   if (scan.maximum == kMinusInf) return;
@@ -125,94 +42,6 @@ void best_greedy(const Row<T>& row, const Scan& scan, Best& best) {
     if (to_float(row.data[i]) == scan.maximum) return best.take(scan.maximum, row.start + i);
   }
 }
-
-// Philox over the 16 counters of a block, two products of 32-bit words a round.
-#if defined(__AVX512F__)
-struct Counters {
-  __m512i at;
-
-  static Counters all(uint32_t value) { return {_mm512_set1_epi32(static_cast<int>(value))}; }
-  static Counters from(uint32_t value) {
-    const __m512i steps = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-    return {_mm512_add_epi32(all(value).at, steps)};
-  }
-  Counters operator^(Counters other) const { return {_mm512_xor_si512(at, other.at)}; }
-  void multiply(uint32_t factor, Counters& high, Counters& low) const {
-    const __m512i by = _mm512_set1_epi64(factor);
-    const __m512i even = _mm512_mul_epu32(at, by), odd = _mm512_mul_epu32(_mm512_srli_epi64(at, 32), by);
-    high.at = _mm512_mask_blend_epi32(0xAAAA, _mm512_srli_epi64(even, 32), odd);
-    low.at = _mm512_mask_blend_epi32(0xAAAA, even, _mm512_slli_epi64(odd, 32));
-  }
-  void store(uint32_t* to) const { _mm512_storeu_si512(to, at); }
-};
-#else
-struct Counters {
-  uint32_t at[kBlock / 4];
-
-  static Counters all(uint32_t value) {
-    Counters counters;
-    std::fill_n(counters.at, kBlock / 4, value);
-    return counters;
-  }
-  static Counters from(uint32_t value) {
-    Counters counters;
-    for (uint32_t i = 0; i < kBlock / 4; ++i) counters.at[i] = value + i;
-    return counters;
-  }
-  Counters operator^(Counters other) const {
-    for (int i = 0; i < kBlock / 4; ++i) other.at[i] ^= at[i];
-    return other;
-  }
-  void multiply(uint32_t factor, Counters& high, Counters& low) const {
-    for (int i = 0; i < kBlock / 4; ++i) {
-      const uint64_t product = uint64_t{factor} * at[i];
-      high.at[i] = static_cast<uint32_t>(product >> 32);
-      low.at[i] = static_cast<uint32_t>(product);
-    }
-  }
-  void store(uint32_t* to) const { std::copy_n(at, kBlock / 4, to); }
-};
-#endif
-
-// The noise of a block's tokens: words[w][c] belongs to token first_token + 4 c + w.
-void block_words(const RowDraw& draw, int64_t first_token, uint32_t (&words)[4][kBlock / 4]) {
-  const uint64_t at = static_cast<uint64_t>(draw.position), key = static_cast<uint64_t>(draw.seed);
-  Counters c0 = Counters::all(static_cast<uint32_t>(at)), c1 = Counters::all(static_cast<uint32_t>(at >> 32));
-  Counters c2 = Counters::from(static_cast<uint32_t>(first_token >> 2));
-  Counters c3 = Counters::all(static_cast<uint32_t>(draw.purpose));
-  uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
-  for (int round = 0; round < 10; ++round) {
-    Counters high0, low0, high1, low1;
-    c0.multiply(0xD2511F53u, high0, low0);
-    c2.multiply(0xCD9E8D57u, high1, low1);
-    c0 = high1 ^ c1 ^ Counters::all(k0);
-    c1 = low1;
-    c2 = high0 ^ c3 ^ Counters::all(k1);
-    c3 = low0;
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
-  }
-  c0.store(words[0]);
-  c1.store(words[1]);
-  c2.store(words[2]);
-  c3.store(words[3]);
-}
-
-// word_that_may_reach for gaps in steps of 1/16, rounded towards smaller words.
-struct NeededWords {
-  static constexpr int kSteps = 16;
-  uint32_t words[static_cast<int>(kMaxGumbel * kSteps) + 1];
-
-  NeededWords() {
-    for (size_t i = 0; i < std::size(words); ++i) words[i] = word_that_may_reach(static_cast<float>(i) / kSteps);
-  }
-  uint32_t operator()(double gap) const {
-    if (gap > kMaxGumbel) return kNoWord;
-    return gap <= 0 ? 0 : words[static_cast<int>(gap * kSteps)];
-  }
-};
-
-const NeededWords needed_words;
 
 // Considers the tokens of an aligned, whole block that may still win, four at a time as they share their noise. False,
 // with nothing considered, where so many may win that drawing the block's noise at once is quicker.
@@ -284,135 +113,11 @@ void best_drawn(const Row<T>& row, const Scan& scan, const RowDraw& draw, Best& 
   }
 }
 
-float floor_of(const int64_t* state, int64_t row) {
-  return state ? value_of_key(static_cast<uint32_t>(state[row * kStateColumns + kFloorKey])) : kMinusInf;
-}
-
 void write_partial(double* partial, const Best& best, float maximum, bool is_bad) {
   partial[kBestScore] = best.score;
   partial[kBestToken] = static_cast<double>(best.token);
   partial[kMaximum] = maximum;
   partial[kIsBad] = is_bad;
-}
-
-// Masses of `count` values from `floor` on. What stands behind them up to kChunk is 0.
-void masses_of(const float* values, int64_t count, float inv_temperature, float maximum, float floor, float* masses) {
-  for (int64_t i = 0; i < count; ++i) {
-    const float mass = integral_mass(values[i], inv_temperature, maximum);
-    masses[i] = values[i] * inv_temperature >= floor ? mass : 0.0f;
-  }
-  std::fill(masses + count, masses + kChunk, 0.0f);
-}
-
-// Calls work(values, count) for the chunks of a row in which a token may be kept and have a mass.
-template <class T, class Work>
-void for_massive_chunks(const Row<T>& row, const Scan& scan, float inv_temperature, float maximum, float floor,
-                        const Work& work) {
-  float buffer[kChunk];
-  for (int64_t at = 0; at < row.size; at += kChunk) {
-    const float highest = scan.maxima[at / kChunk] * inv_temperature;
-    if (highest < floor || highest - maximum < kMassless) continue;
-    const int64_t count = std::min(kChunk, row.size - at);
-    work(floats_at(row.data + at, count, buffer), count);
-  }
-}
-
-// Doubles hold a row's sums exactly: less than 2^21 tokens of at most 2^32 each.
-template <class T>
-double kept_mass(const Row<T>& row, const Scan& scan, float inv_temperature, float maximum, float floor) {
-  float masses[kChunk];
-  double totals[kLanes]{};
-  for_massive_chunks(row, scan, inv_temperature, maximum, floor, [&](const float* values, int64_t count) {
-    masses_of(values, count, inv_temperature, maximum, floor, masses);
-    for (int64_t i = 0; i < kChunk; i += kLanes) {
-      for (int j = 0; j < kLanes; ++j) totals[j] += static_cast<double>(masses[i + j]);
-    }
-  });
-  return std::accumulate(totals, totals + kLanes, 0.0);
-}
-
-// Raises the floor to the k-th largest value; fewer kept tokens than k all stay.
-template <class T>
-void keep_top_k(const Row<T>& row, const Scan& scan, int64_t k, float inv_temperature, int64_t* state) {
-  thread_local std::vector<float> maxima;
-  thread_local std::vector<uint32_t> kept;
-  // The k largest chunk maxima are k tokens, so that the k-th largest token lies no lower than the least of them.
-  uint32_t low = static_cast<uint32_t>(state[kFloorKey]);
-  if (k <= static_cast<int64_t>(scan.maxima.size())) {
-    maxima = scan.maxima;
-    std::nth_element(maxima.begin(), maxima.begin() + (k - 1), maxima.end(), std::greater<>());
-    low = std::max(low, key_of(maxima[k - 1] * inv_temperature));
-  }
-  kept.clear();
-  float buffer[kChunk];
-  uint32_t keys[kChunk];
-  for (int64_t at = 0; at < row.size; at += kChunk) {
-    if (key_of(scan.maxima[at / kChunk] * inv_temperature) < low) continue;
-    const int64_t count = std::min(kChunk, row.size - at);
-    const float* values = floats_at(row.data + at, count, buffer);
-    for (int64_t j = 0; j < count; ++j) keys[j] = key_of(values[j] * inv_temperature);
-    for (int64_t j = 0; j < count; ++j) {
-      if (keys[j] >= low) kept.push_back(keys[j]);
-    }
-  }
-  if (kept.empty()) return;
-  const auto last = kept.begin() + (std::min<int64_t>(k, kept.size()) - 1);
-  std::nth_element(kept.begin(), last, kept.end(), std::greater<>());
-  state[kFloorKey] = std::max<int64_t>(state[kFloorKey], *last);
-}
-
-// Distances from the likeliest token in steps of 1/64. What has no mass or is not kept is spread over bins of its own:
-// additions to one bin wait for each other.
-constexpr float kStepsANat = 64;
-constexpr int kSteps = static_cast<int>(-kMassless * kStepsANat) + 1, kDropped = 16;
-
-void steps_of(const float* values, int64_t count, float inv_temperature, float maximum, float floor, int32_t* steps) {
-  for (int64_t i = 0; i < count; ++i) {
-    const float scaled = values[i] * inv_temperature, distance = (maximum - scaled) * kStepsANat;
-    const float step = distance < kSteps ? distance : kSteps;
-    const bool is_kept = scaled >= floor && distance < kSteps;
-    steps[i] = is_kept ? static_cast<int32_t>(step) : kSteps + static_cast<int32_t>(i % kDropped);
-  }
-  for (int64_t i = count; i < kChunk; ++i) steps[i] = kSteps;
-}
-
-// Raises the floor to the value at which the mass from the largest value down first reaches `share` of all that is kept.
-template <class T>
-void keep_top_p(const Row<T>& row, const Scan& scan, float share, float inv_temperature, float maximum, int64_t* state) {
-  const float floor = floor_of(state, 0);
-  double bins[kSteps + kDropped]{};
-  float masses[kChunk];
-  int32_t steps[kChunk];
-  for_massive_chunks(row, scan, inv_temperature, maximum, floor, [&](const float* values, int64_t count) {
-    masses_of(values, count, inv_temperature, maximum, floor, masses);
-    steps_of(values, count, inv_temperature, maximum, floor, steps);
-    for (int64_t i = 0; i < kChunk; ++i) bins[steps[i]] += static_cast<double>(masses[i]);
-  });
-  const double total = std::accumulate(bins, bins + kSteps, 0.0);
-  const double wanted = std::min(total, std::max(1.0, ceil(static_cast<double>(share) * total)));
-  double above = 0;
-  int step = 0;
-  while (step < kSteps - 1 && above + bins[step] < wanted) above += bins[step++];
-  // The bin in which it is reached, token by token.
-  thread_local std::vector<std::pair<uint32_t, float>> tokens;
-  tokens.clear();
-  for_massive_chunks(row, scan, inv_temperature, maximum, floor, [&](const float* values, int64_t count) {
-    steps_of(values, count, inv_temperature, maximum, floor, steps);
-    int any = 0;
-    for (int64_t i = 0; i < kChunk; ++i) any |= steps[i] == step;
-    for (int64_t i = 0; any && i < count; ++i) {
-      if (steps[i] != step) continue;
-      tokens.emplace_back(key_of(values[i] * inv_temperature), integral_mass(values[i], inv_temperature, maximum));
-    }
-  });
-  std::sort(tokens.begin(), tokens.end(), std::greater<>());
-  for (const auto& [key, mass] : tokens) {
-    above += static_cast<double>(mass);
-    if (above >= wanted) {
-      state[kFloorKey] = std::max<int64_t>(state[kFloorKey], key);
-      return;
-    }
-  }
 }
 
 // Calls work(Row, index) for every row, in parallel.
