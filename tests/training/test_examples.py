@@ -1,5 +1,6 @@
 """The recipes of the drafter that comes along are valid, and the conversations they name are whole."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from dflash_ray.training.prompt_files import read_jsonl
 DIRECTORY = Path(__file__).parents[2] / "examples" / "train_smollm2"
 
 
-@pytest.mark.parametrize(("name", "count"), [("first", 5641), ("second", 1024), ("third", 3662)])
+@pytest.mark.parametrize(("name", "count"), [("first", 5641), ("second", 1024), ("third", 3662), ("fifth", 4864)])
 def test_each_recipe_has_its_conversations(name, count):
     config = load_training_config(DIRECTORY / f"{name}.yaml")
     conversations = [record for _, record in read_jsonl(DIRECTORY / f"{name}.jsonl.gz")]
@@ -22,10 +23,10 @@ def test_each_recipe_has_its_conversations(name, count):
 
 
 def test_each_recipe_goes_on_from_what_the_one_before_leaves():
-    names = ("first", "second", "third", "fourth")
-    first, second, third, fourth = (load_training_config(DIRECTORY / f"{name}.yaml") for name in names)
-    assert second.fit.init_drafter == first.trained_dir
-    assert third.fit.init_drafter == second.trained_dir
-    assert fourth.fit.init_drafter == third.trained_dir
+    names = ("first", "second", "third", "fourth", "fifth", "sixth")
+    first, second, third, fourth, fifth, sixth = (load_training_config(DIRECTORY / f"{name}.yaml") for name in names)
+    for before, after in pairwise((first, second, third, fourth, fifth, sixth)):
+        assert after.fit.init_drafter == before.trained_dir
     assert second.fit.shards == (second.shards_dir, first.shards_dir)
     assert third.fit.shards == fourth.fit.shards == (third.shards_dir, *second.fit.shards)
+    assert fifth.fit.shards == sixth.fit.shards == (fifth.shards_dir, *third.fit.shards)

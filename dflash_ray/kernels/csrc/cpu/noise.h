@@ -97,8 +97,8 @@ struct Counters {
 };
 #endif
 
-// The noise of a block's tokens: words[w][c] belongs to token first_token + 4 c + w.
-inline void block_words(const RowDraw& draw, int64_t first_token, uint32_t (&words)[4][kBlock / 4]) {
+// The noise of a block's tokens: words[w][c] belongs to token first_token + 4 c + w. Returns the largest word.
+inline uint32_t block_words(const RowDraw& draw, int64_t first_token, uint32_t (&words)[4][kBlock / 4]) {
   const uint64_t at = static_cast<uint64_t>(draw.position), key = static_cast<uint64_t>(draw.seed);
   Counters c0 = Counters::all(static_cast<uint32_t>(at)), c1 = Counters::all(static_cast<uint32_t>(at >> 32));
   Counters c2 = Counters::from(static_cast<uint32_t>(first_token >> 2));
@@ -119,6 +119,15 @@ inline void block_words(const RowDraw& draw, int64_t first_token, uint32_t (&wor
   c1.store(words[1]);
   c2.store(words[2]);
   c3.store(words[3]);
+  uint32_t largest[kBlock / 4];
+  std::copy_n(words[0], kBlock / 4, largest);
+  for (int w = 1; w < 4; ++w) {
+    for (int c = 0; c < kBlock / 4; ++c) largest[c] = std::max(largest[c], words[w][c]);
+  }
+  for (int width = kBlock / 8; width > 0; width /= 2) {
+    for (int c = 0; c < width; ++c) largest[c] = std::max(largest[c], largest[c + width]);
+  }
+  return largest[0];
 }
 
 // word_that_may_reach for gaps in steps of 1/16, rounded towards smaller words.

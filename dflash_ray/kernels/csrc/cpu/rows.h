@@ -47,16 +47,9 @@ inline float maximum_of(const float* x, int64_t count, bool& has_nan) {
       nan[j] = value != value ? value : nan[j];
     }
   }
-  float lanes[2 * kLanes], nans[2 * kLanes];
-  for (int j = 0; j < 2; ++j) {
-    store(lanes + j * kLanes, best[j]);
-    store(nans + j * kLanes, nan[j]);
-  }
-  float result = kMinusInf;
-  for (int j = 0; j < 2 * kLanes; ++j) {
-    result = lanes[j] > result ? lanes[j] : result;
-    has_nan |= nans[j] != nans[j];
-  }
+  float result = largest(best[0] > best[1] ? best[0] : best[1]);
+  const float nans = sum(nan[0] + nan[1]);
+  has_nan |= nans != nans;
   for (; i < count; ++i) {
     result = x[i] > result ? x[i] : result;
     has_nan |= x[i] != x[i];

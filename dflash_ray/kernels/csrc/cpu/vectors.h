@@ -39,14 +39,23 @@ inline WideLanes second_half(const Lanes& lanes) {
 }
 #endif
 
-// Sum of all lanes, in a tree: the order never depends on anything but kLanes.
-inline float sum(const Lanes& lanes) {
+// Joins all lanes in a tree: the order never depends on anything but kLanes.
+template <class Join>
+float fold(const Lanes& lanes, const Join& join) {
   float part[kLanes];
   store(part, lanes);
   for (int width = kLanes / 2; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) part[i] += part[i + width];
+    for (int i = 0; i < width; ++i) part[i] = join(part[i], part[i + width]);
   }
   return part[0];
+}
+
+inline float sum(const Lanes& lanes) {
+  return fold(lanes, [](float a, float b) { return a + b; });
+}
+
+inline float largest(const Lanes& lanes) {
+  return fold(lanes, [](float a, float b) { return a > b ? a : b; });
 }
 
 inline float dot(const float* a, const float* b, int64_t size) {

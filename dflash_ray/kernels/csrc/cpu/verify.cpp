@@ -84,12 +84,8 @@ void draw_chunk(const Row<T>& row, const RowDraw& draw, int64_t at, int64_t end,
     const bool has_few = gap > kGapOfFew && count == kBlock;
     if (needed < kNoWord && !(has_few && draw_singly(draw, values, first, best))) {
       uint32_t words[4][kBlock / 4];
-      block_words(draw, first, words);
-      uint32_t any = 0;
-      for (const auto& line : words) {
-        for (const uint32_t word : line) any |= (word >> 8) >= needed;
-      }
-      for (int64_t i = 0; any && i < count; ++i) {
+      const bool may_win = (block_words(draw, first, words) >> 8) >= needed;
+      for (int64_t i = 0; may_win && i < count; ++i) {
         const uint32_t word = words[(offset + i) & 3][(offset + i) >> 2];
         if ((word >> 8) >= needed) consider(draw, values[i] * draw.inv_temperature, word, row.start + at + i, best);
       }
