@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <iterator>
 
-#if defined(__AVX2__) || defined(__AVX512F__)
+#ifdef __AVX2__
 #include <immintrin.h>
 #endif
 

@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <vector>
 
-#if defined(__F16C__) || defined(__AVX512F__)
+#ifdef __F16C__
 #include <immintrin.h>
 #endif
 

@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <functional>
-#include <numeric>
 #include <utility>
 #include <vector>
 
@@ -204,11 +203,11 @@ void gather(const Row<T>& row, const Scan& scan, float inv_temperature, float ma
   tokens.above = above.value();
 }
 
-// Raises the floor to the value at which the mass from the largest down first reaches `share` of what is kept.
-// False, with nothing raised, where that value is not in the band.
+// keep_top_p within a band. False, with nothing raised, where the value is not in it.
 template <class T>
 bool settle_top_p(const Row<T>& row, const Scan& scan, float share, float inv_temperature, float maximum, float floor,
-                  Band band, BandTokens& tokens, int64_t* state) {
+                  Band band, int64_t* state) {
+  thread_local BandTokens tokens;
   gather(row, scan, inv_temperature, maximum, floor, band, tokens);
   const double wanted = std::min(tokens.total, std::max(1.0, ceil(static_cast<double>(share) * tokens.total)));
   if (tokens.above >= wanted) return false;
@@ -232,14 +231,14 @@ bool settle_top_p(const Row<T>& row, const Scan& scan, float share, float inv_te
   return false;
 }
 
+// Raises the floor to the value at which the mass from the largest down first reaches `share` of what is kept.
 template <class T>
 void keep_top_p(const Row<T>& row, const Scan& scan, float share, float inv_temperature, float maximum,
                 int64_t* state) {
-  thread_local BandTokens tokens;
   const Band whole{maximum, std::max(floor_of(state, 0), maximum + kMassless)};
   const Band likely = likely_band(row, scan, share, inv_temperature, maximum, whole);
-  if (settle_top_p(row, scan, share, inv_temperature, maximum, whole.low, likely, tokens, state)) return;
-  settle_top_p(row, scan, share, inv_temperature, maximum, whole.low, whole, tokens, state);
+  if (settle_top_p(row, scan, share, inv_temperature, maximum, whole.low, likely, state)) return;
+  settle_top_p(row, scan, share, inv_temperature, maximum, whole.low, whole, state);
 }
 
 }  // namespace dflash_ray

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#if defined(__AVX2__) || defined(__AVX512F__)
+#ifdef __AVX2__
 #include <immintrin.h>
 #endif
 
