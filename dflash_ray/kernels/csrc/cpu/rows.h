@@ -13,7 +13,8 @@
 
 namespace dflash_ray {
 
-constexpr int64_t kChunk = 256;  // tokens
+constexpr int64_t kBlock = 64;   // tokens that share a maximum, and whose noise is drawn together
+constexpr int64_t kChunk = 256;  // tokens whose masses are computed together
 
 // `count` values as floats: where they lie, or converted into `buffer`.
 inline const float* floats_at(const float* from, int64_t, float*) { return from; }
@@ -35,29 +36,25 @@ inline const float* floats_at(const Float16* from, int64_t count, float* buffer)
   return buffer;
 }
 
-// The largest of `count` values; sets `has_nan` where one is not a number.
-inline float maximum_of(const float* x, int64_t count, bool& has_nan) {
-  Lanes best[2], nan[2]{};
-  best[0] = best[1] = Lanes{} + kMinusInf;
+// The largest of `count` values; `nans` gains bits where one is not a number.
+inline float maximum_of(const float* x, int64_t count, LaneBits& nans) {
+  Lanes best = Lanes{} + kMinusInf;
   int64_t i = 0;
-  for (; i + 2 * kLanes <= count; i += 2 * kLanes) {
-    for (int j = 0; j < 2; ++j) {
-      const Lanes value = load(x + i + j * kLanes);
-      best[j] = value > best[j] ? value : best[j];
-      nan[j] = value != value ? value : nan[j];
-    }
+  for (; i + kLanes <= count; i += kLanes) {
+    const Lanes value = load(x + i);
+    best = value > best ? value : best;
+    nans |= value != value;
   }
-  float result = largest(best[0] > best[1] ? best[0] : best[1]);
-  const float nans = sum(nan[0] + nan[1]);
-  has_nan |= nans != nans;
+  float result = largest(best);
   for (; i < count; ++i) {
     result = x[i] > result ? x[i] : result;
-    has_nan |= x[i] != x[i];
+    nans |= x[i] != x[i];
   }
   return result;
 }
 
-// Maxima of a row's chunks, from the one pass over its memory.
+// Maxima of a row's blocks, from the one pass over its memory. Blocks begin at multiples of kBlock in the vocabulary,
+// so that a shard's first one may be shorter.
 struct Scan {
   std::vector<float> maxima;
   float maximum = kMinusInf;
@@ -65,20 +62,39 @@ struct Scan {
 
   template <class T>
   void run(const Row<T>& row) {
-    float buffer[kChunk];
-    maxima.clear();
+    size_ = row.size;
+    skipped_ = row.start & (kBlock - 1);
+    maxima.resize((skipped_ + size_ + kBlock - 1) / kBlock);
     maximum = kMinusInf;
-    has_nan = false;
-    for (int64_t at = 0; at < row.size; at += kChunk) {
-      const int64_t count = std::min(kChunk, row.size - at);
-      maxima.push_back(maximum_of(floats_at(row.data + at, count, buffer), count, has_nan));
-      maximum = std::max(maximum, maxima.back());
+    LaneBits nans{};
+    float buffer[kBlock];
+    for (int64_t block = 0; block < num_blocks(); ++block) {
+      const int64_t at = begin(block), count = end(block) - at;
+      maxima[block] = maximum_of(floats_at(row.data + at, count, buffer), count, nans);
+      maximum = std::max(maximum, maxima[block]);
     }
+    has_nan = any(nans);
+  }
+
+  int64_t num_blocks() const { return static_cast<int64_t>(maxima.size()); }
+
+  // A block's tokens, counted from the row's first.
+  int64_t begin(int64_t block) const { return std::max<int64_t>(0, block * kBlock - skipped_); }
+  int64_t end(int64_t block) const { return std::min(size_, (block + 1) * kBlock - skipped_); }
+
+  // No token of [at, at + count) is larger.
+  float highest(int64_t at, int64_t count) const {
+    const auto first = maxima.begin() + (skipped_ + at) / kBlock;
+    const auto last = maxima.begin() + (skipped_ + at + count - 1) / kBlock;
+    return *std::max_element(first, last + 1);
   }
 
   bool is_bad() const { return has_nan || maximum == INFINITY; }
 
-  int64_t chunk_of_maximum() const { return std::find(maxima.begin(), maxima.end(), maximum) - maxima.begin(); }
+  int64_t block_of_maximum() const { return std::find(maxima.begin(), maxima.end(), maximum) - maxima.begin(); }
+
+ private:
+  int64_t size_ = 0, skipped_ = 0;
 };
 
 }  // namespace dflash_ray

@@ -27,16 +27,24 @@ inline void masses_of(const float* values, int64_t count, float inv_temperature,
   std::fill(masses + count, masses + kChunk, 0.0f);
 }
 
-// Calls work(values, count) for the chunks of a row in which a token may be kept and have a mass.
+// A row whose logits count by what they are when scaled, and whose largest scaled one is `maximum`.
+template <class T>
+struct ScaledRow {
+  const Row<T>& row;
+  const Scan& scan;
+  float inv_temperature, maximum;
+};
+
+// Calls work(values, count, highest scaled one) for the chunks of a row in which a token may be kept and have a mass.
 template <class T, class Work>
-void for_massive_chunks(const Row<T>& row, const Scan& scan, float inv_temperature, float maximum, float floor,
-                        const Work& work) {
+void for_massive_chunks(const ScaledRow<T>& scaled, float floor, const Work& work) {
+  const auto& [row, scan, inv_temperature, maximum] = scaled;
   float buffer[kChunk];
   for (int64_t at = 0; at < row.size; at += kChunk) {
-    const float highest = scan.maxima[at / kChunk] * inv_temperature;
-    if (highest < floor || highest - maximum < kMassless) continue;
     const int64_t count = std::min(kChunk, row.size - at);
-    work(floats_at(row.data + at, count, buffer), count);
+    const float highest = scan.highest(at, count) * inv_temperature;
+    if (highest < floor || highest - maximum < kMassless) continue;
+    work(floats_at(row.data + at, count, buffer), count, highest);
   }
 }
 
@@ -48,6 +56,11 @@ struct MassSum {
     first += first_half(masses);
     second += second_half(masses);
   }
+  void add_chunk(const float* masses) {
+    MassSum so_far = *this;  // in registers
+    for (int64_t i = 0; i < kChunk; i += kLanes) so_far.add(load(masses + i));
+    *this = so_far;
+  }
   double value() const {
     const WideLanes lanes = first + second;
     double sum = 0;
@@ -57,36 +70,35 @@ struct MassSum {
 };
 
 template <class T>
-double kept_mass(const Row<T>& row, const Scan& scan, float inv_temperature, float maximum, float floor) {
+double kept_mass(const ScaledRow<T>& scaled, float floor) {
   float masses[kChunk];
   MassSum sum;
-  for_massive_chunks(row, scan, inv_temperature, maximum, floor, [&](const float* values, int64_t count) {
-    masses_of(values, count, inv_temperature, maximum, floor, masses);
-    MassSum so_far = sum;  // in registers
-    for (int64_t i = 0; i < kChunk; i += kLanes) so_far.add(load(masses + i));
-    sum = so_far;
+  for_massive_chunks(scaled, floor, [&](const float* values, int64_t count, float) {
+    masses_of(values, count, scaled.inv_temperature, scaled.maximum, floor, masses);
+    sum.add_chunk(masses);
   });
   return sum.value();
 }
 
 // Raises the floor to the k-th largest value; fewer kept tokens than k all stay.
 template <class T>
-void keep_top_k(const Row<T>& row, const Scan& scan, int64_t k, float inv_temperature, int64_t* state) {
+void keep_top_k(const ScaledRow<T>& scaled, int64_t k, int64_t* state) {
+  const auto& [row, scan, inv_temperature, maximum] = scaled;
   thread_local std::vector<float> maxima;
   thread_local std::vector<uint32_t> kept;
-  // The k largest chunk maxima are k tokens, so that the k-th largest token lies no lower than the least of them.
+  // The k largest maxima of blocks are k tokens, so that the k-th largest token lies no lower than the least of them.
   uint32_t low = static_cast<uint32_t>(state[kFloorKey]);
-  if (k <= static_cast<int64_t>(scan.maxima.size())) {
+  if (k <= scan.num_blocks()) {
     maxima = scan.maxima;
     std::nth_element(maxima.begin(), maxima.begin() + (k - 1), maxima.end(), std::greater<>());
     low = std::max(low, key_of(maxima[k - 1] * inv_temperature));
   }
   kept.clear();
-  float buffer[kChunk];
-  uint32_t keys[kChunk];
-  for (int64_t at = 0; at < row.size; at += kChunk) {
-    if (key_of(scan.maxima[at / kChunk] * inv_temperature) < low) continue;
-    const int64_t count = std::min(kChunk, row.size - at);
+  float buffer[kBlock];
+  uint32_t keys[kBlock];
+  for (int64_t block = 0; block < scan.num_blocks(); ++block) {
+    if (key_of(scan.maxima[block] * inv_temperature) < low) continue;
+    const int64_t at = scan.begin(block), count = scan.end(block) - at;
     const float* values = floats_at(row.data + at, count, buffer);
     for (int64_t j = 0; j < count; ++j) keys[j] = key_of(values[j] * inv_temperature);
     for (int64_t j = 0; j < count; ++j) {
@@ -118,7 +130,7 @@ struct MassHistogram {
   // Never smaller for a smaller value, which is all that exactness asks for.
   int bin_of(float value) const { return static_cast<int>((high - value) * steps_a_unit); }
   float value_of(int bin) const { return high - static_cast<float>(bin) / steps_a_unit; }
-  void add(float value, float mass) { bins[bin_of(value)] += static_cast<double>(mass); }
+  void add(float value, double mass) { bins[bin_of(value)] += mass; }
 
   // The bin in which the mass from the highest value down reaches `wanted`, the last one at most; adds to `above` what
   // the bins before it hold.
@@ -129,37 +141,79 @@ struct MassHistogram {
   }
 };
 
-constexpr int64_t kSampleOfChunk = 16, kFewestSampled = 256;
+constexpr int64_t kSampledBlocks = 4, kSampledTokens = 4;  // of every so many blocks, the first so many tokens
+constexpr int64_t kTallBlocks = 16;                        // that are looked at whole
+constexpr int64_t kFewBlocks = 64;                         // a row of no more is too short to sample
 
-// Where a sixteenth of the row's tokens says that the mass reaches `share`, three standard errors either way; all of
-// `whole` where they say too little.
-template <class T>
-Band likely_band(const Row<T>& row, const Scan& scan, float share, float inv_temperature, float maximum, Band whole) {
-  thread_local std::vector<float> sample;
-  sample.clear();
-  for_massive_chunks(row, scan, inv_temperature, maximum, whole.low, [&](const float* values, int64_t count) {
-    sample.insert(sample.end(), values, values + std::min(count, kSampleOfChunk));
-  });
-  if (static_cast<int64_t>(sample.size()) < kFewestSampled || !(whole.high > whole.low)) return whole;
-  MassHistogram histogram(whole);
-  float masses[kChunk];
-  double total = 0, squares = 0;
-  for (size_t at = 0; at < sample.size(); at += kChunk) {
-    const int64_t count = std::min<int64_t>(kChunk, sample.size() - at);
-    masses_of(sample.data() + at, count, inv_temperature, maximum, whole.low, masses);
-    for (int64_t i = 0; i < count; ++i) {
-      const float value = sample[at + i] * inv_temperature;
-      if (value < whole.low) continue;
-      histogram.add(value, masses[i]);
-      total += static_cast<double>(masses[i]);
-      squares += static_cast<double>(masses[i]) * static_cast<double>(masses[i]);
+// Logits of some of a row's tokens, and their masses.
+struct Sample {
+  std::vector<float> values, masses;
+
+  void weigh(float inv_temperature, float maximum, float floor) {
+    const int64_t size = static_cast<int64_t>(values.size());
+    masses.resize(size + kChunk);
+    for (int64_t at = 0; at < size; at += kChunk) {
+      const int64_t count = std::min(kChunk, size - at);
+      masses_of(values.data() + at, count, inv_temperature, maximum, floor, masses.data() + at);
     }
   }
-  if (total * total < kFewestSampled * squares) return whole;  // a few tokens hold most of the mass
-  const double error = 3 * sqrt(share * (1 - share) * squares);
-  const double least = share * total - error, most = share * total + error;
-  double above = 0, above_low = 0;
-  const int high = histogram.reach(least, above), low = histogram.reach(most, above_low);
+
+  // Calls work(scaled, mass) for the tokens that have a mass, as if each were `times` tokens.
+  template <class Work>
+  void for_massive(float inv_temperature, float times, const Work& work) const {
+    for (size_t i = 0; i < values.size(); ++i) {
+      if (masses[i] > 0) work(values[i] * inv_temperature, static_cast<double>(masses[i] * times));
+    }
+  }
+};
+
+// Where the mass seems to reach `share`: by the tokens that hold most of it in a peaked row, the largest of each block
+// and all of the tallest blocks, and by a sample of the others. Three standard errors of the sample either way.
+template <class T>
+Band likely_band(const ScaledRow<T>& scaled, float share, Band whole) {
+  const auto& [row, scan, inv_temperature, maximum] = scaled;
+  if (scan.num_blocks() <= kFewBlocks || !(whole.high > whole.low)) return whole;
+  thread_local std::vector<float> maxima;
+  thread_local Sample known, others;
+  maxima = scan.maxima;
+  std::nth_element(maxima.begin(), maxima.begin() + (kTallBlocks - 1), maxima.end(), std::greater<>());
+  known.values.clear();
+  others.values.clear();
+  float buffer[kBlock];
+  for (int64_t block = 0; block < scan.num_blocks(); ++block) {
+    const int64_t at = scan.begin(block), count = scan.end(block) - at;
+    const float highest = scan.maxima[block];
+    if (highest > maxima[kTallBlocks - 1]) {
+      const float* values = floats_at(row.data + at, count, buffer);
+      known.values.insert(known.values.end(), values, values + count);
+      continue;
+    }
+    known.values.push_back(highest);
+    if (block % kSampledBlocks != 0) continue;
+    const float* values = floats_at(row.data + at, std::min(kSampledTokens, count), buffer);
+    for (int64_t i = 0; i < std::min(kSampledTokens, count); ++i) {
+      if (values[i] < highest) others.values.push_back(values[i]);
+    }
+  }
+  constexpr float kTimes = kSampledBlocks * kBlock / kSampledTokens;
+  known.weigh(inv_temperature, maximum, whole.low);
+  others.weigh(inv_temperature, maximum, whole.low);
+  MassHistogram histogram(whole);
+  double total = 0, above = 0, variance = 0;
+  const auto count_mass = [&](float height, double mass) {
+    histogram.add(height, mass);
+    total += mass;
+  };
+  known.for_massive(inv_temperature, 1, count_mass);
+  others.for_massive(inv_temperature, kTimes, count_mass);
+  const int reached = histogram.reach(share * total, above);
+  others.for_massive(inv_temperature, kTimes, [&](float height, double mass) {
+    const double off = mass * (histogram.bin_of(height) < reached ? 1 - share : share);
+    variance += off * off;
+  });
+  const double error = 3 * sqrt(variance), least = share * total - error, most = share * total + error;
+  double above_high = 0, above_low = 0;
+  const int high = histogram.reach(least, above_high), low = histogram.reach(most, above_low);
   Band band = whole;
   if (least > 0) band.high = std::min(whole.high, histogram.value_of(high));
   if (most < total) band.low = std::max(whole.low, histogram.value_of(low + 1));
@@ -174,45 +228,44 @@ struct BandTokens {
 };
 
 template <class T>
-void gather(const Row<T>& row, const Scan& scan, float inv_temperature, float maximum, float floor, Band band,
-            BandTokens& tokens) {
-  tokens.values.resize(row.size + kLanes);
-  tokens.masses.resize(row.size + kLanes);
+void gather(const ScaledRow<T>& scaled, float floor, Band band, BandTokens& tokens) {
+  tokens.values.resize(scaled.row.size + kLanes);
+  tokens.masses.resize(scaled.row.size + kLanes);
   float *values_to = tokens.values.data(), *masses_to = tokens.masses.data();
-  float masses[kChunk], scaled[kChunk];
+  float masses[kChunk], heights[kChunk];
   int64_t size = 0;
-  MassSum total, above;
-  for_massive_chunks(row, scan, inv_temperature, maximum, floor, [&](const float* values, int64_t count) {
-    masses_of(values, count, inv_temperature, maximum, floor, masses);
-    for (int64_t i = 0; i < count; ++i) scaled[i] = values[i] * inv_temperature;
-    std::fill(scaled + count, scaled + kChunk, kMinusInf);
-    MassSum total_so_far = total, above_so_far = above;  // in registers
+  MassSum below, rest, above;  // `below` of chunks that are altogether below the band
+  for_massive_chunks(scaled, floor, [&](const float* values, int64_t count, float highest) {
+    masses_of(values, count, scaled.inv_temperature, scaled.maximum, floor, masses);
+    if (highest < band.low) return below.add_chunk(masses);
+    for (int64_t i = 0; i < count; ++i) heights[i] = values[i] * scaled.inv_temperature;
+    std::fill(heights + count, heights + kChunk, kMinusInf);
+    MassSum rest_so_far = rest, above_so_far = above;  // in registers
     int64_t at = size;
     for (int64_t i = 0; i < kChunk; i += kLanes) {
       const Lanes mass = load(masses + i);
-      total_so_far.add(mass);
-      above_so_far.add(load(scaled + i) > band.high ? mass : Lanes{});
-      at += pack_within(scaled + i, masses + i, band.low, band.high, values_to + at, masses_to + at);
+      rest_so_far.add(mass);
+      above_so_far.add(load(heights + i) > band.high ? mass : Lanes{});
+      at += pack_within(heights + i, masses + i, band.low, band.high, values_to + at, masses_to + at);
     }
-    total = total_so_far;
+    rest = rest_so_far;
     above = above_so_far;
     size = at;
   });
   tokens.size = size;
-  tokens.total = total.value();
+  tokens.total = below.value() + rest.value();
   tokens.above = above.value();
 }
 
 // keep_top_p within a band. False, with nothing raised, where the value is not in it.
 template <class T>
-bool settle_top_p(const Row<T>& row, const Scan& scan, float share, float inv_temperature, float maximum, float floor,
-                  Band band, int64_t* state) {
+bool settle_top_p(const ScaledRow<T>& scaled, float share, float floor, Band band, int64_t* state) {
   thread_local BandTokens tokens;
-  gather(row, scan, inv_temperature, maximum, floor, band, tokens);
+  gather(scaled, floor, band, tokens);
   const double wanted = std::min(tokens.total, std::max(1.0, ceil(static_cast<double>(share) * tokens.total)));
   if (tokens.above >= wanted) return false;
   MassHistogram histogram(band);
-  for (int64_t i = 0; i < tokens.size; ++i) histogram.add(tokens.values[i], tokens.masses[i]);
+  for (int64_t i = 0; i < tokens.size; ++i) histogram.add(tokens.values[i], static_cast<double>(tokens.masses[i]));
   double above = tokens.above;
   const int bin = histogram.reach(wanted, above);
   // The bin in which it is reached, token by token.
@@ -233,12 +286,58 @@ bool settle_top_p(const Row<T>& row, const Scan& scan, float share, float inv_te
 
 // Raises the floor to the value at which the mass from the largest down first reaches `share` of what is kept.
 template <class T>
-void keep_top_p(const Row<T>& row, const Scan& scan, float share, float inv_temperature, float maximum,
-                int64_t* state) {
-  const Band whole{maximum, std::max(floor_of(state, 0), maximum + kMassless)};
-  const Band likely = likely_band(row, scan, share, inv_temperature, maximum, whole);
-  if (settle_top_p(row, scan, share, inv_temperature, maximum, whole.low, likely, state)) return;
-  settle_top_p(row, scan, share, inv_temperature, maximum, whole.low, whole, state);
+void keep_top_p(const ScaledRow<T>& scaled, float share, int64_t* state) {
+  const Band whole{scaled.maximum, std::max(floor_of(state, 0), scaled.maximum + kMassless)};
+  if (settle_top_p(scaled, share, whole.low, likely_band(scaled, share, whole), state)) return;
+  settle_top_p(scaled, share, whole.low, whole, state);
+}
+
+// Masses in units of the likeliest token's, not rounded to multiples of 2^-32: of what is above a height, and of all.
+struct AboutMasses {
+  MassSum above, total;
+
+  // Of `count` values, a block's at most.
+  void add(const float* values, int64_t count, float inv_temperature, float maximum, float floor, float height) {
+    float heights[kBlock], masses[kBlock];
+    for (int64_t i = 0; i < count; ++i) {
+      heights[i] = values[i] * inv_temperature;
+      masses[i] = exp_of_nonpositive(fmaf(values[i], inv_temperature, -maximum));
+    }
+    std::fill(heights + count, heights + kBlock, kMinusInf);
+    std::fill(masses + count, masses + kBlock, 0.0f);
+    Lanes above_here{}, total_here{};
+    for (int64_t i = 0; i < kBlock; i += kLanes) {
+      const Lanes mass = load(heights + i) >= floor ? load(masses + i) : Lanes{};
+      above_here += load(heights + i) > height ? mass : Lanes{};
+      total_here += mass;
+    }
+    above.add(above_here);
+    total.add(total_here);
+  }
+};
+
+// Whether a token that is `height` when scaled is sure to lie at or above the floor that keep_top_p would set. Where it
+// takes exact sums to tell, it is not.
+template <class T>
+bool surely_in_top_p(const ScaledRow<T>& scaled, float share, float floor, float height) {
+  const auto& [row, scan, inv_temperature, maximum] = scaled;
+  if (height >= maximum) return true;
+  // Sums of floats are rounded, masses rounded down.
+  const double slack = 1e-4 + 0x1p-32 * static_cast<double>(row.size + 1);
+  AboutMasses sums;
+  float buffer[kBlock];
+  const auto add_blocks = [&](bool with_tokens_above) {
+    for (int64_t block = 0; block < scan.num_blocks(); ++block) {
+      if ((scan.maxima[block] * inv_temperature > height) != with_tokens_above) continue;
+      const int64_t at = scan.begin(block), count = scan.end(block) - at;
+      sums.add(floats_at(row.data + at, count, buffer), count, inv_temperature, maximum, floor, height);
+    }
+  };
+  const auto is_sure = [&](double total) { return sums.above.value() < share * total - slack * total; };
+  add_blocks(true);
+  if (is_sure(sums.total.value())) return true;
+  add_blocks(false);
+  return is_sure(sums.total.value());
 }
 
 }  // namespace dflash_ray

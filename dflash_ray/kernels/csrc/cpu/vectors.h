@@ -17,6 +17,8 @@ constexpr int kLanes = 8;
 
 typedef float Lanes __attribute__((vector_size(kLanes * sizeof(float)), aligned(4), may_alias));
 
+typedef int32_t LaneBits __attribute__((vector_size(kLanes * sizeof(int32_t))));  // of comparisons: all or none
+
 inline Lanes load(const float* at) { return *reinterpret_cast<const Lanes*>(at); }
 inline void store(float* at, const Lanes& lanes) { *reinterpret_cast<Lanes*>(at) = lanes; }
 
@@ -41,21 +43,32 @@ inline WideLanes second_half(const Lanes& lanes) {
 
 // Joins all lanes in a tree: the order never depends on anything but kLanes.
 template <class Join>
-float fold(const Lanes& lanes, const Join& join) {
-  float part[kLanes];
-  store(part, lanes);
-  for (int width = kLanes / 2; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) part[i] = join(part[i], part[i + width]);
-  }
-  return part[0];
+float fold(Lanes lanes, const Join& join) {
+#ifdef __AVX512F__
+  lanes = join(lanes, __builtin_shufflevector(lanes, lanes, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
+  lanes = join(lanes, __builtin_shufflevector(lanes, lanes, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11));
+  lanes = join(lanes, __builtin_shufflevector(lanes, lanes, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13));
+  lanes = join(lanes, __builtin_shufflevector(lanes, lanes, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14));
+#else
+  lanes = join(lanes, __builtin_shufflevector(lanes, lanes, 4, 5, 6, 7, 0, 1, 2, 3));
+  lanes = join(lanes, __builtin_shufflevector(lanes, lanes, 2, 3, 0, 1, 6, 7, 4, 5));
+  lanes = join(lanes, __builtin_shufflevector(lanes, lanes, 1, 0, 3, 2, 5, 4, 7, 6));
+#endif
+  return lanes[0];
 }
 
 inline float sum(const Lanes& lanes) {
-  return fold(lanes, [](float a, float b) { return a + b; });
+  return fold(lanes, [](const Lanes& a, const Lanes& b) { return a + b; });
 }
 
 inline float largest(const Lanes& lanes) {
-  return fold(lanes, [](float a, float b) { return a > b ? a : b; });
+  return fold(lanes, [](const Lanes& a, const Lanes& b) { return a > b ? a : b; });
+}
+
+inline bool any(const LaneBits& bits) {
+  int32_t joined = 0;
+  for (int i = 0; i < kLanes; ++i) joined |= bits[i];
+  return joined != 0;
 }
 
 inline float dot(const float* a, const float* b, int64_t size) {
@@ -68,6 +81,19 @@ inline float dot(const float* a, const float* b, int64_t size) {
   float total = sum(first + second);
   for (; i < size; ++i) total += a[i] * b[i];
   return total;
+}
+
+// One bit for each of kLanes values that is at least `low`.
+inline uint32_t reaching(const Lanes& lanes, float low) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask((__m512)lanes, _mm512_set1_ps(low), _CMP_GE_OQ);
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps(_mm256_cmp_ps((__m256)lanes, _mm256_set1_ps(low), _CMP_GE_OQ));
+#else
+  uint32_t bits = 0;
+  for (int lane = 0; lane < kLanes; ++lane) bits |= static_cast<uint32_t>(lanes[lane] >= low) << lane;
+  return bits;
+#endif
 }
 
 // Packs those of kLanes values that lie within [low, high], and what belongs to them, to the front of `values` and

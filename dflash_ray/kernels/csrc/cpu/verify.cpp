@@ -1,7 +1,7 @@
-// Verification on CPU: one thread a row, vector code over chunks of it.
+// Verification on CPU: one thread a row, vector code over blocks of it.
 //
-// A row is read from memory once, for the maxima of its chunks; drawing then looks again only at chunks that may hold
-// the winner, which for a language model's logits are a few.
+// A row is read from memory once, for the maxima of its blocks; what follows looks again, in cache, at blocks that may
+// matter.
 
 #include <ATen/Parallel.h>
 
@@ -10,7 +10,7 @@
 
 #include "../operators.h"
 #include "../verify_ops.h"
-#include "noise.h"
+#include "drawing.h"
 #include "rows.h"
 #include "thresholds.h"
 
@@ -18,7 +18,6 @@ namespace dflash_ray {
 namespace {
 
 constexpr int64_t kTokensWorthAThread = 16384;
-constexpr double kGapOfFew = 12;  // to a block's likeliest token, from which on few of its tokens may win
 
 template <class T>
 void adjust(const PlanView& plan, int64_t row, Row<T>& logits) {
@@ -37,75 +36,9 @@ void adjust(const PlanView& plan, int64_t row, Row<T>& logits) {
 template <class T>
 void best_greedy(const Row<T>& row, const Scan& scan, Best& best) {
   if (scan.maximum == kMinusInf) return;
-  const int64_t end = std::min(row.size, (scan.chunk_of_maximum() + 1) * kChunk);
-  for (int64_t i = scan.chunk_of_maximum() * kChunk; i < end; ++i) {
+  const int64_t block = scan.block_of_maximum(), end = scan.end(block);
+  for (int64_t i = scan.begin(block); i < end; ++i) {
     if (to_float(row.data[i]) == scan.maximum) return best.take(scan.maximum, row.start + i);
-  }
-}
-
-// Considers the tokens of an aligned, whole block that may still win, four at a time as they share their noise. False,
-// with nothing considered, where so many may win that drawing the block's noise at once is quicker.
-bool draw_singly(const RowDraw& draw, const float* values, int64_t first_token, Best& best) {
-  constexpr int kGroups = kBlock / 4, kFewGroups = 4;
-  const float reach = static_cast<float>(best.score - kMaxGumbel) - 1e-3f;  // the margin covers rounding
-  uint32_t may_win[kBlock];
-  for (int i = 0; i < kBlock; ++i) may_win[i] = values[i] * draw.inv_temperature >= reach;
-  int groups[kGroups], num_groups = 0;
-  for (int g = 0; g < kGroups; ++g) {
-    groups[num_groups] = g;
-    num_groups += (may_win[4 * g] | may_win[4 * g + 1] | may_win[4 * g + 2] | may_win[4 * g + 3]) != 0;
-  }
-  if (num_groups > kFewGroups) return false;
-  for (int n = 0; n < num_groups; ++n) {
-    const int64_t group = (first_token >> 2) + groups[n];
-    const Words words = noise_words(draw.seed, draw.position, group, draw.purpose);
-    for (int w = 0; w < 4; ++w) {
-      const float scaled = values[4 * groups[n] + w] * draw.inv_temperature;
-      if ((words.at[w] >> 8) < needed_words(best.score - static_cast<double>(scaled))) continue;
-      consider(draw, scaled, words.at[w], 4 * group + w, best);
-    }
-  }
-  return true;
-}
-
-// Considers the tokens [at, end) of a row, block by block; blocks that cannot win cost one maximum or one draw.
-template <class T>
-void draw_chunk(const Row<T>& row, const RowDraw& draw, int64_t at, int64_t end, Best& best) {
-  while (at < end) {
-    const int64_t first = (row.start + at) & ~(kBlock - 1), offset = row.start + at - first;
-    const int64_t count = std::min(kBlock - offset, end - at);
-    float buffer[kBlock];
-    const float* values = floats_at(row.data + at, count, buffer);
-    bool ignored = false;
-    const float highest = maximum_of(values, count, ignored) * draw.inv_temperature;
-    const bool is_out = highest == kMinusInf || highest < draw.floor;
-    const double gap = best.token < 0 ? 0 : best.score - static_cast<double>(highest);
-    const uint32_t needed = is_out ? kNoWord : needed_words(gap);
-    const bool has_few = gap > kGapOfFew && count == kBlock;
-    if (needed < kNoWord && !(has_few && draw_singly(draw, values, first, best))) {
-      uint32_t words[4][kBlock / 4];
-      const bool may_win = (block_words(draw, first, words) >> 8) >= needed;
-      for (int64_t i = 0; may_win && i < count; ++i) {
-        const uint32_t word = words[(offset + i) & 3][(offset + i) >> 2];
-        if ((word >> 8) >= needed) consider(draw, values[i] * draw.inv_temperature, word, row.start + at + i, best);
-      }
-    }
-    at += count;
-  }
-}
-
-template <class T>
-void best_drawn(const Row<T>& row, const Scan& scan, const RowDraw& draw, Best& best) {
-  if (scan.maximum == kMinusInf) return;
-  // The likeliest chunk first: its winner rules out most others.
-  const int64_t likeliest = scan.chunk_of_maximum(), num_chunks = static_cast<int64_t>(scan.maxima.size());
-  for (int64_t step = -1; step < num_chunks; ++step) {
-    const int64_t chunk = step < 0 ? likeliest : step;
-    if (step == likeliest) continue;
-    const float highest = scan.maxima[chunk] * draw.inv_temperature;
-    if (highest == kMinusInf || highest < draw.floor) continue;
-    if (best.token >= 0 && best.score - static_cast<double>(highest) > kMaxGumbel) continue;
-    draw_chunk(row, draw, chunk * kChunk, std::min(row.size, (chunk + 1) * kChunk), best);
   }
 }
 
@@ -239,7 +172,7 @@ struct CpuBackend {
     std::fill_n(partial + kMass, 1 + drafts.width, 0.0);
     if (!is_judged(plan, drafts, i) || partial[kIsBad] != 0) return;
     const float inv_temperature = temperature_scale(plan, i);
-    partial[kMass] = kept_mass(row, scan, inv_temperature, maximum, floor);
+    partial[kMass] = kept_mass(ScaledRow<T>{row, scan, inv_temperature, maximum}, floor);
     for (int64_t j = 0; j < drafts.width; ++j) {
       const int64_t token = drafts.ids[i * drafts.width + j];
       if (!row.has(token) || row.get(token) * inv_temperature < floor) continue;
@@ -259,7 +192,7 @@ struct CpuBackend {
     const double least = static_cast<double>(mass_of(scan.maximum, inv_temperature, maximum));
     const double uniform = uniform_of(noise_words(seed, plan.row(i)[kRowPosition], 0, kAcceptDraw).at[0]);
     const bool is_rejected = mass <= least && uniform * least >= mass;
-    const double total = is_rejected ? least : kept_mass(row, scan, inv_temperature, maximum, floor);
+    const double total = is_rejected ? least : kept_mass(ScaledRow<T>{row, scan, inv_temperature, maximum}, floor);
     if (uniform * total < mass) {
       write_partial(partial, {}, maximum, false);
     } else {
@@ -301,20 +234,28 @@ struct CpuBackend {
       if (adjusts) adjust(plan, i, row);
       scan.run(row);
       const float scale = temperature_scale(plan, i), maximum = scan.maximum * scale;
-      const bool is_finite = !scan.is_bad() && maximum > kMinusInf;
+      const bool is_finite = !scan.is_bad() && maximum > kMinusInf, is_drawn = !is_greedy(parameters) && is_finite;
+      const bool is_judged = dflash_ray::is_judged(plan, drafts, i), has_top_p = is_drawn && parameters[kTopP] < 1;
+      const ScaledRow scaled{row, scan, scale, maximum};
+      double* partial = partials + i * width;
       int64_t state[kStateColumns];
       dflash_ray::start_threshold(parameters, maximum, state);
-      if (!is_greedy(parameters) && is_finite) {
-        if (sequence[kTopK] > 0) keep_top_k(row, scan, sequence[kTopK], scale, state);
-        if (parameters[kTopP] < 1) keep_top_p(row, scan, parameters[kTopP], scale, maximum, state);
+      if (is_drawn && sequence[kTopK] > 0) keep_top_k(scaled, sequence[kTopK], state);
+      bool is_settled = false;
+      if (has_top_p && !is_judged) {
+        // The winner among all tokens is the winner among those of top-p if it is one of them, as it mostly is.
+        draw_row(row, scan, i, plan, floor_of(state, 0), drafts, partial);
+        const int64_t token = static_cast<int64_t>(partial[kBestToken]);
+        is_settled = row.has(token) &&
+                     surely_in_top_p(scaled, parameters[kTopP], floor_of(state, 0), row.get(token) * scale);
       }
+      if (has_top_p && !is_settled) keep_top_p(scaled, parameters[kTopP], state);
       const float floor = floor_of(state, 0);
-      double* partial = partials + i * width;
-      if (drafts.width == 1 && drafts.probs[i] == 1 && is_judged(plan, drafts, i) && is_finite) {
+      if (is_judged && is_finite && drafts.width == 1 && drafts.probs[i] == 1) {
         judge_alone(row, scan, i, plan, maximum, floor, drafts, partial);
         return;
       }
-      draw_row(row, scan, i, plan, floor, drafts, partial);
+      if (!is_settled) draw_row(row, scan, i, plan, floor, drafts, partial);
       if (drafts.width > 0) write_masses(row, scan, i, plan, maximum, floor, drafts, partial);
     });
   }
