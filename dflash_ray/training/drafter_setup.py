@@ -68,7 +68,8 @@ def initialise_from_drafter(objective: DrafterObjective, source: DrafterCheckpoi
     if not is_same or any(not _is_of_dflash2(name) for name in missing):
         raise ValueError("fit.init_drafter: its layers, taps or codebooks are not those of `drafter`")
     ids = torch.arange(source.config.vocab_size) if source.draft_ids is None else source.draft_ids
-    if source.config.dflash2 is not None and not torch.equal(ids, vocabulary):
+    has_codebooks = source.config.dflash2 is not None and not source.config.dflash2.is_factorised
+    if has_codebooks and not torch.equal(ids, vocabulary):
         raise ValueError("fit.init_drafter: its codebooks number another draft vocabulary than the shards give")
     with torch.no_grad():
         for name, tensor in weights.items():

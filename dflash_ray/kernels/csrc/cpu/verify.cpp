@@ -11,6 +11,7 @@
 #include "../operators.h"
 #include "../verify_ops.h"
 #include "drawing.h"
+#include "masses.h"
 #include "rows.h"
 #include "thresholds.h"
 
