@@ -27,11 +27,12 @@ def test_each_recipe_has_its_conversations(name, count):
 def test_each_recipe_goes_on_from_what_the_one_before_leaves():
     names = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth")
     recipes = [load_training_config(DIRECTORY / f"{name}.yaml") for name in names]
-    shards = ()
     for before, after in pairwise(recipes):
         assert after.fit.init_drafter == before.trained_dir
-    for recipe in recipes:
+    first, *later = recipes
+    assert first.fit.shards == ()  # its own
+    shards = (first.shards_dir,)
+    for recipe in later:
         if recipe.capture.conversations is not None:
             shards = (recipe.shards_dir, *shards)
-        assert recipe.fit.shards in ((), shards)
-    assert recipes[0].fit.shards == ()
+        assert recipe.fit.shards == shards
