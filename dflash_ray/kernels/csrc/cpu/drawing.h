@@ -76,7 +76,7 @@ void best_drawn(const Row<T>& row, const Scan& scan, const RowDraw& draw, Best& 
     if (step == likeliest || highest == kMinusInf || highest < draw.floor) continue;
     const double gap = best.token < 0 ? 0 : best.score - static_cast<double>(highest);
     if (gap > kMaxGumbel) continue;
-    const int64_t at = scan.begin(block), count = scan.end(block) - at;
+    const int64_t at = scan.begin(block), count = scan.count(block);
     const uint32_t first_group = static_cast<uint32_t>((row.start + at) / kBlock * kGroups);
     if (gap < kGapOfSome || count < kBlock) {
       uint32_t groups[kGroups];

@@ -69,8 +69,8 @@ struct Scan {
     LaneBits nans{};
     float buffer[kBlock];
     for (int64_t block = 0; block < num_blocks(); ++block) {
-      const int64_t at = begin(block), count = end(block) - at;
-      maxima[block] = maximum_of(floats_at(row.data + at, count, buffer), count, nans);
+      const int64_t tokens = count(block);
+      maxima[block] = maximum_of(floats_at(row.data + begin(block), tokens, buffer), tokens, nans);
       maximum = std::max(maximum, maxima[block]);
     }
     has_nan = any(nans);
@@ -81,6 +81,7 @@ struct Scan {
   // A block's tokens, counted from the row's first.
   int64_t begin(int64_t block) const { return std::max<int64_t>(0, block * kBlock - skipped_); }
   int64_t end(int64_t block) const { return std::min(size_, (block + 1) * kBlock - skipped_); }
+  int64_t count(int64_t block) const { return end(block) - begin(block); }
 
   // No token of [at, at + count) is larger.
   float highest(int64_t at, int64_t count) const {

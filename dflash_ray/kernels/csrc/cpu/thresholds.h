@@ -32,7 +32,7 @@ void keep_top_k(const ScaledRow<T>& scaled, int64_t k, int64_t* state) {
   uint32_t keys[kBlock];
   for (int64_t block = 0; block < scan.num_blocks(); ++block) {
     if (key_of(scan.maxima[block] * inv_temperature) < low) continue;
-    const int64_t at = scan.begin(block), count = scan.end(block) - at;
+    const int64_t at = scan.begin(block), count = scan.count(block);
     const float* values = floats_at(row.data + at, count, buffer);
     for (int64_t j = 0; j < count; ++j) keys[j] = key_of(values[j] * inv_temperature);
     for (int64_t j = 0; j < count; ++j) {
@@ -115,7 +115,7 @@ Band likely_band(const ScaledRow<T>& scaled, float share, Band whole) {
   others.values.clear();
   float buffer[kBlock];
   for (int64_t block = 0; block < scan.num_blocks(); ++block) {
-    const int64_t at = scan.begin(block), count = scan.end(block) - at;
+    const int64_t at = scan.begin(block), count = scan.count(block);
     const float highest = scan.maxima[block];
     if (highest > maxima[kTallBlocks - 1]) {
       const float* values = floats_at(row.data + at, count, buffer);
@@ -263,15 +263,15 @@ bool surely_in_top_p(const ScaledRow<T>& scaled, float share, float floor, float
   const auto add_blocks = [&](bool with_tokens_above) {
     for (int64_t block = 0; block < scan.num_blocks(); ++block) {
       if ((scan.maxima[block] * inv_temperature > height) != with_tokens_above) continue;
-      const int64_t at = scan.begin(block), count = scan.end(block) - at;
+      const int64_t at = scan.begin(block), count = scan.count(block);
       sums.add(floats_at(row.data + at, count, buffer), count, inv_temperature, maximum, floor, height);
     }
   };
-  const auto is_sure = [&](double total) { return sums.above.value() < share * total - slack * total; };
+  const auto is_sure = [&] { return sums.above.value() < (share - slack) * sums.total.value(); };
   add_blocks(true);
-  if (is_sure(sums.total.value())) return true;
+  if (is_sure()) return true;
   add_blocks(false);
-  return is_sure(sums.total.value());
+  return is_sure();
 }
 
 }  // namespace dflash_ray
