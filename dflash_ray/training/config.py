@@ -123,6 +123,7 @@ class FitSection(_Section):
     conversations_per_step: int = Field(8, ge=1, description="over all workers")
     anchors_per_conversation: int = Field(64, ge=1)
     warmup_steps: int = Field(60, ge=1)
+    optimizer: Literal["adamw", "muon"] = Field("adamw", description="muon: for matrices; the rest is AdamW's")
     learning_rate: float = Field(1e-3, gt=0)
     final_learning_rate_fraction: float = Field(0.02, ge=0, le=1)
     weight_decay: float = Field(0.01, ge=0)

@@ -1,4 +1,4 @@
-"""Fits a drafter: AdamW, warm-up and cosine, clipping, averaged weights; goes on where it was cut off.
+"""Fits a drafter: warm-up and cosine, clipping, averaged weights; goes on where it was cut off.
 
 The order of the data follows from seed and step, so only weights, optimiser and step are checkpointed.
 """
@@ -18,8 +18,8 @@ from dflash_ray.training.batches import BatchSource, BlockBatch
 from dflash_ray.training.config import FitSection
 from dflash_ray.training.files import replacing
 from dflash_ray.training.objective import BlockLoss, DrafterObjective
+from dflash_ray.training.optimizers import STATE_KEYS, build_optimizers
 
-_ADAM_STATE = ("step", "exp_avg", "exp_avg_sq")
 _SEED_STRIDE = 1_000_003  # between the seeds of runs; steps lie in between
 
 
@@ -49,9 +49,14 @@ class Trainer:
         self._device = torch.device(section.device)
         self.parameters = objective.trainable()
         self.averaged = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
-        self._optimizer = torch.optim.AdamW(
-            self.parameters.values(), lr=section.learning_rate, betas=(0.9, 0.95), weight_decay=section.weight_decay
-        )
+        self._optimizers = build_optimizers(section, self.parameters)
+        names = {parameter: name for name, parameter in self.parameters.items()}
+        self._optimizer_of = {
+            names[parameter]: optimizer
+            for optimizer in self._optimizers
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        }
         self.step = 0
 
     def run(self, source: BatchSource, report: Callable[[int, BlockLoss], None]) -> None:
@@ -69,13 +74,14 @@ class Trainer:
         self.save()
 
     def _train_step(self, batch: BlockBatch) -> BlockLoss:
-        for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate(self._section, self.step)
         result = self._forward(self._wrapped, batch)
-        self._optimizer.zero_grad(set_to_none=True)
+        self._wrapped.zero_grad(set_to_none=True)
         result.loss.backward()
         nn.utils.clip_grad_norm_(self.parameters.values(), self._section.clip_norm)
-        self._optimizer.step()
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(self._section, self.step)
+            optimizer.step()
         decay = min(self._section.ema_decay, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
             for name, parameter in self.parameters.items():
@@ -102,8 +108,9 @@ class Trainer:
         for name, parameter in self.parameters.items():
             state[f"model.{name}"] = parameter.detach()
             state[f"averaged.{name}"] = self.averaged[name]
-            for key, value in self._optimizer.state[parameter].items():
-                state[f"adam.{key}.{name}"] = value
+            optimizer = self._optimizer_of[name]
+            for key, value in optimizer.state[parameter].items():
+                state[_state_name(optimizer, key, name)] = value
         with replacing(self._state_file) as partial:
             save_file({name: tensor.contiguous() for name, tensor in state.items()}, partial)
 
@@ -119,12 +126,17 @@ class Trainer:
             with torch.no_grad():
                 parameter.copy_(stored)
                 self.averaged[name].copy_(state[f"averaged.{name}"])
-            if f"adam.step.{name}" in state:
-                self._optimizer.state[parameter] = {
-                    key: state[f"adam.{key}.{name}"].to(torch.device("cpu") if key == "step" else self._device)
-                    for key in _ADAM_STATE
-                }
+            optimizer = self._optimizer_of[name]
+            for key in STATE_KEYS:
+                value = state.get(_state_name(optimizer, key, name))
+                if value is not None:
+                    optimizer.state[parameter][key] = value.to("cpu" if key == "step" else self._device)
         self.step = int(state["step"])
+
+
+def _state_name(optimizer: torch.optim.Optimizer, key: str, parameter: str) -> str:
+    """Under which a checkpoint holds it; another optimiser doesn't find it."""
+    return f"{type(optimizer).__name__.lower()}.{key}.{parameter}"
 
 
 def learning_rate(section: FitSection, step: int) -> float:
