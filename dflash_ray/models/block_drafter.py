@@ -170,17 +170,20 @@ class BlockDrafter:
     ) -> list[DraftProposal]:
         """Candidates for the positions after each session's anchor, which stands at position context_len.
 
-        The block always has its trained size and is cut afterwards: fewer masks would be another input.
+        A block whose later slots may be seen always has its trained size and is cut afterwards: fewer masks would be
+        another input. One that is causal in all layers has as many slots as are asked for.
 
         Args:
             draws: how each sequence's tokens are drawn, which only a DFlash 2 drafter looks at; None is greedy.
         """
         held = [self._sessions[session] for session in sessions]
-        inputs = torch.full((len(held), self.block_size), self.config.mask_token_id, device=self._device)
+        most = max(num_draft_tokens, default=0)
+        size = 1 + most if all(self.config.is_causal) else self.block_size
+        inputs = torch.full((len(held), size), self.config.mask_token_id, device=self._device)
         anchors = torch.tensor(anchor_ids, device=self._device)
         inputs[:, 0] = anchors
         hidden = self._forward(held, F.embedding(inputs, self._embedding))
-        hidden = hidden[:, 1 : 1 + max(num_draft_tokens, default=0)]
+        hidden = hidden[:, 1 : 1 + most]
         logits = self._network.shape_logits(self._head(hidden).float())
         self._touch(sessions)
         if self._selector is not None:
@@ -225,11 +228,11 @@ class BlockDrafter:
 
     def _forward(self, held: list[_Session], x: Tensor) -> Tensor:
         """Block rows [N, B, H] through all layers and the final norm."""
-        offsets = torch.arange(self.block_size)
+        offsets = torch.arange(x.shape[1])
         positions = torch.tensor([session.length for session in held])[:, None] + offsets
         cos, sin = (table[positions][:, :, None].to(self._dtype) for table in self._rope)
         for session in held:
-            session.make_room(self.block_size)
+            session.make_room(x.shape[1])
         for i, layer in enumerate(self._layers):
             attention = partial(self._attention, i, layer, held, cos, sin)
             x = x + layer.around_attention(layer.input_norm(x), attention)

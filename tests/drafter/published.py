@@ -98,6 +98,7 @@ DFLASH2 = {
     "three taps, small groups": dflash2(kernel=3, group=8, rank=16, top_k=7),
     "one tap, one group": dflash2(kernel=1, group=HIDDEN, rank=4, top_k=1),
     "as many taps as slots": dflash2(kernel=4, group=24, rank=3, top_k=12, block_size=4),
+    "causal everywhere": dflash2(is_causal=True),
     "windows and scales": dflash2(kernel=2, group=4, rank=8, top_k=5, dflash_config=SCALES, **WINDOW_2),
 }
 

@@ -5,7 +5,7 @@ import torch
 
 from dflash_ray.models.block_drafter import BlockDrafter, ContextGap
 from dflash_ray.models.drafter_checkpoint import DrafterCheckpoint, load_drafter
-from tests.drafter.published import HIDDEN, VALUES, VOCAB, save_random
+from tests.drafter.published import BLOCK, HIDDEN, VALUES, VOCAB, changed, dflash2, save_random, sliding
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +35,38 @@ def test_sequences_drafted_together_get_the_drafts_they_get_alone(checkpoint, ta
         alone = drafter.propose([session], [anchor], [count], num_candidates=1)[0]
         assert torch.equal(alone.candidate_ids, proposal.candidate_ids)
         assert proposal.candidate_ids.shape == (count, 1)
+
+
+def drafts_and_rows(checkpoint, target, count, monkeypatch):
+    """`count` drafts for each of two sequences, and the rows of the blocks that they were computed in."""
+    drafter = BlockDrafter(checkpoint, target)
+    rows = []
+    forward = drafter._forward
+    monkeypatch.setattr(drafter, "_forward", lambda held, x: rows.append(x.shape[1]) or forward(held, x))
+    for session, length in ((1, 5), (2, 19)):
+        drafter.open(session)
+        drafter.extend(session, 0, torch.randn(length, HIDDEN, generator=torch.Generator().manual_seed(session)))
+    return drafter.propose([1, 2], [4, 5], [count, count], num_candidates=3), rows[0]
+
+
+CAUSAL = {"full": changed(is_causal=True), "sliding": sliding("sliding", "sliding"), "dflash2": dflash2(is_causal=True)}
+
+
+@pytest.mark.parametrize("values", CAUSAL.values(), ids=CAUSAL.keys())
+def test_a_causal_block_has_the_slots_asked_for_and_the_drafts_of_a_whole_one(values, target, tmp_path, monkeypatch):
+    checkpoint = load_drafter(save_random(tmp_path, values), target)
+    whole, _ = drafts_and_rows(checkpoint, target, BLOCK - 1, monkeypatch)
+    short, rows = drafts_and_rows(checkpoint, target, 2, monkeypatch)
+    assert rows == 3
+    for one, other in zip(whole, short, strict=True):
+        assert torch.equal(one.candidate_ids[:2], other.candidate_ids)
+        torch.testing.assert_close(one.logprobs[:2], other.logprobs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("values", [VALUES, sliding("sliding", "full")], ids=["bidirectional", "one layer of two"])
+def test_a_block_whose_later_slots_are_seen_keeps_its_trained_size(values, target, tmp_path, monkeypatch):
+    checkpoint = load_drafter(save_random(tmp_path, values), target)
+    assert drafts_and_rows(checkpoint, target, 2, monkeypatch)[1] == BLOCK
 
 
 def test_a_gap_in_the_context_is_reported_with_what_is_held(checkpoint, target):
