@@ -13,7 +13,8 @@ DIRECTORY = Path(__file__).parents[2] / "examples" / "train_smollm2"
 
 
 @pytest.mark.parametrize(
-    ("name", "count"), [("first", 5641), ("second", 1024), ("third", 3662), ("fifth", 4864), ("seventh", 2048)]
+    ("name", "count"),
+    [("first", 5641), ("second", 1024), ("third", 3662), ("fifth", 4864), ("seventh", 2048), ("ninth", 2304)],
 )
 def test_each_recipe_has_its_conversations(name, count):
     config = load_training_config(DIRECTORY / f"{name}.yaml")
@@ -25,7 +26,7 @@ def test_each_recipe_has_its_conversations(name, count):
 
 
 def test_each_recipe_goes_on_from_what_the_one_before_leaves():
-    names = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth")
+    names = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth")
     recipes = [load_training_config(DIRECTORY / f"{name}.yaml") for name in names]
     for before, after in pairwise(recipes):
         assert after.fit.init_drafter == before.trained_dir
