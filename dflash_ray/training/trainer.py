@@ -78,9 +78,10 @@ class Trainer:
         self._wrapped.zero_grad(set_to_none=True)
         result.loss.backward()
         nn.utils.clip_grad_norm_(self.parameters.values(), self._section.clip_norm)
+        rate = learning_rate(self._section, self.step)
         for optimizer in self._optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(self._section, self.step)
+                group["lr"] = rate
             optimizer.step()
         decay = min(self._section.ema_decay, (1 + self.step) / (10 + self.step))
         with torch.no_grad():

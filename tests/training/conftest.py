@@ -68,6 +68,13 @@ def write_prompt_file(path: Path, count: int, seed: int = 0) -> None:
             stream.write(json.dumps({"prompt": prompt, "source": SOURCES[i % 2]}) + "\n")
 
 
+def share(source: TrainingConfig, mine: TrainingConfig, *parts: str) -> None:
+    """Gives a run that has not begun `parts` of another run's work_dir."""
+    mine.work_dir.mkdir()
+    for part in parts:
+        (mine.work_dir / part).symlink_to(source.work_dir / part)
+
+
 def recipe(target_dir: Path, work_dir: Path, **sections: dict) -> TrainingConfig:
     """A run in `work_dir`; `sections` replace single keys of the recipe's sections."""
     work_dir.mkdir(parents=True, exist_ok=True)

@@ -8,16 +8,10 @@ import torch
 from dflash_ray.models.drafter_checkpoint import resolve_drafter
 from dflash_ray.models.target_checkpoint import resolve_target
 from dflash_ray.training.fit import fit
-from tests.training.conftest import recipe, run_step, save_recipe
+from tests.training.conftest import recipe, run_step, save_recipe, share
 from tests.training.test_pipeline import acceptance_length
 
 DFLASH2 = {"conv_kernel_size": 2, "conv_group_size": 16, "selector_rank": 8, "selector_top_k": 4}
-
-
-def share(source, mine, *parts):
-    mine.work_dir.mkdir()
-    for part in parts:
-        (mine.work_dir / part).symlink_to(source.work_dir / part)
 
 
 @pytest.mark.parametrize("factorised", [False, True])

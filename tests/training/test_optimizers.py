@@ -1,7 +1,5 @@
 """Muon: orthogonal updates for matrices, AdamW for the rest, and checkpoints that hold the state of both."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -10,7 +8,7 @@ from torch import nn
 from dflash_ray.training.config import FitSection
 from dflash_ray.training.fit import fit
 from dflash_ray.training.optimizers import build_optimizers, orthogonalised
-from tests.training.conftest import recipe
+from tests.training.conftest import recipe, share
 
 
 @pytest.mark.parametrize("shape", [(24, 64), (64, 24), (32, 32)])
@@ -49,19 +47,13 @@ def test_a_run_in_two_parts_ends_with_the_weights_of_a_whole_one(pipeline, targe
     uninterrupted, _, _ = pipeline
     states = []
     for name, parts in (("whole", (4,)), ("parts", (2, 4))):
+        share(uninterrupted, recipe(target_dir, tmp_path / name), "shards")
         for last in parts:
             settings = {"optimizer": "muon", "max_steps": last, "learning_rate": 1e-3, "warmup_steps": 100}
             config = recipe(target_dir, tmp_path / name, fit=settings)
-            _share(config.shards_dir, uninterrupted.shards_dir)
             fit(config)
         states.append(load_file(config.fit_dir / "state.safetensors"))
     assert states[0].keys() == states[1].keys()
     assert {name.split(".")[0] for name in states[0]} == {"step", "model", "averaged", "muon", "adamw"}
     for name, tensor in states[0].items():
         torch.testing.assert_close(tensor, states[1][name], rtol=1e-4, atol=1e-5)
-
-
-def _share(link: Path, shards: Path) -> None:
-    link.parent.mkdir(parents=True, exist_ok=True)
-    if not link.exists():
-        link.symlink_to(shards)
