@@ -57,8 +57,8 @@ class DrafterSection(_Section):
     """Shape of the drafter; the names are those of the published config.json where it has them."""
 
     tap_layer_ids: tuple[int, ...] = Field((1, 14, 27), min_length=1)
-    init_layer_ids: tuple[int, ...] = Field(
-        (9, 19, 29), min_length=1, description="target layers that initialise the drafter's, one each"
+    init_layer_ids: tuple[int | None, ...] = Field(
+        (9, 19, 29), min_length=1, description="target layers that the drafter's start as; null: a random one"
     )
     block_size: int = Field(8, ge=2)
     mask_token_id: int = Field(4, ge=0)

@@ -1,11 +1,11 @@
-"""A new drafter for a target: its config.json, and weights that start as the target's own layers."""
+"""A new drafter for a target: its config.json, and the weights that its training starts from."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dflash_ray.models.dflash import ContextProjector, DflashNetwork
 from dflash_ray.models.drafter_checkpoint import DrafterCheckpoint
@@ -13,6 +13,8 @@ from dflash_ray.models.drafter_config import ARCHITECTURE, ARCHITECTURE_2, ARCHI
 from dflash_ray.models.target_checkpoint import TargetCheckpoint
 from dflash_ray.training.config import DrafterSection
 from dflash_ray.training.objective import DrafterObjective
+
+_RANDOM_SCALE = 0.24  # a quarter of what keeps the size of a row: a layer adds little to its input at first
 
 
 def drafter_config_values(
@@ -80,17 +82,39 @@ def _is_of_dflash2(name: str) -> bool:
     return "_conv." in name or name.startswith("candidate_selector.")
 
 
-def initialise_from_target(
+def initialise_new(
     projector: ContextProjector, network: DflashNetwork, shape: DrafterSection, target: TargetCheckpoint
 ) -> None:
-    """Draft layers start as target layers, and the context feature as the mean of the taps."""
-    base = target.load_model().get_decoder()
+    """The context feature starts as the mean of the taps, each layer as the target's or with small random weights.
+
+    A random layer hardly changes its input at first. Where all are random, the final norm is scaled so that the logits
+    of that input are small: else the first steps only teach the drafter not to repeat its mask.
+    """
+    num_taps = len(shape.tap_layer_ids)
     with torch.no_grad():
         projector.fc.weight.zero_()
-        for block in projector.fc.weight.chunk(len(shape.tap_layer_ids), dim=1):
-            block.fill_diagonal_(1.0 / len(shape.tap_layer_ids))
-        middle = base.layers[shape.tap_layer_ids[len(shape.tap_layer_ids) // 2]]
-        projector.hidden_norm.weight.copy_(middle.input_layernorm.weight)
-        network.norm.weight.copy_(base.norm.weight)
+        for block in projector.fc.weight.chunk(num_taps, dim=1):
+            block.fill_diagonal_(1.0 / num_taps)
+        base = target.load_model().get_decoder()
         for layer, source_id in zip(network.layers, shape.init_layer_ids, strict=True):
-            layer.load_state_dict(base.layers[source_id].state_dict(), strict=False)
+            if source_id is None:
+                _draw(layer, network.config.hidden_size)
+            else:
+                layer.load_state_dict(base.layers[source_id].state_dict(), strict=False)
+        if any(source_id is not None for source_id in shape.init_layer_ids):
+            projector.hidden_norm.weight.copy_(base.layers[shape.tap_layer_ids[num_taps // 2]].input_layernorm.weight)
+            network.norm.weight.copy_(base.norm.weight)
+        else:
+            projector.hidden_norm.weight.fill_(1.0)
+            network.norm.weight.fill_(1.0 / target.load_head().float().norm(dim=-1).mean())
+
+
+def _draw(layer: nn.Module, hidden_size: int) -> None:
+    """Small random projections; norms and convolutions stay as they were built."""
+    for name, parameter in layer.named_parameters():
+        if not name.startswith(("self_attn.", "mlp.")):
+            continue
+        if parameter.ndim == 2:
+            nn.init.normal_(parameter, std=_RANDOM_SCALE * hidden_size**-0.5)
+        elif name.endswith("bias"):
+            nn.init.zeros_(parameter)

@@ -20,7 +20,7 @@ from dflash_ray.training.curves import Curves
 from dflash_ray.training.drafter_setup import (
     drafter_config_values,
     initialise_from_drafter,
-    initialise_from_target,
+    initialise_new,
 )
 from dflash_ray.training.evaluate import ALL, follow_whole_blocks
 from dflash_ray.training.files import sha256_of, write_text
@@ -159,7 +159,7 @@ def _build_objective(
     longest = max(len(conversation.token_ids) for conversation in store.conversations)
     objective = DrafterObjective(parse_dflash_config(values, "drafter"), config.fit, target, vocabulary, longest)
     if config.fit.init_drafter is None:
-        initialise_from_target(objective.projector, objective.network, config.drafter, target)
+        initialise_new(objective.projector, objective.network, config.drafter, target)
     else:
         initialise_from_drafter(objective, load_drafter(config.fit.init_drafter, target), vocabulary)
     return objective, values
