@@ -58,7 +58,7 @@ class DrafterSection(_Section):
 
     tap_layer_ids: tuple[int, ...] = Field((1, 14, 27), min_length=1)
     init_layer_ids: tuple[int | None, ...] = Field(
-        (9, 19, 29), min_length=1, description="target layers that the drafter's start as; null: a random one"
+        (None, None, None), min_length=1, description="one a layer: null starts at random, an id as that target layer"
     )
     block_size: int = Field(8, ge=2)
     mask_token_id: int = Field(4, ge=0)
@@ -118,13 +118,13 @@ class CaptureSection(_Section):
 
 class FitSection(_Section):
     shards: tuple[Path, ...] = Field((), description="directories to train on; none: those of work_dir alone")
-    init_drafter: Path | None = Field(None, description="drafter directory to go on from, instead of target layers")
+    init_drafter: Path | None = Field(None, description="drafter directory to go on from, instead of init_layer_ids")
     max_steps: int = Field(2400, ge=0)
     conversations_per_step: int = Field(8, ge=1, description="over all workers")
     anchors_per_conversation: int = Field(64, ge=1)
     warmup_steps: int = Field(60, ge=1)
-    optimizer: Literal["adamw", "muon"] = Field("adamw", description="muon: for matrices; the rest is AdamW's")
-    learning_rate: float = Field(1e-3, gt=0)
+    optimizer: Literal["adamw", "muon"] = Field("muon", description="muon: for matrices; the rest is AdamW's")
+    learning_rate: float = Field(6e-3, gt=0)
     final_learning_rate_fraction: float = Field(0.02, ge=0, le=1)
     weight_decay: float = Field(0.01, ge=0)
     clip_norm: float = Field(1.0, gt=0)

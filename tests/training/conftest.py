@@ -94,8 +94,8 @@ def recipe(target_dir: Path, work_dir: Path, **sections: dict) -> TrainingConfig
         "prompts": {"files": [str(prompt_file)], "held_out_fraction": 0.2},
         "regenerate": {"max_new_tokens": 40, "max_length": 96, "temperatures": [0.0], "shard_conversations": 4},
         "fit": {
-            "num_threads": 1, "max_steps": 200, "warmup_steps": 10, "learning_rate": 3e-3, "bf16": False,
-            "anchors_per_conversation": 16, "ema_decay": 0.95, "held_out_every_steps": 50,
+            "num_threads": 1, "max_steps": 200, "warmup_steps": 10, "optimizer": "adamw", "learning_rate": 3e-3,
+            "bf16": False, "anchors_per_conversation": 16, "ema_decay": 0.95, "held_out_every_steps": 50,
         },
         "evaluate": {"max_new_tokens": 32, "block_sizes": [4, 8], "prompts_per_category": 4, "resamples": 200},
         "export": {"output_dir": str(work_dir / "exported")},

@@ -37,10 +37,10 @@ def test_it_takes_the_steps_that_torchs_muon_takes():
 
 def test_matrices_are_muons_and_the_rest_is_adamws():
     parameters = {"norm": nn.Parameter(torch.ones(4)), "fc": nn.Parameter(torch.ones(4, 8))}
-    muon, adamw = build_optimizers(FitSection(optimizer="muon"), parameters)
+    muon, adamw = build_optimizers(FitSection(), parameters)
     assert [p.ndim for group in muon.param_groups for p in group["params"]] == [2]
     assert [p.ndim for group in adamw.param_groups for p in group["params"]] == [1]
-    assert len(build_optimizers(FitSection(), parameters)) == 1
+    assert len(build_optimizers(FitSection(optimizer="adamw"), parameters)) == 1
 
 
 def test_a_run_in_two_parts_ends_with_the_weights_of_a_whole_one(pipeline, target_dir, tmp_path):
