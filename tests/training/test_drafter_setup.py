@@ -26,7 +26,9 @@ def test_each_layer_starts_as_one_of_the_targets_or_at_random(pipeline, target_d
 
 def test_a_drafter_of_random_layers_learns(pipeline, target_dir, tmp_path):
     config, untrained, _ = pipeline
-    mine = recipe(target_dir, tmp_path, drafter={"init_layer_ids": [None, None]}, fit={"optimizer": "muon", "learning_rate": 1e-2})
+    mine = recipe(
+        target_dir, tmp_path, drafter={"init_layer_ids": [None, None]}, fit={"optimizer": "muon", "learning_rate": 1e-2}
+    )
     share(config, mine, "shards", "prompts")
     recipe_file = save_recipe(mine, tmp_path / "recipe.yaml")
     run_step("fit", recipe_file)
