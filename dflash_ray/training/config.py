@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, model_validator
 
 from dflash_ray.config import BUILTIN_MODEL, DflashRayConfig, TrafficConfig, parse_config, read_values, validate
 
@@ -56,8 +56,8 @@ class Dflash2Section(_Section):
 class DrafterSection(_Section):
     """Shape of the drafter; the names are those of the published config.json where it has them."""
 
-    tap_layer_ids: tuple[int, ...] = Field((1, 14, 27), min_length=1)
-    init_layer_ids: tuple[int | None, ...] = Field(
+    tap_layer_ids: tuple[NonNegativeInt, ...] = Field((1, 14, 27), min_length=1)
+    init_layer_ids: tuple[NonNegativeInt | None, ...] = Field(
         (None, None, None), min_length=1, description="one a layer: null starts at random, an id as that target layer"
     )
     block_size: int = Field(8, ge=2)
@@ -76,6 +76,14 @@ class DrafterSection(_Section):
         if "sliding_attention" in kinds and self.sliding_window is None:
             raise ValueError("sliding_window is needed by layer_types")
         return self
+
+    def check_layer_ids(self, num_target_layers: int) -> None:
+        """Raises ValueError when a tap or an initial layer is not one of the target's."""
+        for key in ("tap_layer_ids", "init_layer_ids"):
+            for layer_id in getattr(self, key):
+                if layer_id is not None and layer_id >= num_target_layers:
+                    last = num_target_layers - 1
+                    raise ValueError(f"drafter.{key}: {layer_id} is none of the target's layers, 0 to {last}")
 
 
 class SelfGeneratedSection(_Section):

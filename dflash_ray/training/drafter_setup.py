@@ -87,8 +87,8 @@ def initialise_new(
 ) -> None:
     """The context feature starts as the mean of the taps, each layer as the target's or with small random weights.
 
-    A random layer hardly changes its input at first. Where all are random, the final norm is scaled so that the logits
-    of that input are small: else the first steps only teach the drafter not to repeat its mask.
+    A random layer hardly changes its input at first. Where all are random, the final norm is scaled down to rows of the
+    head of size 1: with large logits of the mask's embedding the first steps only teach not to repeat the mask.
     """
     num_taps = len(shape.tap_layer_ids)
     with torch.no_grad():

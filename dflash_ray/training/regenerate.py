@@ -90,13 +90,18 @@ def fill_shards(config: TrainingConfig, tasks: Sequence[Task]) -> int:
 
 
 def _claim(config: TrainingConfig, tasks: Sequence[Task]) -> None:
-    """Records what the shards are made of, and refuses a directory that was begun with something else."""
+    """Records what the shards are made of, and refuses a directory that was begun with something else.
+
+    So it does taps that the target lacks: ValueError names them.
+    """
     settings = config.regenerate.model_dump_json(exclude={"num_workers", "cpus_per_worker", "gpus_per_worker"})
     digest = hashlib.sha256(settings.encode())
     for task in tasks:
         digest.update(f"{task.prompt.digest} {task.prompt.source} {task.temperature} {task.answer}".encode())
+    target = resolve_target(config.target)
+    config.drafter.check_layer_ids(target.config.num_hidden_layers)
     plan = {
-        "target": resolve_target(config.target).fingerprint,
+        "target": target.fingerprint,
         "tap_layer_ids": list(config.drafter.tap_layer_ids),
         "seed": config.seed,
         "dtype": config.engine.dtype,

@@ -12,7 +12,7 @@ from dflash_ray.training.files import DiskFullError
 from dflash_ray.training.prompt_files import Prompt
 from dflash_ray.training.regenerate import Task, fill_shards
 from dflash_ray.training.shards import Answered, ShardStore, TapLayout, write_shard
-from tests.training.conftest import recipe, save_recipe
+from tests.training.conftest import recipe, save_recipe, share
 
 LAYOUT = TapLayout("target", (0, 2), 4)
 ANSWERED = Answered(
@@ -44,6 +44,7 @@ def recipe_file(target_dir, tmp_path):
         ("prompts", "prompts.traffic={directory: x, retention_days: 1}", "redact_patterns or redact_hook"),
         ("regenerate", "seed=1", "run `dflash-ray train prompts` first"),
         ("regenerate", "target=nowhere", "run `dflash-ray train prompts` first"),
+        ("regenerate", "drafter.tap_layer_ids=[0, -1]", "drafter.tap_layer_ids"),
         ("capture", "seed=1", "capture.conversations"),
         ("fit", "seed=1", "there are no shards"),
         ("evaluate", "evaluate.drafter=nowhere", "drafter nowhere"),
@@ -52,6 +53,16 @@ def recipe_file(target_dir, tmp_path):
 )
 def test_a_step_without_what_it_needs_says_so(step, override, named, recipe_file):
     assert named in error_of(step, recipe_file, override)
+
+
+@pytest.mark.parametrize("key", ["tap_layer_ids", "init_layer_ids"])
+@pytest.mark.parametrize("step", ["regenerate", "fit"])
+def test_layers_that_the_target_lacks_are_named(step, key, pipeline, target_dir, tmp_path):
+    config, _, _ = pipeline
+    mine = recipe(target_dir, tmp_path)
+    share(config, mine, "shards", "prompts")
+    text = error_of(step, save_recipe(mine, tmp_path / "recipe.yaml"), f"drafter.{key}=[0, 9]")
+    assert f"drafter.{key}: 9" in text and "0 to 3" in text
 
 
 def test_a_conversation_without_an_answer_is_named(recipe_file, tmp_path):
