@@ -87,26 +87,27 @@ def initialise_new(
 ) -> None:
     """The context feature starts as the mean of the taps, each layer as the target's or with small random weights.
 
-    A random layer hardly changes its input at first. Where all are random, the final norm is scaled down to rows of the
-    head of size 1: with large logits of the mask's embedding the first steps only teach not to repeat the mask.
+    A random layer hardly changes its input at first. Where all are random, the final norm is one over the mean length
+    of the head's rows: with large logits of the mask's embedding the first steps only teach not to repeat the mask.
     """
     num_taps = len(shape.tap_layer_ids)
     with torch.no_grad():
         projector.fc.weight.zero_()
         for block in projector.fc.weight.chunk(num_taps, dim=1):
             block.fill_diagonal_(1.0 / num_taps)
-        base = target.load_model().get_decoder()
-        for layer, source_id in zip(network.layers, shape.init_layer_ids, strict=True):
+        layers = list(zip(network.layers, shape.init_layer_ids, strict=True))
+        for layer, source_id in layers:
             if source_id is None:
                 _draw(layer, network.config.hidden_size)
-            else:
+        if all(source_id is None for _, source_id in layers):
+            network.norm.weight.fill_(1.0 / target.load_head().norm(dim=-1).mean())
+            return
+        base = target.load_model().get_decoder()
+        for layer, source_id in layers:
+            if source_id is not None:
                 layer.load_state_dict(base.layers[source_id].state_dict(), strict=False)
-        if any(source_id is not None for source_id in shape.init_layer_ids):
-            projector.hidden_norm.weight.copy_(base.layers[shape.tap_layer_ids[num_taps // 2]].input_layernorm.weight)
-            network.norm.weight.copy_(base.norm.weight)
-        else:
-            projector.hidden_norm.weight.fill_(1.0)
-            network.norm.weight.fill_(1.0 / target.load_head().float().norm(dim=-1).mean())
+        projector.hidden_norm.weight.copy_(base.layers[shape.tap_layer_ids[num_taps // 2]].input_layernorm.weight)
+        network.norm.weight.copy_(base.norm.weight)
 
 
 def _draw(layer: nn.Module, hidden_size: int) -> None:

@@ -90,9 +90,9 @@ def fill_shards(config: TrainingConfig, tasks: Sequence[Task]) -> int:
 
 
 def _claim(config: TrainingConfig, tasks: Sequence[Task]) -> None:
-    """Records what the shards are made of, and refuses a directory that was begun with something else.
+    """Records what the shards are made of.
 
-    So it does taps that the target lacks: ValueError names them.
+    Raises ValueError for layers that the target lacks, and for a directory that was begun with something else.
     """
     settings = config.regenerate.model_dump_json(exclude={"num_workers", "cpus_per_worker", "gpus_per_worker"})
     digest = hashlib.sha256(settings.encode())

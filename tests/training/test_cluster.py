@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from dflash_ray.training.fit import fit
 from dflash_ray.training.regenerate import regenerate
 from dflash_ray.training.shards import ShardStore
-from tests.training.conftest import recipe
+from tests.training.conftest import recipe, share
 
 pytestmark = pytest.mark.slow
 
@@ -24,8 +24,7 @@ def cluster():
 def test_shards_of_ray_data_actors_are_those_of_one_process(pipeline, target_dir, tmp_path):
     whole, _, _ = pipeline
     config = recipe(target_dir, tmp_path, regenerate={"num_workers": 2, "cpus_per_worker": 0.5})
-    config.work_dir.mkdir(parents=True)
-    config.prompts_dir.symlink_to(whole.prompts_dir)
+    share(whole, config, "prompts")
     regenerate(config)
     ours, theirs = ShardStore(config.shards_dir), ShardStore(whole.shards_dir)
     assert [path.read_bytes() for path in ours.paths.values()] == [path.read_bytes() for path in theirs.paths.values()]
@@ -34,8 +33,8 @@ def test_shards_of_ray_data_actors_are_those_of_one_process(pipeline, target_dir
 def test_a_full_disk_on_a_worker_is_said_in_its_own_words(pipeline, target_dir, tmp_path):
     whole, _, _ = pipeline
     config = recipe(target_dir, tmp_path, regenerate={"num_workers": 2, "cpus_per_worker": 0.5})
-    config.shards_dir.mkdir(parents=True)
-    config.prompts_dir.symlink_to(whole.prompts_dir)
+    share(whole, config, "prompts")
+    config.shards_dir.mkdir()
     (config.shards_dir / "00000.parquet.partial").symlink_to("/dev/full")
     with pytest.raises(ValueError, match=r"^no space left for .*00000\.parquet"):
         regenerate(config)
@@ -44,8 +43,7 @@ def test_a_full_disk_on_a_worker_is_said_in_its_own_words(pipeline, target_dir, 
 def test_workers_of_ray_train_fit_one_drafter(pipeline, target_dir, tmp_path):
     whole, _, _ = pipeline
     config = recipe(target_dir, tmp_path, fit={"num_workers": 2, "cpus_per_worker": 0.5, "max_steps": 30})
-    config.work_dir.mkdir(parents=True)
-    config.shards_dir.symlink_to(whole.shards_dir)
+    share(whole, config, "shards")
     fit(config)
     state = load_file(config.fit_dir / "state.safetensors")
     assert int(state["step"]) == 30

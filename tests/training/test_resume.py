@@ -15,7 +15,7 @@ from dflash_ray.training.fit import fit
 from dflash_ray.training.prompts import gather_prompts
 from dflash_ray.training.regenerate import regenerate
 from dflash_ray.training.shards import ShardStore
-from tests.training.conftest import recipe, save_recipe
+from tests.training.conftest import recipe, save_recipe, share
 
 REPOSITORY = Path(__file__).parents[2]
 DEADLINE_S = 120
@@ -51,8 +51,7 @@ def test_a_killed_regenerate_goes_on_to_the_same_shards(pipeline, target_dir, tm
 def test_a_killed_fit_goes_on_to_the_same_weights(pipeline, target_dir, tmp_path):
     uninterrupted, _, _ = pipeline
     config = recipe(target_dir, tmp_path, fit={"checkpoint_every_s": 0.2})
-    config.shards_dir.parent.mkdir(parents=True)
-    config.shards_dir.symlink_to(uninterrupted.shards_dir)
+    share(uninterrupted, config, "shards")
     state_file = config.fit_dir / "state.safetensors"
     kill_when_there_is(state_file, "fit", save_recipe(config, tmp_path / "recipe.yaml"))
     assert 0 < int(load_file(state_file)["step"]) < config.fit.max_steps
