@@ -19,7 +19,7 @@ def run_report(write: bool) -> None:
     """Prints what each CUDA kernel needs; fails on spills and on registers over budget."""
     from rich.table import Table
 
-    from dflash_ray.kernels import cuda_report
+    from dflash_ray.kernels import build, cuda_report
 
     try:
         report = cuda_report.compile_report()
@@ -27,7 +27,7 @@ def run_report(write: bool) -> None:
         fail(str(error))
     if write:
         cuda_report.write_report(report)
-    architectures = cuda_report.ARCHITECTURES
+    architectures = build.ARCHITECTURES
     table = Table("kernel", *architectures, title=f"registers + spilled bytes, {report['compiler']}")
     for kernel in report[architectures[0]]:
         figures = (report[architecture][kernel] for architecture in architectures)

@@ -24,11 +24,13 @@ logger = logging.getLogger(__name__)
 CACHE_ENV = "DFLASH_RAY_KERNEL_CACHE"
 FLAGS_ENV = "DFLASH_RAY_KERNEL_FLAGS"
 SOURCES = Path(__file__).parent / "csrc"
+# No two C++ files share a name: torch names the objects of a library by it, whatever their folders are.
 _CPU_SOURCES = ("binding.cpp", "cpu/forward.cpp", "cpu/linear.cpp", "cpu/verify.cpp")
-_CUDA_SOURCES = ("cuda/binding.cpp", "cuda/verify.cu")
+_CUDA_SOURCES = ("cuda/cuda_binding.cpp", "cuda/verify.cu")
 _NAME = "dflash_ray_kernels"
 _FLAGS = ("-O3", "-std=c++20", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-Wall")
 # No fused multiply-adds but those that are written: the CPU's and the GPU's arithmetic are to be the same.
+ARCHITECTURES = ("sm_80", "sm_90a", "sm_100")
 CUDA_FLAGS = ("-O3", "-std=c++20", "--fmad=false")
 
 
@@ -85,7 +87,7 @@ def _compile(path: Path) -> None:
             path.stem,
             [str(SOURCES / source) for source in sources],
             extra_cflags=[*_FLAGS, *_machine_flags()],
-            extra_cuda_cflags=list(CUDA_FLAGS),
+            extra_cuda_cflags=[*CUDA_FLAGS, *_architecture_flags()],
             extra_ldflags=["-fopenmp", *(flag for flag in _machine_flags() if flag.startswith("-fsanitize"))],
             build_directory=folder,
             is_python_module=False,
@@ -104,6 +106,16 @@ def _has_cuda() -> bool:
 def _machine_flags() -> list[str]:
     """Flags of $DFLASH_RAY_KERNEL_FLAGS, or this processor's own; an image names those of the machines it runs on."""
     return os.environ.get(FLAGS_ENV, "-march=native").split()
+
+
+def _architecture_flags() -> list[str]:
+    """Code for all architectures where no GPU is at hand, as in an image build; else torch chooses this GPU's.
+
+    torch reads $TORCH_CUDA_ARCH_LIST first.
+    """
+    if torch.cuda.is_available() or "TORCH_CUDA_ARCH_LIST" in os.environ:
+        return []
+    return [f"-gencode=arch={name.replace('sm', 'compute')},code={name}" for name in ARCHITECTURES]
 
 
 def _fingerprint(with_cuda: bool) -> str:

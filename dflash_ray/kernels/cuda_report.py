@@ -14,9 +14,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from dflash_ray.kernels.build import CUDA_FLAGS, SOURCES
+from dflash_ray.kernels.build import ARCHITECTURES, CUDA_FLAGS, SOURCES
 
-ARCHITECTURES = ("sm_80", "sm_90a", "sm_100")
 REPORT = SOURCES / "cuda" / "report.json"
 _HEADROOM = 8  # registers of the budget above today's figures
 

@@ -1,6 +1,6 @@
 """Where a target's weights and tokenizer are: a Hugging Face directory (safetensors or one GGUF file) or a builtin.
 
-Embedding and head can be read alone, because a drafter needs nothing else of its target.
+Embedding, head and the norm before it can be read alone, because a drafter needs nothing else of its target.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 _EMBEDDING = ("token_embd.weight", "model.embed_tokens.weight")  # GGUF, safetensors
 _HEAD = ("output.weight", "lm_head.weight")
+_FINAL_NORM = ("output_norm.weight", "model.norm.weight")
 _FINGERPRINT_BYTES = 1 << 20  # read at both ends of a file: enough to tell checkpoints apart, and fast
 
 
@@ -81,19 +82,23 @@ class TargetCheckpoint:
 
     def load_embedding(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Input embedding, [vocab_size, hidden_size]."""
-        return self._load_matrix(_EMBEDDING).to(dtype)
+        return self._load_tensor(_EMBEDDING).to(dtype)
 
     def load_head(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Output head, [vocab_size, hidden_size]; the embedding where the target ties them."""
         tied = bool(getattr(self.config, "tie_word_embeddings", False))
-        return self._load_matrix(_EMBEDDING if tied else _HEAD).to(dtype)
+        return self._load_tensor(_EMBEDDING if tied else _HEAD).to(dtype)
+
+    def load_final_norm(self) -> torch.Tensor:
+        """Weight of the norm between the last layer and the head, float32 [hidden_size]."""
+        return self._load_tensor(_FINAL_NORM).float()
 
     def _weight_files(self) -> list[Path]:
         if self.gguf_file is not None:
             return [self.path / self.gguf_file]
         return sorted(self.path.glob("*.safetensors"))
 
-    def _load_matrix(self, names: tuple[str, str]) -> torch.Tensor:
+    def _load_tensor(self, names: tuple[str, str]) -> torch.Tensor:
         gguf_name, name = names
         if self.gguf_file is not None:
             for tensor in GGUFReader(self.path / self.gguf_file).tensors:

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from dflash_ray.kernels import ops
+from dflash_ray.kernels.padded import PaddedStep
 from dflash_ray.target.batch import StepBatch
 from dflash_ray.target.paged_cache import PagedCache
 
@@ -20,13 +21,18 @@ IMPLEMENTATION = "ragged_paged"  # transformers takes a name with "flash" in it 
 
 
 class PagedStep:
-    """One step's layout, shared by all layers: the slots on the model's device, the rest on the host."""
+    """One step's layout, shared by all layers: the slots on the model's device, the tables as its attention reads them.
+
+    Attributes:
+        padded: the layout for devices other than the CPU, whose operator reads the tables on the host; else None.
+    """
 
     def __init__(self, batch: StepBatch, cache: PagedCache, device: str) -> None:
         self.cache = cache
         self.slots = torch.from_numpy(batch.slots).to(device)
         tables = (batch.entry_lens, batch.context_lens, batch.page_counts, batch.pages)
-        self.tables = tuple(torch.from_numpy(table) for table in tables)
+        self.tables = tuple(map(torch.from_numpy, tables))
+        self.padded = None if device == "cpu" else PaddedStep(*tables, cache.page_size, device)
 
 
 def paged_attention(
@@ -47,19 +53,14 @@ def paged_attention(
     """
     assert paged is not None
     cache, layer = paged.cache, module.layer_idx
-    out = ops.paged_attention(
-        query[0].transpose(0, 1),
-        key[0].transpose(0, 1),
-        value[0].transpose(0, 1),
-        cache.keys[layer],
-        cache.values[layer],
-        paged.slots,
-        *paged.tables,
-        page_size=cache.page_size,
-        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        window=sliding_window or 0,
-        softcap=softcap or 0.0,
-    )
+    rows = tuple(heads[0].transpose(0, 1) for heads in (query, key, value))
+    stored = (cache.keys[layer], cache.values[layer], paged.slots)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    kind = {"window": sliding_window or 0, "softcap": softcap or 0.0}
+    if paged.padded is not None:
+        out = paged.padded.attend(*rows, *stored, scale=scale, **kind)
+    else:
+        out = ops.paged_attention(*rows, *stored, *paged.tables, page_size=cache.page_size, scale=scale, **kind)
     return out[None], None
 
 

@@ -12,28 +12,25 @@ class PageAllocator:
 
     def __init__(self, num_pages: int) -> None:
         self.num_pages = num_pages
-        self._free = list(range(num_pages))
+        self.num_free = num_pages
         self._is_free = [True] * num_pages
-
-    @property
-    def num_free(self) -> int:
-        return len(self._free)
+        self._queue = list(range(num_pages))  # a heap of all free pages, and of some that were taken in runs
 
     def allocate(self, count: int, after: int | None = None) -> list[int] | None:
         """`count` pages, or None when there are not enough; continues after page `after` where it can."""
-        if count > len(self._free):
+        if count > self.num_free:
             return None
-        run = self._run(count, after)
-        if run is not None:
-            for page in run:
+        pages = self._run(count, after)
+        if pages is not None:
+            for page in pages:
                 self._take(page)
-            taken = set(run)
-            self._free = [page for page in self._free if page not in taken]
-            heapq.heapify(self._free)
-            return run
-        pages = [heapq.heappop(self._free) for _ in range(count)]
-        for page in pages:
-            self._take(page)
+            return pages
+        pages = []
+        while len(pages) < count:
+            page = heapq.heappop(self._queue)
+            if self._is_free[page]:
+                self._take(page)
+                pages.append(page)
         return pages
 
     def free(self, pages: list[int]) -> None:
@@ -41,15 +38,20 @@ class PageAllocator:
         for page in pages:
             assert not self._is_free[page], f"page {page} is freed twice"
             self._is_free[page] = True
-            heapq.heappush(self._free, page)
+            heapq.heappush(self._queue, page)
+        self.num_free += len(pages)
+        if len(self._queue) > 2 * self.num_pages:
+            self._queue = [page for page, is_free in enumerate(self._is_free) if is_free]
 
     def check_integrity(self) -> None:
-        """Asserts that every page is either free once or taken."""
-        assert sorted(self._free) == [page for page, is_free in enumerate(self._is_free) if is_free]
+        """Asserts that every page is either free or taken, and that all free ones can be found."""
+        free = {page for page, is_free in enumerate(self._is_free) if is_free}
+        assert len(free) == self.num_free and free <= set(self._queue)
 
     def _take(self, page: int) -> None:
         assert self._is_free[page]
         self._is_free[page] = False
+        self.num_free -= 1
 
     def _run(self, count: int, after: int | None) -> list[int] | None:
         """Consecutive free pages: right after `after`, or from the first gap that leaves room to grow."""

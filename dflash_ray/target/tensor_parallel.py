@@ -77,15 +77,11 @@ def shard(base_model: torch.nn.Module, tp_size: int, dtype: torch.dtype) -> torc
 class StepChannel:
     """Broadcast of flat int64 arrays from rank 0 over the group's own connection."""
 
-    def __init__(self, rank: int, tp_size: int, device: str) -> None:
-        self._rank = rank
-        self._tp_size = tp_size
+    def __init__(self, device: str) -> None:
         self._device = device
 
     def send(self, *arrays: NDArray[np.int64]) -> None:
         """Rank 0: gives every other rank the arrays."""
-        if self._tp_size == 1:
-            return
         header = torch.tensor([len(arrays[0]), len(arrays[1])], device=self._device)
         distributed.broadcast(header, src=0)
         distributed.broadcast(torch.from_numpy(np.concatenate(arrays)).to(self._device), src=0)

@@ -22,12 +22,10 @@ from dflash_ray.rpc.channel import RunningServer, format_address, new_server, st
 from dflash_ray.rpc.metrics import SERVICE_NAME as METRICS_SERVICE_NAME
 from dflash_ray.rpc.metrics import add_metrics_service
 from dflash_ray.rpc.node import bind_host
-from dflash_ray.sampling.plan import SequencePlan, pack_plan, unpack_plan
 from dflash_ray.sampling.shards import ProcessGroupShards, ShardGroup, SingleShard
-from dflash_ray.sampling.verify import SequenceOutcome, verify
-from dflash_ray.target.batch import StepBatch
 from dflash_ray.target.engine import Engine
-from dflash_ray.target.model import RankModel, StepHidden
+from dflash_ray.target.model import RankModel
+from dflash_ray.target.runner import GroupRunner
 from dflash_ray.target.servicer import TargetInfo, TargetServicer
 from dflash_ray.target.tensor_parallel import StepChannel, create_store, init_process_group, join_store
 
@@ -56,32 +54,6 @@ class Rendezvous:
 
     host: str
     port: int
-
-
-class GroupRunner:
-    """This rank's part of a pass; rank 0 drives it and the others follow through the step channel."""
-
-    def __init__(self, model: RankModel, channel: StepChannel, shards: ShardGroup) -> None:
-        self._model = model
-        self._channel = channel
-        self._shards = shards
-
-    def forward(self, batch: StepBatch, plan: list[SequencePlan]) -> StepHidden:
-        self._channel.send(batch.pack(), pack_plan(plan))
-        return self._model.forward(batch)
-
-    def verify(self, hidden: StepHidden, plan: list[SequencePlan]) -> list[SequenceOutcome]:
-        logits = self._model.shard_logits(hidden.sampled)
-        return verify(logits, self._model.vocab_start, plan, self._shards, hidden.features)
-
-    def follow(self) -> None:
-        """Other ranks: takes part in every step until the process ends."""
-        while True:
-            flat_batch, flat_plan = self._channel.receive()
-            hidden = self._model.forward(StepBatch.unpack(flat_batch))
-            plan = unpack_plan(flat_plan)
-            if plan:
-                self.verify(hidden, plan)
 
 
 class TargetRank:
@@ -145,7 +117,7 @@ class TargetRank:
         shards: ShardGroup = SingleShard()
         if place.tp_size > 1:
             shards = ProcessGroupShards(None, place.tp_size)
-        self._runner = GroupRunner(model, StepChannel(place.rank, place.tp_size, device), shards)
+        self._runner = GroupRunner(model, StepChannel(device), shards)
         if is_first:
             colocated = self._colocated(drafter)
             self._engine = Engine(

@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from dflash_ray.training.losses import IGNORE
 from dflash_ray.training.shards import Conversation, ShardStore
+from dflash_ray.training.taps import TapSource
 
 _SEED_STRIDE = 1 << 20  # more than there are conversations, so that no two draws share a seed
 _POOL_BATCHES = 8  # batches that are drawn at once to find conversations of similar length
@@ -25,7 +25,7 @@ class BlockBatch:
     """A anchors in each of C conversations.
 
     Attributes:
-        taps: bfloat16 [C, T - 1, F * H], zeros behind a conversation's end.
+        taps: bfloat16 [C, T - 1, F * H], any values behind a conversation's end.
         anchors: int64 [C, A], their positions.
         anchor_ids: int64 [C, A], their tokens.
         labels: int64 [C, A, B-1], indices into the draft vocabulary; IGNORE where no draft can be right.
@@ -54,33 +54,27 @@ class BatchSource:
     Args:
         indices: conversations to draw from.
         t2d: int64 [V], the draft index of each target token, IGNORE where it has none.
-        last_layer_id: stored layer from which the target's logits follow; None where they are not needed.
+        taps: of the drafter's layers and, where the target's logits are needed, of the last layer behind them.
+        num_layers: the drafter's tapped layers.
     """
 
     def __init__(
         self,
         store: ShardStore,
         indices: Sequence[int],
-        layer_ids: tuple[int, ...],
         t2d: Tensor,
         num_anchors: int,
         block_size: int,
-        last_layer_id: int | None = None,
+        taps: TapSource,
+        num_layers: int,
     ) -> None:
-        wanted = layer_ids if last_layer_id is None else (*layer_ids, last_layer_id)
-        missing = set(wanted) - set(store.layout.layer_ids)
-        if missing:
-            raise ValueError(
-                f"drafter.tap_layer_ids: layers {sorted(missing)} are not in the shards, which hold "
-                f"{list(store.layout.layer_ids)}; the last layer comes with regenerate.with_last_layer"
-            )
         self._store = store
         self._indices = indices
-        self._layer_ids = layer_ids
         self._t2d = t2d
         self._num_anchors = num_anchors
         self._num_slots = block_size - 1
-        self._last_layer_id = last_layer_id
+        self._taps = taps
+        self._width = num_layers * store.layout.hidden_size
 
     def draw(self, size: int, seed: int, rank: int = 0, world_size: int = 1) -> BlockBatch:
         """This rank's part of a batch of `size` conversations of similar length."""
@@ -93,16 +87,16 @@ class BatchSource:
 
     def at(self, indices: Sequence[int], seed: int) -> BlockBatch:
         """Random anchors in the given conversations."""
-        taps = pad_sequence([self._store.taps(i, self._layer_ids) for i in indices], batch_first=True)
+        taps = self._taps(indices)
         drawn = [self._draw_anchors(self._store.conversations[i], seed * _SEED_STRIDE + i) for i in indices]
         anchors, anchor_ids, labels = (torch.stack(parts) for parts in zip(*drawn, strict=True))
-        batch = BlockBatch(taps, anchors, anchor_ids, labels)
-        if self._last_layer_id is None:
+        batch = BlockBatch(taps[..., : self._width], anchors, anchor_ids, labels)
+        last = taps[..., self._width :]
+        if not last.shape[-1]:
             return batch
-        last = pad_sequence([self._store.taps(i, (self._last_layer_id,)) for i in indices], batch_first=True)
         # Slot k stands at s + k; the row before it, s + k - 1, is the one that predicts it.
-        rows = (anchors[:, :, None] + torch.arange(self._num_slots)).clamp(max=last.shape[1] - 1)
-        return replace(batch, last_hidden=last[torch.arange(len(indices))[:, None, None], rows])
+        rows = (anchors[:, :, None] + torch.arange(self._num_slots)).clamp(max=last.shape[1] - 1).to(last.device)
+        return replace(batch, last_hidden=last[torch.arange(len(indices), device=last.device)[:, None, None], rows])
 
     def _draw_anchors(self, conversation: Conversation, seed: int) -> tuple[Tensor, Tensor, Tensor]:
         """Anchors [A] among answer tokens that have a successor, their tokens, and the slots' labels [A, B-1]."""

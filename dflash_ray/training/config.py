@@ -111,6 +111,7 @@ class RegenerateSection(_Section):
     max_new_tokens: int = Field(512, ge=2)
     max_length: int = Field(768, ge=4, description="prompt and answer; longer prompts are left out")
     temperatures: tuple[float, ...] = Field((0.0, 0.7), min_length=1, description="one a prompt, by its hash")
+    with_taps: bool = Field(True, description="store the taps; without them the shards are small, see fit.online_taps")
     with_last_layer: bool = Field(False, description="store the last layer too, for fit.distillation_weight")
     shard_conversations: int = Field(128, ge=1)
     num_workers: int = Field(1, ge=1, description="Ray Data actors, which share the work_dir; 1 runs without Ray")
@@ -126,6 +127,7 @@ class CaptureSection(_Section):
 
 class FitSection(_Section):
     shards: tuple[Path, ...] = Field((), description="directories to train on; none: those of work_dir alone")
+    online_taps: bool = Field(False, description="the target runs beside the drafter; the shards need no taps")
     init_drafter: Path | None = Field(None, description="drafter directory to go on from, instead of init_layer_ids")
     max_steps: int = Field(2400, ge=0)
     conversations_per_step: int = Field(8, ge=1, description="over all workers")

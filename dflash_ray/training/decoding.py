@@ -23,8 +23,8 @@ from dflash_ray.pb import common_pb2, target_pb2
 from dflash_ray.sampling.shards import SingleShard
 from dflash_ray.target.engine import Engine
 from dflash_ray.target.model import RankModel
+from dflash_ray.target.runner import GroupRunner
 from dflash_ray.target.tensor_parallel import StepChannel, create_store, init_process_group
-from dflash_ray.target.worker import GroupRunner
 from dflash_ray.training.config import EngineSection
 from dflash_ray.training.trees import Candidates
 
@@ -282,7 +282,7 @@ def _build_engine(
         tap_layer_ids = drafter.config.target_layer_ids
     model = RankModel(target, config, 0, 1, projector, tap_layer_ids)
     return Engine(
-        GroupRunner(model, StepChannel(0, 1, settings.device), SingleShard()),
+        GroupRunner(model, StepChannel(settings.device), SingleShard()),
         config.target.num_pages,
         config.target.page_size,
         model.max_model_len,

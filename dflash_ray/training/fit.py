@@ -27,6 +27,7 @@ from dflash_ray.training.files import sha256_of, write_text
 from dflash_ray.training.losses import IGNORE
 from dflash_ray.training.objective import BlockLoss, DrafterObjective
 from dflash_ray.training.shards import ShardStore
+from dflash_ray.training.taps import OnlineTaps, StoredTaps, TapSource
 from dflash_ray.training.trainer import Trainer
 
 _POINT_EVERY_STEPS = 10
@@ -96,6 +97,8 @@ def fit_worker(
     """One worker's whole run; rank 0 also writes checkpoints, curves and the drafter."""
     if config.fit.num_threads:
         torch.set_num_threads(config.fit.num_threads)
+    if config.fit.device == "cuda":
+        torch.set_float32_matmul_precision("high")
     torch.manual_seed(config.seed)
     target = resolve_target(config.target)
     store = ShardStore(*config.shard_dirs)
@@ -112,15 +115,14 @@ def fit_worker(
     trainer.resume()
     t2d = torch.full((target.config.vocab_size,), IGNORE)
     t2d[vocabulary] = torch.arange(len(vocabulary))
-    last_layer_id = target.config.num_hidden_layers - 1 if config.fit.distillation_weight else None
     source = BatchSource(
         store,
         train,
-        config.drafter.tap_layer_ids,
         t2d,
         config.fit.anchors_per_conversation,
         config.drafter.block_size,
-        last_layer_id,
+        _tap_source(config, store, target),
+        len(config.drafter.tap_layer_ids),
     )
     if rank != 0:
         trainer.run(source, lambda step, result: None)
@@ -148,6 +150,16 @@ def _split(store: ShardStore, fraction: float) -> tuple[list[int], list[int]]:
     if not train:
         raise ValueError("the shards hold no conversation to train on")
     return train, held_out
+
+
+def _tap_source(config: TrainingConfig, store: ShardStore, target: TargetCheckpoint) -> TapSource:
+    """Taps of the drafter's layers, with distillation also those of the last one."""
+    layer_ids = config.drafter.tap_layer_ids
+    if config.fit.distillation_weight:
+        layer_ids = (*layer_ids, target.config.num_hidden_layers - 1)
+    if config.fit.online_taps:
+        return OnlineTaps(store, target, layer_ids, getattr(torch, config.engine.dtype), config.fit.device)
+    return StoredTaps(store, layer_ids)
 
 
 def _build_objective(

@@ -138,5 +138,5 @@ class DrafterObjective(nn.Module):
 def final_norm(target: TargetCheckpoint) -> RmsNorm:
     """The norm between the target's last layer and its head, frozen."""
     norm = RmsNorm(target.config.hidden_size, target.config.rms_norm_eps)
-    norm.load_state_dict(target.load_model().get_decoder().norm.state_dict())
+    norm.load_state_dict({"weight": target.load_final_norm()})
     return norm.requires_grad_(False)

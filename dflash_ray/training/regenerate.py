@@ -7,14 +7,16 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from tqdm import tqdm
 
 from dflash_ray.config import ConfigError, ModelConfig
 from dflash_ray.gateway.tokenizer import ChatTokenizer
-from dflash_ray.models.target_checkpoint import resolve_target
+from dflash_ray.models.target_checkpoint import TargetCheckpoint, resolve_target
 from dflash_ray.training.config import TrainingConfig
 from dflash_ray.training.decoding import BatchDecoder, DecodeRequest, local_decoder
 from dflash_ray.training.files import write_text
@@ -122,15 +124,15 @@ class ShardWorker:
         self._config = config
         self._tokenizer = ChatTokenizer(ModelConfig(path=config.target))
         target = resolve_target(config.target)
-        last = target.config.num_hidden_layers - 1
-        layer_ids = config.drafter.tap_layer_ids
-        if config.regenerate.with_last_layer and last not in layer_ids:
-            layer_ids = (*layer_ids, last)
-        self._layout = TapLayout(target.fingerprint, layer_ids, target.config.hidden_size)
+        self._layout = TapLayout(target.fingerprint, _layers_to_store(config, target), target.config.hidden_size)
         self._resources = ExitStack()
-        self._decoder: BatchDecoder = self._resources.enter_context(
-            local_decoder(config.target, config.engine, self._tokenizer.eos_ids, layer_ids)
-        )
+
+    @cached_property
+    def _decoder(self) -> BatchDecoder:
+        """The engine, once something is to be answered or tapped."""
+        config = self._config
+        decoder = local_decoder(config.target, config.engine, self._tokenizer.eos_ids, self._layout.layer_ids)
+        return self._resources.enter_context(decoder)
 
     def close(self) -> None:
         self._resources.close()
@@ -141,28 +143,48 @@ class ShardWorker:
         longest = self._config.regenerate.max_length - _SHORTEST_ANSWER
         fitting = [(task, prompt) for task, prompt in zip(tasks, prompts, strict=True) if len(prompt) <= longest]
         answered: dict[int, Answered] = {}
-        for index, decoded in self._decoder.run([self._request(task, prompt) for task, prompt in fitting]):
+        for index, answer, taps in self._answers(fitting):
             task, prompt = fitting[index]
+            tokens = [*prompt, *answer]
+            answered[index] = Answered(task.prompt, task.temperature, len(prompt), tokens, taps)
+        write_shard(path, self._layout, [answered[index] for index in sorted(answered)])
+
+    def _answers(self, fitting: Sequence[tuple[Task, list[int]]]) -> Iterator[tuple[int, list[int], Tensor | None]]:
+        """Index, answer and taps of tasks with their prompts' tokens, as they are done."""
+        running: list[int] = []
+        for index, (task, prompt) in enumerate(fitting):
+            if task.answer is None or self._layout.layer_ids:
+                running.append(index)
+            else:
+                yield index, self._cut(task.answer, prompt), None
+        if not running:
+            return
+        for number, decoded in self._decoder.run([self._request(*fitting[index]) for index in running]):
+            task, prompt = fitting[running[number]]
             # A known answer is all prefill: the token drawn after it is not part of the conversation.
             answer = decoded.token_ids if task.answer is None else self._cut(task.answer, prompt)
-            tokens = [*prompt, *answer]
-            assert decoded.taps is not None
-            answered[index] = Answered(
-                task.prompt, task.temperature, len(prompt), tokens, decoded.taps[: len(tokens) - 1]
-            )
-        write_shard(path, self._layout, [answered[index] for index in sorted(answered)])
+            taps = None if decoded.taps is None else decoded.taps[: len(prompt) + len(answer) - 1]
+            yield running[number], answer, taps
 
     def _cut(self, answer: list[int], prompt: list[int]) -> list[int]:
         """The part of a known answer that is kept; a place is left for the token that the engine draws after it."""
         return answer[: self._config.regenerate.max_length - len(prompt) - 1]
 
     def _request(self, task: Task, prompt: list[int]) -> DecodeRequest:
+        wants_taps = bool(self._layout.layer_ids)
         if task.answer is not None:
-            return DecodeRequest([*prompt, *self._cut(task.answer, prompt)], 1, wants_taps=True)
+            return DecodeRequest([*prompt, *self._cut(task.answer, prompt)], 1, wants_taps=wants_taps)
         section = self._config.regenerate
         count = min(section.max_new_tokens, section.max_length - len(prompt))
         seed = task.prompt.digest ^ self._config.seed
-        return DecodeRequest(prompt, count, task.temperature, seed=seed, wants_taps=True)
+        return DecodeRequest(prompt, count, task.temperature, seed=seed, wants_taps=wants_taps)
+
+
+def _layers_to_store(config: TrainingConfig, target: TargetCheckpoint) -> tuple[int, ...]:
+    layer_ids, last = config.drafter.tap_layer_ids, target.config.num_hidden_layers - 1
+    if not config.regenerate.with_taps:
+        return ()
+    return (*layer_ids, last) if config.regenerate.with_last_layer and last not in layer_ids else layer_ids
 
 
 def _in_process(config: TrainingConfig, missing: dict[Path, Sequence[Task]]) -> Iterator[int]:

@@ -4,7 +4,8 @@ A shard is written whole (renamed into place) and holds the conversations of one
 killed goes on with the shards that are missing, and nothing is answered twice.
 
 Columns: prompt (JSON of the messages), source, temperature, prompt_len, token_ids (prompt and answer, T of them) and
-taps, the raw outputs of the tapped layers for the first T - 1 tokens: bfloat16 [T - 1, layers, H], little-endian.
+taps, the raw outputs of the tapped layers for the first T - 1 tokens: bfloat16 [T - 1, layers, H], little-endian; null
+where no layer was tapped.
 """
 
 from __future__ import annotations
@@ -55,13 +56,13 @@ class TapLayout:
 
 @dataclass(frozen=True)
 class Answered:
-    """One conversation: token_ids are prompt and answer, taps bfloat16 [T - 1, layers * H]."""
+    """One conversation: token_ids are prompt and answer, taps bfloat16 [T - 1, layers * H] or None."""
 
     prompt: Prompt
     temperature: float
     prompt_len: int
     token_ids: list[int]
-    taps: Tensor
+    taps: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def write_shard(path: Path, layout: TapLayout, answered: Sequence[Answered]) -> 
                 "temperature": one.temperature,
                 "prompt_len": one.prompt_len,
                 "token_ids": one.token_ids,
-                "taps": one.taps.contiguous().view(torch.int16).numpy().tobytes(),
+                "taps": None if one.taps is None else one.taps.contiguous().view(torch.int16).numpy().tobytes(),
             }
             writer.write_table(pa.Table.from_pylist([row], schema=schema))
 

@@ -14,8 +14,8 @@ from dflash_ray.pb import common_pb2, target_pb2
 from dflash_ray.sampling.shards import SingleShard
 from dflash_ray.target.engine import Engine
 from dflash_ray.target.model import RankModel
+from dflash_ray.target.runner import GroupRunner
 from dflash_ray.target.tensor_parallel import StepChannel, create_store, init_process_group
-from dflash_ray.target.worker import GroupRunner
 from tests.drafter.parity import load_reference
 from tests.drafter.published import BLOCK, MASK, VOCAB, changed, dflash2, random_weights, sliding
 
@@ -74,7 +74,7 @@ def new_engine(directory, target) -> Engine:
     """A target group of one rank with its colocated drafter."""
     checkpoint = load_drafter(directory, target)
     rank = RankModel(target, CONFIG, 0, 1, checkpoint.build_projector(), checkpoint.config.target_layer_ids)
-    runner = GroupRunner(rank, StepChannel(0, 1, "cpu"), SingleShard())
+    runner = GroupRunner(rank, StepChannel("cpu"), SingleShard())
     drafter = BlockDrafter(checkpoint, target)
     return Engine(runner, CONFIG.target.num_pages, CONFIG.target.page_size, 256, VOCAB, drafter)
 

@@ -12,10 +12,12 @@ from dflash_ray.training.objective import final_norm
 from dflash_ray.training.prompts import gather_prompts
 from dflash_ray.training.regenerate import regenerate
 from dflash_ray.training.shards import ShardStore
+from dflash_ray.training.taps import OnlineTaps, StoredTaps
 from tests.tiny import SHAPE
-from tests.training.conftest import recipe, write_prompt_file
+from tests.training.conftest import recipe, share, write_prompt_file
 
 BLOCK_SIZE = 5
+TAPPED = (0, 2)
 LAST_LAYER = SHAPE["num_hidden_layers"] - 1
 
 
@@ -38,7 +40,8 @@ def new_source(store, vocabulary: torch.Tensor, last_layer_id: int | None = None
     t2d = torch.full((SHAPE["vocab_size"],), IGNORE)
     t2d[vocabulary] = torch.arange(len(vocabulary))
     indices = range(len(store.conversations))
-    return BatchSource(store, indices, (0, 2), t2d, 6, BLOCK_SIZE, last_layer_id)
+    layer_ids = TAPPED if last_layer_id is None else (*TAPPED, last_layer_id)
+    return BatchSource(store, indices, t2d, 6, BLOCK_SIZE, StoredTaps(store, layer_ids), len(TAPPED))
 
 
 def test_labels_are_the_tokens_after_the_anchor_as_far_as_the_drafter_knows_them(store):
@@ -84,4 +87,32 @@ def test_a_drafter_is_fitted_to_the_targets_logits(config):
 
 def test_layers_that_the_shards_lack_are_named(store):
     with pytest.raises(ValueError, match=r"layers \[1\] are not in the shards"):
-        BatchSource(store, [0], (1,), torch.arange(SHAPE["vocab_size"]), 6, BLOCK_SIZE)
+        StoredTaps(store, (1,))
+
+
+def test_the_target_beside_the_drafter_gives_the_taps_that_the_shards_would_hold(store, config):
+    layer_ids, indices = (*TAPPED, LAST_LAYER), [3, 0, 5]
+    online = OnlineTaps(store, resolve_target(config.target), layer_ids, torch.float32, "cpu")(indices)
+    stored = StoredTaps(store, layer_ids)(indices)
+    assert online.dtype == stored.dtype and online.shape == stored.shape
+    for row, index in enumerate(indices):
+        length = len(store.conversations[index].token_ids) - 1
+        assert torch.allclose(online[row, :length].float(), stored[row, :length].float(), rtol=0.02, atol=1e-3)
+
+
+def test_shards_without_taps_hold_the_same_conversations_and_train_a_drafter(store, config):
+    online = config.model_copy(
+        update={
+            "work_dir": config.work_dir.with_name("without_taps"),
+            "regenerate": config.regenerate.model_copy(update={"with_taps": False}),
+            "fit": config.fit.model_copy(update={"online_taps": True, "max_steps": 3}),
+        }
+    )
+    share(config, online, "prompts")
+    regenerate(online)
+    light = ShardStore(online.shards_dir)
+    assert light.layout.layer_ids == ()
+    for one, other in zip(light.conversations, store.conversations, strict=True):
+        assert torch.equal(one.token_ids, other.token_ids)
+    fit(online)
+    assert (online.trained_dir / "model.safetensors").is_file()

@@ -41,6 +41,15 @@ def test_the_cpu_operators_run_clean_under_sanitizers(tmp_path):
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
+def test_no_two_sources_of_a_library_share_a_name_for_their_object():
+    sources = [build.SOURCES / source for source in (*build._CPU_SOURCES, *build._CUDA_SOURCES)]
+    objects = {
+        source.stem + (".cuda.o" if source.suffix == ".cu" else ".o") for source in sources
+    }  # as torch names them
+    assert len(objects) == len(sources)
+    assert all(source.is_file() for source in sources)
+
+
 @pytest.mark.slow
 @needs_nvcc
 def test_the_cuda_kernels_compile_without_spills_and_within_their_budget():
@@ -60,6 +69,6 @@ def test_the_cuda_binding_is_valid_against_torchs_headers(tmp_path):
     generated.parent.mkdir(parents=True)
     generated.write_text("#pragma once\n")
     includes = [f"-I{folder}" for folder in (tmp_path, *cpp_extension.include_paths())]
-    source = build.SOURCES / "cuda" / "binding.cpp"
+    source = build.SOURCES / "cuda" / "cuda_binding.cpp"
     check = ["nvcc", "-std=c++20", "-Xcompiler", "-fsyntax-only", *includes, "-c", source, "-o", tmp_path / "binding.o"]
     subprocess.run(check, check=True)

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dflash_ray.kernels import build, ops, reference
+from dflash_ray.kernels.padded import PaddedStep
 from dflash_ray.models.packed_linear import PackedLinear
 
 pytestmark = pytest.mark.skipif(
@@ -82,13 +83,19 @@ def step(entries: list[tuple[int, int]], heads: int, kv_heads: int, size: int) -
     is_causal=st.booleans(),
 )
 @settings(deadline=None, max_examples=100)
-def test_paged_attention_equals_torch(entries, kv_heads, group, size, window, softcap, is_causal):
+def test_paged_attention_equals_torch_compiled_and_padded(entries, kv_heads, group, size, window, softcap, is_causal):
     arguments = step(entries, kv_heads * group, kv_heads, size)
-    copies = [each.clone() if isinstance(each, torch.Tensor) else each for each in arguments]
+    copies, padded_copies = (
+        [each.clone() if isinstance(each, torch.Tensor) else each for each in arguments] for _ in range(2)
+    )
     got = ops.paged_attention(*arguments, scale=size**-0.5, window=window, softcap=softcap, is_causal=is_causal)
     want = reference.paged_attention(*copies, size**-0.5, window, softcap, is_causal)
     assert torch.allclose(got, want, atol=1e-5)
     assert all(torch.equal(arguments[cache], copies[cache]) for cache in (3, 4)), "the caches hold the new rows"
+    padded = PaddedStep(*(table.numpy() for table in arguments[6:10]), PAGE_SIZE, "cpu")
+    out = padded.attend(*padded_copies[:6], size**-0.5, window, softcap, is_causal)
+    assert torch.allclose(out, want, atol=1e-5)
+    assert all(torch.equal(padded_copies[cache], copies[cache]) for cache in (3, 4))
 
 
 def test_without_a_compiler_the_operators_are_plain_torch_after_one_warning(monkeypatch, tmp_path, caplog):
