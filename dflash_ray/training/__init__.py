@@ -2,7 +2,7 @@
 
     prompts.py      gathers prompts (prompt_files.py, traffic.py)        -> prompts/*.jsonl
     regenerate.py   the target answers them (decoding.py)                -> shards/*.parquet, with taps (shards.py)
-    fit.py          trains: batches.py, objective.py (parallel.py, losses.py), trainer.py, curves.py  -> fit/
+    fit.py          trains: batches.py (taps.py), objective.py (parallel.py, losses.py), trainer.py, curves.py  -> fit/
     evaluate.py     decodes with the drafter, verified for real          -> evaluation/
     export.py       published layout and model card                      -> export.output_dir
 

@@ -77,13 +77,16 @@ class DrafterSection(_Section):
             raise ValueError("sliding_window is needed by layer_types")
         return self
 
-    def check_layer_ids(self, num_target_layers: int) -> None:
-        """Raises ValueError when a tap or an initial layer is not one of the target's."""
+    def check_target(self, num_layers: int, vocab_size: int) -> None:
+        """Raises ValueError when the target lacks a tapped or initial layer, or the mask token."""
         for key in ("tap_layer_ids", "init_layer_ids"):
             for layer_id in getattr(self, key):
-                if layer_id is not None and layer_id >= num_target_layers:
-                    last = num_target_layers - 1
-                    raise ValueError(f"drafter.{key}: {layer_id} is none of the target's layers, 0 to {last}")
+                if layer_id is not None and layer_id >= num_layers:
+                    raise ValueError(f"drafter.{key}: {layer_id} is none of the target's layers, 0 to {num_layers - 1}")
+        if self.mask_token_id >= vocab_size:
+            raise ValueError(
+                f"drafter.mask_token_id: {self.mask_token_id} is none of the target's tokens, 0 to {vocab_size - 1}"
+            )
 
 
 class SelfGeneratedSection(_Section):
@@ -122,7 +125,7 @@ class RegenerateSection(_Section):
 class CaptureSection(_Section):
     """Conversations that were answered elsewhere and lack taps."""
 
-    conversations: Path | None = Field(None, description="JSONL with prompt, response_ids, source, temperature")
+    conversations: tuple[Path, ...] = Field((), description="JSONL with prompt, response_ids, source, temperature")
 
 
 class FitSection(_Section):

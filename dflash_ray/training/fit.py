@@ -166,7 +166,7 @@ def _build_objective(
     config: TrainingConfig, target: TargetCheckpoint, vocabulary: Tensor, store: ShardStore
 ) -> tuple[DrafterObjective, dict[str, object]]:
     """The drafter before its first step, and its config.json."""
-    config.drafter.check_layer_ids(target.config.num_hidden_layers)
+    config.drafter.check_target(target.config.num_hidden_layers, target.config.vocab_size)
     is_reduced = len(vocabulary) < target.config.vocab_size
     values = drafter_config_values(config.drafter, target, len(vocabulary) if is_reduced else None)
     longest = max(len(conversation.token_ids) for conversation in store.conversations)

@@ -55,19 +55,19 @@ def regenerate(config: TrainingConfig) -> int:
 
 def capture(config: TrainingConfig) -> int:
     """Runs the target over conversations that were answered elsewhere. Returns the number of shards."""
-    path = config.capture.conversations
-    if path is None:
-        raise ConfigError("capture.conversations: give a JSONL file with prompt, response_ids, source, temperature")
+    if not config.capture.conversations:
+        raise ConfigError("capture.conversations: give JSONL files with prompt, response_ids, source, temperature")
     vocab_size = resolve_target(config.target).config.vocab_size
     tasks = []
-    for where, record in read_jsonl(path):
-        answer, temperature = record.get("response_ids"), record.get("temperature", 0.0)
-        is_answer = isinstance(answer, list) and all(isinstance(t, int) and 0 <= t < vocab_size for t in answer)
-        if not is_answer or not answer:
-            raise ValueError(f"{where}: needs response_ids, the answer's token ids, each below {vocab_size}")
-        if not isinstance(temperature, int | float):
-            raise ValueError(f"{where}: temperature must be a number")
-        tasks.append(Task(prompt_of(record, where, default_source(path)), float(temperature), answer))
+    for path in config.capture.conversations:
+        for where, record in read_jsonl(path):
+            answer, temperature = record.get("response_ids"), record.get("temperature", 0.0)
+            is_answer = isinstance(answer, list) and all(isinstance(t, int) and 0 <= t < vocab_size for t in answer)
+            if not is_answer or not answer:
+                raise ValueError(f"{where}: needs response_ids, the answer's token ids, each below {vocab_size}")
+            if not isinstance(temperature, int | float):
+                raise ValueError(f"{where}: temperature must be a number")
+            tasks.append(Task(prompt_of(record, where, default_source(path)), float(temperature), answer))
     return fill_shards(config, tasks)
 
 
@@ -101,7 +101,7 @@ def _claim(config: TrainingConfig, tasks: Sequence[Task]) -> None:
     for task in tasks:
         digest.update(f"{task.prompt.digest} {task.prompt.source} {task.temperature} {task.answer}".encode())
     target = resolve_target(config.target)
-    config.drafter.check_layer_ids(target.config.num_hidden_layers)
+    config.drafter.check_target(target.config.num_hidden_layers, target.config.vocab_size)
     plan = {
         "target": target.fingerprint,
         "tap_layer_ids": list(config.drafter.tap_layer_ids),

@@ -12,6 +12,7 @@ from dflash_ray.training.files import DiskFullError
 from dflash_ray.training.prompt_files import Prompt
 from dflash_ray.training.regenerate import Task, fill_shards
 from dflash_ray.training.shards import Answered, ShardStore, TapLayout, write_shard
+from tests.tiny import SHAPE
 from tests.training.conftest import recipe, save_recipe, share
 
 LAYOUT = TapLayout("target", (0, 2), 4)
@@ -55,20 +56,26 @@ def test_a_step_without_what_it_needs_says_so(step, override, named, recipe_file
     assert named in error_of(step, recipe_file, override)
 
 
-@pytest.mark.parametrize("key", ["tap_layer_ids", "init_layer_ids"])
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("tap_layer_ids=[0, 9]", "drafter.tap_layer_ids: 9 is none of the target's layers, 0 to 3"),
+        ("init_layer_ids=[0, 9]", "drafter.init_layer_ids: 9 is none of the target's layers, 0 to 3"),
+        (f"mask_token_id={SHAPE['vocab_size']}", f"drafter.mask_token_id: {SHAPE['vocab_size']} is none of"),
+    ],
+)
 @pytest.mark.parametrize("step", ["regenerate", "fit"])
-def test_layers_that_the_target_lacks_are_named(step, key, pipeline, target_dir, tmp_path):
+def test_layers_and_tokens_that_the_target_lacks_are_named(step, override, named, pipeline, target_dir, tmp_path):
     config, _, _ = pipeline
     mine = recipe(target_dir, tmp_path)
     share(config, mine, "shards", "prompts")
-    text = error_of(step, save_recipe(mine, tmp_path / "recipe.yaml"), f"drafter.{key}=[0, 9]")
-    assert f"drafter.{key}: 9" in text and "0 to 3" in text
+    assert named in error_of(step, save_recipe(mine, tmp_path / "recipe.yaml"), f"drafter.{override}")
 
 
 def test_a_conversation_without_an_answer_is_named(recipe_file, tmp_path):
     file = tmp_path / "conversations.jsonl"
     file.write_text(json.dumps({"prompt": "hi", "response_ids": ["a"], "source": "x", "temperature": 0}) + "\n")
-    text = error_of("capture", recipe_file, f"capture.conversations={file}")
+    text = error_of("capture", recipe_file, f"capture.conversations=[{file}]")
     assert "conversations.jsonl, line 1: needs response_ids" in text
 
 

@@ -82,7 +82,7 @@ def capture(config, directory, lines: list[dict], *overrides: str) -> ShardStore
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     other = config.model_copy(update={"work_dir": directory / "run"})
     recipe_file = save_recipe(other, directory / "recipe.yaml")
-    run_step("capture", recipe_file, f"capture.conversations={file}", *overrides)
+    run_step("capture", recipe_file, f"capture.conversations=[{file}]", *overrides)
     return ShardStore(other.shards_dir)
 
 
