@@ -16,8 +16,9 @@ NEW_TOKENS = 20
 SETTINGS = EngineSection(max_model_len=64, kv_cache_tokens=144, page_size=8, max_batch_tokens=16)
 
 
-def decode(target_dir, requests, **options):
-    with local_decoder(str(target_dir), SETTINGS, **options) as decoder:
+def decode(target_dir, requests, device="cpu", **options):
+    settings = SETTINGS.model_copy(update={"device": device})
+    with local_decoder(str(target_dir), settings, **options) as decoder:
         return dict(decoder.run(requests))
 
 
@@ -35,15 +36,17 @@ def test_tokens_and_taps_are_those_of_each_sequence_alone(target_dir):
         torch.testing.assert_close(decoded.taps.float(), expected, rtol=0.01, atol=0.01)  # they are bfloat16
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_drafter_changes_no_token(temperature, target_dir):
+def test_a_drafter_changes_no_token(temperature, device, target_dir):
     target = resolve_target(str(target_dir))
     values = changed(dflash_config={"target_layer_ids": [0, 2]})
     drafter = DrafterCheckpoint(parse_dflash_config(values, "test"), random_weights(values), "test")
     assert drafter.config.vocab_size == target.config.vocab_size
     plain = [DecodeRequest(prompt, NEW_TOKENS, temperature, seed=3) for prompt in PROMPTS]
     drafted = [DecodeRequest(prompt, NEW_TOKENS, temperature, seed=3, draft_tokens=5) for prompt in PROMPTS]
-    expected, results = decode(target_dir, plain), decode(target_dir, drafted, drafter=drafter)
+    expected = decode(target_dir, plain, device)
+    results = decode(target_dir, drafted, device, drafter=drafter)
     for index, decoded in results.items():
         assert decoded.token_ids == expected[index].token_ids
         assert decoded.stats.num_steps + decoded.stats.num_accepted == NEW_TOKENS - 1

@@ -102,6 +102,20 @@ def test_captured_conversations_get_the_taps_that_regenerating_gave(pipeline, tm
         torch.testing.assert_close(*taps, rtol=0.02, atol=0.02)
 
 
+def test_conversations_captured_without_taps_are_the_same(pipeline, tmp_path, monkeypatch):
+    config, _, _ = pipeline
+    chosen = ShardStore(config.shards_dir).conversations[:3]
+    lines = [
+        {"prompt": one.prompt.text, "response_ids": one.token_ids[one.prompt_len :].tolist(), "source": "x"}
+        for one in chosen
+    ]
+    monkeypatch.delattr("dflash_ray.training.regenerate.local_decoder")  # no model runs
+    captured = capture(config, tmp_path, lines, "regenerate.with_taps=false")
+    assert captured.layout.layer_ids == ()
+    for one, other in zip(captured.conversations, chosen, strict=True):
+        assert torch.equal(one.token_ids, other.token_ids) and one.prompt_len == other.prompt_len
+
+
 def test_long_captured_answers_are_cut_and_prompts_without_room_left_out(pipeline, tmp_path):
     config, _, _ = pipeline
     lines = [{"prompt": "abc" * count, "response_ids": list(range(3, 80))} for count in (1, 40)]
