@@ -48,7 +48,7 @@ class OnlineTaps:
         self._decoder = target.load_model(dtype).get_decoder().to(device)
         self._outputs: dict[int, Tensor] = {}
         self._layer_ids = layer_ids
-        for layer_id in layer_ids:
+        for layer_id in set(layer_ids):
             self._decoder.layers[layer_id].register_forward_hook(self._keep(layer_id))
 
     def _keep(self, layer_id: int) -> Callable[..., None]:
@@ -62,4 +62,6 @@ class OnlineTaps:
         # Rows see what is before them alone, so that padding behind a conversation changes none of its rows.
         tokens = [self._store.conversations[i].token_ids[:-1] for i in indices]
         self._decoder(input_ids=pad_sequence(tokens, batch_first=True).to(self._device), use_cache=False)
-        return torch.cat([self._outputs.pop(layer_id) for layer_id in self._layer_ids], dim=-1)
+        taps = torch.cat([self._outputs[layer_id] for layer_id in self._layer_ids], dim=-1)
+        self._outputs.clear()
+        return taps
