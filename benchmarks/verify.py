@@ -25,12 +25,11 @@ from transformers.generation.utils import _speculative_sampling
 
 from dflash_ray.config import BUILTIN_MODEL
 from dflash_ray.kernels import build
-from dflash_ray.kernels import verify_ops as ops
 from dflash_ray.models.target_checkpoint import resolve_target
 from dflash_ray.sampling.columns import PlanColumns, to_columns
 from dflash_ray.sampling.plan import COUPLED, REJECTION, SequencePlan
 from dflash_ray.sampling.shards import SingleShard
-from dflash_ray.sampling.verify import _partials, verify
+from dflash_ray.sampling.verify import launch, verify
 
 SEQUENCES, ROWS, ROUNDS = 32, 9, 5
 GPU_ROUNDS, GPU_WARM_UPS, GPU_CLONES = 24, 4, 4
@@ -81,9 +80,7 @@ def transformers_sampling(logits: torch.Tensor) -> None:
 
 def kernels(columns: PlanColumns, logits: torch.Tensor) -> None:
     """What `verify` launches for a plan whose columns are on the device."""
-    partials = _partials(logits, 0, columns, SingleShard())[None]
-    outcome = ops.verify_combine(partials, columns.tensors, columns.draft_ids, columns.draft_probs, columns.depth)
-    ops.commit(outcome, columns.tensors, None)
+    launch(logits, 0, columns, SingleShard())
 
 
 def target_logits() -> torch.Tensor:

@@ -29,8 +29,8 @@ _CPU_SOURCES = ("binding.cpp", "cpu/forward.cpp", "cpu/linear.cpp", "cpu/verify.
 _CUDA_SOURCES = ("cuda/cuda_binding.cpp", "cuda/verify.cu")
 _NAME = "dflash_ray_kernels"
 _FLAGS = ("-O3", "-std=c++20", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-Wall")
-# No fused multiply-adds but those that are written: the CPU's and the GPU's arithmetic are to be the same.
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100")
+# No fused multiply-adds but those that are written: the CPU's and the GPU's arithmetic are to be the same.
 CUDA_FLAGS = ("-O3", "-std=c++20", "--fmad=false")
 
 

@@ -64,9 +64,7 @@ def verify(
     """
     columns = to_columns(plan, logits.device)
     raw = _rows_for_logprobs(logits, plan)
-    partials = group.all_gather(_partials(logits, vocab_start, columns, group))
-    outcome = ops.verify_combine(partials, columns.tensors, columns.draft_ids, columns.draft_probs, columns.depth)
-    commits = ops.commit(outcome, columns.tensors, features)
+    outcome, commits = launch(logits, vocab_start, columns, group, features)
     # The one place where the host waits for the device.
     outcomes = [
         _to_outcome(line, commit, columns.depth)
@@ -75,6 +73,15 @@ def verify(
     if raw is not None:
         _add_logprobs(outcomes, raw, vocab_start, plan, group)
     return outcomes
+
+
+def launch(
+    logits: Tensor, vocab_start: int, columns: PlanColumns, group: ShardGroup, features: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """All operators of a step, without waiting for the device: results of `ops.verify_combine` and `ops.commit`."""
+    partials = group.all_gather(_partials(logits, vocab_start, columns, group))
+    outcome = ops.verify_combine(partials, columns.tensors, columns.draft_ids, columns.draft_probs, columns.depth)
+    return outcome, ops.commit(outcome, columns.tensors, features)
 
 
 def _partials(logits: Tensor, vocab_start: int, columns: PlanColumns, group: ShardGroup) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dflash_ray.config import DflashRayConfig
 from dflash_ray.models.packed_linear import PackedLinear
+from dflash_ray.models.taps import tap_layers
 from dflash_ray.models.target_checkpoint import TargetCheckpoint
 from dflash_ray.target.attention import IMPLEMENTATION, PagedStep, register
 from dflash_ray.target.batch import StepBatch
@@ -68,9 +69,7 @@ class RankModel:
         self._base = base.to(self._device).eval()
         self._projector = projector
         self._tap_layer_ids = tap_layer_ids if projector is not None else ()
-        self._taps: dict[int, Tensor] = {}
-        for layer in self._tap_layer_ids:
-            base.layers[layer].register_forward_hook(self._tap(layer))
+        self._taps = tap_layers(base, self._tap_layer_ids)
 
     def _take_head(self, model: Any, tp_rank: int, tp_size: int) -> tuple[int, PackedLinear]:
         """This rank's rows of the output head, split into ranges of equal size."""
@@ -78,12 +77,6 @@ class RankModel:
         start = min(tp_rank * per_rank, self.vocab_size)
         weight = model.get_output_embeddings().weight[start : start + per_rank].detach().clone()
         return start, PackedLinear(weight.to(self._device))
-
-    def _tap(self, layer: int) -> Any:
-        def hook(_module: torch.nn.Module, _inputs: Any, output: Any) -> None:
-            self._taps[layer] = output[0] if isinstance(output, tuple) else output
-
-        return hook
 
     @torch.inference_mode()
     def forward(self, batch: StepBatch) -> StepHidden:

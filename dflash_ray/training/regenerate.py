@@ -54,7 +54,10 @@ def regenerate(config: TrainingConfig) -> int:
 
 
 def capture(config: TrainingConfig) -> int:
-    """Runs the target over conversations that were answered elsewhere. Returns the number of shards."""
+    """Makes shards of conversations that were answered elsewhere; the target runs for their taps alone.
+
+    Returns the number of shards.
+    """
     if not config.capture.conversations:
         raise ConfigError("capture.conversations: give JSONL files with prompt, response_ids, source, temperature")
     vocab_size = resolve_target(config.target).config.vocab_size
@@ -94,7 +97,7 @@ def fill_shards(config: TrainingConfig, tasks: Sequence[Task]) -> int:
 def _claim(config: TrainingConfig, tasks: Sequence[Task]) -> None:
     """Records what the shards are made of.
 
-    Raises ValueError for layers that the target lacks, and for a directory that was begun with something else.
+    Raises ValueError for layers or a mask token that the target lacks, and for a directory begun with something else.
     """
     settings = config.regenerate.model_dump_json(exclude={"num_workers", "cpus_per_worker", "gpus_per_worker"})
     digest = hashlib.sha256(settings.encode())

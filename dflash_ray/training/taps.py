@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from dflash_ray.models.taps import tap_layers
 from dflash_ray.models.target_checkpoint import TargetCheckpoint
 from dflash_ray.training.shards import ShardStore
 
@@ -46,22 +47,14 @@ class OnlineTaps:
         self._store = store
         self._device = device
         self._decoder = target.load_model(dtype).get_decoder().to(device)
-        self._outputs: dict[int, Tensor] = {}
         self._layer_ids = layer_ids
-        for layer_id in set(layer_ids):
-            self._decoder.layers[layer_id].register_forward_hook(self._keep(layer_id))
-
-    def _keep(self, layer_id: int) -> Callable[..., None]:
-        def hook(_module: torch.nn.Module, _inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
-            self._outputs[layer_id] = (output[0] if isinstance(output, tuple) else output).to(torch.bfloat16)
-
-        return hook
+        self._outputs = tap_layers(self._decoder, layer_ids)
 
     @torch.no_grad()
     def __call__(self, indices: Sequence[int]) -> Tensor:
         # Rows see what is before them alone, so that padding behind a conversation changes none of its rows.
         tokens = [self._store.conversations[i].token_ids[:-1] for i in indices]
         self._decoder(input_ids=pad_sequence(tokens, batch_first=True).to(self._device), use_cache=False)
-        taps = torch.cat([self._outputs[layer_id] for layer_id in self._layer_ids], dim=-1)
+        taps = torch.cat([self._outputs[layer_id].to(torch.bfloat16) for layer_id in self._layer_ids], dim=-1)
         self._outputs.clear()
         return taps

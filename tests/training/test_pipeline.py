@@ -9,7 +9,7 @@ from dflash_ray.models.block_drafter import BlockDrafter
 from dflash_ray.models.drafter_checkpoint import resolve_drafter
 from dflash_ray.models.target_checkpoint import resolve_target
 from dflash_ray.training.prompt_files import read_prompts
-from dflash_ray.training.shards import ShardStore
+from dflash_ray.training.shards import Conversation, ShardStore
 from tests.training.conftest import run_step, save_recipe
 
 
@@ -86,15 +86,19 @@ def capture(config, directory, lines: list[dict], *overrides: str) -> ShardStore
     return ShardStore(other.shards_dir)
 
 
+def answered(conversations: list[Conversation]) -> list[dict]:
+    """As lines for `capture`."""
+    return [
+        {"prompt": one.prompt.text, "response_ids": one.token_ids[one.prompt_len :].tolist(), "source": "x"}
+        for one in conversations
+    ]
+
+
 def test_captured_conversations_get_the_taps_that_regenerating_gave(pipeline, tmp_path):
     config, _, _ = pipeline
     regenerated = ShardStore(config.shards_dir)
     chosen = regenerated.conversations[:5]
-    lines = [
-        {"prompt": one.prompt.text, "response_ids": one.token_ids[one.prompt_len :].tolist(), "source": "x"}
-        for one in chosen
-    ]
-    captured = capture(config, tmp_path, lines)
+    captured = capture(config, tmp_path, answered(chosen))
     for index, one in enumerate(chosen):
         assert torch.equal(captured.conversations[index].token_ids, one.token_ids)
         assert captured.conversations[index].prompt_len == one.prompt_len
@@ -105,12 +109,8 @@ def test_captured_conversations_get_the_taps_that_regenerating_gave(pipeline, tm
 def test_conversations_captured_without_taps_are_the_same(pipeline, tmp_path, monkeypatch):
     config, _, _ = pipeline
     chosen = ShardStore(config.shards_dir).conversations[:3]
-    lines = [
-        {"prompt": one.prompt.text, "response_ids": one.token_ids[one.prompt_len :].tolist(), "source": "x"}
-        for one in chosen
-    ]
     monkeypatch.delattr("dflash_ray.training.regenerate.local_decoder")  # no model runs
-    captured = capture(config, tmp_path, lines, "regenerate.with_taps=false")
+    captured = capture(config, tmp_path, answered(chosen), "regenerate.with_taps=false")
     assert captured.layout.layer_ids == ()
     for one, other in zip(captured.conversations, chosen, strict=True):
         assert torch.equal(one.token_ids, other.token_ids) and one.prompt_len == other.prompt_len
