@@ -12,8 +12,8 @@ import grpc
 from dflash_ray import __version__
 from dflash_ray.core.errors import InvalidRequestError, RequestError
 from dflash_ray.core.stats import AcceptanceStats
+from dflash_ray.gateway.choice import ChoiceDelta
 from dflash_ray.gateway.core import GatewayCore
-from dflash_ray.gateway.generation import ChoiceDelta
 from dflash_ray.gateway.openai_responses import speculation_metrics
 from dflash_ray.gateway.requests import grpc_messages
 from dflash_ray.observability.logs import request_id_var

@@ -13,8 +13,8 @@ from pydantic import BaseModel, ValidationError
 
 from dflash_ray import __version__
 from dflash_ray.core.errors import InvalidRequestError, RequestError, TooLargeError, UnavailableError
+from dflash_ray.gateway.choice import ChoiceDelta
 from dflash_ray.gateway.core import GatewayCore
-from dflash_ray.gateway.generation import ChoiceDelta
 from dflash_ray.gateway.openai_responses import Kind, ResponseWriter
 from dflash_ray.gateway.openai_types import ChatCompletionRequest, CompletionRequest, DetokenizeBody, TokenizeBody
 from dflash_ray.gateway.requests import GenerationRequest

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from dflash_ray.core.stats import AcceptanceStats
-from dflash_ray.gateway.generation import ChoiceDelta
+from dflash_ray.gateway.choice import ChoiceDelta
 from dflash_ray.gateway.tokenizer import ChatTokenizer
 from dflash_ray.pb import common_pb2
 
