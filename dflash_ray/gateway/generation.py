@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import replace
 from itertools import count
 
 import grpc
 
-from dflash_ray.core.errors import DeadlineExceededError, RequestError, UnavailableError, error_from_grpc
+from dflash_ray.core.errors import DeadlineExceededError, UnavailableError, error_from_grpc
 from dflash_ray.gateway.choice import Choice, ChoiceDelta
 from dflash_ray.gateway.requests import GenerationRequest
 from dflash_ray.gateway.routers import Routers
@@ -39,12 +39,15 @@ class Generator:
     async def generate(
         self, request: GenerationRequest, timeout_s: float | None = None
     ) -> AsyncGenerator[ChoiceDelta, None]:
-        """Deltas of all choices as they come. Raises RequestError; leaving early cancels the router calls."""
+        """Deltas of all choices as they come. Raises RequestError; leaving early cancels the router calls.
+
+        A choice's first delta is empty and comes when a router has taken it.
+        """
         deadline = time.monotonic() + min(timeout_s or self._timeout_s, self._timeout_s)
         self._metrics.prompt_tokens.labels(self._model).inc(len(request.prompt_ids))
         self._metrics.request_prompt_tokens.labels(self._model).observe(len(request.prompt_ids))
         choices = [self._choice(_seeded(request, index), index, deadline) for index in range(request.num_choices)]
-        deltas = choices[0] if len(choices) == 1 else _merge(choices)
+        deltas = choices[0] if len(choices) == 1 else merge(choices)
         try:
             async for delta in deltas:
                 yield delta
@@ -132,16 +135,16 @@ def _router_request(request: GenerationRequest, tokens: list[int]) -> router_pb2
     )
 
 
-async def _merge(sources: list[AsyncGenerator[ChoiceDelta, None]]) -> AsyncGenerator[ChoiceDelta, None]:
+async def merge(sources: Sequence[AsyncGenerator[ChoiceDelta, None]]) -> AsyncGenerator[ChoiceDelta, None]:
     """Items of several generators in the order they come; the first error ends all."""
-    queue: asyncio.Queue[ChoiceDelta | RequestError | None] = asyncio.Queue()
+    queue: asyncio.Queue[ChoiceDelta | Exception | None] = asyncio.Queue()
 
     async def drain(source: AsyncIterator[ChoiceDelta]) -> None:
         try:
             async for item in source:
                 queue.put_nowait(item)
             queue.put_nowait(None)
-        except RequestError as error:
+        except Exception as error:
             queue.put_nowait(error)
 
     tasks = [asyncio.create_task(drain(source)) for source in sources]
@@ -150,7 +153,7 @@ async def _merge(sources: list[AsyncGenerator[ChoiceDelta, None]]) -> AsyncGener
             if ended == len(tasks):
                 return
             while (item := await queue.get()) is not None:
-                if isinstance(item, RequestError):
+                if isinstance(item, Exception):
                     raise item
                 yield item
     finally:
