@@ -21,7 +21,9 @@ from dflash_ray.gateway.grpc_api import GenerationServicer
 from dflash_ray.gateway.http_api import build_http_app
 from dflash_ray.gateway.tokenizer import ChatTokenizer
 from dflash_ray.pb import common_pb2, generation_pb2_grpc, router_pb2, router_pb2_grpc
+from dflash_ray.rpc.channel import new_server
 from dflash_ray.rpc.directory import DirectoryClient, Entry
+from dflash_ray.rpc.malformed import RefuseMalformed
 
 shared_tokenizer = functools.cache(ChatTokenizer)  # the embedded model's takes seconds to read
 
@@ -91,7 +93,7 @@ async def gateway(respond: Respond, *overrides: str) -> AsyncIterator[Gateway]:
     with mock.patch("dflash_ray.gateway.core.ChatTokenizer", shared_tokenizer):
         core = GatewayCore(load_config(None, overrides), DirectoryClient())
     core.routers.update([Entry("router", "r1", f"127.0.0.1:{router_port}", {"ready": True})])
-    server = grpc.aio.server()
+    server = new_server(core.config.gateway.max_body_bytes, [RefuseMalformed()])
     generation_pb2_grpc.add_GenerationServicer_to_server(GenerationServicer(core), server)
     port = server.add_insecure_port("127.0.0.1:0")
     listening = socket.create_server(("127.0.0.1", 0))
