@@ -48,7 +48,7 @@ def errors(client: openai.OpenAI) -> None:
     for options, kind, code in [
         ({"model": "gpt-9"}, openai.NotFoundError, "model_not_found"),
         (
-            {"messages": [{"role": "user", "content": "word " * 9000}]},
+            {"messages": [long]},
             openai.BadRequestError,
             "context_length_exceeded",
         ),
