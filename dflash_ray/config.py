@@ -92,6 +92,7 @@ class DrafterConfig(_Section):
     dtype: Literal["float32", "bfloat16"] = "float32"
     num_threads: int = Field(0, ge=0, description="torch threads of a replica; 0 shares the machine's cores")
     max_context_tokens: int = Field(65536, ge=64, description="context rows that a replica holds over all sequences")
+    step_timeout_s: float = Field(30.0, gt=0, description="a draft pass that takes longer ends the replica")
 
 
 class RouterConfig(_Section):
@@ -105,6 +106,7 @@ class RouterConfig(_Section):
     num_candidates: int = Field(1, ge=1, le=16, description="candidates a draft slot that drafters return")
     cohorts: Literal[1, 2] = Field(1, description="2: one cohort is verified while the other is drafted")
     draft_timeout_ms: float = Field(100.0, gt=0, description="a slower draft is replaced by an n-gram or none")
+    max_missed_drafts: int = Field(3, ge=1, description="late drafts in a row before a drafter is left for a while")
     prefill_chunk_tokens: int = Field(256, ge=1)
     max_running: int = Field(64, ge=1, description="sequences decoded at a time, per target group")
     max_waiting: int = Field(256, ge=0, description="requests queued before new ones are refused")
@@ -156,6 +158,9 @@ class GatewayConfig(_Section):
 class NetworkConfig(_Section):
     bind_host: str = Field("127.0.0.1", description="interface of the inner gRPC servers; `node` is the Ray node's IP")
     entry_ttl_s: float = Field(5.0, gt=0, description="a process that is silent this long leaves the directory")
+    max_message_bytes: int = Field(
+        64 * 1024 * 1024, ge=1024 * 1024, description="largest message between the processes; features travel in pieces"
+    )
 
 
 class ObservabilityConfig(_Section):

@@ -114,6 +114,9 @@ class RouterMetrics(_ProcessMetrics):
             "dflash_ray_router_drafts", "Verify entries by where their draft came from", ("source",)
         )
         self.drafts_dropped = self._counter("dflash_ray_router_drafts_dropped", "Drafts not used", ("reason",))
+        self.num_replays = self._counter(
+            "dflash_ray_router_feature_replays", "Pieces of context features asked for again"
+        )
         self.draft_round_trip = self._seconds(
             "dflash_ray_router_draft_round_trip_seconds", "Draft request to draft blocks", _STEP_BUCKETS_S
         )

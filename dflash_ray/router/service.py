@@ -72,10 +72,12 @@ class RouterReplica:
             await asyncio.sleep(0.1)
 
     async def check_health(self) -> None:
-        """Raises when one of the router's loops has ended."""
+        """Raises when one of the router's loops has ended, or a pipeline cannot go on."""
         for task in self._tasks:
             if task.done():
                 task.result()
+        for pipeline in self._fleet.pipelines:
+            pipeline.check_health()
 
     async def _unregister(self) -> None:
         for task in self._tasks:

@@ -31,9 +31,9 @@ def _options(max_message_bytes: int) -> list[tuple[str, int]]:
     return [*_KEEPALIVE, *sizes]
 
 
-def open_channel(address: str) -> grpc.aio.Channel:
+def open_channel(address: str, max_message_bytes: int = INNER_MESSAGE_BYTES) -> grpc.aio.Channel:
     """A channel to an inner server at host:port; the caller closes it."""
-    return grpc.aio.insecure_channel(address, options=_options(INNER_MESSAGE_BYTES))
+    return grpc.aio.insecure_channel(address, options=_options(max_message_bytes))
 
 
 @dataclass(frozen=True, slots=True)
