@@ -50,7 +50,7 @@ class Pipeline:
 
     async def connect_target(self, entry: Entry, epoch: int) -> None:
         """Leads a target group. Raises ConnectionError."""
-        stream, hello = await open_target(entry.address, self._router_id, epoch)
+        stream, hello = await open_target(entry.address, self._router_id, epoch, self._config.network.max_message_bytes)
         self._target, self.target_id = stream, entry.id
         self._feature_fingerprint = hello.feature_fingerprint
         limits = TargetLimits(
@@ -82,7 +82,7 @@ class Pipeline:
             self._record_acceptance(message.result)
             self.scheduler.step_done(message.result, now)
         else:
-            self.scheduler.replayed(message.features.features)
+            self.scheduler.replayed(message.replay.features)
         self._pump()
 
     def _on_target_end(self) -> None:
@@ -96,7 +96,7 @@ class Pipeline:
 
     async def connect_drafter(self, entry: Entry) -> None:
         """Adds a drafter whose features fit this target. Raises ConnectionError."""
-        stream, hello = await open_drafter(entry.address, self._router_id)
+        stream, hello = await open_drafter(entry.address, self._router_id, self._config.network.max_message_bytes)
         if hello.needs_features and hello.fingerprint != self._feature_fingerprint:
             logger.warning("drafter %s is for other features (%s)", entry.id, hello.fingerprint)
             await stream.close()

@@ -20,9 +20,9 @@ _HELLO_TIMEOUT_S = 10.0
 class Stream:
     """One bidirectional stream. Created by `open_target` or `open_drafter`, which exchange the hellos."""
 
-    def __init__(self, address: str, method: Callable[[grpc.aio.Channel], Any]) -> None:
+    def __init__(self, address: str, method: Callable[[grpc.aio.Channel], Any], max_message_bytes: int) -> None:
         self.address = address
-        self._channel = open_channel(address)
+        self._channel = open_channel(address, max_message_bytes)
         self._outgoing: asyncio.Queue[Any] = asyncio.Queue()
         self._call = method(self._channel)(self._requests())
         self._reader: asyncio.Task[None] | None = None
@@ -72,15 +72,19 @@ class Stream:
         await self._channel.close()
 
 
-async def open_target(address: str, router_id: str, epoch: int) -> tuple[Stream, target_pb2.TargetHelloReply]:
+async def open_target(
+    address: str, router_id: str, epoch: int, max_message_bytes: int
+) -> tuple[Stream, target_pb2.TargetHelloReply]:
     """A stream that leads the group under a lease epoch. Raises ConnectionError."""
-    stream = Stream(address, lambda channel: target_pb2_grpc.TargetStub(channel).Verify)
+    stream = Stream(address, lambda channel: target_pb2_grpc.TargetStub(channel).Verify, max_message_bytes)
     hello = target_pb2.TargetHello(protocol_version=PROTOCOL_VERSION, router_id=router_id, epoch=epoch)
     return stream, await stream.greet(target_pb2.TargetRequest(hello=hello))
 
 
-async def open_drafter(address: str, router_id: str) -> tuple[Stream, drafter_pb2.DrafterHelloReply]:
+async def open_drafter(
+    address: str, router_id: str, max_message_bytes: int
+) -> tuple[Stream, drafter_pb2.DrafterHelloReply]:
     """A stream to a drafter. Raises ConnectionError."""
-    stream = Stream(address, lambda channel: drafter_pb2_grpc.DrafterStub(channel).Draft)
+    stream = Stream(address, lambda channel: drafter_pb2_grpc.DrafterStub(channel).Draft, max_message_bytes)
     hello = drafter_pb2.DrafterHello(protocol_version=PROTOCOL_VERSION, router_id=router_id)
     return stream, await stream.greet(drafter_pb2.DrafterRequest(hello=hello))
