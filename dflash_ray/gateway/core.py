@@ -26,7 +26,7 @@ class GatewayCore:
         self.tokenizer = ChatTokenizer(config.model)
         self.traffic = None if config.gateway.traffic is None else TrafficRecorder(config.gateway.traffic)
         self.requests = RequestBuilder(config, self.tokenizer, self.traffic)
-        self.routers = Routers(directory)
+        self.routers = Routers(directory, config.network.max_message_bytes)
         self.generator = Generator(
             self.routers,
             self.tokenizer,
@@ -49,4 +49,6 @@ class GatewayCore:
         except ConnectionError:
             entries = []
         own = {"gateway": self.metrics.render()}
-        return await collect_metrics([entry for kind in entries for entry in kind], own)
+        return await collect_metrics(
+            [entry for kind in entries for entry in kind], own, self.config.network.max_message_bytes
+        )

@@ -161,4 +161,5 @@ class DrafterMetrics(_ProcessMetrics):
         self.live_sessions = self._gauge("dflash_ray_drafter_live_sessions", "Sessions open")
         self.context_rows = self._gauge("dflash_ray_drafter_context_rows", "Context rows held")
         self.busy_fraction = self._gauge("dflash_ray_drafter_busy_fraction", "Share of time spent drafting, 0 to 1")
-        self.missing = self._counter("dflash_ray_drafter_missing_contexts", "Proposals refused for lack of context")
+        self.missing = self._counter("dflash_ray_drafter_missing_contexts", "Sequences without the context they need")
+        self.refused = self._counter("dflash_ray_drafter_refused_contexts", "Sequences that found no room")
