@@ -28,7 +28,7 @@ class GatewayCore:
         self.traffic = None if config.gateway.traffic is None else TrafficRecorder(config.gateway.traffic)
         self.requests = RequestBuilder(config, self.tokenizer, self.traffic)
         self.unknown_fields = UnknownFields()
-        self.routers = Routers(directory)
+        self.routers = Routers(directory, config.network.max_message_bytes)
         self.generator = Generator(
             self.routers,
             self.tokenizer,
@@ -51,4 +51,6 @@ class GatewayCore:
         except ConnectionError:
             entries = []
         own = {"gateway": self.metrics.render()}
-        return await collect_metrics([entry for kind in entries for entry in kind], own)
+        return await collect_metrics(
+            [entry for kind in entries for entry in kind], own, self.config.network.max_message_bytes
+        )

@@ -22,8 +22,9 @@ _POLL_S = 0.5
 class Routers:
     """Entries of the directory and one channel to each. While the directory is away the known ones stay."""
 
-    def __init__(self, directory: DirectoryClient) -> None:
+    def __init__(self, directory: DirectoryClient, max_message_bytes: int) -> None:
         self._directory = directory
+        self._max_message_bytes = max_message_bytes
         self._entries: dict[str, Entry] = {}
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._outstanding: Counter[str] = Counter()
@@ -71,7 +72,7 @@ class Routers:
 
     def _channel(self, entry: Entry) -> grpc.aio.Channel:
         if entry.id not in self._channels:
-            self._channels[entry.id] = open_channel(entry.address)
+            self._channels[entry.id] = open_channel(entry.address, self._max_message_bytes)
         return self._channels[entry.id]
 
     async def close(self) -> None:

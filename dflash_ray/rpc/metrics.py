@@ -33,20 +33,22 @@ def add_metrics_service(server: grpc.aio.Server, render: Callable[[], str]) -> N
     metrics_pb2_grpc.add_MetricsServicer_to_server(MetricsServicer(render), server)
 
 
-async def collect_metrics(entries: Iterable[Entry], own: dict[str, str], timeout_s: float = 1.0) -> str:
+async def collect_metrics(
+    entries: Iterable[Entry], own: dict[str, str], max_message_bytes: int, timeout_s: float = 1.0
+) -> str:
     """One exposition of all processes: `own` texts by process id, and those of the directory's entries.
 
     A process that does not answer in time is left out.
     """
     entries = list(entries)
-    answers = await asyncio.gather(*(_collect(entry, timeout_s) for entry in entries))
+    answers = await asyncio.gather(*(_collect(entry, max_message_bytes, timeout_s) for entry in entries))
     texts = dict(own)
     texts.update({f"{entry.kind}-{entry.id}": text for entry, text in zip(entries, answers, strict=True) if text})
     return merge_expositions(texts)
 
 
-async def _collect(entry: Entry, timeout_s: float) -> str | None:
-    async with open_channel(entry.address) as channel:
+async def _collect(entry: Entry, max_message_bytes: int, timeout_s: float) -> str | None:
+    async with open_channel(entry.address, max_message_bytes) as channel:
         stub = metrics_pb2_grpc.MetricsStub(channel)
         try:
             response = await stub.Collect(metrics_pb2.CollectRequest(), timeout=timeout_s)
