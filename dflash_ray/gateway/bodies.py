@@ -103,7 +103,7 @@ def _invalid(error: ValidationError) -> InvalidRequestError:
     """The first fault, in words."""
     item = error.errors(include_url=False, include_input=False)[0]
     path = [str(part) for part in item["loc"]]
-    if item["type"] == _UNSUPPORTED:
+    if "field" in item.get("ctx", ()):  # a model's own check
         path.append(item["ctx"]["field"])
     # Members of unions are named after their types.
     name = ".".join(part for part in path if part not in ("str", "[key]") and not part.startswith("list["))

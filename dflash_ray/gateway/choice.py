@@ -22,6 +22,7 @@ class ChoiceDelta:
 
     Attributes:
         token_ids: new tokens; the text of some of them may come later.
+        prompt_logprobs: of the prompt's next tokens, from its second on, before all tokens.
         finish_reason: set on the last delta, with `stop` when a stop string or token ended it.
         stats: on the last delta.
     """
@@ -33,6 +34,7 @@ class ChoiceDelta:
     finish_reason: common_pb2.FinishReason = common_pb2.FINISH_REASON_UNSPECIFIED
     stop: str | int | None = None
     stats: AcceptanceStats | None = None
+    prompt_logprobs: common_pb2.TokenLogprobs | None = None
 
 
 class Choice:
@@ -45,10 +47,17 @@ class Choice:
         self._stops = StopStrings(request.stop_strings, request.include_stop_strings)
         self._stats = AcceptanceStats()
         self.num_tokens = 0
+        self._num_scored = 1  # prompt tokens whose log-probabilities are known; the first has none
 
     def take(self, chunk: router_pb2.TokenChunk) -> ChoiceDelta:
         """The delta of a chunk: everything in it ends with the token that completes a stop string."""
         delta = ChoiceDelta(self._index)
+        if chunk.HasField("prompt_logprobs"):
+            self._score(delta, chunk.prompt_logprobs)
+        if self._request.is_prompt_only:
+            if chunk.token_ids or chunk.finish_reason:
+                delta.finish_reason, delta.stats = common_pb2.FINISH_REASON_LENGTH, self._stats
+            return delta
         for at, token in enumerate(chunk.token_ids):
             delta.token_ids.append(token)
             self.num_tokens += 1
@@ -61,12 +70,19 @@ class Choice:
             self._end(delta, chunk.finish_reason)
         num_kept = len(delta.token_ids)
         if chunk.HasField("logprobs"):
-            delta.logprobs = _first(chunk.logprobs, num_kept)
+            delta.logprobs = _between(chunk.logprobs, 0, num_kept)
         if chunk.HasField("decode_pass"):
             self._count(chunk.decode_pass, num_kept)
         if delta.finish_reason:
             delta.stats = self._stats
         return delta
+
+    def _score(self, delta: ChoiceDelta, part: common_pb2.PromptLogprobs) -> None:
+        """Adds what is new; a prompt that another router or another attempt prefills is scored again."""
+        num_known = self._num_scored - part.start
+        if 0 <= num_known < len(part.logprobs.chosen):
+            delta.prompt_logprobs = _between(part.logprobs, num_known, len(part.logprobs.chosen))
+            self._num_scored += len(delta.prompt_logprobs.chosen)
 
     def _show(self, delta: ChoiceDelta, text: str) -> None:
         """Adds text to the delta, up to a stop string. None may end within the first min_new_tokens tokens."""
@@ -91,12 +107,12 @@ class Choice:
         self._stats.record(decode_pass.num_drafts, min(decode_pass.num_accepted_drafts, num_kept))
 
 
-def _first(logprobs: common_pb2.TokenLogprobs, count: int) -> common_pb2.TokenLogprobs:
-    """Those of the first `count` tokens."""
-    size = count * logprobs.num_top
+def _between(logprobs: common_pb2.TokenLogprobs, start: int, stop: int) -> common_pb2.TokenLogprobs:
+    """Those of tokens start ... stop - 1."""
+    n = logprobs.num_top
     return common_pb2.TokenLogprobs(
-        chosen=logprobs.chosen[:count],
-        num_top=logprobs.num_top,
-        top_token_ids=logprobs.top_token_ids[:size],
-        top_logprobs=logprobs.top_logprobs[:size],
+        chosen=logprobs.chosen[start:stop],
+        num_top=n,
+        top_token_ids=logprobs.top_token_ids[start * n : stop * n],
+        top_logprobs=logprobs.top_logprobs[start * n : stop * n],
     )

@@ -21,15 +21,15 @@ class TokenLogprob:
 
 
 def rows(token_ids: Sequence[int], part: common_pb2.TokenLogprobs) -> Iterator[TokenLogprob]:
-    """The columns of a message, token by token."""
+    """The columns of a message for the first of these tokens, token by token."""
     n = part.num_top
-    for i, (token, value) in enumerate(zip(token_ids, part.chosen, strict=True)):
+    for i, (token, value) in enumerate(zip(token_ids, part.chosen, strict=False)):
         ids, values = part.top_token_ids[i * n : (i + 1) * n], part.top_logprobs[i * n : (i + 1) * n]
         yield TokenLogprob(token, _finite(value), [(t, _finite(v)) for t, v in zip(ids, values, strict=True)])
 
 
 def _finite(value: float) -> float:
-    return max(value, _LOWEST)
+    return value if value > _LOWEST else _LOWEST
 
 
 def chat_logprobs(tokens: Sequence[TokenLogprob], text_of: Callable[[int], str]) -> dict[str, Any]:

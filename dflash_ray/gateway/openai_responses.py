@@ -51,10 +51,13 @@ class _Choice:
     """What a choice has got so far.
 
     Attributes:
+        request: what was asked; its prompt comes first where it is echoed.
         num_logged: characters that the log-probabilities so far stand for.
     """
 
+    request: GenerationRequest
     text: str = ""
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: str | None = None
@@ -90,7 +93,7 @@ class ResponseWriter:
         self._with_logprobs = body.num_logprobs is not None
         self._stream_options = body.stream_options
         self._num_prompt_tokens = sum(len(generation.prompt_ids) for generation in generations)
-        self._choices = [_Choice() for generation in generations for _ in range(generation.num_choices)]
+        self._choices = [_Choice(generation) for generation in generations for _ in range(generation.num_choices)]
         self._stats: AcceptanceStats | None = None
 
     def add(self, delta: ChoiceDelta) -> None:
@@ -98,6 +101,9 @@ class ResponseWriter:
         choice = self._choices[delta.index]
         choice.text += delta.text
         choice.token_ids += delta.token_ids
+        if delta.prompt_logprobs is not None:
+            known = len(choice.prompt_logprobs) + 1
+            choice.prompt_logprobs += rows(choice.request.prompt_ids[known:], delta.prompt_logprobs)
         if delta.logprobs is not None:
             choice.logprobs += rows(delta.token_ids, delta.logprobs)
         if delta.finish_reason:
@@ -116,10 +122,11 @@ class ResponseWriter:
 
     def whole(self) -> dict[str, Any]:
         """The answer to a request that does not stream."""
-        choices = [
-            self._choice_object(index, self._message(choice.text), choice, choice.logprobs, choice.token_ids)
-            for index, choice in enumerate(self._choices)
-        ]
+        choices = []
+        for index, choice in enumerate(self._choices):
+            content = self._message((choice.request.echo or "") + choice.text)
+            logprobs = [*_echoed(choice), *choice.logprobs]
+            choices.append(self._choice_object(index, content, choice, logprobs, choice.token_ids))
         body = self._frame("chat.completion" if self._kind == "chat" else "text_completion", choices)
         return {**body, "usage": self.usage, "metrics": self._metrics()}
 
@@ -133,6 +140,10 @@ class ResponseWriter:
         if self._kind == "chat" and not choice.is_open:
             opening = {"index": delta.index, "delta": {"role": "assistant", "content": ""}, "logprobs": None}
             yield self._chunk({**opening, "finish_reason": None})
+        if choice.request.echo is not None and not choice.is_open:
+            opening = {"index": delta.index, "text": choice.request.echo}
+            logprobs = self._logprobs(choice, _echoed(choice)) if self._with_logprobs else None
+            yield self._chunk({**opening, "logprobs": logprobs, "finish_reason": None})
         choice.is_open = True
         shows_tokens = self._with_token_ids or self._with_logprobs
         if not (delta.text or delta.finish_reason or shows_tokens):
@@ -196,3 +207,10 @@ class ResponseWriter:
         made = completion_logprobs(tokens, text_of, choice.num_logged)
         choice.num_logged += sum(len(text) for text in made["tokens"])
         return made
+
+
+def _echoed(choice: _Choice) -> list[TokenLogprob]:
+    """The prompt's tokens where they are echoed with log-probabilities; nothing comes before the first."""
+    if choice.request.echo is None:
+        return []
+    return [TokenLogprob(choice.request.prompt_ids[0], None, []), *choice.prompt_logprobs]

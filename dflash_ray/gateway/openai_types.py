@@ -49,7 +49,6 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
     "truncate_prompt_tokens": (),
     "prompt_embeds": (),
     "prompt_logprobs": (),
-    "echo": (False,),
 }
 
 # Known, and without effect on the text: not worth a line in the log.
@@ -142,8 +141,15 @@ class ChatCompletionRequest(_CommonRequest):
 
 class CompletionRequest(_CommonRequest):
     prompt: str | list[int] | list[str] | list[list[int]]
-    max_tokens: int | None = Field(16, ge=1, le=2**31 - 1)
+    max_tokens: int | None = Field(16, ge=0, le=2**31 - 1)
     logprobs: int | None = Field(None, ge=0)
+    echo: bool = False
+
+    @model_validator(mode="after")
+    def _check_max_tokens(self) -> CompletionRequest:
+        if self.token_limit == 0 and not self.echo:
+            raise PydanticCustomError("no_tokens", "must be at least 1 without echo", {"field": "max_tokens"})
+        return self
 
     @property
     def num_logprobs(self) -> int | None:

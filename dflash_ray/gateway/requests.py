@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from dflash_ray.config import DflashRayConfig
 from dflash_ray.core.errors import InvalidRequestError, UnknownModelError
@@ -39,6 +39,8 @@ class GenerationRequest:
     stop_strings: list[str] = field(default_factory=list)
     include_stop_strings: bool = False
     eos_ids: tuple[int, ...] = ()  # stop tokens that do not count as text
+    echo: str | None = None  # the prompt's text, where the answer begins with it
+    is_prompt_only: bool = False  # no token is wanted
 
 
 class RequestBuilder:
@@ -79,7 +81,14 @@ class RequestBuilder:
         for i, prompt in enumerate(prompts):
             ids = self._tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
             name = f"{request_id}-{i}" if len(prompts) > 1 else request_id
-            requests.append(self._build(name, ids, "prompt", body, body.token_limit, body.num_logprobs))
+            limit = body.token_limit
+            request = self._build(name, ids, "prompt", body, 1 if limit == 0 else limit, body.num_logprobs)
+            if body.echo:
+                if body.num_logprobs is not None:
+                    request.sampling.num_prompt_logprobs = body.num_logprobs
+                text = prompt if isinstance(prompt, str) else self._tokenizer.decode(ids)
+                request = replace(request, echo=text, is_prompt_only=limit == 0)
+            requests.append(request)
         return requests
 
     def from_grpc(self, message: generation_pb2.GenerateRequest, request_id: str) -> GenerationRequest:

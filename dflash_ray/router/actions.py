@@ -57,6 +57,7 @@ class Emit:
 
     Attributes:
         decode_pass: how the pass took its drafts; None for what the prefill drew.
+        prompt_logprobs: of the prompt, without tokens.
     """
 
     sequence: RouterSequence
@@ -64,6 +65,7 @@ class Emit:
     logprobs: common_pb2.TokenLogprobs | None
     finish_reason: common_pb2.FinishReason
     decode_pass: router_pb2.DecodePass | None = None
+    prompt_logprobs: common_pb2.PromptLogprobs | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -294,6 +294,7 @@ def to_chunk(sequence: RouterSequence, emit: Emit, now: float) -> router_pb2.Tok
         logprobs=emit.logprobs,
         finish_reason=emit.finish_reason,
         decode_pass=emit.decode_pass,
+        prompt_logprobs=emit.prompt_logprobs,
     )
     if emit.finish_reason:
         decoding_since = sequence.decoding_since or now

@@ -137,6 +137,11 @@ class Scheduler:
         entries = self._step or {}
         self._step = None
         self.free_pages = result.free_pages
+        for part in result.prompt_logprobs:
+            if part.sequence_id in self._sequences:
+                scored = self._sequences[part.sequence_id]
+                unfinished = common_pb2.FINISH_REASON_UNSPECIFIED
+                self._actions.append(Emit(scored, [], None, unfinished, prompt_logprobs=part))
         logprobs = iter(result.logprobs)
         errors = iter(result.errors)
         lacks_pages = False

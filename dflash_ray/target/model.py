@@ -21,13 +21,14 @@ from dflash_ray.target.tensor_parallel import shard
 
 @dataclass(frozen=True, slots=True)
 class StepHidden:
-    """What a pass leaves: [R, H] normed rows to draw from, and the features on the rank that makes them.
+    """What a pass leaves: [R, H] normed rows to draw from, [S, H] to score by, and the features where they are made.
 
     Features are [F, H] of a drafter's projector, or whatever width another projector gives.
     """
 
     sampled: Tensor
     features: Tensor | None
+    scored: Tensor | None = None
 
 
 class RankModel:
@@ -92,7 +93,8 @@ class RankModel:
         if self._projector is not None and len(batch.feature_rows):
             rows = torch.from_numpy(batch.feature_rows).to(self._device)
             features = self._projector(torch.cat([self._taps[i][0, rows] for i in self._tap_layer_ids], dim=-1))
-        return StepHidden(hidden[torch.from_numpy(batch.sample_rows).to(self._device)], features)
+        scored = hidden[torch.from_numpy(batch.scored_rows).to(self._device)] if len(batch.scored_rows) else None
+        return StepHidden(hidden[torch.from_numpy(batch.sample_rows).to(self._device)], features, scored)
 
     @torch.inference_mode()
     def shard_logits(self, hidden: Tensor) -> Tensor:

@@ -386,3 +386,51 @@ async def test_pages_of_other_origins_may_call_only_where_the_configuration_says
             assert response.headers["access-control-allow-origin"] == origin["Origin"]
         other = await app.http.post(CHAT, json={"messages": HELLO}, headers={"Origin": "https://else.example.org"})
         assert "access-control-allow-origin" not in other.headers
+
+
+def scored(start: int, values: list[float]) -> router_pb2.TokenChunk:
+    """Log-probabilities of the prompt's tokens from `start` on."""
+    part = common_pb2.TokenLogprobs(
+        chosen=values, num_top=1, top_token_ids=[5] * len(values), top_logprobs=[-0.25] * len(values)
+    )
+    return router_pb2.TokenChunk(prompt_logprobs=common_pb2.PromptLogprobs(start=start, logprobs=part))
+
+
+@pytest.mark.parametrize("max_tokens", [0, 1, 3])
+async def test_an_echoed_prompt_comes_with_its_own_log_probabilities(max_tokens):
+    async def respond(request):
+        assert request.sampling.num_prompt_logprobs == 1
+        yield router_pb2.TokenChunk()
+        yield scored(1, [-1.0, -2.0])
+        yield scored(1, [-1.0, -2.0, -3.0])  # the prompt was prefilled again
+        async for part in says(WORDS)(request):
+            part.logprobs.chosen.extend([-0.5] * len(part.token_ids))
+            yield part
+
+    async with gateway(respond) as app:
+        prompt = app.core.tokenizer.encode("Zero one two three")
+        body = {"prompt": prompt, "echo": True, "logprobs": 1, "max_tokens": max_tokens}
+        whole = (await app.http.post(COMPLETIONS, json=body)).json()
+        lines = [line["choices"][0] for line in (await events(app, body, COMPLETIONS))[:-1]]
+        answer = app.core.tokenizer.encode(WORDS)[:max_tokens]
+        choice = whole["choices"][0]
+        assert choice["text"] == "Zero one two three" + app.core.tokenizer.decode(answer)
+        assert choice["finish_reason"] == "length" and whole["usage"]["completion_tokens"] == max_tokens
+        logprobs = choice["logprobs"]
+        assert logprobs["token_logprobs"] == [None, -1.0, -2.0, -3.0, *[-0.5] * max_tokens]
+        assert logprobs["tokens"] == [app.core.tokenizer.token_text(token) for token in [*prompt, *answer]]
+        assert logprobs["top_logprobs"][0] is None and -0.25 in logprobs["top_logprobs"][1].values()
+        assert [choice["text"][at:][:1] for at in logprobs["text_offset"]] == [t[:1] for t in logprobs["tokens"]]
+    assert "".join(line["text"] for line in lines) == choice["text"]
+    for name in logprobs:
+        assert [value for line in lines for value in (line["logprobs"] or {name: []})[name]] == logprobs[name]
+
+
+async def test_echo_without_log_probabilities_is_the_prompt_and_the_answer():
+    async with gateway(says(" five.")) as app:
+        body = {"prompt": ["One", "Two"], "echo": True, "max_tokens": 20}
+        texts = [choice["text"] for choice in (await app.http.post(COMPLETIONS, json=body)).json()["choices"]]
+        assert texts == ["One five.", "Two five."]
+        assert not app.router.requests[0].sampling.HasField("num_prompt_logprobs")
+        refused = await app.http.post(COMPLETIONS, json={"prompt": "x", "max_tokens": 0})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "max_tokens")
