@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+CLIENTS := .venv-clients
 CONFIG ?= deployments/local_cpu.yaml
 
 .PHONY: help
@@ -44,6 +45,15 @@ test: setup ## Run the default tests
 test-slow: setup ## Run the slow tests: whole applications, faults, autoscaling, clusters
 	$(BIN)/pytest -m "slow and not gpu"
 
+.PHONY: clients
+clients: setup $(CLIENTS)/.installed ## Run client programs (openai, LangChain, LiteLLM, lm-eval, guidellm) against it
+	$(BIN)/pytest -m slow tests/clients
+
+$(CLIENTS)/.installed: tests/clients/requirements.txt
+	$(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/pip install --quiet --requirement $<
+	@touch $@
+
 .PHONY: lint
 lint: setup ## Check style, types, protos and that generated code is current
 	$(BIN)/ruff check .
@@ -70,4 +80,4 @@ bench: setup ## Print the speed of plain decoding, of linear layers and of verif
 
 .PHONY: clean
 clean: ## Remove the virtual environment and caches
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(CLIENTS) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -198,7 +198,9 @@ class RequestBuilder:
         context = self._config.model.max_model_len
         if len(prompt_ids) >= context:
             raise InvalidRequestError(
-                f"has {len(prompt_ids)} tokens, but prompt and answer must fit the context of {context}; shorten it",
+                # OpenAI's words, by which client libraries know this error.
+                f"this model's maximum context length is {context} tokens, prompt and answer together; "
+                f"the prompt has {len(prompt_ids)}: shorten it",
                 name,
                 "context_length_exceeded",
             )

@@ -73,12 +73,12 @@ def test_lm_eval_reads_generated_answers(app: Application, run: Run, tmp_path: P
 def test_guidellm_measures_streams(app: Application, run: Run, tmp_path: Path, tokenizer_directory: Path) -> None:
     data = tmp_path / "prompts.jsonl"
     data.write_text("".join(json.dumps({"prompt": f"Name {n} animals."}) + "\n" for n in range(3, 9)))
-    for kind in ("chat_completions", "text_completions"):
-        report = tmp_path / f"{kind}.json"
+    for kind in ("chat/completions", "completions"):
+        report = tmp_path / f"{kind.replace('/', '_')}.json"
         run(
             "guidellm", "run", "--backend", f"kind=openai_http,target={app.http_url},request_format=/v1/{kind}",
             "--profile", "kind=concurrent,streams=2", "--constraint", "kind=max_requests,count=4",
-            "--data", f"kind=json_file,path={data}", "--tokenizer", f"kind=hf_auto,name={tokenizer_directory}",
+            "--data", f"kind=json_file,path={data}", "--tokenizer", f"kind=hf_auto,model={tokenizer_directory}",
             "--output", f"kind=json,path={report}", "--disable-console",
         )  # fmt: skip
         (benchmark,) = json.loads(report.read_text())["benchmarks"]
