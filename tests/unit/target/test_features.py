@@ -19,7 +19,7 @@ from dflash_ray.target.runner import GroupRunner
 from dflash_ray.target.tensor_parallel import StepChannel
 from tests.tiny import save_tiny_target
 from tests.unit.target.conftest import CONFIG
-from tests.unit.target.test_engine import PROMPT, VOCAB, garbage, opening, verify_step
+from tests.unit.target.test_engine import PROMPT, VOCAB, garbage, opening, oracle, run, verify_step
 
 LAYERS = (0, 2)
 WIDTH = 2 * 48
@@ -75,12 +75,15 @@ def rows(pieces) -> torch.Tensor:
 
 def test_pieces_of_the_steps_and_of_a_replay_are_the_taps_of_the_whole_text(process_group, tiny_target):
     engine, _ = new_engine(runner_with_taps(tiny_target))
-    tokens, pieces = generate(engine, wanting_features())
+    truth = run(engine, opening(), garbage)
+    tokens, pieces = generate(engine, wanting_features(), oracle(truth, len(PROMPT), wrong_at=2), num_steps=8)
+    assert tokens[len(PROMPT) :] == truth[: len(tokens) - len(PROMPT)] and len(tokens) == len(PROMPT) + 1 + 8 * 3
     with torch.no_grad():
         hidden = tiny_target.load_model()(torch.tensor([tokens[:-1]]), output_hidden_states=True).hidden_states
     expected = torch.cat([hidden[layer + 1][0] for layer in LAYERS], dim=-1)
     torch.testing.assert_close(rows(pieces), expected, rtol=1e-4, atol=1e-4)
     assert torch.equal(rows(replay(engine, 1)), rows(pieces))
+    assert all(len(piece.token_ids) == piece.num_rows for piece in pieces)
     assert [token for piece in pieces for token in piece.token_ids] == tokens[:-1]
     assert torch.equal(rows(replay(engine, 1, start=9)), rows(pieces)[9:])
 
