@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from dflash_ray.config import DflashRayConfig, load_config
+from dflash_ray.core.watchdog import Watchdog
 from dflash_ray.drafter.servicer import DrafterServicer
 from dflash_ray.models.block_drafter import BlockDrafter
 from dflash_ray.models.drafter_checkpoint import DrafterCheckpoint
@@ -91,7 +92,7 @@ def target_servicer(models: Models, config: DflashRayConfig) -> TargetServicer:
         **sizes,
         **limits,
     )
-    return TargetServicer(engine, info, ThreadPoolExecutor(1), TargetMetrics())
+    return TargetServicer(engine, info, ThreadPoolExecutor(1), Watchdog(600, "a pass"), TargetMetrics())
 
 
 @dataclass
@@ -117,7 +118,8 @@ async def running(models: Models, *settings: str) -> AsyncIterator[Running]:
         drafters = []
         for name in "ab":
             method = BlockDrafter(models.drafter, models.target)
-            servicer = DrafterServicer(name, method, config.drafter_context_tokens, DrafterMetrics())
+            watchdog = Watchdog(600, "a draft pass")
+            servicer = DrafterServicer(name, method, config.drafter_context_tokens, watchdog, DrafterMetrics())
             drafters.append(await serve(drafter_pb2_grpc.add_DrafterServicer_to_server, servicer))
         pipeline = Pipeline(config, "r", RouterMetrics())
         closing.push_async_callback(pipeline.close)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from dflash_ray.core.protocol import PROTOCOL_VERSION
+from dflash_ray.core.watchdog import Watchdog
 from dflash_ray.drafter.methods import NgramMethod
 from dflash_ray.drafter.servicer import DrafterServicer
 from dflash_ray.drafter.sessions import DraftSessions
@@ -134,7 +135,7 @@ def test_a_session_lost_to_a_fault_is_missing_and_the_others_stay(place, fault, 
 
 @contextlib.asynccontextmanager
 async def served(method, max_context_tokens: int = 100_000, max_message_bytes: int = MIB):
-    servicer = DrafterServicer("d", method, max_context_tokens, DrafterMetrics())
+    servicer = DrafterServicer("d", method, max_context_tokens, Watchdog(600, "a draft pass"), DrafterMetrics())
     server = new_server(max_message_bytes)
     drafter_pb2_grpc.add_DrafterServicer_to_server(servicer, server)
     running = await start_server(server, [], "127.0.0.1", 0)
