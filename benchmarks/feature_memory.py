@@ -40,7 +40,7 @@ def build_engine() -> tuple[Engine, FeatureStore]:
     projector = drafter.build_projector(torch.float32)
     rank = RankModel(target, config, 0, 1, projector, drafter.config.target_layer_ids)
     runner = GroupRunner(rank, StepChannel("cpu"), SingleShard())
-    store = FeatureStore(config.target.kv_cache_rows)
+    store = FeatureStore(config.target.kv_cache_rows, drafter.config.hidden_size, torch.float32)
     sizes = config.target.num_pages, config.target.page_size, rank.max_model_len, rank.vocab_size
     return Engine(runner, *sizes, features=store), store
 

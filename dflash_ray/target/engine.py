@@ -116,7 +116,7 @@ class Engine:
         """One piece of the context features from `start` on; no rows when they, or the sequence, are unknown."""
         sequence, store = self._sequences.get(sequence_id), self._features
         is_stored = sequence is not None and sequence.wants_features and start < sequence.kv_len
-        if sequence is None or store is None or not is_stored or not store.rows_per_piece:
+        if sequence is None or store is None or not is_stored:
             return common_pb2.ContextFeatures(sequence_id=sequence_id, start=start)
         stop = min(sequence.kv_len, start + store.rows_per_piece)
         rows = store.get(sequence.slots(start, stop, self._page_size))

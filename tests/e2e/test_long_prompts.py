@@ -79,7 +79,7 @@ def target_servicer(models: Models, config: DflashRayConfig) -> TargetServicer:
         GroupRunner(rank, StepChannel("cpu"), SingleShard()),
         **sizes,
         **limits,
-        features=FeatureStore(config.target.kv_cache_rows),
+        features=FeatureStore(config.target.kv_cache_rows, HIDDEN, torch.float32),
     )
     info = TargetInfo(
         target_id="t",

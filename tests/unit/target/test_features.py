@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import weakref
 
-import pytest
 import torch
 
 from dflash_ray.models.context_features import FEATURE_PIECE_BYTES, rows_of
@@ -31,8 +30,10 @@ def runner_with_taps(target, dtype: str = "float32", projector: torch.nn.Module 
     return GroupRunner(rank, StepChannel("cpu"), SingleShard())
 
 
-def new_engine(runner, num_pages: int = CONFIG.target.num_pages) -> tuple[Engine, FeatureStore]:
-    store = FeatureStore(num_pages * CONFIG.target.page_size)
+def new_engine(
+    runner, num_pages: int = CONFIG.target.num_pages, width: int = WIDTH, dtype: torch.dtype = torch.float32
+) -> tuple[Engine, FeatureStore]:
+    store = FeatureStore(num_pages * CONFIG.target.page_size, width, dtype)
     return Engine(runner, num_pages, CONFIG.target.page_size, 256, VOCAB, features=store), store
 
 
@@ -90,7 +91,7 @@ def test_pieces_of_the_steps_and_of_a_replay_are_the_taps_of_the_whole_text(proc
 
 def test_features_of_a_bfloat16_target_travel_and_rest_in_bfloat16(process_group, tmp_path):
     target = resolve_target(str(save_tiny_target("llama", tmp_path)))
-    engine, store = new_engine(runner_with_taps(target, "bfloat16"))
+    engine, store = new_engine(runner_with_taps(target, "bfloat16"), dtype=torch.bfloat16)
     _, pieces = generate(engine, wanting_features())
     again = replay(engine, 1)
     assert {piece.dtype for piece in (*pieces, *again)} == {common_pb2.DATA_TYPE_BFLOAT16}
@@ -108,7 +109,7 @@ class Widened(torch.nn.Module):
 
 
 def test_every_message_with_features_is_bounded(process_group, tiny_target):
-    engine, _ = new_engine(runner_with_taps(tiny_target, projector=Widened()))
+    engine, _ = new_engine(runner_with_taps(tiny_target, projector=Widened()), width=Widened.width)
     _, pieces = generate(engine, wanting_features(), chunk=7)
     again = replay(engine, 1)
     for found in (pieces, again):
@@ -178,9 +179,8 @@ def test_many_short_sequences_beside_a_long_one_leave_no_memory_behind(process_g
     assert torch.equal(rows(replay(engine, 1)), rows(pieces)) and len(rows(pieces)) == len(long_tokens) - 1
 
 
-@pytest.mark.parametrize("num_pages", [6])
-def test_pages_that_are_handed_on_carry_the_features_of_their_new_sequence(process_group, tiny_target, num_pages):
-    engine, _ = new_engine(runner_with_taps(tiny_target), num_pages)
+def test_pages_that_are_handed_on_carry_the_features_of_their_new_sequence(process_group, tiny_target):
+    engine, _ = new_engine(runner_with_taps(tiny_target), num_pages=6)
     for sequence_id, prompt in ((1, PROMPT), (2, PROMPT[::-1])):
         _, pieces = generate(engine, wanting_features(sequence_id, prompt, max_new=9), num_steps=3)
         assert torch.equal(rows(replay(engine, sequence_id)), rows(pieces))
