@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dflash_ray.core.watchdog import Watchdog
 from dflash_ray.sampling.logprobs import Logprobs, token_logprobs
 from dflash_ray.sampling.plan import SequencePlan, pack_plan, unpack_plan
 from dflash_ray.sampling.shards import ShardGroup
@@ -43,13 +44,14 @@ class GroupRunner:
             scores.extend(token_logprobs(logits, self._model.vocab_start, tokens, num_top, self._shards))
         return scores
 
-    def follow(self) -> None:
-        """Other ranks: takes part in every step until the process ends."""
+    def follow(self, watchdog: Watchdog) -> None:
+        """Other ranks: takes part in every step until the process ends. Waiting for the next one may take for ever."""
         while True:
             flat_batch, flat_plan = self._channel.receive()
-            batch = StepBatch.unpack(flat_batch)
-            hidden = self._model.forward(batch)
-            plan = unpack_plan(flat_plan)
-            if plan:
-                self.verify(hidden, plan)
-            self.score(hidden, batch)
+            with watchdog.watch():
+                batch = StepBatch.unpack(flat_batch)
+                hidden = self._model.forward(batch)
+                plan = unpack_plan(flat_plan)
+                if plan:
+                    self.verify(hidden, plan)
+                self.score(hidden, batch)
