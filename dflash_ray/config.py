@@ -33,7 +33,16 @@ class ModelConfig(_Section):
     served_name: str = Field("smollm2-135m-instruct", description="the name clients use")
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     max_model_len: int = Field(8192, ge=16, description="tokens of a sequence; at most the model's own context")
-    chat_template: str | None = Field(None, description="path of a Jinja file that replaces the tokenizer's template")
+    chat_template: str | None = Field(
+        None, description="name of one of the tokenizer's templates, or path of a Jinja file in their place"
+    )
+    chat_template_kwargs: dict[str, Any] = Field(
+        default_factory=dict,
+        description="values for the chat template, e.g. {enable_thinking: false}; requests may differ",
+    )
+    use_generation_config: bool = Field(
+        True, description="generation_config.json gives the sampling values that a request leaves out"
+    )
 
 
 class PlacementConfig(_Section):

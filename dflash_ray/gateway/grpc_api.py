@@ -15,7 +15,7 @@ from dflash_ray.core.stats import AcceptanceStats
 from dflash_ray.gateway.core import GatewayCore
 from dflash_ray.gateway.generation import ChoiceDelta
 from dflash_ray.gateway.openai_responses import speculation_metrics
-from dflash_ray.gateway.requests import grpc_messages
+from dflash_ray.gateway.requests import grpc_messages, grpc_template_variables
 from dflash_ray.observability.logs import request_id_var
 from dflash_ray.pb import generation_pb2, generation_pb2_grpc
 
@@ -100,8 +100,11 @@ class GenerationServicer(generation_pb2_grpc.GenerationServicer):
         kind = request.WhichOneof("prompt")
         if kind is None:
             raise InvalidRequestError("give a prompt: text or chat", "prompt")
-        tokenizer = self._core.tokenizer
-        ids = tokenizer.encode(request.text) if kind == "text" else tokenizer.encode_chat(grpc_messages(request.chat))
+        tokenizer, chat = self._core.tokenizer, request.chat
+        if kind == "text":
+            ids = tokenizer.encode(request.text)
+        else:
+            ids = tokenizer.encode_chat(grpc_messages(chat), grpc_template_variables(chat))
         return generation_pb2.TokenizeResponse(token_ids=ids, max_model_len=self._core.config.model.max_model_len)
 
     @_with_status

@@ -64,7 +64,9 @@ def build_http_app(get_core: Callable[[], GatewayCore]) -> FastAPI:
         if (body.prompt is None) == (body.messages is None):
             raise InvalidRequestError("give either prompt or messages", "prompt")
         if body.messages is not None:
-            ids = core.tokenizer.encode_chat([message.as_template_message() for message in body.messages])
+            ids = core.tokenizer.encode_chat(
+                [message.as_template_message() for message in body.messages], body.chat_template_kwargs
+            )
         else:
             ids = core.tokenizer.encode(body.prompt or "")
         answer: dict[str, Any] = {"tokens": ids, "count": len(ids), "max_model_len": core.config.model.max_model_len}

@@ -6,6 +6,9 @@ import math
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
+
+from google.protobuf.json_format import MessageToDict
 
 from dflash_ray.config import DflashRayConfig
 from dflash_ray.core.errors import InvalidRequestError, UnknownModelError
@@ -65,7 +68,7 @@ class RequestBuilder:
         if body.top_logprobs is not None and not body.logprobs:
             raise InvalidRequestError("top_logprobs needs logprobs: true", "top_logprobs")
         max_tokens = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
-        prompt_ids = self._tokenizer.encode_chat(messages)
+        prompt_ids = self._tokenizer.encode_chat(messages, body.chat_template_kwargs)
         num_logprobs = (body.top_logprobs or 0) if wants_logprobs else None
         request = self._from_openai(body, request_id, prompt_ids, "messages", max_tokens, num_logprobs, "top_logprobs")
         if self._traffic is not None:
@@ -187,7 +190,7 @@ class RequestBuilder:
             return self._tokenizer.encode(message.text)
         if kind == "token_ids":
             return list(message.token_ids.ids)
-        return self._tokenizer.encode_chat(grpc_messages(message.chat))
+        return self._tokenizer.encode_chat(grpc_messages(message.chat), grpc_template_variables(message.chat))
 
     def _check_logprobs(self, num_logprobs: int | None, name: str) -> None:
         if num_logprobs is not None and num_logprobs > self._limits.max_logprobs:
@@ -270,6 +273,20 @@ def grpc_messages(chat: generation_pb2.ChatMessages) -> list[dict[str, str]]:
         if message.role not in ("system", "user", "assistant"):
             raise InvalidRequestError(f"role {message.role!r} is not system, user or assistant", "chat.messages.role")
     return [{"role": message.role, "content": message.content} for message in chat.messages]
+
+
+def grpc_template_variables(chat: generation_pb2.ChatMessages) -> dict[str, Any]:
+    """Values for the template; whole numbers, which a Struct holds as doubles, are integers."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [plain(item) for item in value]
+        return int(value) if isinstance(value, float) and value.is_integer() else value
+
+    variables: dict[str, Any] = plain(MessageToDict(chat.chat_template_kwargs))
+    return variables
 
 
 def _prompts(prompt: str | list[int] | list[str] | list[list[int]]) -> Sequence[str | list[int]]:
