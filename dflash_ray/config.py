@@ -32,7 +32,9 @@ class ModelConfig(_Section):
     path: str = Field(BUILTIN_MODEL, description="Hugging Face directory (safetensors or one GGUF file) or a builtin:")
     served_name: str = Field("smollm2-135m-instruct", description="the name clients use")
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    max_model_len: int = Field(8192, ge=16, description="tokens of a sequence; at most the model's own context")
+    max_model_len: int = Field(
+        8192, ge=16, description="tokens of a sequence; at most the model's own context and the KV cache"
+    )
     chat_template: str | None = Field(
         None, description="name of one of the tokenizer's templates, or path of a Jinja file in their place"
     )
@@ -187,6 +189,11 @@ class DflashRayConfig(_Section):
     def uses_features(self) -> bool:
         """Whether the target runs the drafter's fc and keeps context features."""
         return self.drafter.method in ("dflash", "dflash2")
+
+    def sequence_limit(self, model_context: int | None) -> int:
+        """Tokens that a sequence may have: at most what the model takes, and what the KV cache of a group holds."""
+        limits = [self.model.max_model_len, self.target.num_pages * self.target.page_size]
+        return min(limits if model_context is None else [*limits, model_context])
 
     @property
     def num_drafter_replicas(self) -> int:

@@ -20,6 +20,7 @@ _DIGIT_SPLITS = frozenset(("codeshell", "command-r", "exaone", "minerva-7b", "re
 _WHOLE_WORD_SPLITS = frozenset(
     ("falcon-h1", "falcon3", "lfm2", "llama-bpe", "llama-v3", "llama3", "midm-2.0", "pixtral", "tekken")
 )
+_READ_WITH_SCALING = ("gpt-oss",)
 
 
 @dataclass(frozen=True)
@@ -109,9 +110,15 @@ class GgufTokenizer:
 
 
 def load_gguf(file: Path) -> GgufTokenizer:
-    """Reads the metadata, no tensors."""
+    """Reads the metadata, no tensors. Raises ValueError for rotary scaling, which the target would leave out."""
     fields = GGUFReader(file).fields
     architecture = str(fields["general.architecture"].contents())
+    scaling = fields.get(f"{architecture}.rope.scaling.type")
+    if scaling is not None and scaling.contents() != "none" and architecture not in _READ_WITH_SCALING:
+        raise ValueError(
+            f"model.path: {file.name} scales its positions (rope.scaling.type {scaling.contents()!r}), which "
+            "transformers reads from config.json only; use the model's safetensors directory"
+        )
     metadata = {
         key.removeprefix("tokenizer."): value.contents()
         for key, value in fields.items()

@@ -102,10 +102,12 @@ class GenerationServicer(generation_pb2_grpc.GenerationServicer):
             raise InvalidRequestError("give a prompt: text or chat", "prompt")
         tokenizer, chat = self._core.tokenizer, request.chat
         if kind == "text":
-            ids = tokenizer.encode(request.text)
+            ids = tokenizer.encode(
+                request.text, request.add_special_tokens or not request.HasField("add_special_tokens")
+            )
         else:
             ids = tokenizer.encode_chat(grpc_messages(chat), grpc_template_variables(chat))
-        return generation_pb2.TokenizeResponse(token_ids=ids, max_model_len=self._core.config.model.max_model_len)
+        return generation_pb2.TokenizeResponse(token_ids=ids, max_model_len=self._core.requests.max_model_len)
 
     @_with_status
     async def Detokenize(
@@ -125,7 +127,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServicer):
         config = self._core.config
         return generation_pb2.ModelInfoResponse(
             model=config.model.served_name,
-            max_model_len=config.model.max_model_len,
+            max_model_len=self._core.requests.max_model_len,
             vocab_size=self._core.tokenizer.vocab_size,
             drafter_method=config.drafter.method,
             default_draft_tokens=config.router.draft_tokens,

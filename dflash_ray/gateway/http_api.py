@@ -68,8 +68,8 @@ def build_http_app(get_core: Callable[[], GatewayCore]) -> FastAPI:
                 [message.as_template_message() for message in body.messages], body.chat_template_kwargs
             )
         else:
-            ids = core.tokenizer.encode(body.prompt or "")
-        answer: dict[str, Any] = {"tokens": ids, "count": len(ids), "max_model_len": core.config.model.max_model_len}
+            ids = core.tokenizer.encode(body.prompt or "", body.add_special_tokens)
+        answer: dict[str, Any] = {"tokens": ids, "count": len(ids), "max_model_len": core.requests.max_model_len}
         if body.return_token_strs:
             answer["token_strs"] = [core.tokenizer.token_text(token) for token in ids]
         return answer
@@ -222,7 +222,7 @@ def _model(core: GatewayCore) -> dict[str, Any]:
         "created": core.started_at,
         "owned_by": "dflash_ray",
         "root": config.path,
-        "max_model_len": config.max_model_len,
+        "max_model_len": core.requests.max_model_len,
     }
 
 

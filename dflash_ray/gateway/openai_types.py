@@ -105,6 +105,7 @@ class ChatCompletionRequest(_CommonRequest):
 class CompletionRequest(_CommonRequest):
     prompt: str | list[int] | list[str] | list[list[int]]
     max_tokens: int | None = Field(16, ge=1)
+    add_special_tokens: bool = True
     logprobs: int | None = Field(None, ge=0)
     echo: Literal[False] = False
 

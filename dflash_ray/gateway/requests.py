@@ -44,7 +44,11 @@ class GenerationRequest:
 
 
 class RequestBuilder:
-    """Checks requests against the model and this gateway's limits; accepted chats are recorded where that is wanted."""
+    """Checks requests against the model and this gateway's limits; accepted chats are recorded where that is wanted.
+
+    Attributes:
+        max_model_len: tokens of a prompt and its answer together.
+    """
 
     def __init__(
         self, config: DflashRayConfig, tokenizer: ChatTokenizer, traffic: TrafficRecorder | None = None
@@ -53,6 +57,7 @@ class RequestBuilder:
         self._limits = config.gateway
         self._tokenizer = tokenizer
         self._traffic = traffic
+        self.max_model_len = config.sequence_limit(tokenizer.context_length)
 
     def check_model(self, name: str | None) -> None:
         """Raises UnknownModelError unless the name is the served model's or empty."""
@@ -80,7 +85,7 @@ class RequestBuilder:
         prompts = _prompts(body.prompt)
         requests = []
         for i, prompt in enumerate(prompts):
-            ids = self._tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+            ids = self._tokenizer.encode(prompt, body.add_special_tokens) if isinstance(prompt, str) else prompt
             name = f"{request_id}-{i}" if len(prompts) > 1 else request_id
             requests.append(self._from_openai(body, name, ids, "prompt", body.max_tokens, body.logprobs, "logprobs"))
         return requests
@@ -97,15 +102,17 @@ class RequestBuilder:
     ) -> GenerationRequest:
         stops = [body.stop] if isinstance(body.stop, str) else list(body.stop or ())
         self._check_logprobs(num_logprobs, logprobs_field)
+        given = {name: getattr(body, name) for name in body.model_fields_set if getattr(body, name) is not None}
+        chosen = {**self._tokenizer.sampling_defaults, **given}
         sampling = common_pb2.SamplingParams(
-            temperature=body.temperature,
-            top_k=max(0, body.top_k),
-            top_p=body.top_p,
-            min_p=body.min_p,
+            temperature=chosen.get("temperature", body.temperature),
+            top_k=max(0, int(chosen.get("top_k", body.top_k))),
+            top_p=chosen.get("top_p", body.top_p),
+            min_p=chosen.get("min_p", body.min_p),
             seed=_seed(body.seed),
             presence_penalty=body.presence_penalty,
             frequency_penalty=body.frequency_penalty,
-            repetition_penalty=body.repetition_penalty,
+            repetition_penalty=chosen.get("repetition_penalty", body.repetition_penalty),
             mode=_MODES[body.verify_mode],
             num_logprobs=num_logprobs,
         )
@@ -136,13 +143,18 @@ class RequestBuilder:
             raise InvalidRequestError("give a prompt: text, token_ids or chat", "prompt")
         prompt_ids = self._grpc_prompt(message, kind)
         random, decoding, stopping = message.sampling, message.decoding, message.stopping
-        _check_range("temperature", message.temperature, 0, 10)
-        _check_range("sampling.min_p", random.min_p, 0, 1)
-        top_p = random.top_p if random.HasField("top_p") else 1.0
+        defaults = self._tokenizer.sampling_defaults
+        temperature = message.temperature if message.HasField("temperature") else defaults.get("temperature", 1.0)
+        _check_range("temperature", temperature, 0, 10)
+        min_p = random.min_p if random.HasField("min_p") else defaults.get("min_p", 0.0)
+        _check_range("sampling.min_p", min_p, 0, 1)
+        top_p = random.top_p if random.HasField("top_p") else defaults.get("top_p", 1.0)
         _check_range("sampling.top_p", top_p, 0, 1, is_open_below=True)
+        top_k = random.top_k if random.HasField("top_k") else max(0, int(defaults.get("top_k", 0)))
         _check_range("decoding.presence_penalty", decoding.presence_penalty, -2, 2)
         _check_range("decoding.frequency_penalty", decoding.frequency_penalty, -2, 2)
-        repetition = decoding.repetition_penalty if decoding.HasField("repetition_penalty") else 1.0
+        has_repetition = decoding.HasField("repetition_penalty")
+        repetition = decoding.repetition_penalty if has_repetition else defaults.get("repetition_penalty", 1.0)
         _check_range("decoding.repetition_penalty", repetition, 0, 10, is_open_below=True)
         for value in decoding.logit_bias.values():
             _check_range("decoding.logit_bias", value, -100, 100)
@@ -155,10 +167,10 @@ class RequestBuilder:
         num_logprobs = message.response.output_logprobs if message.response.HasField("output_logprobs") else None
         self._check_logprobs(num_logprobs, "response.output_logprobs")
         sampling = common_pb2.SamplingParams(
-            temperature=message.temperature if message.HasField("temperature") else 1.0,
-            top_k=random.top_k,
+            temperature=temperature,
+            top_k=top_k,
             top_p=top_p,
-            min_p=random.min_p,
+            min_p=min_p,
             seed=_seed(random.seed if random.HasField("seed") else None),
             presence_penalty=decoding.presence_penalty,
             frequency_penalty=decoding.frequency_penalty,
@@ -187,7 +199,7 @@ class RequestBuilder:
 
     def _grpc_prompt(self, message: generation_pb2.GenerateRequest, kind: str) -> list[int]:
         if kind == "text":
-            return self._tokenizer.encode(message.text)
+            return self._tokenizer.encode(message.text, add_special_tokens=True)
         if kind == "token_ids":
             return list(message.token_ids.ids)
         return self._tokenizer.encode_chat(grpc_messages(message.chat), grpc_template_variables(message.chat))
@@ -214,7 +226,7 @@ class RequestBuilder:
         include_stop_strings: bool,
     ) -> GenerationRequest:
         """The checks that both APIs share."""
-        context = self._config.model.max_model_len
+        context = self.max_model_len
         self._check_prompt(prompt_ids, prompt_field, context)
         if num_choices > self._limits.max_choices:
             raise InvalidRequestError(f"must be at most {self._limits.max_choices}", "n")

@@ -28,7 +28,7 @@ class ChatTokenizer:
     """
 
     def __init__(self, config: ModelConfig) -> None:
-        files = load_tokenizer_files(config.path)
+        files = load_tokenizer_files(config.path, config.use_generation_config)
         self._tokenizer = files.tokenizer
         added = self._tokenizer.get_added_tokens_decoder().values()
         self._template = _choose_template(config, files, added)
@@ -43,7 +43,7 @@ class ChatTokenizer:
         self._newline = self._encode_piece("\n")
         self.eos_ids = files.eos_ids
         self.vocab_size = self._tokenizer.get_vocab_size()
-        self.sampling_defaults = files.sampling_defaults if config.use_generation_config else {}
+        self.sampling_defaults = files.sampling_defaults
         self.context_length = files.context_length
 
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:

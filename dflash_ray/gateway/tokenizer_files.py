@@ -49,7 +49,7 @@ class TokenizerFiles:
     context_length: int | None = None
 
 
-def load_tokenizer_files(path: str) -> TokenizerFiles:
+def load_tokenizer_files(path: str, with_sampling_defaults: bool) -> TokenizerFiles:
     """Reads what `model.path` names. Raises ValueError that says which file is at fault."""
     directory = _directory(path)
     gguf_files = list(directory.glob("*.gguf"))
@@ -68,7 +68,8 @@ def load_tokenizer_files(path: str) -> TokenizerFiles:
     stated = [source.get("eos_token_id") for source in (generation, config, text_config)]
     eos_ids = _union([*stated, *own_eos, *([] if gguf is None else gguf.eos_ids)])
     length = context_length(config) if gguf is None else gguf.context_length
-    return TokenizerFiles(tokenizer, templates, special_texts, eos_ids, _sampling_defaults(generation), length)
+    defaults = _sampling_defaults(generation) if with_sampling_defaults else {}
+    return TokenizerFiles(tokenizer, templates, special_texts, eos_ids, defaults, length)
 
 
 def _directory(path: str) -> Path:
