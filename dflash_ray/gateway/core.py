@@ -6,6 +6,7 @@ import asyncio
 import time
 
 from dflash_ray.config import DflashRayConfig
+from dflash_ray.gateway.bodies import UnknownFields
 from dflash_ray.gateway.generation import Generator
 from dflash_ray.gateway.requests import RequestBuilder
 from dflash_ray.gateway.routers import Routers
@@ -26,6 +27,7 @@ class GatewayCore:
         self.tokenizer = ChatTokenizer(config.model)
         self.traffic = None if config.gateway.traffic is None else TrafficRecorder(config.gateway.traffic)
         self.requests = RequestBuilder(config, self.tokenizer, self.traffic)
+        self.unknown_fields = UnknownFields()
         self.routers = Routers(directory)
         self.generator = Generator(
             self.routers,

@@ -18,6 +18,7 @@ from dflash_ray.observability.logs import configure_logging
 from dflash_ray.pb import generation_pb2, generation_pb2_grpc
 from dflash_ray.rpc.channel import new_server, start_server
 from dflash_ray.rpc.directory import DirectoryClient
+from dflash_ray.rpc.malformed import RefuseMalformed
 from dflash_ray.rpc.node import bind_host
 
 logger = logging.getLogger(__name__)
@@ -42,7 +43,7 @@ class GatewayReplica:
         configure_logging("gateway", config.observability.log_level, config.observability.log_format)
         self.core = GatewayCore(config, DirectoryClient())
         self._closing.push_async_callback(self.core.close)
-        server = new_server(max_message_bytes=config.gateway.max_body_bytes)
+        server = new_server(config.gateway.max_body_bytes, [RefuseMalformed()])
         generation_pb2_grpc.add_GenerationServicer_to_server(GenerationServicer(self.core), server)
         host = bind_host(config.gateway.grpc_host)
         self._server = await start_server(server, [_SERVICE_NAME], host, config.gateway.grpc_port)

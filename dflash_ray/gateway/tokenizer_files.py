@@ -138,7 +138,7 @@ def _sampling_defaults(generation: Mapping[str, Any]) -> dict[str, float]:
                 f"model.path: generation_config.json: {name} is {value!r}; it must lie between {low} and {high} "
                 "(model.use_generation_config: false leaves it out)"
             )
-        defaults[name] = value
+        defaults[name] = int(value) if name == "top_k" else value
     return defaults
 
 

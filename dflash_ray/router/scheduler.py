@@ -13,7 +13,6 @@ from itertools import islice, takewhile
 
 from dflash_ray.config import DflashRayConfig
 from dflash_ray.core.errors import InvalidRequestError, OverloadedError, RequestError, UnavailableError
-from dflash_ray.core.stats import AcceptanceStats
 from dflash_ray.pb import common_pb2, drafter_pb2, router_pb2, target_pb2
 from dflash_ray.router.actions import Action, CloseSequences, Emit, Fail, RunStep
 from dflash_ray.router.draft_rates import DraftRates
@@ -78,9 +77,7 @@ class Scheduler:
         if self.limits is not None:
             self._check_fits(request, self.limits)
         draft_tokens = self._draft_tokens(request.speculation)
-        sequence = RouterSequence(
-            self._next_id, request, list(request.token_ids), draft_tokens, now, stats=AcceptanceStats(draft_tokens)
-        )
+        sequence = RouterSequence(self._next_id, request, list(request.token_ids), draft_tokens, now)
         self._next_id += 1
         self._sequences[sequence.sequence_id] = sequence
         self._waiting.append(sequence)
@@ -160,22 +157,30 @@ class Scheduler:
                 continue
             if sequence_id in features:
                 sequence.pending.append(features[sequence_id])
-            self._advance(sequence, tokens, result.num_accepted_drafts[i], now)
-            self._emit(sequence, tokens, token_logprobs, result.finish_reasons[i])
+            decode_pass = self._advance(sequence, tokens, result.num_accepted_drafts[i], now)
+            self._emit(sequence, tokens, token_logprobs, result.finish_reasons[i], decode_pass)
         for block in result.colocated_drafts:
             drafted = self._sequences.get(block.sequence_id)
             if drafted is not None and drafted.committed_len == block.committed_len:
                 drafted.take_draft(block, "colocated")
 
-    def _advance(self, sequence: RouterSequence, tokens: list[int], num_accepted: int, now: float) -> None:
+    def _advance(
+        self, sequence: RouterSequence, tokens: list[int], num_accepted: int, now: float
+    ) -> router_pb2.DecodePass | None:
+        decode_pass = None
         if sequence.phase is Phase.DECODE:
-            sequence.stats.record(len(sequence.draft or ()), num_accepted)
+            decode_pass = router_pb2.DecodePass(
+                num_drafts=len(sequence.draft or ()),
+                num_accepted_drafts=num_accepted,
+                num_spec_tokens=sequence.draft_tokens,
+            )
             if tokens:
                 self._judge_drafts(sequence, tokens[0])
         elif tokens:
             sequence.phase = Phase.DECODE
             sequence.decoding_since = sequence.decoding_since or now
         sequence.append(tokens)
+        return decode_pass
 
     def _judge_drafts(self, sequence: RouterSequence, token: int) -> None:
         """Takes note of whose first draft was the token that came."""
@@ -191,9 +196,10 @@ class Scheduler:
         tokens: list[int],
         logprobs: common_pb2.TokenLogprobs | None,
         finish_reason: common_pb2.FinishReason,
+        decode_pass: router_pb2.DecodePass | None,
     ) -> None:
         if tokens:
-            self._actions.append(Emit(sequence, tokens, logprobs, finish_reason))
+            self._actions.append(Emit(sequence, tokens, logprobs, finish_reason, decode_pass))
         if finish_reason:
             self._remove(sequence)
 

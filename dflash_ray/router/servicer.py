@@ -11,7 +11,7 @@ from dflash_ray.core.errors import InvalidRequestError, RequestError
 from dflash_ray.observability.logs import request_id_var
 from dflash_ray.pb import router_pb2, router_pb2_grpc
 from dflash_ray.router.fleet import Fleet
-from dflash_ray.router.pipeline import finish_chunk
+from dflash_ray.router.pipeline import to_chunk
 
 
 class RouterServicer(router_pb2_grpc.RouterServicer):
@@ -30,7 +30,7 @@ class RouterServicer(router_pb2_grpc.RouterServicer):
             emits = pipeline.generate(request)
             try:
                 async for emit in emits:
-                    yield finish_chunk(emit.sequence, emit, time.monotonic())
+                    yield to_chunk(emit.sequence, emit, time.monotonic())
             finally:
                 await emits.aclose()
         except RequestError as error:

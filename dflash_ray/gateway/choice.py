@@ -1,0 +1,102 @@
+"""One choice of an answer: the tokens that a router sends, as text that ends where the request says.
+
+What comes out does not depend on how the tokens were cut into chunks, so speculation cannot change it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from dflash_ray.core.stats import AcceptanceStats, merge
+from dflash_ray.gateway.detokenizer import Detokenizer, StopStrings
+from dflash_ray.gateway.requests import GenerationRequest
+from dflash_ray.gateway.tokenizer import ChatTokenizer
+from dflash_ray.pb import common_pb2, router_pb2
+
+STOP = common_pb2.FINISH_REASON_STOP
+
+
+@dataclass(slots=True)
+class ChoiceDelta:
+    """New text and tokens of one choice.
+
+    Attributes:
+        token_ids: new tokens; the text of some of them may come later.
+        finish_reason: set on the last delta, with `stop` when a stop string or token ended it.
+        stats: on the last delta.
+    """
+
+    index: int
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: common_pb2.TokenLogprobs | None = None
+    finish_reason: common_pb2.FinishReason = common_pb2.FINISH_REASON_UNSPECIFIED
+    stop: str | int | None = None
+    stats: AcceptanceStats | None = None
+
+
+class Choice:
+    """The text of one choice so far, and how its drafts were taken."""
+
+    def __init__(self, request: GenerationRequest, index: int, tokenizer: ChatTokenizer) -> None:
+        self._request = request
+        self._index = index
+        self._detokenizer = Detokenizer(tokenizer)
+        self._stops = StopStrings(request.stop_strings, request.include_stop_strings)
+        self._stats = AcceptanceStats()
+        self.num_tokens = 0
+
+    def take(self, chunk: router_pb2.TokenChunk) -> ChoiceDelta:
+        """The delta of a chunk: everything in it ends with the token that completes a stop string."""
+        delta = ChoiceDelta(self._index)
+        for at, token in enumerate(chunk.token_ids):
+            delta.token_ids.append(token)
+            self.num_tokens += 1
+            is_stop_token = chunk.finish_reason == STOP and at == len(chunk.token_ids) - 1
+            if not is_stop_token or self._request.include_stop_strings:
+                self._show(delta, self._detokenizer.push([token]))
+            if delta.finish_reason:
+                break
+        if chunk.finish_reason and not delta.finish_reason:
+            self._end(delta, chunk.finish_reason)
+        num_kept = len(delta.token_ids)
+        if chunk.HasField("logprobs"):
+            delta.logprobs = _first(chunk.logprobs, num_kept)
+        if chunk.HasField("decode_pass"):
+            self._count(chunk.decode_pass, num_kept)
+        if delta.finish_reason:
+            delta.stats = self._stats
+        return delta
+
+    def _show(self, delta: ChoiceDelta, text: str) -> None:
+        """Adds text to the delta, up to a stop string. None may end within the first min_new_tokens tokens."""
+        match = self._stops.push(text, self.num_tokens > self._request.stopping.min_new_tokens)
+        delta.text += match.text
+        if match.stop is not None:
+            delta.finish_reason, delta.stop = STOP, match.stop
+
+    def _end(self, delta: ChoiceDelta, reason: common_pb2.FinishReason) -> None:
+        """Adds what was held back, which may still complete a stop string."""
+        self._show(delta, self._detokenizer.flush())
+        if delta.finish_reason:
+            return
+        delta.text += self._stops.flush()
+        delta.finish_reason = reason
+        if reason == STOP and delta.token_ids and delta.token_ids[-1] not in self._request.eos_ids:
+            delta.stop = delta.token_ids[-1]
+
+    def _count(self, decode_pass: router_pb2.DecodePass, num_kept: int) -> None:
+        if decode_pass.num_spec_tokens > self._stats.num_spec_tokens:
+            self._stats = merge([self._stats, AcceptanceStats(decode_pass.num_spec_tokens)])
+        self._stats.record(decode_pass.num_drafts, min(decode_pass.num_accepted_drafts, num_kept))
+
+
+def _first(logprobs: common_pb2.TokenLogprobs, count: int) -> common_pb2.TokenLogprobs:
+    """Those of the first `count` tokens."""
+    size = count * logprobs.num_top
+    return common_pb2.TokenLogprobs(
+        chosen=logprobs.chosen[:count],
+        num_top=logprobs.num_top,
+        top_token_ids=logprobs.top_token_ids[:size],
+        top_logprobs=logprobs.top_logprobs[:size],
+    )
