@@ -82,7 +82,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServicer):
     ) -> AsyncIterator[generation_pb2.GenerateResponse]:
         request_id = request.request_id or uuid.uuid4().hex
         request_id_var.set(request_id)
-        generation = self._core.requests.from_grpc(request, request_id)
+        generation = await self._core.in_thread(self._core.requests.from_grpc, request, request_id)
         deltas = self._core.generator.generate(generation, context.time_remaining())
         writer = _OutputWriter(request.response, generation.num_choices)
         is_taken = False
@@ -112,11 +112,11 @@ class GenerationServicer(generation_pb2_grpc.GenerationServicer):
             raise InvalidRequestError("give a prompt: text or chat", "prompt")
         tokenizer, chat = self._core.tokenizer, request.chat
         if kind == "text":
-            ids = tokenizer.encode(
-                request.text, request.add_special_tokens or not request.HasField("add_special_tokens")
-            )
+            adds_special_tokens = request.add_special_tokens or not request.HasField("add_special_tokens")
+            ids = await self._core.in_thread(tokenizer.encode, request.text, adds_special_tokens)
         else:
-            ids = tokenizer.encode_chat(grpc_messages(chat), grpc_template_variables(chat))
+            messages, variables = grpc_messages(chat), grpc_template_variables(chat)
+            ids = await self._core.in_thread(tokenizer.encode_chat, messages, variables)
         return generation_pb2.TokenizeResponse(token_ids=ids, max_model_len=self._core.requests.max_model_len)
 
     @_with_status
@@ -124,10 +124,11 @@ class GenerationServicer(generation_pb2_grpc.GenerationServicer):
         self, request: generation_pb2.DetokenizeRequest, context: grpc.aio.ServicerContext
     ) -> generation_pb2.DetokenizeResponse:
         self._core.requests.check_model(request.model)
-        vocab_size = self._core.tokenizer.vocab_size
+        tokenizer = self._core.tokenizer
+        vocab_size = tokenizer.vocab_size
         if any(token >= vocab_size for token in request.token_ids):
             raise InvalidRequestError(f"token ids must be below {vocab_size}", "token_ids")
-        return generation_pb2.DetokenizeResponse(text=self._core.tokenizer.decode(request.token_ids))
+        return generation_pb2.DetokenizeResponse(text=await self._core.in_thread(tokenizer.decode, request.token_ids))
 
     @_with_status
     async def ModelInfo(

@@ -14,7 +14,7 @@ from dflash_ray.core.errors import InvalidRequestError, UnknownModelError
 from dflash_ray.gateway.grpc_options import options_of, renamed
 from dflash_ray.gateway.openai_types import ChatCompletionRequest, CompletionRequest
 from dflash_ray.gateway.options import GenerationOptions
-from dflash_ray.gateway.tokenizer import ChatTokenizer
+from dflash_ray.gateway.tokenizer import ChatTokenizer, prompt_too_long
 from dflash_ray.gateway.traffic import TrafficRecorder
 from dflash_ray.pb import common_pb2, generation_pb2, router_pb2
 
@@ -65,13 +65,32 @@ class RequestBuilder:
         if name and name not in self._config.model.served_names:
             raise UnknownModelError(f"{name!r} is not served here; use {self._config.model.served_name!r}", "model")
 
+    def check_size(self, values: Any) -> None:
+        """Refuses a body with more entries than can be served, before each of them is checked."""
+        if not isinstance(values, dict):
+            return
+        prompt, messages = values.get("prompt"), values.get("messages")
+        if isinstance(prompt, list) and prompt and not isinstance(prompt[0], str | list):
+            prompt = [prompt]
+        if isinstance(prompt, list):
+            self._check_num_prompts(prompt)
+            for token_ids in prompt:
+                if isinstance(token_ids, list) and len(token_ids) >= self.max_model_len:
+                    raise prompt_too_long(len(token_ids), self.max_model_len, "prompt")
+        if isinstance(messages, list) and len(messages) >= self.max_model_len:
+            raise prompt_too_long(f"at least {len(messages)}", self.max_model_len, "messages")
+
+    def _check_num_prompts(self, prompts: Sequence[object]) -> None:
+        if len(prompts) > self._limits.max_prompts:
+            raise InvalidRequestError(f"has {len(prompts)} prompts; at most {self._limits.max_prompts}", "prompt")
+
     def from_chat(self, body: ChatCompletionRequest, request_id: str) -> GenerationRequest:
         """A chat completion."""
         messages = [message.as_template_message() for message in body.messages]
         if body.top_logprobs and not body.logprobs:
             raise InvalidRequestError("needs logprobs: true", "top_logprobs")
         self._check_logprobs(body.num_logprobs, "top_logprobs")
-        prompt_ids = self._tokenizer.encode_chat(messages, body.chat_template_kwargs)
+        prompt_ids = self._tokenizer.encode_chat(messages, body.chat_template_kwargs, self.max_model_len)
         request = self._build(request_id, prompt_ids, "messages", body, body.token_limit, body.num_logprobs)
         if self._traffic is not None:
             self._traffic.record(messages)
@@ -81,11 +100,13 @@ class RequestBuilder:
         """A completion; one request for each prompt of a batch."""
         self._check_logprobs(body.num_logprobs, "logprobs")
         prompts = _prompts(body.prompt)
-        if len(prompts) > self._limits.max_prompts:
-            raise InvalidRequestError(f"has {len(prompts)} prompts; at most {self._limits.max_prompts}", "prompt")
+        self._check_num_prompts(prompts)
         requests = []
         for i, prompt in enumerate(prompts):
-            ids = self._tokenizer.encode(prompt, body.add_special_tokens) if isinstance(prompt, str) else prompt
+            if isinstance(prompt, str):
+                ids = self._tokenizer.encode(prompt, body.add_special_tokens, self.max_model_len)
+            else:
+                ids = prompt
             name = f"{request_id}-{i}" if len(prompts) > 1 else request_id
             requests.append(self._build(name, ids, "prompt", body, body.token_limit, body.num_logprobs))
         return requests
@@ -110,10 +131,11 @@ class RequestBuilder:
 
     def _grpc_prompt(self, message: generation_pb2.GenerateRequest, kind: str) -> list[int]:
         if kind == "text":
-            return self._tokenizer.encode(message.text, add_special_tokens=True)
+            return self._tokenizer.encode(message.text, True, self.max_model_len, kind)
         if kind == "token_ids":
             return list(message.token_ids.ids)
-        return self._tokenizer.encode_chat(grpc_messages(message.chat), grpc_template_variables(message.chat))
+        chat = message.chat
+        return self._tokenizer.encode_chat(grpc_messages(chat), grpc_template_variables(chat), self.max_model_len)
 
     def _check_logprobs(self, num_logprobs: int | None, name: str) -> None:
         if num_logprobs is not None and num_logprobs > self._limits.max_logprobs:
@@ -195,15 +217,10 @@ class RequestBuilder:
         """Tokens that may follow the prompt."""
         if not prompt_ids:
             raise InvalidRequestError("must not be empty", name)
+        if len(prompt_ids) >= self.max_model_len:
+            raise prompt_too_long(len(prompt_ids), self.max_model_len, name)
         self._check_vocabulary(prompt_ids, name)
-        context = self.max_model_len
-        if len(prompt_ids) >= context:
-            raise InvalidRequestError(
-                f"has {len(prompt_ids)} tokens, but prompt and answer must fit the context of {context}; shorten it",
-                name,
-                "context_length_exceeded",
-            )
-        return context - len(prompt_ids)
+        return self.max_model_len - len(prompt_ids)
 
 
 def grpc_messages(chat: generation_pb2.ChatMessages) -> list[dict[str, str]]:

@@ -14,7 +14,10 @@ from tokenizers import AddedToken
 from dflash_ray.config import ModelConfig
 from dflash_ray.core.errors import InvalidRequestError
 from dflash_ray.gateway.chat_template import ChatTemplate, text_pattern
+from dflash_ray.gateway.token_sizes import token_sizes
 from dflash_ray.gateway.tokenizer_files import TokenizerFiles, load_tokenizer_files
+
+_LONG = 4096  # tokens; decoding that many is left to a call that lets other threads run meanwhile
 
 
 class ChatTokenizer:
@@ -39,6 +42,7 @@ class ChatTokenizer:
             control_texts |= self._template.control_texts
         self._control_ids = {self._tokenizer.token_to_id(text) for text in control_texts}
         self._match_literally([token for token in added if token.content in control_texts and token.normalized])
+        self._sizes = token_sizes(self._tokenizer)
         self._prefix, self._suffix = self._post_processing()
         self._newline = self._encode_piece("\n")
         self.eos_ids = files.eos_ids
@@ -46,44 +50,66 @@ class ChatTokenizer:
         self.sampling_defaults = files.sampling_defaults
         self.context_length = files.context_length
 
-    def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
+    def encode(
+        self, text: str, add_special_tokens: bool = False, context: int | None = None, field: str = "prompt"
+    ) -> list[int]:
         """Tokens of plain text; what looks like a special token is encoded as text.
 
         Args:
             add_special_tokens: BOS, or whatever else the tokenizer's post-processor puts around a text.
+            context: a longer text is refused as soon as that is sure: InvalidRequestError that names `field`.
         """
+        self._check_size([text], context, field)
         pieces: list[str] = []
         end = 0
         for match in self._specials.finditer(text):
             pieces += [text[end : match.start()], match[0]]
             end = match.end()
-        ids = self._encode_pieces([*pieces, text[end:]])
+        ids = self._encode_pieces([*pieces, text[end:]], context, field)
         return [*self._prefix, *ids, *self._suffix] if add_special_tokens else ids
 
     def encode_chat(
-        self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any] | None = None
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        variables: Mapping[str, Any] | None = None,
+        context: int | None = None,
     ) -> list[int]:
         """Tokens up to the assistant's turn. Raises InvalidRequestError when the template refuses the messages.
 
         Args:
             variables: values for the template, before those of `model.chat_template_kwargs`.
+            context: a longer chat is refused as soon as that is sure.
         """
         if self._template is None:
             raise InvalidRequestError("this model has no chat template; use /v1/completions", "messages")
-        return self._encode_pieces(self._template.render(messages, {**self._template_variables, **(variables or {})}))
+        pieces = self._template.render(messages, {**self._template_variables, **(variables or {})})
+        self._check_size(pieces, context, "messages")
+        return self._encode_pieces(pieces, context, "messages")
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of tokens, special tokens left out."""
-        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
+        ids = list(token_ids)
+        if len(ids) > _LONG:
+            return str(self._tokenizer.decode_batch([ids], skip_special_tokens=True)[0])
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
 
     def token_text(self, token_id: int) -> str:
         """Text of one token, special tokens included."""
         return str(self._tokenizer.decode([token_id], skip_special_tokens=False))
 
-    def _encode_pieces(self, pieces: Sequence[str]) -> list[int]:
+    def _check_size(self, pieces: Sequence[str], context: int | None, field: str) -> None:
+        """Refuses without tokenizing what has too many bytes for the longest tokens there are."""
+        if context is not None and self._sizes is not None:
+            num_tokens = self._sizes.min_tokens(pieces)
+            if num_tokens >= context:
+                raise prompt_too_long(f"at least {num_tokens}", context, field)
+
+    def _encode_pieces(self, pieces: Sequence[str], context: int | None, field: str) -> list[int]:
         """Tokens of pieces in turn, of which every second one is text that must not become a control token."""
         ids = self._encode_piece(pieces[0])
         for i, piece in enumerate(pieces[1:], start=1):
+            if context is not None and len(ids) >= context:
+                raise prompt_too_long(f"at least {len(ids)}", context, field)
             if piece:
                 encode = self._encode_literal if i % 2 else self._encode_piece
                 ids += self._encode_later(piece, encode)
@@ -128,6 +154,12 @@ class ChatTokenizer:
         starts = range(len(whole) - len(plain) + 1)
         start = next(i for i in starts if whole[i : i + len(plain)] == plain)
         return whole[:start], whole[start + len(plain) :]
+
+
+def prompt_too_long(num_tokens: int | str, context: int, field: str) -> InvalidRequestError:
+    """The refusal of a prompt that leaves no room for an answer."""
+    message = f"has {num_tokens} tokens, but prompt and answer must fit the context of {context}; shorten it"
+    return InvalidRequestError(message, field, "context_length_exceeded")
 
 
 def _choose_template(config: ModelConfig, files: TokenizerFiles, added: Any) -> ChatTemplate | None:
