@@ -34,8 +34,19 @@ class ModelConfig(_Section):
     served_name: str = Field("smollm2-135m-instruct", description="the name that answers give")
     aliases: tuple[str, ...] = Field((), description="further names that requests may use")
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    max_model_len: int = Field(8192, ge=16, description="tokens of a sequence; at most the model's own context")
-    chat_template: str | None = Field(None, description="path of a Jinja file that replaces the tokenizer's template")
+    max_model_len: int = Field(
+        8192, ge=16, description="tokens of a sequence; at most the model's own context and the KV cache"
+    )
+    chat_template: str | None = Field(
+        None, description="name of one of the tokenizer's templates, or path of a Jinja file in their place"
+    )
+    chat_template_kwargs: dict[str, Any] = Field(
+        default_factory=dict,
+        description="values for the chat template, e.g. {enable_thinking: false}; requests may differ",
+    )
+    use_generation_config: bool = Field(
+        True, description="generation_config.json gives the sampling values that a request leaves out"
+    )
 
     @property
     def served_names(self) -> tuple[str, ...]:
@@ -225,6 +236,11 @@ class DflashRayConfig(_Section):
     def uses_features(self) -> bool:
         """Whether the target runs the drafter's fc and keeps context features."""
         return self.drafter.method in ("dflash", "dflash2")
+
+    def sequence_limit(self, model_context: int | None) -> int:
+        """Tokens that a sequence may have: at most what the model takes, and what the KV cache of a group holds."""
+        limits = [self.model.max_model_len, self.target.num_pages * self.target.page_size]
+        return min(limits if model_context is None else [*limits, model_context])
 
     @property
     def drafts_remotely(self) -> bool:

@@ -25,7 +25,15 @@ from dflash_ray.rpc.channel import new_server
 from dflash_ray.rpc.directory import DirectoryClient, Entry
 from dflash_ray.rpc.malformed import RefuseMalformed
 
-shared_tokenizer = functools.cache(ChatTokenizer)  # the embedded model's takes seconds to read
+
+@functools.cache  # the embedded model's takes seconds to read
+def _tokenizer(config: str) -> ChatTokenizer:
+    return ChatTokenizer(ModelConfig.model_validate_json(config))
+
+
+def shared_tokenizer(config: ModelConfig) -> ChatTokenizer:
+    return _tokenizer(config.model_dump_json())
+
 
 Respond = Callable[[router_pb2.GenerateTokensRequest], AsyncIterator[router_pb2.TokenChunk]]
 

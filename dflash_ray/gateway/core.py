@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 from dflash_ray.config import DflashRayConfig
 from dflash_ray.gateway.bodies import UnknownFields
@@ -15,6 +19,9 @@ from dflash_ray.gateway.traffic import TrafficRecorder
 from dflash_ray.observability.metrics import GatewayMetrics
 from dflash_ray.rpc.directory import DirectoryClient
 from dflash_ray.rpc.metrics import collect_metrics
+
+Result = TypeVar("Result")
+_NUM_THREADS = 8  # a few large bodies at a time leave room for small ones
 
 
 class GatewayCore:
@@ -37,10 +44,17 @@ class GatewayCore:
             config.gateway.request_timeout_s,
         )
         self._directory = directory
+        self._threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="requests")
+
+    async def in_thread(self, work: Callable[..., Result], *args: object) -> Result:
+        """Runs what takes long for a large request - reading, templates, tokenizing - beside the event loop."""
+        context = contextvars.copy_context()
+        return await asyncio.get_running_loop().run_in_executor(self._threads, context.run, work, *args)
 
     async def close(self) -> None:
         """Ends the connections to routers, and writes what is still to be recorded."""
         await self.routers.close()
+        self._threads.shutdown(wait=False, cancel_futures=True)
         if self.traffic is not None:
             self.traffic.close()
 

@@ -16,7 +16,7 @@ from dflash_ray.core.stats import AcceptanceStats
 from dflash_ray.gateway.choice import ChoiceDelta
 from dflash_ray.gateway.core import GatewayCore
 from dflash_ray.gateway.openai_responses import speculation_metrics
-from dflash_ray.gateway.requests import grpc_messages
+from dflash_ray.gateway.requests import grpc_messages, grpc_template_variables
 from dflash_ray.observability.logs import request_id_var
 from dflash_ray.pb import generation_pb2, generation_pb2_grpc
 
@@ -82,7 +82,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServicer):
     ) -> AsyncIterator[generation_pb2.GenerateResponse]:
         request_id = request.request_id or uuid.uuid4().hex
         request_id_var.set(request_id)
-        generation = self._core.requests.from_grpc(request, request_id)
+        generation = await self._core.in_thread(self._core.requests.from_grpc, request, request_id)
         deltas = self._core.generator.generate(generation, context.time_remaining())
         writer = _OutputWriter(request.response, generation.num_choices)
         is_taken = False
@@ -110,19 +110,25 @@ class GenerationServicer(generation_pb2_grpc.GenerationServicer):
         kind = request.WhichOneof("prompt")
         if kind is None:
             raise InvalidRequestError("give a prompt: text or chat", "prompt")
-        tokenizer = self._core.tokenizer
-        ids = tokenizer.encode(request.text) if kind == "text" else tokenizer.encode_chat(grpc_messages(request.chat))
-        return generation_pb2.TokenizeResponse(token_ids=ids, max_model_len=self._core.config.model.max_model_len)
+        tokenizer, chat = self._core.tokenizer, request.chat
+        if kind == "text":
+            adds_special_tokens = request.add_special_tokens or not request.HasField("add_special_tokens")
+            ids = await self._core.in_thread(tokenizer.encode, request.text, adds_special_tokens)
+        else:
+            messages, variables = grpc_messages(chat), grpc_template_variables(chat)
+            ids = await self._core.in_thread(tokenizer.encode_chat, messages, variables)
+        return generation_pb2.TokenizeResponse(token_ids=ids, max_model_len=self._core.requests.max_model_len)
 
     @_with_status
     async def Detokenize(
         self, request: generation_pb2.DetokenizeRequest, context: grpc.aio.ServicerContext
     ) -> generation_pb2.DetokenizeResponse:
         self._core.requests.check_model(request.model)
-        vocab_size = self._core.tokenizer.vocab_size
+        tokenizer = self._core.tokenizer
+        vocab_size = tokenizer.vocab_size
         if any(token >= vocab_size for token in request.token_ids):
             raise InvalidRequestError(f"token ids must be below {vocab_size}", "token_ids")
-        return generation_pb2.DetokenizeResponse(text=self._core.tokenizer.decode(request.token_ids))
+        return generation_pb2.DetokenizeResponse(text=await self._core.in_thread(tokenizer.decode, request.token_ids))
 
     @_with_status
     async def ModelInfo(
@@ -132,7 +138,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServicer):
         config = self._core.config
         return generation_pb2.ModelInfoResponse(
             model=config.model.served_name,
-            max_model_len=config.model.max_model_len,
+            max_model_len=self._core.requests.max_model_len,
             vocab_size=self._core.tokenizer.vocab_size,
             drafter_method=config.drafter.method,
             default_draft_tokens=config.router.draft_tokens,

@@ -50,7 +50,7 @@ def build_http_app(get_core: Callable[[], GatewayCore]) -> FastAPI:
         core, request_id = _begin(request, get_core)
         body = await _read(request, ChatCompletionRequest, core)
         core.requests.check_model(body.model)
-        generation = core.requests.from_chat(body, request_id)
+        generation = await core.in_thread(core.requests.from_chat, body, request_id)
         return await answer(core, "chat", request_id, body, [generation])
 
     @app.post("/v1/completions")
@@ -58,7 +58,7 @@ def build_http_app(get_core: Callable[[], GatewayCore]) -> FastAPI:
         core, request_id = _begin(request, get_core)
         body = await _read(request, CompletionRequest, core)
         core.requests.check_model(body.model)
-        generations = core.requests.from_completion(body, request_id)
+        generations = await core.in_thread(core.requests.from_completion, body, request_id)
         return await answer(core, "completion", request_id, body, generations)
 
     @app.api_route("/v1/models", methods=_READ)
@@ -73,29 +73,18 @@ def build_http_app(get_core: Callable[[], GatewayCore]) -> FastAPI:
         return _model(core, model)
 
     @app.post("/tokenize")
-    async def tokenize(request: Request) -> dict[str, Any]:
+    async def tokenize(request: Request) -> Response:
         core, _ = _begin(request, get_core)
         body = await _read(request, TokenizeBody, core)
         core.requests.check_model(body.model)
-        if (body.prompt is None) == (body.messages is None):
-            raise InvalidRequestError("give either prompt or messages", "prompt")
-        if body.messages is not None:
-            ids = core.tokenizer.encode_chat([message.as_template_message() for message in body.messages])
-        else:
-            ids = core.tokenizer.encode(body.prompt or "")
-        answer: dict[str, Any] = {"tokens": ids, "count": len(ids), "max_model_len": core.config.model.max_model_len}
-        if body.return_token_strs:
-            answer["token_strs"] = [core.tokenizer.token_text(token) for token in ids]
-        return answer
+        return await core.in_thread(_tokenize, core, body)
 
     @app.post("/detokenize")
-    async def detokenize(request: Request) -> dict[str, str]:
+    async def detokenize(request: Request) -> Response:
         core, _ = _begin(request, get_core)
         body = await _read(request, DetokenizeBody, core)
         core.requests.check_model(body.model)
-        if any(token >= core.tokenizer.vocab_size for token in body.tokens):
-            raise InvalidRequestError(f"token ids must be below {core.tokenizer.vocab_size}", "tokens")
-        return {"prompt": core.tokenizer.decode(body.tokens)}
+        return await core.in_thread(_detokenize, core, body)
 
     @app.api_route("/health", methods=_READ)
     async def health() -> Response:
@@ -129,10 +118,35 @@ async def _read(request: Request, model: type[Model], core: GatewayCore) -> Mode
         if len(data) > limit:
             core.metrics.refused.labels("request_too_large").inc()
             raise TooLargeError(f"the body is over {limit} bytes; send a shorter prompt")
-    values = parse_json(bytes(data))
+    return await core.in_thread(_parse, core, bytes(data), model)
+
+
+def _parse(core: GatewayCore, data: bytes, model: type[Model]) -> Model:
+    values = parse_json(data)
+    core.requests.check_size(values)
     body = check(model, values)
     core.unknown_fields.log(values, model, WITHOUT_EFFECT)
     return body
+
+
+def _tokenize(core: GatewayCore, body: TokenizeBody) -> Response:
+    if (body.prompt is None) == (body.messages is None):
+        raise InvalidRequestError("give either prompt or messages", "prompt")
+    if body.messages is not None:
+        messages = [message.as_template_message() for message in body.messages]
+        ids = core.tokenizer.encode_chat(messages, body.chat_template_kwargs)
+    else:
+        ids = core.tokenizer.encode(body.prompt or "", body.add_special_tokens)
+    answer: dict[str, Any] = {"tokens": ids, "count": len(ids), "max_model_len": core.requests.max_model_len}
+    if body.return_token_strs:
+        answer["token_strs"] = [core.tokenizer.token_text(token) for token in ids]
+    return JSONResponse(answer)
+
+
+def _detokenize(core: GatewayCore, body: DetokenizeBody) -> Response:
+    if any(token >= core.tokenizer.vocab_size for token in body.tokens):
+        raise InvalidRequestError(f"token ids must be below {core.tokenizer.vocab_size}", "tokens")
+    return JSONResponse({"prompt": core.tokenizer.decode(body.tokens)})
 
 
 def _model(core: GatewayCore, name: str) -> dict[str, Any]:
@@ -143,7 +157,7 @@ def _model(core: GatewayCore, name: str) -> dict[str, Any]:
         "created": core.started_at,
         "owned_by": "dflash_ray",
         "root": config.path,
-        "max_model_len": config.max_model_len,
+        "max_model_len": core.requests.max_model_len,
     }
 
 

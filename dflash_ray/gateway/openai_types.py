@@ -8,7 +8,7 @@ from pydantic import Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from dflash_ray.gateway.bodies import Body
-from dflash_ray.gateway.options import GenerationOptions, TokenId
+from dflash_ray.gateway.options import Entries, GenerationOptions, TokenId
 
 # What would change the answer and is not served: fields, with the values that change nothing.
 _REFUSED: dict[str, tuple[Any, ...]] = {
@@ -108,7 +108,7 @@ class ChatMessage(Body):
     refused: ClassVar[dict[str, tuple[Any, ...]]] = {"tool_calls": (), "function_call": (), "audio": ()}
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: list[ContentPart] | None = None
+    content: Entries[ContentPart] | None = None
     name: str | None = None
 
     @field_validator("content", mode="before")
@@ -129,9 +129,10 @@ class ChatMessage(Body):
 
 
 class ChatCompletionRequest(_CommonRequest):
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: Entries[ChatMessage] = Field(min_length=1)
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0)
+    chat_template_kwargs: dict[str, Any] | None = None
 
     @property
     def num_logprobs(self) -> int | None:
@@ -140,8 +141,9 @@ class ChatCompletionRequest(_CommonRequest):
 
 
 class CompletionRequest(_CommonRequest):
-    prompt: str | list[int] | list[str] | list[list[int]]
+    prompt: str | Entries[int] | Entries[str] | Entries[Entries[int]]
     max_tokens: int | None = Field(16, ge=0, le=2**31 - 1)
+    add_special_tokens: bool = True
     logprobs: int | None = Field(None, ge=0)
     echo: bool = False
 
@@ -160,11 +162,12 @@ class CompletionRequest(_CommonRequest):
 class TokenizeBody(Body):
     model: str | None = None
     prompt: str | None = None
-    messages: list[ChatMessage] | None = Field(None, min_length=1)
+    messages: Entries[ChatMessage] | None = Field(None, min_length=1)
+    chat_template_kwargs: dict[str, Any] | None = None
     add_special_tokens: bool = True
     return_token_strs: bool = False
 
 
 class DetokenizeBody(Body):
     model: str | None = None
-    tokens: list[TokenId]
+    tokens: Entries[TokenId]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import Field, field_validator
 
@@ -10,6 +10,10 @@ from dflash_ray.gateway.bodies import Body
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 TokenId = Annotated[int, Field(ge=0)]
+Item = TypeVar("Item")
+Entries = Annotated[
+    list[Item], Field(fail_fast=True)
+]  # the first fault is reported; a million would be collected for seconds
 
 _MAX_INT32 = 2**31 - 1
 
@@ -38,8 +42,8 @@ class GenerationOptions(Body):
     frequency_penalty: Finite = Field(0.0, ge=-2, le=2)
     repetition_penalty: Finite = Field(1.0, gt=0, le=10)
     logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]] = {}
-    stop: list[str] = []
-    stop_token_ids: list[TokenId] = []
+    stop: Entries[str] = []
+    stop_token_ids: Entries[TokenId] = []
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     speculation: SpeculationOptions = SpeculationOptions()

@@ -5,13 +5,16 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
+
+from google.protobuf.json_format import MessageToDict
 
 from dflash_ray.config import DflashRayConfig
 from dflash_ray.core.errors import InvalidRequestError, UnknownModelError
 from dflash_ray.gateway.grpc_options import options_of, renamed
 from dflash_ray.gateway.openai_types import ChatCompletionRequest, CompletionRequest
 from dflash_ray.gateway.options import GenerationOptions
-from dflash_ray.gateway.tokenizer import ChatTokenizer
+from dflash_ray.gateway.tokenizer import ChatTokenizer, prompt_too_long
 from dflash_ray.gateway.traffic import TrafficRecorder
 from dflash_ray.pb import common_pb2, generation_pb2, router_pb2
 
@@ -44,7 +47,11 @@ class GenerationRequest:
 
 
 class RequestBuilder:
-    """Checks requests against the model and this gateway's limits; accepted chats are recorded where that is wanted."""
+    """Checks requests against the model and this gateway's limits; accepted chats are recorded where that is wanted.
+
+    Attributes:
+        max_model_len: tokens of a prompt and its answer together.
+    """
 
     def __init__(
         self, config: DflashRayConfig, tokenizer: ChatTokenizer, traffic: TrafficRecorder | None = None
@@ -53,11 +60,31 @@ class RequestBuilder:
         self._limits = config.gateway
         self._tokenizer = tokenizer
         self._traffic = traffic
+        self.max_model_len = config.sequence_limit(tokenizer.context_length)
 
     def check_model(self, name: str | None) -> None:
         """Raises UnknownModelError unless the name is the served model's or empty."""
         if name and name not in self._config.model.served_names:
             raise UnknownModelError(f"{name!r} is not served here; use {self._config.model.served_name!r}", "model")
+
+    def check_size(self, values: Any) -> None:
+        """Refuses a body with more entries than can be served, before each of them is checked."""
+        if not isinstance(values, dict):
+            return
+        prompt, messages = values.get("prompt"), values.get("messages")
+        if isinstance(prompt, list) and prompt and not isinstance(prompt[0], str | list):
+            prompt = [prompt]
+        if isinstance(prompt, list):
+            self._check_num_prompts(prompt)
+            for token_ids in prompt:
+                if isinstance(token_ids, list) and len(token_ids) >= self.max_model_len:
+                    raise prompt_too_long(len(token_ids), self.max_model_len, "prompt")
+        if isinstance(messages, list) and len(messages) >= self.max_model_len:
+            raise prompt_too_long(f"at least {len(messages)}", self.max_model_len, "messages")
+
+    def _check_num_prompts(self, prompts: Sequence[object]) -> None:
+        if len(prompts) > self._limits.max_prompts:
+            raise InvalidRequestError(f"has {len(prompts)} prompts; at most {self._limits.max_prompts}", "prompt")
 
     def from_chat(self, body: ChatCompletionRequest, request_id: str) -> GenerationRequest:
         """A chat completion."""
@@ -65,7 +92,7 @@ class RequestBuilder:
         if body.top_logprobs and not body.logprobs:
             raise InvalidRequestError("needs logprobs: true", "top_logprobs")
         self._check_logprobs(body.num_logprobs, "top_logprobs")
-        prompt_ids = self._tokenizer.encode_chat(messages)
+        prompt_ids = self._tokenizer.encode_chat(messages, body.chat_template_kwargs, self.max_model_len)
         request = self._build(request_id, prompt_ids, "messages", body, body.token_limit, body.num_logprobs)
         if self._traffic is not None:
             self._traffic.record(messages)
@@ -75,11 +102,13 @@ class RequestBuilder:
         """A completion; one request for each prompt of a batch."""
         self._check_logprobs(body.num_logprobs, "logprobs")
         prompts = _prompts(body.prompt)
-        if len(prompts) > self._limits.max_prompts:
-            raise InvalidRequestError(f"has {len(prompts)} prompts; at most {self._limits.max_prompts}", "prompt")
+        self._check_num_prompts(prompts)
         requests = []
         for i, prompt in enumerate(prompts):
-            ids = self._tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+            if isinstance(prompt, str):
+                ids = self._tokenizer.encode(prompt, body.add_special_tokens, self.max_model_len)
+            else:
+                ids = prompt
             name = f"{request_id}-{i}" if len(prompts) > 1 else request_id
             limit = body.token_limit
             request = self._build(name, ids, "prompt", body, 1 if limit == 0 else limit, body.num_logprobs)
@@ -111,10 +140,11 @@ class RequestBuilder:
 
     def _grpc_prompt(self, message: generation_pb2.GenerateRequest, kind: str) -> list[int]:
         if kind == "text":
-            return self._tokenizer.encode(message.text)
+            return self._tokenizer.encode(message.text, True, self.max_model_len, kind)
         if kind == "token_ids":
             return list(message.token_ids.ids)
-        return self._tokenizer.encode_chat(grpc_messages(message.chat))
+        chat = message.chat
+        return self._tokenizer.encode_chat(grpc_messages(chat), grpc_template_variables(chat), self.max_model_len)
 
     def _check_logprobs(self, num_logprobs: int | None, name: str) -> None:
         if num_logprobs is not None and num_logprobs > self._limits.max_logprobs:
@@ -130,6 +160,8 @@ class RequestBuilder:
         num_logprobs: int | None,
     ) -> GenerationRequest:
         """The checks against the model and this gateway's limits, and the wire's messages."""
+        defaults = self._tokenizer.sampling_defaults
+        options = options.model_copy(update={key: defaults[key] for key in defaults.keys() - options.model_fields_set})
         room = self._room(prompt_ids, prompt_field)
         self._check_limits(options)
         limit = room if max_tokens is None else min(max_tokens, room)
@@ -194,17 +226,10 @@ class RequestBuilder:
         """Tokens that may follow the prompt."""
         if not prompt_ids:
             raise InvalidRequestError("must not be empty", name)
+        if len(prompt_ids) >= self.max_model_len:
+            raise prompt_too_long(len(prompt_ids), self.max_model_len, name)
         self._check_vocabulary(prompt_ids, name)
-        context = self._config.model.max_model_len
-        if len(prompt_ids) >= context:
-            raise InvalidRequestError(
-                # OpenAI's words, by which client libraries know this error.
-                f"this model's maximum context length is {context} tokens, prompt and answer together; "
-                f"the prompt has {len(prompt_ids)}: shorten it",
-                name,
-                "context_length_exceeded",
-            )
-        return context - len(prompt_ids)
+        return self.max_model_len - len(prompt_ids)
 
 
 def grpc_messages(chat: generation_pb2.ChatMessages) -> list[dict[str, str]]:
@@ -215,6 +240,20 @@ def grpc_messages(chat: generation_pb2.ChatMessages) -> list[dict[str, str]]:
         if message.role not in ("system", "user", "assistant"):
             raise InvalidRequestError(f"role {message.role!r} is not system, user or assistant", "chat.messages.role")
     return [{"role": message.role, "content": message.content} for message in chat.messages]
+
+
+def grpc_template_variables(chat: generation_pb2.ChatMessages) -> dict[str, Any]:
+    """Values for the template; whole numbers, which a Struct holds as doubles, are integers."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [plain(item) for item in value]
+        return int(value) if isinstance(value, float) and value.is_integer() else value
+
+    variables: dict[str, Any] = plain(MessageToDict(chat.chat_template_kwargs))
+    return variables
 
 
 def _prompts(prompt: str | list[int] | list[str] | list[list[int]]) -> Sequence[str | list[int]]:
