@@ -61,6 +61,14 @@ class UnavailableError(RequestError):
     kind = "unavailable"
 
 
+class OtherModelError(RequestError):
+    """The groups here serve another model than the one that began the answer."""
+
+    http_status = 503
+    grpc_code = "FAILED_PRECONDITION"
+    kind = "unavailable"
+
+
 class DeadlineExceededError(RequestError):
     """The request's own deadline passed."""
 
@@ -76,6 +84,7 @@ _BY_GRPC_CODE: dict[str, type[RequestError]] = {
         UnknownModelError,
         OverloadedError,
         UnavailableError,
+        OtherModelError,
         DeadlineExceededError,
         RequestError,
     )

@@ -12,9 +12,11 @@ import time
 from collections.abc import AsyncGenerator, Callable
 
 from dflash_ray.config import DflashRayConfig
+from dflash_ray.core.errors import RequestError, UnavailableError
 from dflash_ray.observability.metrics import RouterMetrics
 from dflash_ray.pb import drafter_pb2, router_pb2, target_pb2
 from dflash_ray.router.actions import Action, CloseSequences, Emit, Fail, Replay, RequestDrafts, RunStep
+from dflash_ray.router.attempts import FinalError
 from dflash_ray.router.drafting import DrafterState
 from dflash_ray.router.scheduler import Scheduler, TargetLimits
 from dflash_ray.router.sequence import RouterSequence
@@ -34,6 +36,7 @@ class Pipeline:
         self._model = config.model.served_name
         self.scheduler = Scheduler(config)
         self.target_id: str | None = None
+        self.model_fingerprint = ""  # of the group that it leads or led last
         self._target: Stream | None = None
         self._feature_fingerprint = ""
         self._drafters: dict[str, Stream] = {}
@@ -51,8 +54,8 @@ class Pipeline:
     async def connect_target(self, entry: Entry, epoch: int) -> None:
         """Leads a target group. Raises ConnectionError."""
         stream, hello = await open_target(entry.address, self._router_id, epoch)
+        await self._fit(hello)
         self._target, self.target_id = stream, entry.id
-        self._feature_fingerprint = hello.feature_fingerprint
         limits = TargetLimits(
             epoch=epoch,
             max_model_len=hello.max_model_len,
@@ -67,12 +70,28 @@ class Pipeline:
         logger.info("leading target group", extra={"target_id": entry.id, "epoch": epoch})
         self._pump()
 
+    async def _fit(self, hello: target_pb2.TargetHelloReply) -> None:
+        """Lets go what belongs to another model: requests that it began, and drafters for other features."""
+        if hello.model_fingerprint != self.model_fingerprint:
+            self.hand_over(UnavailableError("the target group came back with another model"))
+        self.model_fingerprint = hello.model_fingerprint
+        if hello.feature_fingerprint != self._feature_fingerprint:
+            for drafter_id, stream in list(self._drafters.items()):
+                await stream.close()
+                self._on_drafter_end(drafter_id)
+        self._feature_fingerprint = hello.feature_fingerprint
+
+    def hand_over(self, error: RequestError) -> None:
+        """Ends every request here with `error`, so that gateways send them, with their tokens, to another group."""
+        self.scheduler.hand_over(error)
+        self._pump()
+
     async def disconnect_target(self) -> None:
         """Leaves the group, as when its directory entry is gone."""
         if self._target is not None:
-            stream, self._target = self._target, None
-            await stream.close()
+            stream = self._target
             self._on_target_end()
+            await stream.close()
 
     def _on_target_message(self, message: target_pb2.TargetResponse) -> None:
         if message.WhichOneof("message") == "result":
@@ -95,12 +114,11 @@ class Pipeline:
         return drafter_id in self._drafters
 
     async def connect_drafter(self, entry: Entry) -> None:
-        """Adds a drafter whose features fit this target. Raises ConnectionError."""
+        """Adds a drafter whose features fit this target. Raises ConnectionError; a FinalError if they don't."""
         stream, hello = await open_drafter(entry.address, self._router_id)
         if hello.needs_features and hello.fingerprint != self._feature_fingerprint:
-            logger.warning("drafter %s is for other features (%s)", entry.id, hello.fingerprint)
             await stream.close()
-            return
+            raise FinalError(f"drafter {entry.id} is for other features ({hello.fingerprint})")
         self._drafters[entry.id] = stream
         stream.start(lambda message: self._on_drafts(entry.id, message.drafts), lambda: self._on_drafter_end(entry.id))
         self.scheduler.drafting.join(DrafterState(entry.id, hello.needs_features, hello.max_draft_tokens))

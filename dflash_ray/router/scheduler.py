@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import islice, takewhile
 
 from dflash_ray.config import DflashRayConfig
-from dflash_ray.core.errors import InvalidRequestError, OverloadedError, RequestError, UnavailableError
+from dflash_ray.core.errors import DeadlineExceededError, InvalidRequestError, OverloadedError, RequestError
 from dflash_ray.core.stats import AcceptanceStats
 from dflash_ray.pb import common_pb2, drafter_pb2, router_pb2, target_pb2
 from dflash_ray.router.actions import Action, CloseSequences, Emit, Fail, RunStep
@@ -287,9 +287,15 @@ class Scheduler:
         return min(deadlines, default=None)
 
     def _give_up_waiting(self, now: float) -> None:
-        if self._lost_at is not None and now >= self._lost_at + self._router.target_wait_s:
+        wait_s = self._router.target_wait_s
+        if self._lost_at is not None and now >= self._lost_at + wait_s:
             for sequence in list(self._waiting):
-                self._fail(sequence, UnavailableError("no target group is up; try again later"))
+                self._fail(sequence, DeadlineExceededError(f"no target group came back within {wait_s:g} s"))
+
+    def hand_over(self, error: RequestError) -> None:
+        """Ends every request with `error`: who sent them takes them elsewhere."""
+        for sequence in list(self._sequences.values()):
+            self._fail(sequence, error)
 
     def _pages(self, tokens: int) -> int:
         assert self.limits is not None

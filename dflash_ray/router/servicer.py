@@ -26,11 +26,14 @@ class RouterServicer(router_pb2_grpc.RouterServicer):
         request_id_var.set(request.request_id)
         try:
             _check(request)
-            pipeline = await self._fleet.pick()
+            pipeline = await self._fleet.pick(request.model_fingerprint)
+            fingerprint = pipeline.model_fingerprint
             emits = pipeline.generate(request)
             try:
                 async for emit in emits:
-                    yield finish_chunk(emit.sequence, emit, time.monotonic())
+                    chunk = finish_chunk(emit.sequence, emit, time.monotonic())
+                    chunk.model_fingerprint, fingerprint = fingerprint, ""
+                    yield chunk
             finally:
                 await emits.aclose()
         except RequestError as error:

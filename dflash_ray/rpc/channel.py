@@ -21,6 +21,12 @@ _KEEPALIVE = (
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
     ("grpc.http2.max_ping_strikes", 0),
 )
+# A peer that was away for a while is tried again soon after it is back, and a host that is silent is given up soon.
+_RECONNECT = (
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.max_reconnect_backoff_ms", 2_000),
+    ("grpc.min_reconnect_backoff_ms", 5_000),  # in fact the time that an attempt may take
+)
 
 
 def _options(max_message_bytes: int) -> list[tuple[str, int]]:
@@ -33,7 +39,7 @@ def _options(max_message_bytes: int) -> list[tuple[str, int]]:
 
 def open_channel(address: str) -> grpc.aio.Channel:
     """A channel to an inner server at host:port; the caller closes it."""
-    return grpc.aio.insecure_channel(address, options=_options(INNER_MESSAGE_BYTES))
+    return grpc.aio.insecure_channel(address, options=[*_options(INNER_MESSAGE_BYTES), *_RECONNECT])
 
 
 @dataclass(frozen=True, slots=True)

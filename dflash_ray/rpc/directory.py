@@ -2,8 +2,9 @@
 
 `Directory` is the plain state: entries that expire, and leases with fencing epochs. `DirectoryActor` hosts it in the
 cluster; `DirectoryClient` is what processes use, and `KnownEntries` what they remember. A directory that is away
-changes nothing for those who already know each other. One that is restarted is filled again by the next heartbeats: until all
-had time for one, it takes the leases that their holders show, grants none anew, and whom it lacks is not forgotten.
+changes nothing for those who already know each other. One that is restarted is filled again by the next heartbeats:
+until all had time for one, it takes the leases that their holders show, grants none anew, and nobody is forgotten for
+being absent from it.
 """
 
 from __future__ import annotations
