@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from dflash_ray.core.errors import UnavailableError
+from dflash_ray.core.errors import OverloadedError, UnavailableError
 from tests.directories import LocalDirectory
 from tests.toy import STOP_TOKEN, answer
 from tests.toy_processes import TTL_S, Cluster, until
@@ -122,7 +122,8 @@ async def test_while_nobody_leads_a_group_requests_wait_for_it_to_come_back():
 
 async def test_a_directory_that_is_killed_under_load_fences_nobody():
     async with Cluster() as cluster:
-        routers = [await cluster.router(), await cluster.router()]
+        for _ in range(2):
+            await cluster.router()
         groups = [await cluster.group(step_s=0.05), await cluster.group(step_s=0.05)]
         await cluster.led(1, 1)
         epochs = [group.epoch for group in groups]
@@ -220,7 +221,7 @@ async def test_a_pipeline_hands_its_requests_over_when_its_group_comes_back_with
 
 async def test_a_router_whose_queue_is_full_sends_no_request_away_for_good():
     async with Cluster("router.max_running=2", "router.max_waiting=0") as cluster:
-        first, second = await cluster.router(), await cluster.router()
+        first, _second = await cluster.router(), await cluster.router()
         for _ in range(2):
             await cluster.group()
         await cluster.led(1, 1)
@@ -228,6 +229,22 @@ async def test_a_router_whose_queue_is_full_sends_no_request_away_for_good():
         await load.have_begun()
         await first.kill()  # its two requests find the other router's queue full, and wait
         await load.are_right()
+
+
+async def test_a_request_that_one_router_has_no_room_for_goes_to_another_and_is_refused_when_all_are_full():
+    async with Cluster("router.max_running=1", "router.max_waiting=0") as cluster, Cluster() as other:
+        for _ in range(2):
+            await cluster.router()
+            await cluster.group(step_s=0.2)
+        await cluster.led(1, 1)
+        other.directory.plain = cluster.directory.plain  # a second gateway, which knows nothing of the first's requests
+        await other.led(1, 1)
+        mine, theirs = Load(cluster, 1), Load(other, 1)
+        await mine.have_begun()
+        await theirs.have_begun()
+        for gateway in (cluster, other):
+            with pytest.raises(OverloadedError):
+                await gateway.generate(prompts(1)[0])
 
 
 async def test_a_router_that_refuses_is_not_asked_in_a_tight_loop():
@@ -256,7 +273,7 @@ async def test_a_router_that_cannot_reach_the_directory_goes_on():
     async with Cluster() as cluster:
         directory = LocalDirectory()
         directory.plain = cluster.directory.plain
-        router = await cluster.router(directory)
+        await cluster.router(directory)
         await cluster.group()
         await cluster.led(1)
         load = Load(cluster, 4)
