@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Hashable
+import math
+from collections.abc import Awaitable, Callable, Container, Hashable
 from dataclasses import dataclass
 
 logger = logging.getLogger(__name__)
@@ -18,7 +19,7 @@ class FinalError(ConnectionError):
 
 @dataclass(slots=True)
 class _Attempt:
-    task: asyncio.Task[None]
+    task: asyncio.Task[None] | None = None
     back_off_s: float = _FIRST_BACK_OFF_S
     not_before: float = 0.0
 
@@ -31,40 +32,38 @@ class Attempts:
 
     def is_running(self, key: Hashable) -> bool:
         attempt = self._by_key.get(key)
-        return attempt is not None and not attempt.task.done()
+        return attempt is not None and attempt.task is not None and not attempt.task.done()
 
     def start(self, key: Hashable, connect: Callable[[], Awaitable[None]]) -> None:
         """Runs `connect` in a task, unless it runs or failed a short while ago; a FinalError ends the attempts."""
-        before = self._by_key.get(key)
-        if self.is_running(key) or (before is not None and asyncio.get_running_loop().time() < before.not_before):
-            return
-        back_off_s = before.back_off_s if before is not None else _FIRST_BACK_OFF_S
-        self._by_key[key] = _Attempt(asyncio.create_task(self._run(key, connect)), back_off_s)
+        attempt = self._by_key.setdefault(key, _Attempt())
+        if not self.is_running(key) and asyncio.get_running_loop().time() >= attempt.not_before:
+            attempt.task = asyncio.create_task(_run(attempt, connect))
 
-    async def _run(self, key: Hashable, connect: Callable[[], Awaitable[None]]) -> None:
-        try:
-            await connect()
-        except FinalError as error:
-            logger.warning("%s", error)
-            self._by_key[key].not_before = float("inf")
-        except Exception as error:  # whatever it is, it concerns this one only
-            attempt = self._by_key[key]
-            is_expected = isinstance(error, ConnectionError)
-            logger.warning("trying again in %g s: %s", attempt.back_off_s, error, exc_info=not is_expected)
-            attempt.not_before = asyncio.get_running_loop().time() + attempt.back_off_s
-            attempt.back_off_s = min(_MAX_BACK_OFF_S, 2 * attempt.back_off_s)
-        else:
-            self._by_key[key].back_off_s = _FIRST_BACK_OFF_S
-
-    def keep(self, keys: set[Hashable]) -> None:
+    def keep(self, keys: Container[Hashable]) -> None:
         """Forgets all others; those that run are cancelled."""
-        for key in self._by_key.keys() - keys:
-            self._by_key.pop(key).task.cancel()
+        for key in [key for key in self._by_key if key not in keys]:
+            attempt = self._by_key.pop(key)
+            if attempt.task is not None:
+                attempt.task.cancel()
 
     async def close(self) -> None:
         """Cancels all, and returns when they have ended."""
-        tasks = [attempt.task for attempt in self._by_key.values()]
-        self._by_key.clear()
-        for task in tasks:
-            task.cancel()
+        tasks = [attempt.task for attempt in self._by_key.values() if attempt.task is not None]
+        self.keep(())
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _run(attempt: _Attempt, connect: Callable[[], Awaitable[None]]) -> None:
+    try:
+        await connect()
+    except FinalError as error:
+        logger.warning("%s", error)
+        attempt.not_before = math.inf
+    except Exception as error:  # whatever it is, it concerns this one only
+        is_expected = isinstance(error, ConnectionError)
+        logger.warning("trying again in %g s: %s", attempt.back_off_s, error, exc_info=not is_expected)
+        attempt.not_before = asyncio.get_running_loop().time() + attempt.back_off_s
+        attempt.back_off_s = min(_MAX_BACK_OFF_S, 2 * attempt.back_off_s)
+    else:
+        attempt.back_off_s = _FIRST_BACK_OFF_S

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Hashable
 from functools import partial
 from typing import Any
 
@@ -141,25 +140,22 @@ class Fleet:
                 await pipeline.close()
 
     def _connect(self) -> None:
-        """Starts whatever connection is missing."""
-        wanted: set[Hashable] = set()
+        """Starts whatever connection is missing, and ends attempts for what is gone."""
         led = {pipeline.target_id for pipeline in self.led}
-        for entry in self._targets.entries:
-            wanted.add(("target", entry.id))
-            if entry.id not in led:
-                self._attempts.start(("target", entry.id), partial(self._lead, entry))
-        for pipeline in self.led:
-            for entry in self._drafters.entries:
-                key = (pipeline, pipeline.target_id, entry.id)
-                wanted.add(key)
-                if not pipeline.knows_drafter(entry.id):
-                    self._attempts.start(key, partial(pipeline.connect_drafter, entry))
-        self._attempts.keep(wanted)
-        self._deferred_since = {
-            entry.id: self._deferred_since[entry.id]
-            for entry in self._targets.entries
-            if entry.id in self._deferred_since
+        targets = {("target", entry.id): entry for entry in self._targets.entries if entry.id not in led}
+        drafters = {
+            (pipeline, pipeline.target_id, entry.id): entry
+            for pipeline in self.led
+            for entry in self._drafters.entries
+            if not pipeline.knows_drafter(entry.id)
         }
+        self._attempts.keep({*targets, *drafters})
+        for target, entry in targets.items():
+            self._attempts.start(target, partial(self._lead, entry))
+        for drafter, entry in drafters.items():
+            self._attempts.start(drafter, partial(drafter[0].connect_drafter, entry))
+        deferred = self._deferred_since.keys() & {entry.id for entry in targets.values()}
+        self._deferred_since = {target_id: self._deferred_since[target_id] for target_id in deferred}
 
     async def _lead(self, entry: Entry) -> None:
         """Takes a group's lease if it is free, and connects it to a pipeline that lost its own or to a new one."""

@@ -11,6 +11,7 @@ import httpx
 import pytest
 import ray
 
+from dflash_ray.pb import generation_pb2, generation_pb2_grpc
 from dflash_ray.rpc.directory import ACTOR_NAME, NAMESPACE, DirectoryClient, Entry, Kind
 from tests.applications import PROMPTS, Application, application, request
 from tests.metrics import total
@@ -34,6 +35,7 @@ class Load:
     """Sixteen streams, half of them greedy and half drawn with seeds, over both gateways."""
 
     gateways: list[Entry]
+    victim: Entry | None = None  # the process that is killed
     tokens: list[list[int]] = field(default_factory=lambda: [[] for _ in range(NUM_STREAMS)])
     num_reconnected: int = 0
 
@@ -56,15 +58,13 @@ class Load:
                 await self._receive(i, gateway, message)
                 return
             except grpc.aio.AioRpcError as error:
-                if error.code() is not grpc.StatusCode.UNAVAILABLE or os.path.exists(f"/proc/{gateway.info['pid']}"):
+                if error.code() is not grpc.StatusCode.UNAVAILABLE or gateway != self.victim:
                     raise
             # A gateway's own clients lose their connections with it, and ask the other one from the start.
             self.num_reconnected += 1
             self.tokens[i] = []
 
-    async def _receive(self, i: int, gateway: Entry, message) -> None:
-        from dflash_ray.pb import generation_pb2_grpc
-
+    async def _receive(self, i: int, gateway: Entry, message: generation_pb2.GenerateRequest) -> None:
         async with grpc.aio.insecure_channel(f"127.0.0.1:{gateway.info['grpc_port']}") as channel:
             stub = generation_pb2_grpc.GenerationStub(channel)
             async for response in stub.GenerateStream(message, timeout=300):
@@ -134,7 +134,7 @@ async def test_a_killed_process_loses_no_request_and_changes_no_token(kind, app,
     async def kill() -> None:
         os.kill(pid_of(victim), signal.SIGKILL)
 
-    load = Load(found["gateway"])
+    load = Load(found["gateway"], victim)
     assert await load.run(kill) == undisturbed
     assert load.num_reconnected == (NUM_STREAMS / 2 if kind == "gateway" else 0)
     await processes.healed(without=victim.id)
