@@ -24,6 +24,7 @@ ACTOR_NAME = "dflash_ray_directory"
 NAMESPACE = "dflash_ray"
 _CHECK_S = 0.1  # how soon a changed entry is registered
 _RETRY_S = 0.5
+_HELD_UP_S = 1.5
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +77,10 @@ class Directory:
         self._entries: dict[tuple[Kind, str], tuple[Entry, float]] = {}
         self._leases: dict[str, _Lease] = {}
         self._next_epoch = first_epoch
+
+    def woke(self, now: float) -> None:
+        """The directory itself was held up: as after a start, it cannot know who would have renewed meanwhile."""
+        self._started_at = now
 
     def register(self, entry: Entry, ttl_s: float, now: float) -> None:
         """Adds or renews an entry."""
@@ -142,22 +147,31 @@ class DirectoryActor:
     """The directory as a Ray actor. Epochs start at the wall clock, so they rise over restarts as well."""
 
     def __init__(self) -> None:
-        self._directory = Directory(time.monotonic(), first_epoch=time.time_ns())
+        self._asked_at = time.monotonic()
+        self._directory = Directory(self._asked_at, first_epoch=time.time_ns())
+
+    def _now(self) -> float:
+        """The time of a call. Gateways and routers ask twice a second: a longer silence is this process's own."""
+        now = time.monotonic()
+        if now - self._asked_at > _HELD_UP_S:
+            self._directory.woke(now)
+        self._asked_at = now
+        return now
 
     def register(self, entry: Entry, ttl_s: float) -> None:
-        self._directory.register(entry, ttl_s, time.monotonic())
+        self._directory.register(entry, ttl_s, self._now())
 
     def unregister(self, kind: Kind, entry_id: str) -> None:
         self._directory.unregister(kind, entry_id)
 
     def view(self, kind: Kind) -> View:
-        return self._directory.view(kind, time.monotonic())
+        return self._directory.view(kind, self._now())
 
     def lease(self, target_id: str, router_id: str, ttl_s: float) -> int | None:
-        return self._directory.lease(target_id, router_id, ttl_s, time.monotonic())
+        return self._directory.lease(target_id, router_id, ttl_s, self._now())
 
     def renew(self, target_id: str, router_id: str, epoch: int, ttl_s: float) -> bool:
-        return self._directory.renew(target_id, router_id, epoch, ttl_s, time.monotonic())
+        return self._directory.renew(target_id, router_id, epoch, ttl_s, self._now())
 
     def release(self, target_id: str, router_id: str) -> None:
         self._directory.release(target_id, router_id)

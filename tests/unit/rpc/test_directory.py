@@ -55,6 +55,16 @@ def test_a_restarted_directory_grants_the_group_of_a_holder_that_is_gone():
     assert Directory(started_at=100).lease("t", "r2", ttl_s=5, now=105) is not None
 
 
+def test_a_directory_that_was_held_up_gives_holders_the_time_to_renew():
+    directory = Directory()
+    directory.register(Entry("target", "t", "host:1"), ttl_s=5, now=0)
+    epoch = directory.lease("t", "r1", ttl_s=5, now=0)
+    directory.woke(20)
+    assert directory.view("target", now=20).age_s == 0, "that the entry is absent says nothing"
+    assert directory.lease("t", "r2", ttl_s=5, now=20) is None
+    assert directory.renew("t", "r1", epoch, ttl_s=5, now=21)
+
+
 def test_of_two_that_show_an_epoch_to_a_restarted_directory_the_later_holder_wins_whoever_comes_first():
     for order in ([("r1", 5), ("r2", 6)], [("r2", 6), ("r1", 5)]):
         restarted = Directory(started_at=100)
