@@ -68,7 +68,9 @@ def new_server(
     interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
 ) -> grpc.aio.Server:
     """A server without services or ports; add servicers, then call `start_server`."""
-    return grpc.aio.server(options=_options(max_message_bytes), interceptors=list(interceptors))
+    # Servers of several processes may listen on one port: gateways of a node, and an old and a new one in an upgrade.
+    options = [*_options(max_message_bytes), ("grpc.so_reuseport", 1)]
+    return grpc.aio.server(options=options, interceptors=list(interceptors))
 
 
 async def start_server(server: grpc.aio.Server, service_names: Sequence[str], host: str, port: int) -> RunningServer:
