@@ -24,7 +24,6 @@ ACTOR_NAME = "dflash_ray_directory"
 NAMESPACE = "dflash_ray"
 _CHECK_S = 0.1  # how soon a changed entry is registered
 _RETRY_S = 0.5
-_HELD_UP_S = 1.5
 
 logger = logging.getLogger(__name__)
 
@@ -148,12 +147,13 @@ class DirectoryActor:
 
     def __init__(self) -> None:
         self._asked_at = time.monotonic()
+        self._lease_ttl_s = math.inf
         self._directory = Directory(self._asked_at, first_epoch=time.time_ns())
 
     def _now(self) -> float:
-        """The time of a call. Gateways and routers ask twice a second: a longer silence is this process's own."""
+        """The time of a call. Gateways and routers ask twice a second: a long silence is this process's own."""
         now = time.monotonic()
-        if now - self._asked_at > _HELD_UP_S:
+        if now - self._asked_at > self._lease_ttl_s / 2:
             self._directory.woke(now)
         self._asked_at = now
         return now
@@ -171,6 +171,7 @@ class DirectoryActor:
         return self._directory.lease(target_id, router_id, ttl_s, self._now())
 
     def renew(self, target_id: str, router_id: str, epoch: int, ttl_s: float) -> bool:
+        self._lease_ttl_s = ttl_s
         return self._directory.renew(target_id, router_id, epoch, ttl_s, self._now())
 
     def release(self, target_id: str, router_id: str) -> None:

@@ -1,8 +1,9 @@
 """Entries that expire, and leases that outlive the directory that granted them."""
 
 import asyncio
+import time
 
-from dflash_ray.rpc.directory import Directory, Entry, KnownEntries, keep_registered
+from dflash_ray.rpc.directory import Directory, DirectoryActor, Entry, KnownEntries, keep_registered
 from tests.directories import LocalDirectory
 
 
@@ -63,6 +64,17 @@ def test_a_directory_that_was_held_up_gives_holders_the_time_to_renew():
     assert directory.view("target", now=20).age_s == 0, "that the entry is absent says nothing"
     assert directory.lease("t", "r2", ttl_s=5, now=20) is None
     assert directory.renew("t", "r1", epoch, ttl_s=5, now=21)
+
+
+def test_the_actor_takes_a_long_silence_for_its_own():
+    actor = DirectoryActor()
+    ttl_s = 0.2
+    time.sleep(ttl_s)  # since it started
+    epoch = actor.lease("t", "r1", ttl_s)
+    assert actor.renew("t", "r1", epoch, ttl_s)
+    time.sleep(2 * ttl_s)
+    assert actor.lease("t", "r2", ttl_s) is None, "the holder had no chance to renew"
+    assert actor.renew("t", "r1", epoch, ttl_s)
 
 
 def test_of_two_that_show_an_epoch_to_a_restarted_directory_the_later_holder_wins_whoever_comes_first():
