@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 import signal
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
@@ -110,9 +111,21 @@ def undisturbed(app: Application) -> list[list[int]]:
     return asyncio.run(run())
 
 
+async def metrics(app: Application) -> str:
+    """The page of one of the gateways, whichever Serve's proxy chooses."""
+    async with asyncio.timeout(HEALING_S), httpx.AsyncClient(timeout=30) as http:
+        while True:
+            try:
+                response = await http.get(f"{app.http_url}/metrics")
+                if response.status_code == 200:
+                    return response.text
+            except httpx.TransportError:
+                pass  # the proxy has not noticed yet that a gateway is gone
+            await asyncio.sleep(0.5)
+
+
 async def num_resumed(app: Application) -> float:
-    async with httpx.AsyncClient(timeout=30) as http:
-        return total((await http.get(f"{app.http_url}/metrics")).text, "dflash_ray_gateway_resumed_calls_total")
+    return total(await metrics(app), "dflash_ray_gateway_resumed_calls_total")
 
 
 def pid_of(entry: Entry) -> int:
@@ -122,6 +135,16 @@ def pid_of(entry: Entry) -> int:
 def victim_of(kind: Kind, found: dict[Kind, list[Entry]]) -> Entry:
     """One that has work: a router that leads a group."""
     return next(entry for entry in found[kind] if kind != "router" or entry.info["num_groups"])
+
+
+async def test_every_gateway_shows_the_same_sums_over_all_processes(app, undisturbed):
+    found = await Processes().healed()
+    names = {f"{entry.kind}-{entry.id}" for entries in found.values() for entry in entries}
+    before = total(await metrics(app), "vllm:generation_tokens_total")
+    num_tokens = sum(len(tokens) for tokens in await Load(found["gateway"]).run())
+    for page in [await metrics(app) for _ in range(8)]:
+        assert total(page, "vllm:generation_tokens_total") == before + num_tokens
+        assert set(re.findall(r'process="([^"]+)"', page)) == names
 
 
 @pytest.mark.parametrize("kind", ["drafter", "router", "target", "gateway"])
