@@ -131,10 +131,10 @@ class Fleet:
             if target_id not in led and not self._attempts.is_running(("target", target_id)):
                 # The epoch was used up by the stream that broke; the next lease brings a higher one.
                 await self._leases.give_back(target_id)
-        for pipeline in [p for p in self.pipelines if p.target_id is None and p not in self._connecting]:
+        for pipeline in [p for p in self.pipelines if p.target_id is None]:
             if pipeline.load and (led or self._is_led_elsewhere()):
                 pipeline.hand_over(UnavailableError("the target group was lost, and another one is led"))
-            if not pipeline.load:
+            if not pipeline.load and pipeline not in self._connecting:
                 pipeline.update_metrics()
                 self.pipelines.remove(pipeline)
                 await pipeline.close()
