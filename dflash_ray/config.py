@@ -15,7 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 BUILTIN_MODEL = "builtin:smollm2"
 BUILTIN_DRAFTER = "builtin:smollm2-135m-dflash"
-
+_BYTES_PER_NUMBER = 4  # of a token id or log-probability in a message
+_MESSAGE_BASE_BYTES = 320 * 1024  # a piece of context features, or what else comes along
 
 _Tree = TypeVar("_Tree", bound=BaseModel)
 
@@ -61,6 +62,11 @@ class TargetConfig(_Section):
     def num_pages(self) -> int:
         return -(-self.kv_cache_tokens // self.page_size)
 
+    @property
+    def kv_cache_rows(self) -> int:
+        """Rows of the cache: its tokens in whole pages."""
+        return self.num_pages * self.page_size
+
 
 class DrafterAutoscaling(_Section):
     min_replicas: int = Field(1, ge=0)
@@ -91,7 +97,18 @@ class DrafterConfig(_Section):
     device: Literal["cpu", "cuda"] = "cpu"
     dtype: Literal["float32", "bfloat16"] = "float32"
     num_threads: int = Field(0, ge=0, description="torch threads of a replica; 0 shares the machine's cores")
-    max_context_tokens: int = Field(65536, ge=64, description="context rows that a replica holds over all sequences")
+    step_timeout_s: float = Field(30.0, gt=0, description="a draft pass that takes longer ends the replica")
+    max_context_tokens: int | None = Field(
+        None,
+        ge=64,
+        description="context rows that a replica holds over all sequences; sequences that find no room are decoded "
+        "without its drafts. null: as many as all target groups' KV caches can ask for",
+    )
+
+    @property
+    def fewest_replicas(self) -> int:
+        """Replicas that can be counted on."""
+        return max(1, self.num_replicas if self.autoscaling is None else self.autoscaling.min_replicas)
 
 
 class RouterConfig(_Section):
@@ -105,6 +122,7 @@ class RouterConfig(_Section):
     num_candidates: int = Field(1, ge=1, le=16, description="candidates a draft slot that drafters return")
     cohorts: Literal[1, 2] = Field(1, description="2: one cohort is verified while the other is drafted")
     draft_timeout_ms: float = Field(100.0, gt=0, description="a slower draft is replaced by an n-gram or none")
+    max_missed_drafts: int = Field(3, ge=1, description="late drafts in a row before a drafter is left for a while")
     prefill_chunk_tokens: int = Field(256, ge=1)
     max_running: int = Field(64, ge=1, description="sequences decoded at a time, per target group")
     max_waiting: int = Field(256, ge=0, description="requests queued before new ones are refused")
@@ -156,6 +174,11 @@ class GatewayConfig(_Section):
 class NetworkConfig(_Section):
     bind_host: str = Field("127.0.0.1", description="interface of the inner gRPC servers; `node` is the Ray node's IP")
     entry_ttl_s: float = Field(5.0, gt=0, description="a process that is silent this long leaves the directory")
+    max_message_bytes: int = Field(
+        64 * 1024 * 1024,
+        ge=512 * 1024,
+        description="largest message between the inner processes; context features travel in pieces of 256 KiB",
+    )
 
 
 class ObservabilityConfig(_Section):
@@ -180,10 +203,55 @@ class DflashRayConfig(_Section):
         return self.drafter.method in ("dflash", "dflash2")
 
     @property
+    def drafts_remotely(self) -> bool:
+        """Whether drafters are processes of their own."""
+        return self.drafter.method != "none" and self.drafter.placement_mode == "remote"
+
+    @property
     def num_drafter_replicas(self) -> int:
         """Replicas that a fixed-size deployment starts; 0 when nothing drafts remotely."""
-        remote = self.drafter.method != "none" and self.drafter.placement_mode == "remote"
-        return self.drafter.num_replicas if remote else 0
+        return self.drafter.num_replicas if self.drafts_remotely else 0
+
+    @property
+    def drafter_context_tokens(self) -> int:
+        """Context rows that a drafter holds over all sequences."""
+        return self.drafter.max_context_tokens or self._contexts_asked_for
+
+    @property
+    def _contexts_asked_for(self) -> int:
+        """Context rows of all sequences that the drafters' targets can run at a time."""
+        return self.target.kv_cache_rows * (self.target.num_replicas if self.drafts_remotely else 1)
+
+    @model_validator(mode="after")
+    def _check(self) -> DflashRayConfig:
+        self._check_contexts()
+        self._check_messages()
+        return self
+
+    def _check_contexts(self) -> None:
+        """Every sequence that a target can run must find room at a drafter."""
+        num_drafters = self.drafter.fewest_replicas if self.drafts_remotely else 1
+        held, wanted = num_drafters * self.drafter_context_tokens, self._contexts_asked_for
+        if self.drafter.method != "none" and held < wanted:
+            raise ValueError(
+                f"drafter.max_context_tokens: {num_drafters} drafters hold {held} context rows, but the targets' KV "
+                f"caches hold {wanted}; leave it null, give at least {-(-wanted // num_drafters)}, or lower "
+                "target.kv_cache_tokens"
+            )
+
+    def _check_messages(self) -> None:
+        """The largest messages that the settings allow must pass."""
+        target, router = self.target, self.router
+        opened = (-(-target.max_batch_tokens // router.prefill_chunk_tokens) + 1) * self.model.max_model_len
+        logprobs = 2 * target.max_batch_tokens * (1 + self.gateway.max_logprobs)
+        drafts = 2 * router.max_running * router.num_candidates * 32
+        needed = _MESSAGE_BASE_BYTES + _BYTES_PER_NUMBER * max(opened, logprobs + drafts)
+        if self.network.max_message_bytes < needed:
+            raise ValueError(
+                f"network.max_message_bytes: {self.network.max_message_bytes} is too little for model.max_model_len "
+                f"{self.model.max_model_len}, target.max_batch_tokens {target.max_batch_tokens}, gateway.max_logprobs "
+                f"and router.max_running; it takes {needed}"
+            )
 
 
 def parse_config(values: dict[str, Any], source: str = "config") -> DflashRayConfig:

@@ -12,5 +12,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["DS_ACCELERATOR"] = "cpu"
 
 # A machine that other work shares must not fail a test by its slowness.
-settings.register_profile("without_deadline", deadline=None)
-settings.load_profile("without_deadline")
+settings.register_profile("default", deadline=None)
+# What chance finds rarely: HYPOTHESIS_PROFILE=nightly pytest tests/property
+settings.register_profile("nightly", deadline=None, max_examples=4000)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dflash_ray.pb import common_pb2, target_pb2
-from dflash_ray.router.scheduler import TargetLimits
+from dflash_ray.pb import common_pb2, drafter_pb2, target_pb2
+from dflash_ray.router.limits import TargetLimits
 
 VOCAB = 50
 STOP_TOKEN = 7
+PIECE_ROWS = 4
+BYTES_A_ROW = 8
 
 
 def next_token(tokens: list[int]) -> int:
@@ -23,12 +25,19 @@ def answer(prompt: list[int], max_new_tokens: int) -> list[int]:
     return tokens[len(prompt) :]
 
 
+def features(sequence_id: int, start: int, num_rows: int) -> common_pb2.ContextFeatures:
+    return common_pb2.ContextFeatures(
+        sequence_id=sequence_id, start=start, num_rows=num_rows, data=bytes(BYTES_A_ROW * num_rows)
+    )
+
+
 class ToyTarget:
     """Pages, statuses and tokens as the contract says; no model behind it."""
 
-    def __init__(self, num_pages: int = 64, page_size: int = 4) -> None:
-        self.limits = TargetLimits(1, 200, VOCAB, page_size, num_pages, max_batch_tokens=64)
+    def __init__(self, num_pages: int = 64, page_size: int = 4, max_batch_tokens: int = 64) -> None:
+        self.limits = TargetLimits(1, 200, VOCAB, page_size, num_pages, max_batch_tokens)
         self.sequences: dict[int, dict] = {}
+        self.features: list[common_pb2.ContextFeatures] = []  # of the last step
 
     @property
     def used_pages(self) -> int:
@@ -38,8 +47,14 @@ class ToyTarget:
         for sequence_id in ids:
             self.sequences.pop(sequence_id, None)
 
+    def replay(self, sequence_id: int, start: int) -> common_pb2.ContextFeatures:
+        """One piece, empty when there is nothing."""
+        sequence = self.sequences.get(sequence_id)
+        return features(sequence_id, start, min(PIECE_ROWS, max(0, sequence["kv"] - start)) if sequence else 0)
+
     def step(self, step: target_pb2.Step) -> target_pb2.StepResult:
         self.close(step.close)
+        self.features = []
         for message in step.open:
             self.sequences[message.sequence_id] = {
                 "tokens": list(message.token_ids), "kv": 0, "pages": 0, "message": message
@@ -88,9 +103,8 @@ class ToyTarget:
         if status == target_pb2.ENTRY_STATUS_OK and sequence["message"].wants_features:
             rows = (1 + accepted) if drafts is not None else length
             rows = min(rows, start)
-            result.features.append(
-                common_pb2.ContextFeatures(sequence_id=sequence_id, start=start - rows, num_rows=rows)
-            )
+            for at in range(start - rows, start, PIECE_ROWS):
+                self.features.append(features(sequence_id, at, min(PIECE_ROWS, start - at)))
 
     def _reserve(self, sequence, rows) -> bool:
         needed = -(-(sequence["kv"] + rows) // self.limits.page_size) - sequence["pages"]
@@ -111,3 +125,58 @@ class ToyTarget:
             if len(sequence["tokens"]) >= message.prompt_len + message.stopping.max_new_tokens:
                 return kept, common_pb2.FINISH_REASON_LENGTH
         return kept, reason
+
+
+class ToyDrafter:
+    """Holds context rows as the contract says and drafts whatever it is given."""
+
+    needs_features = True
+
+    def __init__(self, num_rows: int = 10_000) -> None:
+        self.num_rows = num_rows
+        self.sessions: dict[int, int] = {}
+        self.request: drafter_pb2.DraftRequest | None = None
+
+    def take(self, request: drafter_pb2.DraftRequest) -> None:
+        assert self.request is None, "one request is in flight at a time"
+        self.request = request
+
+    def answer(self, draft) -> drafter_pb2.DraftReply:
+        """`draft` makes tokens of (sequence id, committed length, how many)."""
+        request, self.request = self.request, None
+        reply = drafter_pb2.DraftReply(request_id=request.request_id)
+        missing = {}
+        for sequence_id in request.close:
+            self.sessions.pop(sequence_id, None)
+        for part in request.contexts:
+            fault = self._extend(part)
+            if fault is not None:
+                missing[part.sequence_id] = fault
+        for i, sequence_id in enumerate(request.sequence_ids):
+            held = self.sessions.get(sequence_id, 0)
+            committed_len, count = request.committed_lens[i], request.num_draft_tokens[i]
+            if sequence_id in missing:
+                continue
+            if held != committed_len - 1:
+                self.sessions.pop(sequence_id, None) if held >= committed_len else None
+                missing[sequence_id] = (held if held < committed_len else 0, False)
+                continue
+            tokens = draft(sequence_id, committed_len, count)
+            reply.blocks.add(
+                sequence_id=sequence_id, epoch=request.epochs[i], committed_len=committed_len,
+                num_slots=len(tokens), num_candidates=1, candidate_ids=tokens,
+            )  # fmt: skip
+        for sequence_id, (have_len, is_refused) in missing.items():
+            reply.missing.add(sequence_id=sequence_id, have_len=have_len, is_refused=is_refused)
+        return reply
+
+    def _extend(self, part) -> tuple[int, bool] | None:
+        held = self.sessions.get(part.sequence_id, 0)
+        if part.start > held:
+            return held, False
+        grown = max(held, part.start + part.num_rows)
+        if sum(self.sessions.values()) - held + grown > self.num_rows:
+            self.sessions.pop(part.sequence_id, None)
+            return 0, True
+        self.sessions[part.sequence_id] = grown
+        return None

@@ -12,7 +12,7 @@ from types import TracebackType
 
 import grpc
 
-from dflash_ray.config import DflashRayConfig, load_config
+from dflash_ray.config import DflashRayConfig, NetworkConfig, load_config
 from dflash_ray.core.protocol import PROTOCOL_VERSION
 from dflash_ray.gateway.requests import GenerationRequest
 from dflash_ray.gateway.resumption import ResumedCall
@@ -35,6 +35,7 @@ from tests.directories import LocalDirectory
 from tests.toy import ToyTarget
 
 _ids = itertools.count()
+NETWORK = NetworkConfig()
 TTL_S = 3.0  # of leases and entries: longer than this process is ever held up
 
 
@@ -61,7 +62,7 @@ class _Process:
         return {}
 
     async def start(self) -> None:
-        server = new_server()
+        server = new_server(NETWORK.max_message_bytes)
         self._add_to(server)
         self._server = await start_server(server, [], "127.0.0.1", 0)
         self.address = f"127.0.0.1:{self._server.port}"
@@ -80,7 +81,12 @@ class _Process:
 
 
 class ToyGroup(_Process, target_pb2_grpc.TargetServicer):
-    """A target group of one toy; `opened` has the request of every sequence that it was ever sent."""
+    """A target group of one toy.
+
+    Attributes:
+        poison: the group ends when it is to run a sequence that begins with this token.
+        opened: the tokens of every sequence that it was sent.
+    """
 
     kind = "target"
 
@@ -88,6 +94,8 @@ class ToyGroup(_Process, target_pb2_grpc.TargetServicer):
         super().__init__(directory)
         self.model, self.step_s, self.is_silent = model, step_s, is_silent
         self.epoch = 0
+        self.poison: int | None = None
+        self.is_dead = False
         self.opened: list[list[int]] = []
 
     def _add_to(self, server: grpc.aio.Server) -> None:
@@ -110,6 +118,11 @@ class ToyGroup(_Process, target_pb2_grpc.TargetServicer):
             elif kind == "step":
                 await asyncio.sleep(self.step_s)
                 self.opened.extend(list(message.token_ids) for message in request.step.open)
+                if any(message.token_ids[0] == self.poison for message in request.step.open):
+                    await self._directory.unregister("target", self.id)
+                    self._tasks[0].cancel()
+                    self.is_silent = self.is_dead = True
+                    await context.abort(grpc.StatusCode.INTERNAL, "the rank died")
                 yield target_pb2.TargetResponse(result=target.step(request.step))
             elif kind == "close":
                 target.close(request.close.sequence_ids)
@@ -194,7 +207,7 @@ class Cluster:
     def __init__(self, *overrides: str) -> None:
         self.config = config_of(*overrides)
         self.directory = LocalDirectory()
-        self.routers = Routers(self.directory, TTL_S)
+        self.routers = Routers(self.directory, self.config.network)
         self.num_resumed = 0
         self._processes: list[_Process] = []
 

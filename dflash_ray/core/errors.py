@@ -61,6 +61,18 @@ class UnavailableError(RequestError):
     kind = "unavailable"
 
 
+class HandedOverError(UnavailableError):
+    """A router ends a request that is to go on elsewhere.
+
+    Attributes:
+        num_losses: groups that were lost while they ran it, which whoever runs it next must know.
+    """
+
+    def __init__(self, message: str, num_losses: int) -> None:
+        super().__init__(message)
+        self.num_losses = num_losses
+
+
 class OtherModelError(RequestError):
     """The groups here serve another model than the one that began the answer."""
 

@@ -3,103 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
 from dflash_ray.config import DflashRayConfig
 from dflash_ray.core.ngram import MAX_NGRAM, NgramIndex
-from dflash_ray.models.block_drafter import BlockDrafter
+from dflash_ray.models.block_drafter import BlockDrafter, DraftProposal
 from dflash_ray.models.dflash2 import Draw
+from dflash_ray.models.draft_contexts import DraftMethod
 from dflash_ray.models.drafter_checkpoint import resolve_drafter
 from dflash_ray.models.target_checkpoint import resolve_target
-
-
-@dataclass(frozen=True, slots=True)
-class Proposal:
-    """Candidates of one sequence, the draft first in each slot; both lists are [num_slots * num_candidates].
-
-    `is_drawn` is as in `DraftProposal`.
-    """
-
-    num_slots: int
-    num_candidates: int
-    candidate_ids: list[int]
-    log_probs: list[float]
-    is_drawn: bool = False
-
-
-class DraftMethod(Protocol):
-    """Per-session context and proposals. Sessions are numbered by the caller; nothing here is thread-safe."""
-
-    name: str
-    fingerprint: str
-    max_draft_tokens: int
-    needs_features: bool
-
-    def open(self, session: int) -> None: ...
-
-    def close(self, session: int) -> None: ...
-
-    def context_len(self, session: int) -> int: ...
-
-    def extend(self, session: int, start: int, token_ids: Sequence[int], features: torch.Tensor | None) -> None:
-        """Appends rows at positions start, start + 1, ...; start is at most context_len, rows below it are ignored."""
-
-    def propose(
-        self,
-        sessions: list[int],
-        anchor_ids: list[int],
-        num_draft_tokens: list[int],
-        num_candidates: int,
-        draws: list[Draw],
-    ) -> list[Proposal]: ...
-
-
-class DflashMethod:
-    """One pass of a DFlash or DFlash 2 network over all sessions asked for."""
-
-    needs_features = True
-
-    def __init__(self, block_drafter: BlockDrafter) -> None:
-        self._drafter = block_drafter
-        self.name = "dflash" if block_drafter.config.dflash2 is None else "dflash2"
-        self.fingerprint = block_drafter.fingerprint
-        self.max_draft_tokens = block_drafter.max_draft_tokens
-
-    def open(self, session: int) -> None:
-        self._drafter.open(session)
-
-    def close(self, session: int) -> None:
-        self._drafter.close(session)
-
-    def context_len(self, session: int) -> int:
-        return self._drafter.context_len(session)
-
-    def extend(self, session: int, start: int, token_ids: Sequence[int], features: torch.Tensor | None) -> None:
-        assert features is not None
-        self._drafter.extend(session, start, features)
-
-    def propose(
-        self,
-        sessions: list[int],
-        anchor_ids: list[int],
-        num_draft_tokens: list[int],
-        num_candidates: int,
-        draws: list[Draw],
-    ) -> list[Proposal]:
-        drafts = self._drafter.propose(sessions, anchor_ids, num_draft_tokens, num_candidates, draws)
-        return [
-            Proposal(
-                draft.candidate_ids.shape[0],
-                draft.candidate_ids.shape[1],
-                draft.candidate_ids.flatten().tolist(),
-                draft.logprobs.flatten().tolist(),
-                draft.is_drawn,
-            )
-            for draft in drafts
-        ]
 
 
 class NgramMethod:
@@ -108,7 +21,7 @@ class NgramMethod:
     name = "ngram"
     fingerprint = f"ngram-{MAX_NGRAM}"
     max_draft_tokens = 31
-    needs_features = False
+    feature_width = 0
 
     def __init__(self) -> None:
         self._indexes: dict[int, NgramIndex] = {}
@@ -119,10 +32,7 @@ class NgramMethod:
     def close(self, session: int) -> None:
         self._indexes.pop(session, None)
 
-    def context_len(self, session: int) -> int:
-        return len(self._indexes[session])
-
-    def extend(self, session: int, start: int, token_ids: Sequence[int], features: torch.Tensor | None) -> None:
+    def extend(self, session: int, start: int, features: torch.Tensor | None, token_ids: Sequence[int]) -> None:
         index = self._indexes[session]
         index.extend(token_ids[len(index) - start :])
 
@@ -132,12 +42,12 @@ class NgramMethod:
         anchor_ids: list[int],
         num_draft_tokens: list[int],
         num_candidates: int,
-        draws: list[Draw],
-    ) -> list[Proposal]:
+        draws: Sequence[Draw],
+    ) -> list[DraftProposal]:
         proposals = []
         for session, anchor_id, count in zip(sessions, anchor_ids, num_draft_tokens, strict=True):
             draft = self._indexes[session].propose_after(anchor_id, count).tokens
-            proposals.append(Proposal(len(draft), 1, draft, [0.0] * len(draft)))
+            proposals.append(DraftProposal(torch.tensor(draft, dtype=torch.long)[:, None], torch.zeros(len(draft), 1)))
         return proposals
 
 
@@ -146,11 +56,9 @@ def load_method(config: DflashRayConfig) -> DraftMethod:
     if config.drafter.method == "ngram":
         return NgramMethod()
     target = resolve_target(config.model.path)
-    drafter = BlockDrafter(
+    return BlockDrafter(
         resolve_drafter(config.drafter.path, target),
         target,
         device=config.drafter.device,
         dtype=getattr(torch, config.drafter.dtype),
-        max_context_tokens=config.drafter.max_context_tokens,
     )
-    return DflashMethod(drafter)

@@ -11,7 +11,7 @@ from contextlib import AsyncExitStack
 import ray
 import torch
 
-from dflash_ray.config import DflashRayConfig
+from dflash_ray.config import DflashRayConfig, NetworkConfig
 from dflash_ray.drafter.methods import load_method
 from dflash_ray.drafter.servicer import DrafterServicer
 from dflash_ray.observability.logs import configure_logging
@@ -37,8 +37,8 @@ class DrafterReplica:
             torch.set_num_threads(config.drafter.num_threads)
         drafter_id = uuid.uuid4().hex[:12]
         method = await asyncio.to_thread(load_method, config)
-        self._servicer = DrafterServicer(drafter_id, method, DrafterMetrics())
-        self._server = await self._serve(bind_host(config.network.bind_host))
+        self._servicer = DrafterServicer(drafter_id, method, config.drafter_context_tokens, DrafterMetrics())
+        self._server = await self._serve(config.network)
         self._closing.push_async_callback(self._server.stop, grace_s=1.0)
         self._entry = Entry(
             "drafter",
@@ -58,11 +58,11 @@ class DrafterReplica:
         self._closing.push_async_callback(self._unregister)
         logger.info("drafter ready", extra={"drafter_id": drafter_id, "address": self._entry.address})
 
-    async def _serve(self, host: str) -> RunningServer:
-        server = new_server()
+    async def _serve(self, network: NetworkConfig) -> RunningServer:
+        server = new_server(network.max_message_bytes)
         drafter_pb2_grpc.add_DrafterServicer_to_server(self._servicer, server)
         add_metrics_service(server, self._servicer.render_metrics)
-        return await start_server(server, [_SERVICE_NAME, METRICS_SERVICE_NAME], host, 0)
+        return await start_server(server, [_SERVICE_NAME, METRICS_SERVICE_NAME], bind_host(network.bind_host), 0)
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """The signal of the autoscaling policy."""

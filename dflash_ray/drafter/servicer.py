@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import logging
 import time
 from collections import deque
 from collections.abc import AsyncIterator
@@ -13,12 +12,10 @@ from concurrent.futures import ThreadPoolExecutor
 import grpc
 
 from dflash_ray.core.protocol import PROTOCOL_VERSION
-from dflash_ray.drafter.methods import DraftMethod
 from dflash_ray.drafter.sessions import DraftSessions
+from dflash_ray.models.draft_contexts import DraftMethod
 from dflash_ray.observability.metrics import DrafterMetrics
 from dflash_ray.pb import drafter_pb2, drafter_pb2_grpc
-
-logger = logging.getLogger(__name__)
 
 
 class BusyMeter:
@@ -50,11 +47,11 @@ class BusyMeter:
 class DrafterServicer(drafter_pb2_grpc.DrafterServicer):
     """One bidirectional stream a router; requests of all streams are answered in arrival order."""
 
-    def __init__(self, drafter_id: str, method: DraftMethod, metrics: DrafterMetrics) -> None:
+    def __init__(self, drafter_id: str, method: DraftMethod, max_context_tokens: int, metrics: DrafterMetrics) -> None:
         self._drafter_id = drafter_id
         self._method = method
         self._metrics = metrics
-        self._sessions = DraftSessions(method)
+        self._sessions = DraftSessions(method, max_context_tokens)
         self._stream_ids = itertools.count()
         # OpenMP keeps a pool of threads for each calling thread, so all passes come from one.
         self._compute = ThreadPoolExecutor(max_workers=1, thread_name_prefix="draft")
@@ -74,7 +71,7 @@ class DrafterServicer(drafter_pb2_grpc.DrafterServicer):
                 elif not has_greeted:
                     await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "the first message must be a hello")
                 else:
-                    yield drafter_pb2.DrafterResponse(drafts=await self._answer(stream, request.draft))
+                    yield drafter_pb2.DrafterResponse(drafts=await self._answer(stream, request.draft, context))
         finally:
             # Not awaited: the handler may be ending by cancellation, and the thread keeps the order of its work.
             self._compute.submit(self._sessions.drop_stream, stream)
@@ -93,29 +90,30 @@ class DrafterServicer(drafter_pb2_grpc.DrafterServicer):
             method=self._method.name,
             fingerprint=self._method.fingerprint,
             max_draft_tokens=self._method.max_draft_tokens,
-            needs_features=self._method.needs_features,
+            needs_features=self._method.feature_width > 0,
         )
 
-    async def _answer(self, stream: int, request: drafter_pb2.DraftRequest) -> drafter_pb2.DraftReply:
+    async def _answer(
+        self, stream: int, request: drafter_pb2.DraftRequest, context: grpc.aio.ServicerContext
+    ) -> drafter_pb2.DraftReply:
         received_ns = time.perf_counter_ns()
         loop = asyncio.get_running_loop()
-        reply = await loop.run_in_executor(self._compute, self._timed_answer, stream, request)
+        try:
+            reply = await loop.run_in_executor(self._compute, self._timed_answer, stream, request)
+        except ValueError as error:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
         reply.queue_ns = max(0, time.perf_counter_ns() - received_ns - reply.draft_ns)
         self._metrics.phase.labels("queue").observe(reply.queue_ns / 1e9)
         self._metrics.phase.labels("draft").observe(reply.draft_ns / 1e9)
-        self._metrics.missing.inc(len(reply.missing))
+        refused = sum(missing.is_refused for missing in reply.missing)
+        self._metrics.refused.inc(refused)
+        self._metrics.missing.inc(len(reply.missing) - refused)
         return reply
 
     def _timed_answer(self, stream: int, request: drafter_pb2.DraftRequest) -> drafter_pb2.DraftReply:
         start = time.monotonic()
         try:
             return self._sessions.answer(stream, request)
-        except Exception:
-            # A draft is advice: the router goes on without it, and the sessions at fault are rebuilt.
-            logger.exception("draft request failed; its sessions are dropped")
-            self._sessions.drop_stream(stream)
-            missing = [drafter_pb2.MissingContext(sequence_id=sequence_id) for sequence_id in request.sequence_ids]
-            return drafter_pb2.DraftReply(request_id=request.request_id, missing=missing)
         finally:
             self.busy.record(start, time.monotonic())
 

@@ -25,9 +25,8 @@ class GatewayCore:
         self.tokenizer = ChatTokenizer(config.model)
         self.traffic = None if config.gateway.traffic is None else TrafficRecorder(config.gateway.traffic)
         self.requests = RequestBuilder(config, self.tokenizer, self.traffic)
-        entry_ttl_s = config.network.entry_ttl_s
-        self.routers = Routers(directory, entry_ttl_s)
-        self.metrics_page = MetricsPage(directory, entry_ttl_s, ("gateway", gateway_id), self.metrics.render)
+        self.routers = Routers(directory, config.network)
+        self.metrics_page = MetricsPage(directory, config.network, ("gateway", gateway_id), self.metrics.render)
         self.generator = Generator(
             self.routers,
             self.tokenizer,

@@ -51,6 +51,7 @@ class ResumedCall:
         self._on_resume = on_resume
         self._tokens: list[int] = []
         self._model_fingerprint = ""
+        self._num_losses = 0
         self._is_taken = False
         self._full: set[str] = set()
         self._asked: str | None = None
@@ -90,6 +91,7 @@ class ResumedCall:
                 raise OtherModelError("the router went on with another model")
             self._model_fingerprint = chunk.model_fingerprint
         self._is_taken = True
+        self._num_losses = max(self._num_losses, chunk.num_losses)
         if chunk.token_ids:
             self._tokens.extend(chunk.token_ids)
             self._failing_since = None
@@ -128,6 +130,7 @@ class ResumedCall:
             stopping=request.stopping,
             speculation=request.speculation,
             model_fingerprint=self._wanted_model,
+            num_losses=self._num_losses,
         )
 
 

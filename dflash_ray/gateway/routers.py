@@ -10,6 +10,7 @@ from collections.abc import AsyncGenerator, Container
 
 import grpc
 
+from dflash_ray.config import NetworkConfig
 from dflash_ray.core.errors import DeadlineExceededError, UnavailableError
 from dflash_ray.pb import router_pb2, router_pb2_grpc
 from dflash_ray.rpc.channel import open_channel
@@ -21,8 +22,9 @@ _POLL_S = 0.5
 class Routers:
     """Entries of the directory and one channel to each. While the directory is away the known ones stay."""
 
-    def __init__(self, directory: DirectoryClient, entry_ttl_s: float) -> None:
-        self._known = KnownEntries(directory, "router", entry_ttl_s)
+    def __init__(self, directory: DirectoryClient, network: NetworkConfig) -> None:
+        self._known = KnownEntries(directory, "router", network.entry_ttl_s)
+        self._max_message_bytes = network.max_message_bytes
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._outstanding: Counter[str] = Counter()
 
@@ -87,7 +89,7 @@ class Routers:
 
     def _channel(self, entry: Entry) -> grpc.aio.Channel:
         if entry.id not in self._channels:
-            self._channels[entry.id] = open_channel(entry.address)
+            self._channels[entry.id] = open_channel(entry.address, self._max_message_bytes)
         return self._channels[entry.id]
 
     async def close(self) -> None:

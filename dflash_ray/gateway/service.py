@@ -65,7 +65,7 @@ class GatewayReplica:
 
     async def _serve_metrics(self) -> Entry:
         """An inner server, on which the other gateways ask for this one's metrics."""
-        server = new_server()
+        server = new_server(self.core.config.network.max_message_bytes)
         add_metrics_service(server, self.core.metrics.render)
         host = bind_host(self.core.config.network.bind_host)
         inner = await start_server(server, [METRICS_SERVICE_NAME], host, 0)

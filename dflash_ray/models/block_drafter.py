@@ -76,10 +76,8 @@ class _Session:
 
 
 class BlockDrafter:
-    """Sessions and proposals over one drafter checkpoint. Not thread-safe.
-
-    Args:
-        max_context_tokens: rows held over all sessions; the longest idle session is dropped when they are exceeded.
+    """Sessions and proposals over one drafter checkpoint. Not thread-safe. Holds what it is told to hold:
+    `draft_contexts.DraftContexts` decides about room.
     """
 
     def __init__(
@@ -88,13 +86,13 @@ class BlockDrafter:
         target: TargetCheckpoint,
         device: str = "cpu",
         dtype: torch.dtype = torch.float32,
-        max_context_tokens: int = 65536,
     ) -> None:
         self.config = checkpoint.config
+        self.name = "dflash" if self.config.dflash2 is None else "dflash2"
         self.fingerprint = checkpoint.fingerprint
+        self.feature_width = self.config.hidden_size
         self.block_size = self.config.block_size
         self.max_draft_tokens = self.block_size - 1
-        self._max_context_tokens = max_context_tokens
         self._device, self._dtype = device, dtype
         network = checkpoint.build_network(dtype).to(device)
         self._network = network
@@ -128,11 +126,12 @@ class BlockDrafter:
         return 0 if held is None else held.length
 
     @torch.inference_mode()
-    def extend(self, session: int, start: int, features: Tensor) -> None:
+    def extend(self, session: int, start: int, features: Tensor | None, token_ids: Sequence[int] = ()) -> None:
         """Appends context rows made from features [n, H] of positions start, start + 1, ...
 
         Rows that are held already are ignored. Raises ContextGap when rows are missing before `start`.
         """
+        assert features is not None
         held = self._sessions.get(session)
         if held is None or start > held.length:
             raise ContextGap(session, self.context_len(session))
@@ -140,7 +139,6 @@ class BlockDrafter:
         if not len(features):
             return
         held.append(*self._context_rows(held.length, features))
-        self._evict(session)
 
     def _context_rows(self, start: int, features: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [layers, n, n_kv, d] of features [n, H] of positions start, start + 1, ..."""
@@ -150,14 +148,6 @@ class BlockDrafter:
         keys = torch.stack([layer.k_norm(part) for layer, part in zip(self._layers, projected[:, 0], strict=True)])
         cos, sin = (table[start : start + len(features), None].to(self._dtype) for table in self._rope)
         return apply_rope(keys, cos, sin), projected[:, 1]
-
-    def _evict(self, keep: int) -> None:
-        rows = sum(held.length for held in self._sessions.values())
-        for session in list(self._sessions):
-            if rows <= self._max_context_tokens:
-                return
-            if session != keep:
-                rows -= self._sessions.pop(session).length
 
     @torch.inference_mode()
     def propose(
@@ -185,7 +175,6 @@ class BlockDrafter:
         hidden = self._forward(held, F.embedding(inputs, self._embedding))
         hidden = hidden[:, 1 : 1 + most]
         logits = self._network.shape_logits(self._head(hidden).float())
-        self._touch(sessions)
         if self._selector is not None:
             draws = draws or [Draw()] * len(held)
             drafts = self._select(self._selector, hidden, logits, anchors, draws, held)
@@ -220,11 +209,6 @@ class BlockDrafter:
             order, logprobs = walk(block_scores, ids.numpy(), draw, session.length + 1)
             drafts.append((ids.gather(-1, torch.from_numpy(order)), torch.from_numpy(logprobs)))
         return drafts
-
-    def _touch(self, sessions: list[int]) -> None:
-        """The order of the dictionary is the order of eviction."""
-        for session in sessions:
-            self._sessions[session] = self._sessions.pop(session)
 
     def _forward(self, held: list[_Session], x: Tensor) -> Tensor:
         """Block rows [N, B, H] through all layers and the final norm."""

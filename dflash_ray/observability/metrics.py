@@ -115,6 +115,9 @@ class RouterMetrics(_ProcessMetrics):
             "dflash_ray_router_drafts", "Verify entries by where their draft came from", ("source",)
         )
         self.drafts_dropped = self._counter("dflash_ray_router_drafts_dropped", "Drafts not used", ("reason",))
+        self.num_replays = self._counter(
+            "dflash_ray_router_feature_replays", "Pieces of context features asked for again"
+        )
         self.draft_round_trip = self._seconds(
             "dflash_ray_router_draft_round_trip_seconds", "Draft request to draft blocks", _STEP_BUCKETS_S
         )
@@ -159,4 +162,5 @@ class DrafterMetrics(_ProcessMetrics):
         self.live_sessions = self._gauge("dflash_ray_drafter_live_sessions", "Sessions open")
         self.context_rows = self._gauge("dflash_ray_drafter_context_rows", "Context rows held")
         self.busy_fraction = self._gauge("dflash_ray_drafter_busy_fraction", "Share of time spent drafting, 0 to 1")
-        self.missing = self._counter("dflash_ray_drafter_missing_contexts", "Proposals refused for lack of context")
+        self.missing = self._counter("dflash_ray_drafter_missing_contexts", "Sequences without the context they need")
+        self.refused = self._counter("dflash_ray_drafter_refused_contexts", "Sequences that found no room")

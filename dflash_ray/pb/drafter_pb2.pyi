@@ -76,12 +76,14 @@ class DraftRequest(_message.Message):
     def __init__(self, request_id: _Optional[int] = ..., close: _Optional[_Iterable[int]] = ..., contexts: _Optional[_Iterable[_Union[_common_pb2.ContextFeatures, _Mapping]]] = ..., sequence_ids: _Optional[_Iterable[int]] = ..., epochs: _Optional[_Iterable[int]] = ..., committed_lens: _Optional[_Iterable[int]] = ..., anchor_token_ids: _Optional[_Iterable[int]] = ..., num_draft_tokens: _Optional[_Iterable[int]] = ..., num_candidates: _Optional[int] = ..., temperatures: _Optional[_Iterable[float]] = ..., seeds: _Optional[_Iterable[int]] = ..., wants_distributions: _Optional[_Iterable[bool]] = ...) -> None: ...
 
 class MissingContext(_message.Message):
-    __slots__ = ("sequence_id", "have_len")
+    __slots__ = ("sequence_id", "have_len", "is_refused")
     SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
     HAVE_LEN_FIELD_NUMBER: _ClassVar[int]
+    IS_REFUSED_FIELD_NUMBER: _ClassVar[int]
     sequence_id: int
     have_len: int
-    def __init__(self, sequence_id: _Optional[int] = ..., have_len: _Optional[int] = ...) -> None: ...
+    is_refused: bool
+    def __init__(self, sequence_id: _Optional[int] = ..., have_len: _Optional[int] = ..., is_refused: _Optional[bool] = ...) -> None: ...
 
 class DraftReply(_message.Message):
     __slots__ = ("request_id", "blocks", "missing", "queue_ns", "draft_ns")

@@ -25,37 +25,37 @@ _sym_db = _symbol_database.Default()
 from dflash_ray.pb import common_pb2 as dflash__ray_dot_pb_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x64\x66lash_ray/pb/target.proto\x12\rdflash_ray.v1\x1a\x1a\x64\x66lash_ray/pb/common.proto\"\xcd\x01\n\rTargetRequest\x12+\n\x05hello\x18\x01 \x01(\x0b\x32\x1a.dflash_ray.v1.TargetHelloH\x00\x12#\n\x04step\x18\x02 \x01(\x0b\x32\x13.dflash_ray.v1.StepH\x00\x12.\n\x05\x63lose\x18\x03 \x01(\x0b\x32\x1d.dflash_ray.v1.CloseSequencesH\x00\x12/\n\x06replay\x18\x04 \x01(\x0b\x32\x1d.dflash_ray.v1.ReplayFeaturesH\x00\x42\t\n\x07message\"\xad\x01\n\x0eTargetResponse\x12\x30\n\x05hello\x18\x01 \x01(\x0b\x32\x1f.dflash_ray.v1.TargetHelloReplyH\x00\x12+\n\x06result\x18\x02 \x01(\x0b\x32\x19.dflash_ray.v1.StepResultH\x00\x12\x31\n\x08\x66\x65\x61tures\x18\x03 \x01(\x0b\x32\x1d.dflash_ray.v1.FeaturesReplayH\x00\x42\t\n\x07message\"I\n\x0bTargetHello\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x11\n\trouter_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\"\xa8\x02\n\x10TargetHelloReply\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x11\n\ttarget_id\x18\x02 \x01(\t\x12\x19\n\x11model_fingerprint\x18\x03 \x01(\t\x12\x1b\n\x13\x66\x65\x61ture_fingerprint\x18\x04 \x01(\t\x12\x12\n\nvocab_size\x18\x05 \x01(\r\x12\x13\n\x0bhidden_size\x18\x06 \x01(\r\x12\x15\n\rmax_model_len\x18\x07 \x01(\r\x12\x11\n\tpage_size\x18\x08 \x01(\r\x12\x11\n\tnum_pages\x18\t \x01(\r\x12\x18\n\x10max_batch_tokens\x18\n \x01(\r\x12\x0f\n\x07tp_size\x18\x0b \x01(\r\x12\x1e\n\x16\x63olocated_draft_tokens\x18\x0c \x01(\r\"\xc4\x01\n\x0cOpenSequence\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x12\n\nprompt_len\x18\x03 \x01(\r\x12/\n\x08sampling\x18\x04 \x01(\x0b\x32\x1d.dflash_ray.v1.SamplingParams\x12/\n\x08stopping\x18\x05 \x01(\x0b\x32\x1d.dflash_ray.v1.StoppingParams\x12\x16\n\x0ewants_features\x18\x06 \x01(\x08\"\x9d\x03\n\x04Step\x12\x0f\n\x07step_id\x18\x01 \x01(\x04\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12)\n\x04open\x18\x03 \x03(\x0b\x32\x1b.dflash_ray.v1.OpenSequence\x12\r\n\x05\x63lose\x18\x04 \x03(\x04\x12\x13\n\x0bprefill_ids\x18\x05 \x03(\x04\x12\x14\n\x0cprefill_lens\x18\x06 \x03(\r\x12\x12\n\nverify_ids\x18\x07 \x03(\x04\x12\x11\n\tbase_lens\x18\x08 \x03(\r\x12\x12\n\nnum_drafts\x18\t \x03(\r\x12\x17\n\x0f\x64raft_token_ids\x18\n \x03(\r\x12\x15\n\rdraft_parents\x18\x0b \x03(\r\x12\x1b\n\x13\x63olocated_draft_ids\x18\x0c \x03(\x04\x12\x1c\n\x14\x63olocated_num_drafts\x18\r \x03(\r\x12\x16\n\x0enum_candidates\x18\x0e \x01(\r\x12\x1c\n\x14num_draft_candidates\x18\x0f \x03(\r\x12\x1b\n\x13\x64raft_candidate_ids\x18\x10 \x03(\r\x12\x17\n\x0f\x64raft_log_probs\x18\x11 \x03(\x02\"&\n\x0e\x43loseSequences\x12\x14\n\x0csequence_ids\x18\x01 \x03(\x04\"4\n\x0eReplayFeatures\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12\r\n\x05start\x18\x02 \x01(\r\"B\n\x0e\x46\x65\x61turesReplay\x12\x30\n\x08\x66\x65\x61tures\x18\x01 \x01(\x0b\x32\x1e.dflash_ray.v1.ContextFeatures\"\xda\x03\n\nStepResult\x12\x0f\n\x07step_id\x18\x01 \x01(\x04\x12\x14\n\x0csequence_ids\x18\x02 \x03(\x04\x12,\n\x08statuses\x18\x03 \x03(\x0e\x32\x1a.dflash_ray.v1.EntryStatus\x12\x16\n\x0e\x63ommitted_lens\x18\x04 \x03(\r\x12\x1b\n\x13num_accepted_drafts\x18\x05 \x03(\r\x12\x12\n\nnum_tokens\x18\x06 \x03(\r\x12\x11\n\ttoken_ids\x18\x07 \x03(\r\x12\x33\n\x0e\x66inish_reasons\x18\x08 \x03(\x0e\x32\x1b.dflash_ray.v1.FinishReason\x12.\n\x08logprobs\x18\t \x03(\x0b\x32\x1c.dflash_ray.v1.TokenLogprobs\x12\x30\n\x08\x66\x65\x61tures\x18\n \x03(\x0b\x32\x1e.dflash_ray.v1.ContextFeatures\x12\x33\n\x10\x63olocated_drafts\x18\x0b \x03(\x0b\x32\x19.dflash_ray.v1.DraftBlock\x12\x12\n\nfree_pages\x18\x0c \x01(\r\x12+\n\x07timings\x18\r \x01(\x0b\x32\x1a.dflash_ray.v1.StepTimings\x12\x0e\n\x06\x65rrors\x18\x0e \x03(\t\"j\n\x0bStepTimings\x12\x10\n\x08queue_ns\x18\x01 \x01(\x04\x12\x12\n\nforward_ns\x18\x02 \x01(\x04\x12\x11\n\tverify_ns\x18\x03 \x01(\x04\x12\x10\n\x08\x64raft_ns\x18\x04 \x01(\x04\x12\x10\n\x08total_ns\x18\x05 \x01(\x04*\xa6\x01\n\x0b\x45ntryStatus\x12\x1c\n\x18\x45NTRY_STATUS_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x45NTRY_STATUS_OK\x10\x01\x12\x16\n\x12\x45NTRY_STATUS_STALE\x10\x02\x12\x18\n\x14\x45NTRY_STATUS_UNKNOWN\x10\x03\x12\x19\n\x15\x45NTRY_STATUS_NO_PAGES\x10\x04\x12\x17\n\x13\x45NTRY_STATUS_FAILED\x10\x05\x32S\n\x06Target\x12I\n\x06Verify\x12\x1c.dflash_ray.v1.TargetRequest\x1a\x1d.dflash_ray.v1.TargetResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x64\x66lash_ray/pb/target.proto\x12\rdflash_ray.v1\x1a\x1a\x64\x66lash_ray/pb/common.proto\"\xcd\x01\n\rTargetRequest\x12+\n\x05hello\x18\x01 \x01(\x0b\x32\x1a.dflash_ray.v1.TargetHelloH\x00\x12#\n\x04step\x18\x02 \x01(\x0b\x32\x13.dflash_ray.v1.StepH\x00\x12.\n\x05\x63lose\x18\x03 \x01(\x0b\x32\x1d.dflash_ray.v1.CloseSequencesH\x00\x12/\n\x06replay\x18\x04 \x01(\x0b\x32\x1d.dflash_ray.v1.ReplayFeaturesH\x00\x42\t\n\x07message\"\xdf\x01\n\x0eTargetResponse\x12\x30\n\x05hello\x18\x01 \x01(\x0b\x32\x1f.dflash_ray.v1.TargetHelloReplyH\x00\x12+\n\x06result\x18\x02 \x01(\x0b\x32\x19.dflash_ray.v1.StepResultH\x00\x12/\n\x06replay\x18\x03 \x01(\x0b\x32\x1d.dflash_ray.v1.FeaturesReplayH\x00\x12\x32\n\x08\x66\x65\x61tures\x18\x04 \x01(\x0b\x32\x1e.dflash_ray.v1.ContextFeaturesH\x00\x42\t\n\x07message\"I\n\x0bTargetHello\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x11\n\trouter_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\"\xa8\x02\n\x10TargetHelloReply\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x11\n\ttarget_id\x18\x02 \x01(\t\x12\x19\n\x11model_fingerprint\x18\x03 \x01(\t\x12\x1b\n\x13\x66\x65\x61ture_fingerprint\x18\x04 \x01(\t\x12\x12\n\nvocab_size\x18\x05 \x01(\r\x12\x13\n\x0bhidden_size\x18\x06 \x01(\r\x12\x15\n\rmax_model_len\x18\x07 \x01(\r\x12\x11\n\tpage_size\x18\x08 \x01(\r\x12\x11\n\tnum_pages\x18\t \x01(\r\x12\x18\n\x10max_batch_tokens\x18\n \x01(\r\x12\x0f\n\x07tp_size\x18\x0b \x01(\r\x12\x1e\n\x16\x63olocated_draft_tokens\x18\x0c \x01(\r\"\xc4\x01\n\x0cOpenSequence\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x12\n\nprompt_len\x18\x03 \x01(\r\x12/\n\x08sampling\x18\x04 \x01(\x0b\x32\x1d.dflash_ray.v1.SamplingParams\x12/\n\x08stopping\x18\x05 \x01(\x0b\x32\x1d.dflash_ray.v1.StoppingParams\x12\x16\n\x0ewants_features\x18\x06 \x01(\x08\"\x9d\x03\n\x04Step\x12\x0f\n\x07step_id\x18\x01 \x01(\x04\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12)\n\x04open\x18\x03 \x03(\x0b\x32\x1b.dflash_ray.v1.OpenSequence\x12\r\n\x05\x63lose\x18\x04 \x03(\x04\x12\x13\n\x0bprefill_ids\x18\x05 \x03(\x04\x12\x14\n\x0cprefill_lens\x18\x06 \x03(\r\x12\x12\n\nverify_ids\x18\x07 \x03(\x04\x12\x11\n\tbase_lens\x18\x08 \x03(\r\x12\x12\n\nnum_drafts\x18\t \x03(\r\x12\x17\n\x0f\x64raft_token_ids\x18\n \x03(\r\x12\x15\n\rdraft_parents\x18\x0b \x03(\r\x12\x1b\n\x13\x63olocated_draft_ids\x18\x0c \x03(\x04\x12\x1c\n\x14\x63olocated_num_drafts\x18\r \x03(\r\x12\x16\n\x0enum_candidates\x18\x0e \x01(\r\x12\x1c\n\x14num_draft_candidates\x18\x0f \x03(\r\x12\x1b\n\x13\x64raft_candidate_ids\x18\x10 \x03(\r\x12\x17\n\x0f\x64raft_log_probs\x18\x11 \x03(\x02\"&\n\x0e\x43loseSequences\x12\x14\n\x0csequence_ids\x18\x01 \x03(\x04\"4\n\x0eReplayFeatures\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12\r\n\x05start\x18\x02 \x01(\r\"B\n\x0e\x46\x65\x61turesReplay\x12\x30\n\x08\x66\x65\x61tures\x18\x01 \x01(\x0b\x32\x1e.dflash_ray.v1.ContextFeatures\"\xb8\x03\n\nStepResult\x12\x0f\n\x07step_id\x18\x01 \x01(\x04\x12\x14\n\x0csequence_ids\x18\x02 \x03(\x04\x12,\n\x08statuses\x18\x03 \x03(\x0e\x32\x1a.dflash_ray.v1.EntryStatus\x12\x16\n\x0e\x63ommitted_lens\x18\x04 \x03(\r\x12\x1b\n\x13num_accepted_drafts\x18\x05 \x03(\r\x12\x12\n\nnum_tokens\x18\x06 \x03(\r\x12\x11\n\ttoken_ids\x18\x07 \x03(\r\x12\x33\n\x0e\x66inish_reasons\x18\x08 \x03(\x0e\x32\x1b.dflash_ray.v1.FinishReason\x12.\n\x08logprobs\x18\t \x03(\x0b\x32\x1c.dflash_ray.v1.TokenLogprobs\x12\x33\n\x10\x63olocated_drafts\x18\x0b \x03(\x0b\x32\x19.dflash_ray.v1.DraftBlock\x12\x12\n\nfree_pages\x18\x0c \x01(\r\x12+\n\x07timings\x18\r \x01(\x0b\x32\x1a.dflash_ray.v1.StepTimings\x12\x0e\n\x06\x65rrors\x18\x0e \x03(\tJ\x04\x08\n\x10\x0bR\x08\x66\x65\x61tures\"j\n\x0bStepTimings\x12\x10\n\x08queue_ns\x18\x01 \x01(\x04\x12\x12\n\nforward_ns\x18\x02 \x01(\x04\x12\x11\n\tverify_ns\x18\x03 \x01(\x04\x12\x10\n\x08\x64raft_ns\x18\x04 \x01(\x04\x12\x10\n\x08total_ns\x18\x05 \x01(\x04*\xa6\x01\n\x0b\x45ntryStatus\x12\x1c\n\x18\x45NTRY_STATUS_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x45NTRY_STATUS_OK\x10\x01\x12\x16\n\x12\x45NTRY_STATUS_STALE\x10\x02\x12\x18\n\x14\x45NTRY_STATUS_UNKNOWN\x10\x03\x12\x19\n\x15\x45NTRY_STATUS_NO_PAGES\x10\x04\x12\x17\n\x13\x45NTRY_STATUS_FAILED\x10\x05\x32S\n\x06Target\x12I\n\x06Verify\x12\x1c.dflash_ray.v1.TargetRequest\x1a\x1d.dflash_ray.v1.TargetResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'dflash_ray.pb.target_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ENTRYSTATUS']._serialized_start=2194
-  _globals['_ENTRYSTATUS']._serialized_end=2360
+  _globals['_ENTRYSTATUS']._serialized_start=2210
+  _globals['_ENTRYSTATUS']._serialized_end=2376
   _globals['_TARGETREQUEST']._serialized_start=74
   _globals['_TARGETREQUEST']._serialized_end=279
   _globals['_TARGETRESPONSE']._serialized_start=282
-  _globals['_TARGETRESPONSE']._serialized_end=455
-  _globals['_TARGETHELLO']._serialized_start=457
-  _globals['_TARGETHELLO']._serialized_end=530
-  _globals['_TARGETHELLOREPLY']._serialized_start=533
-  _globals['_TARGETHELLOREPLY']._serialized_end=829
-  _globals['_OPENSEQUENCE']._serialized_start=832
-  _globals['_OPENSEQUENCE']._serialized_end=1028
-  _globals['_STEP']._serialized_start=1031
-  _globals['_STEP']._serialized_end=1444
-  _globals['_CLOSESEQUENCES']._serialized_start=1446
-  _globals['_CLOSESEQUENCES']._serialized_end=1484
-  _globals['_REPLAYFEATURES']._serialized_start=1486
-  _globals['_REPLAYFEATURES']._serialized_end=1538
-  _globals['_FEATURESREPLAY']._serialized_start=1540
-  _globals['_FEATURESREPLAY']._serialized_end=1606
-  _globals['_STEPRESULT']._serialized_start=1609
-  _globals['_STEPRESULT']._serialized_end=2083
-  _globals['_STEPTIMINGS']._serialized_start=2085
-  _globals['_STEPTIMINGS']._serialized_end=2191
-  _globals['_TARGET']._serialized_start=2362
-  _globals['_TARGET']._serialized_end=2445
+  _globals['_TARGETRESPONSE']._serialized_end=505
+  _globals['_TARGETHELLO']._serialized_start=507
+  _globals['_TARGETHELLO']._serialized_end=580
+  _globals['_TARGETHELLOREPLY']._serialized_start=583
+  _globals['_TARGETHELLOREPLY']._serialized_end=879
+  _globals['_OPENSEQUENCE']._serialized_start=882
+  _globals['_OPENSEQUENCE']._serialized_end=1078
+  _globals['_STEP']._serialized_start=1081
+  _globals['_STEP']._serialized_end=1494
+  _globals['_CLOSESEQUENCES']._serialized_start=1496
+  _globals['_CLOSESEQUENCES']._serialized_end=1534
+  _globals['_REPLAYFEATURES']._serialized_start=1536
+  _globals['_REPLAYFEATURES']._serialized_end=1588
+  _globals['_FEATURESREPLAY']._serialized_start=1590
+  _globals['_FEATURESREPLAY']._serialized_end=1656
+  _globals['_STEPRESULT']._serialized_start=1659
+  _globals['_STEPRESULT']._serialized_end=2099
+  _globals['_STEPTIMINGS']._serialized_start=2101
+  _globals['_STEPTIMINGS']._serialized_end=2207
+  _globals['_TARGET']._serialized_start=2378
+  _globals['_TARGET']._serialized_end=2461
 # @@protoc_insertion_point(module_scope)

@@ -36,14 +36,16 @@ class TargetRequest(_message.Message):
     def __init__(self, hello: _Optional[_Union[TargetHello, _Mapping]] = ..., step: _Optional[_Union[Step, _Mapping]] = ..., close: _Optional[_Union[CloseSequences, _Mapping]] = ..., replay: _Optional[_Union[ReplayFeatures, _Mapping]] = ...) -> None: ...
 
 class TargetResponse(_message.Message):
-    __slots__ = ("hello", "result", "features")
+    __slots__ = ("hello", "result", "replay", "features")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     RESULT_FIELD_NUMBER: _ClassVar[int]
+    REPLAY_FIELD_NUMBER: _ClassVar[int]
     FEATURES_FIELD_NUMBER: _ClassVar[int]
     hello: TargetHelloReply
     result: StepResult
-    features: FeaturesReplay
-    def __init__(self, hello: _Optional[_Union[TargetHelloReply, _Mapping]] = ..., result: _Optional[_Union[StepResult, _Mapping]] = ..., features: _Optional[_Union[FeaturesReplay, _Mapping]] = ...) -> None: ...
+    replay: FeaturesReplay
+    features: _common_pb2.ContextFeatures
+    def __init__(self, hello: _Optional[_Union[TargetHelloReply, _Mapping]] = ..., result: _Optional[_Union[StepResult, _Mapping]] = ..., replay: _Optional[_Union[FeaturesReplay, _Mapping]] = ..., features: _Optional[_Union[_common_pb2.ContextFeatures, _Mapping]] = ...) -> None: ...
 
 class TargetHello(_message.Message):
     __slots__ = ("protocol_version", "router_id", "epoch")
@@ -158,7 +160,7 @@ class FeaturesReplay(_message.Message):
     def __init__(self, features: _Optional[_Union[_common_pb2.ContextFeatures, _Mapping]] = ...) -> None: ...
 
 class StepResult(_message.Message):
-    __slots__ = ("step_id", "sequence_ids", "statuses", "committed_lens", "num_accepted_drafts", "num_tokens", "token_ids", "finish_reasons", "logprobs", "features", "colocated_drafts", "free_pages", "timings", "errors")
+    __slots__ = ("step_id", "sequence_ids", "statuses", "committed_lens", "num_accepted_drafts", "num_tokens", "token_ids", "finish_reasons", "logprobs", "colocated_drafts", "free_pages", "timings", "errors")
     STEP_ID_FIELD_NUMBER: _ClassVar[int]
     SEQUENCE_IDS_FIELD_NUMBER: _ClassVar[int]
     STATUSES_FIELD_NUMBER: _ClassVar[int]
@@ -168,7 +170,6 @@ class StepResult(_message.Message):
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     FINISH_REASONS_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
-    FEATURES_FIELD_NUMBER: _ClassVar[int]
     COLOCATED_DRAFTS_FIELD_NUMBER: _ClassVar[int]
     FREE_PAGES_FIELD_NUMBER: _ClassVar[int]
     TIMINGS_FIELD_NUMBER: _ClassVar[int]
@@ -182,12 +183,11 @@ class StepResult(_message.Message):
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     finish_reasons: _containers.RepeatedScalarFieldContainer[_common_pb2.FinishReason]
     logprobs: _containers.RepeatedCompositeFieldContainer[_common_pb2.TokenLogprobs]
-    features: _containers.RepeatedCompositeFieldContainer[_common_pb2.ContextFeatures]
     colocated_drafts: _containers.RepeatedCompositeFieldContainer[_common_pb2.DraftBlock]
     free_pages: int
     timings: StepTimings
     errors: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, step_id: _Optional[int] = ..., sequence_ids: _Optional[_Iterable[int]] = ..., statuses: _Optional[_Iterable[_Union[EntryStatus, str]]] = ..., committed_lens: _Optional[_Iterable[int]] = ..., num_accepted_drafts: _Optional[_Iterable[int]] = ..., num_tokens: _Optional[_Iterable[int]] = ..., token_ids: _Optional[_Iterable[int]] = ..., finish_reasons: _Optional[_Iterable[_Union[_common_pb2.FinishReason, str]]] = ..., logprobs: _Optional[_Iterable[_Union[_common_pb2.TokenLogprobs, _Mapping]]] = ..., features: _Optional[_Iterable[_Union[_common_pb2.ContextFeatures, _Mapping]]] = ..., colocated_drafts: _Optional[_Iterable[_Union[_common_pb2.DraftBlock, _Mapping]]] = ..., free_pages: _Optional[int] = ..., timings: _Optional[_Union[StepTimings, _Mapping]] = ..., errors: _Optional[_Iterable[str]] = ...) -> None: ...
+    def __init__(self, step_id: _Optional[int] = ..., sequence_ids: _Optional[_Iterable[int]] = ..., statuses: _Optional[_Iterable[_Union[EntryStatus, str]]] = ..., committed_lens: _Optional[_Iterable[int]] = ..., num_accepted_drafts: _Optional[_Iterable[int]] = ..., num_tokens: _Optional[_Iterable[int]] = ..., token_ids: _Optional[_Iterable[int]] = ..., finish_reasons: _Optional[_Iterable[_Union[_common_pb2.FinishReason, str]]] = ..., logprobs: _Optional[_Iterable[_Union[_common_pb2.TokenLogprobs, _Mapping]]] = ..., colocated_drafts: _Optional[_Iterable[_Union[_common_pb2.DraftBlock, _Mapping]]] = ..., free_pages: _Optional[int] = ..., timings: _Optional[_Union[StepTimings, _Mapping]] = ..., errors: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class StepTimings(_message.Message):
     __slots__ = ("queue_ns", "forward_ns", "verify_ns", "draft_ns", "total_ns")

@@ -25,7 +25,7 @@ class CloseSequences:
 
 @dataclass(frozen=True, slots=True)
 class Replay:
-    """Ask the target for context features again."""
+    """Ask the target for one piece of context features again, from row `start` on."""
 
     sequence_id: int
     start: int
@@ -37,6 +37,18 @@ class RequestDrafts:
 
     drafter_id: str
     request: drafter_pb2.DraftRequest
+
+
+@dataclass(frozen=True, slots=True)
+class DropTarget:
+    """End the stream of a target group that does not answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class DropDrafter:
+    """End the stream of a drafter that does not answer."""
+
+    drafter_id: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,4 +69,4 @@ class Fail:
     error: RequestError
 
 
-Action = RunStep | CloseSequences | Replay | RequestDrafts | Emit | Fail
+Action = RunStep | CloseSequences | Replay | RequestDrafts | DropTarget | DropDrafter | Emit | Fail

@@ -113,6 +113,7 @@ class Fleet:
                 logger.warning("another router took the lease", extra={"target_id": target_id})
                 for pipeline in self.led:
                     if pipeline.target_id == target_id:
+                        pipeline.hand_over("another router leads the target group")
                         await pipeline.disconnect_target()
             await asyncio.sleep(self._config.router.lease_ttl_s / _LEASE_RENEWALS)
 
@@ -133,7 +134,7 @@ class Fleet:
                 await self._leases.give_back(target_id)
         for pipeline in [p for p in self.pipelines if p.target_id is None]:
             if pipeline.load and (led or self._is_led_elsewhere()):
-                pipeline.hand_over(UnavailableError("the target group was lost, and another one is led"))
+                pipeline.hand_over("the target group was lost, and another one is led")
             if not pipeline.load and pipeline not in self._connecting:
                 pipeline.update_metrics()
                 self.pipelines.remove(pipeline)
@@ -211,7 +212,7 @@ class Fleet:
         await self._attempts.close()
         pipelines, self.pipelines = self.pipelines, []
         for pipeline in pipelines:
+            pipeline.hand_over("this router is being stopped")
             await pipeline.disconnect_target()
-            pipeline.hand_over(UnavailableError("this router is being stopped"))
             await pipeline.close()
         await asyncio.gather(*(self._leases.give_back(target_id) for target_id in self._leases.target_ids))

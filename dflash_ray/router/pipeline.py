@@ -12,13 +12,23 @@ import time
 from collections.abc import AsyncGenerator, Callable
 
 from dflash_ray.config import DflashRayConfig
-from dflash_ray.core.errors import RequestError, UnavailableError
 from dflash_ray.observability.metrics import RouterMetrics
 from dflash_ray.pb import drafter_pb2, router_pb2, target_pb2
-from dflash_ray.router.actions import Action, CloseSequences, Emit, Fail, Replay, RequestDrafts, RunStep
+from dflash_ray.router.actions import (
+    Action,
+    CloseSequences,
+    DropDrafter,
+    DropTarget,
+    Emit,
+    Fail,
+    Replay,
+    RequestDrafts,
+    RunStep,
+)
 from dflash_ray.router.attempts import FinalError
 from dflash_ray.router.drafting import DrafterState
-from dflash_ray.router.scheduler import Scheduler, TargetLimits
+from dflash_ray.router.limits import TargetLimits
+from dflash_ray.router.scheduler import Scheduler
 from dflash_ray.router.sequence import RouterSequence
 from dflash_ray.router.streams import Stream, open_drafter, open_target
 from dflash_ray.rpc.directory import Entry
@@ -34,6 +44,7 @@ class Pipeline:
         self._router_id = router_id
         self._metrics = metrics
         self._model = config.model.served_name
+        self._max_message_bytes = config.network.max_message_bytes
         self.scheduler = Scheduler(config)
         self.target_id: str | None = None
         self.model_fingerprint = ""  # of the group that it leads or led last
@@ -45,6 +56,9 @@ class Pipeline:
         self._sent_at: dict[str, float] = {}
         self._step_done_at: float | None = None
         self._counted: dict[str, int] = {}
+        self._streams: set[Stream] = set()  # all that were opened here and whose end was not seen to be clean
+        self._closing: set[asyncio.Task[None]] = set()
+        self._failure: Exception | None = None
 
     @property
     def load(self) -> int:
@@ -53,9 +67,14 @@ class Pipeline:
 
     async def connect_target(self, entry: Entry, epoch: int) -> None:
         """Leads a target group. Raises ConnectionError."""
-        stream, hello = await open_target(entry.address, self._router_id, epoch)
-        await self._fit(hello)
-        self._target, self.target_id = stream, entry.id
+        stream, hello = await open_target(entry.address, self._router_id, epoch, self._max_message_bytes)
+        if hello.model_fingerprint != self.model_fingerprint:
+            self.hand_over("the target group came back with another model")
+        self._target, self.target_id, self.model_fingerprint = stream, entry.id, hello.model_fingerprint
+        if hello.feature_fingerprint != self._feature_fingerprint:
+            for drafter_id in list(self._drafters):  # those that fit join again
+                self._drop_drafter(drafter_id)
+        self._feature_fingerprint = hello.feature_fingerprint
         limits = TargetLimits(
             epoch=epoch,
             max_model_len=hello.max_model_len,
@@ -65,62 +84,74 @@ class Pipeline:
             max_batch_tokens=hello.max_batch_tokens,
             colocated_draft_tokens=hello.colocated_draft_tokens,
         )
-        stream.start(self._on_target_message, self._on_target_end)
+        self._streams.add(stream)
+        stream.start(self._on_target_message, lambda: self._on_target_end(stream))
         self.scheduler.target_ready(limits, time.monotonic())
         logger.info("leading target group", extra={"target_id": entry.id, "epoch": epoch})
         self._pump()
 
-    async def _fit(self, hello: target_pb2.TargetHelloReply) -> None:
-        """Lets go what belongs to another model: requests that it began, and drafters for other features."""
-        if hello.model_fingerprint != self.model_fingerprint:
-            self.hand_over(UnavailableError("the target group came back with another model"))
-        self.model_fingerprint = hello.model_fingerprint
-        if hello.feature_fingerprint != self._feature_fingerprint:
-            for drafter_id, stream in list(self._drafters.items()):
-                await stream.close()
-                self._on_drafter_end(drafter_id)
-        self._feature_fingerprint = hello.feature_fingerprint
-
-    def hand_over(self, error: RequestError) -> None:
-        """Ends every request here with `error`, so that gateways send them, with their tokens, to another group."""
-        self.scheduler.hand_over(error)
+    def hand_over(self, reason: str) -> None:
+        """Ends every request here, so that gateways send them, with their tokens, to another group."""
+        self.scheduler.hand_over(reason)
         self._pump()
 
     async def disconnect_target(self) -> None:
         """Leaves the group, as when its directory entry is gone."""
         if self._target is not None:
-            stream = self._target
-            self._on_target_end()
-            await stream.close()
+            self._drop_target()
+
+    def _drop_target(self) -> None:
+        stream = self._target
+        if stream is not None:
+            self._close(stream)
+            self._on_target_end(stream)
+
+    def _close(self, stream: Stream) -> None:
+        """Ends a stream without waiting for it."""
+        self._streams.discard(stream)
+        task = asyncio.create_task(stream.close())
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)
 
     def _on_target_message(self, message: target_pb2.TargetResponse) -> None:
-        if message.WhichOneof("message") == "result":
-            now = time.monotonic()
-            self._metrics.step_round_trip.observe(now - self._sent_at.pop("step", now))
-            self._step_done_at = now
-            self._record_acceptance(message.result)
-            self.scheduler.step_done(message.result, now)
-        else:
-            self.scheduler.replayed(message.features.features)
+        match message.WhichOneof("message"):
+            case "features":
+                self.scheduler.features(message.features)
+            case "replay":
+                self.scheduler.replayed(message.replay.features)
+            case "result":
+                now = time.monotonic()
+                self._metrics.step_round_trip.observe(now - self._sent_at.pop("step", now))
+                self._step_done_at = now
+                self._record_acceptance(message.result)
+                self.scheduler.step_done(message.result, now)
         self._pump()
 
-    def _on_target_end(self) -> None:
+    def _on_target_end(self, stream: Stream) -> None:
+        if self._target is not stream:
+            return
         logger.warning("target group lost", extra={"target_id": self.target_id})
         self._target, self.target_id = None, None
+        self._sent_at.pop("step", None)
+        self._step_done_at = None
         self.scheduler.target_lost(time.monotonic())
         self._pump()
+        self._streams.discard(stream)
 
     def knows_drafter(self, drafter_id: str) -> bool:
         return drafter_id in self._drafters
 
     async def connect_drafter(self, entry: Entry) -> None:
         """Adds a drafter whose features fit this target. Raises ConnectionError; a FinalError if they don't."""
-        stream, hello = await open_drafter(entry.address, self._router_id)
+        stream, hello = await open_drafter(entry.address, self._router_id, self._max_message_bytes)
         if hello.needs_features and hello.fingerprint != self._feature_fingerprint:
             await stream.close()
             raise FinalError(f"drafter {entry.id} is for other features ({hello.fingerprint})")
         self._drafters[entry.id] = stream
-        stream.start(lambda message: self._on_drafts(entry.id, message.drafts), lambda: self._on_drafter_end(entry.id))
+        self._streams.add(stream)
+        stream.start(
+            lambda message: self._on_drafts(entry.id, message.drafts), lambda: self._on_drafter_end(entry.id, stream)
+        )
         self.scheduler.drafting.join(DrafterState(entry.id, hello.needs_features, hello.max_draft_tokens))
         self._pump()
 
@@ -128,14 +159,25 @@ class Pipeline:
         sent_at = self._sent_at.pop(f"{drafter_id}/{reply.request_id}", None)
         if sent_at is not None:
             self._metrics.draft_round_trip.observe(time.monotonic() - sent_at)
-        self.scheduler.drafts_done(drafter_id, reply)
+        self.scheduler.drafts_done(drafter_id, reply, time.monotonic())
         self._pump()
 
-    def _on_drafter_end(self, drafter_id: str) -> None:
+    def _on_drafter_end(self, drafter_id: str, stream: Stream) -> None:
+        if self._drafters.get(drafter_id) is stream:
+            self._forget_drafter(drafter_id)
+            self._pump()
+        self._streams.discard(stream)
+
+    def _drop_drafter(self, drafter_id: str) -> None:
+        self._close(self._drafters[drafter_id])
+        self._forget_drafter(drafter_id)
+
+    def _forget_drafter(self, drafter_id: str) -> None:
         logger.warning("drafter lost", extra={"drafter_id": drafter_id})
-        self._drafters.pop(drafter_id, None)
+        del self._drafters[drafter_id]
+        for key in [key for key in self._sent_at if key.startswith(f"{drafter_id}/")]:
+            del self._sent_at[key]
         self.scheduler.drafter_lost(drafter_id)
-        self._pump()
 
     async def generate(self, request: router_pb2.GenerateTokensRequest) -> AsyncGenerator[Emit, None]:
         """Tokens of a request as they are committed. Raises RequestError; leaving early frees the sequence."""
@@ -156,17 +198,32 @@ class Pipeline:
             self.scheduler.cancel(sequence)
             self._pump()
 
+    def check_health(self) -> None:
+        """Raises what has left this pipeline in a state that nothing here puts right."""
+        if self._failure is not None:
+            raise self._failure
+        for stream in self._streams:
+            stream.check()
+
+    def _wake(self) -> None:
+        try:
+            self._pump()
+        except Exception as error:  # nobody calls a timer's callback who could be told
+            logger.exception("the scheduler failed; this router reports itself unhealthy")
+            self._failure = error
+
     def _pump(self) -> None:
         """Does everything there is to do now."""
         now = time.monotonic()
-        for action in self.scheduler.poll(now):
-            self._perform(action, now)
+        while actions := self.scheduler.poll(now):  # dropping a stream is an event of its own
+            for action in actions:
+                self._perform(action, now)
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
         deadline = self.scheduler.next_deadline()
         if deadline is not None:
-            self._timer = asyncio.get_running_loop().call_later(max(0.0, deadline - now) + 1e-4, self._pump)
+            self._timer = asyncio.get_running_loop().call_later(max(0.0, deadline - now) + 1e-4, self._wake)
 
     def _perform(self, action: Action, now: float) -> None:
         match action:
@@ -182,7 +239,15 @@ class Pipeline:
             case RequestDrafts(drafter_id, request):
                 self._sent_at[f"{drafter_id}/{request.request_id}"] = now
                 self._drafters[drafter_id].send(drafter_pb2.DrafterRequest(draft=request))
+            case DropTarget():
+                logger.error("a step was not answered in time; the target group is left")
+                self._drop_target()
+            case DropDrafter(drafter_id):
+                logger.error("a drafter did not answer in time; it is left", extra={"drafter_id": drafter_id})
+                self._drop_drafter(drafter_id)
             case Emit(sequence) | Fail(sequence):
+                if isinstance(action, Fail) and action.error.__cause__ is not None:
+                    logger.error("a sequence failed", exc_info=action.error.__cause__)
                 queue = self._queues.get(sequence.sequence_id)
                 if queue is not None:
                     queue.put_nowait(action)
@@ -212,6 +277,7 @@ class Pipeline:
             self._count(f"source {source}", total, metrics.drafts_by_source.labels(source).inc)
         drafted = sum(n for source, n in scheduler.num_drafts_by_source.items() if source != "plain")
         self._count("drafts", drafted, metrics.num_drafts.labels(self._model).inc)
+        self._count("replays", scheduler.drafting.num_replays, metrics.num_replays.inc)
         for reason, total in scheduler.drafting.num_dropped.items():
             self._count(f"dropped {reason}", total, metrics.drafts_dropped.labels(reason).inc)
 

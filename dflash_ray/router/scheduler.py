@@ -8,32 +8,20 @@ to ask again if nothing else happens.
 from __future__ import annotations
 
 from collections import Counter, deque
-from dataclasses import dataclass
-from itertools import islice, takewhile
 
 from dflash_ray.config import DflashRayConfig
-from dflash_ray.core.errors import DeadlineExceededError, InvalidRequestError, OverloadedError, RequestError
+from dflash_ray.core.errors import DeadlineExceededError, HandedOverError, OverloadedError, RequestError
 from dflash_ray.core.stats import AcceptanceStats
 from dflash_ray.pb import common_pb2, drafter_pb2, router_pb2, target_pb2
-from dflash_ray.router.actions import Action, CloseSequences, Emit, Fail, RunStep
+from dflash_ray.router.actions import Action, CloseSequences, DropTarget, Emit, Fail, RunStep
 from dflash_ray.router.draft_rates import DraftRates
 from dflash_ray.router.drafting import Drafting
+from dflash_ray.router.limits import TargetLimits
 from dflash_ray.router.sequence import Phase, RouterSequence
+from dflash_ray.router.steps import build_step
 
-_MAX_PENDING_ROWS = 256
-
-
-@dataclass(frozen=True, slots=True)
-class TargetLimits:
-    """What the target group said in its hello, and the lease's epoch."""
-
-    epoch: int
-    max_model_len: int
-    vocab_size: int
-    page_size: int
-    num_pages: int
-    max_batch_tokens: int
-    colocated_draft_tokens: int = 0
+_MAX_LOSSES = 2  # groups that may die over a sequence before it runs alone, where one more ends it
+_STEP_PATIENCE = 1.5  # times the pass's own limit, after which its group should have ended itself
 
 
 class Scheduler:
@@ -46,7 +34,8 @@ class Scheduler:
         self._rates = DraftRates()
         self._is_colocated = config.drafter.placement_mode == "colocated"
         self._wants_features = config.uses_features
-        self.drafting = Drafting(config.router.draft_timeout_ms / 1000, config.router.num_candidates)
+        self._step_timeout_s = _STEP_PATIENCE * config.target.step_timeout_s
+        self.drafting = Drafting(config)
         self.limits: TargetLimits | None = None
         self.free_pages = 0
         self._sequences: dict[int, RouterSequence] = {}
@@ -57,6 +46,8 @@ class Scheduler:
         self._next_id = 1
         self._step_id = 0
         self._step: dict[int, RouterSequence] | None = None  # entries of the step in flight
+        self._step_deadline = 0.0
+        self._closes_since_step = False
         self._lost_at: float | None = 0.0
         self._next_cohort = 0
         self.num_preemptions = 0
@@ -76,10 +67,17 @@ class Scheduler:
         if len(self._waiting) >= self._router.max_waiting + max(0, self._router.max_running - len(self._running)):
             raise OverloadedError(f"{len(self._waiting)} requests are waiting; try again later")
         if self.limits is not None:
-            self._check_fits(request, self.limits)
+            self.limits.check_fits(request)
         draft_tokens = self._draft_tokens(request.speculation)
         sequence = RouterSequence(
-            self._next_id, request, list(request.token_ids), draft_tokens, now, stats=AcceptanceStats(draft_tokens)
+            sequence_id=self._next_id,
+            request=request,
+            tokens=list(request.token_ids),
+            draft_tokens=draft_tokens,
+            wants_features=self._wants_features and draft_tokens > 0,
+            arrived_at=now,
+            num_losses=request.num_losses,
+            stats=AcceptanceStats(draft_tokens),
         )
         self._next_id += 1
         self._sequences[sequence.sequence_id] = sequence
@@ -98,21 +96,6 @@ class Scheduler:
             return 0
         return speculation.draft_tokens if speculation.HasField("draft_tokens") else self._router.draft_tokens
 
-    def _check_fits(self, request: router_pb2.GenerateTokensRequest, limits: TargetLimits) -> None:
-        length = len(request.token_ids)
-        if length >= limits.max_model_len:
-            raise InvalidRequestError(
-                f"the prompt has {length} tokens, but prompt and answer must fit the context of "
-                f"{limits.max_model_len}; shorten the prompt",
-                "prompt",
-            )
-        if self._pages(length + 1) > limits.num_pages:
-            raise InvalidRequestError(
-                f"the prompt has {length} tokens, more than the KV cache holds; shorten the prompt", "prompt"
-            )
-        if any(token >= limits.vocab_size for token in request.token_ids):
-            raise InvalidRequestError(f"token ids must be below {limits.vocab_size}", "prompt")
-
     def target_ready(self, limits: TargetLimits, now: float) -> None:
         """A target group said hello; it has no sequences yet."""
         self.limits = limits
@@ -120,29 +103,46 @@ class Scheduler:
         self._lost_at = None
         for sequence in list(self._waiting):
             try:
-                self._check_fits(sequence.request, limits)
+                limits.check_fits(sequence.request)
             except RequestError as error:
                 self._fail(sequence, error)
 
     def target_lost(self, now: float) -> None:
-        """The stream broke: what ran waits, with its tokens, for the group to come back."""
+        """The stream broke: what ran waits, with its tokens, for the group to come back.
+
+        A sequence whose steps end group after group is a suspect: it then runs alone, and ends with the next one.
+        """
+        entries = list((self._step or {}).values())
         self.limits = None
         self._step = None
         self._lost_at = now
         self._close_next.clear()
+        for sequence in entries:
+            if sequence.sequence_id not in self._sequences or not sequence.in_step:
+                continue  # cancelled or preempted meanwhile
+            sequence.num_losses += 1
+            if sequence.num_losses > _MAX_LOSSES:
+                self._fail(sequence, RequestError("the target group ended three times while it ran this request"))
         for sequence in reversed(self._running):
             sequence.leave_target()
             self._waiting.appendleft(sequence)
         self._running.clear()
+        self._close_next.clear()
+
+    def features(self, part: common_pb2.ContextFeatures) -> None:
+        """Context features of the step in flight, before its result."""
+        sequence = self._sequences.get(part.sequence_id)
+        if sequence is not None and sequence.is_open:
+            sequence.context.take(part)
 
     def step_done(self, result: target_pb2.StepResult, now: float) -> None:
         """Takes the tokens of a step."""
         entries = self._step or {}
         self._step = None
         self.free_pages = result.free_pages
-        features = {part.sequence_id: part for part in result.features}
         logprobs = iter(result.logprobs)
         errors = iter(result.errors)
+        lacks_pages = False
         offset = 0
         for i, sequence_id in enumerate(result.sequence_ids):
             count = result.num_tokens[i]
@@ -155,13 +155,21 @@ class Scheduler:
             if sequence_id not in self._sequences or not sequence.in_step:
                 continue  # cancelled or preempted while the step ran
             sequence.in_step = False
-            if result.statuses[i] != target_pb2.ENTRY_STATUS_OK:
-                self._entry_failed(sequence, result.statuses[i], error, now)
-                continue
-            if sequence_id in features:
-                sequence.pending.append(features[sequence_id])
-            self._advance(sequence, tokens, result.num_accepted_drafts[i], now)
-            self._emit(sequence, tokens, token_logprobs, result.finish_reasons[i])
+            if result.statuses[i] == target_pb2.ENTRY_STATUS_OK:
+                try:
+                    self._advance(sequence, tokens, result.num_accepted_drafts[i], now)
+                except Exception as fault:  # its neighbours are not concerned
+                    self._fail(sequence, _internal_error(fault))
+                    continue
+                self._emit(sequence, tokens, token_logprobs, result.finish_reasons[i])
+            elif result.statuses[i] == target_pb2.ENTRY_STATUS_NO_PAGES:
+                lacks_pages = True
+            elif result.statuses[i] == target_pb2.ENTRY_STATUS_FAILED:
+                self._fail(sequence, RequestError(error))
+            else:  # the target has another past or none: start again with the tokens known here
+                self._requeue(sequence)
+        if lacks_pages:
+            self._free_pages()
         for block in result.colocated_drafts:
             drafted = self._sequences.get(block.sequence_id)
             if drafted is not None and drafted.committed_len == block.committed_len:
@@ -172,9 +180,11 @@ class Scheduler:
             sequence.stats.record(len(sequence.draft or ()), num_accepted)
             if tokens:
                 self._judge_drafts(sequence, tokens[0])
-        elif tokens:
-            sequence.phase = Phase.DECODE
-            sequence.decoding_since = sequence.decoding_since or now
+        else:
+            sequence.num_prefilled += sequence.rows_in_step
+            if tokens:
+                sequence.phase = Phase.DECODE
+                sequence.decoding_since = sequence.decoding_since or now
         sequence.append(tokens)
 
     def _judge_drafts(self, sequence: RouterSequence, token: int) -> None:
@@ -197,29 +207,23 @@ class Scheduler:
         if finish_reason:
             self._remove(sequence)
 
-    def _entry_failed(self, sequence: RouterSequence, status: int, error: str, now: float) -> None:
-        """One entry did not run; its neighbours are not concerned."""
-        if status == target_pb2.ENTRY_STATUS_FAILED:
-            self._fail(sequence, RequestError(error))
-        elif status == target_pb2.ENTRY_STATUS_NO_PAGES:
-            self._preempt_for(sequence)
-        else:  # the target has another past or none: start again with the tokens known here
-            self._requeue(sequence)
-
-    def _preempt_for(self, sequence: RouterSequence) -> None:
-        """Frees pages by putting the youngest sequence back; a lone sequence has filled the whole cache."""
-        youngest = max(self._running, key=lambda other: other.sequence_id)
+    def _free_pages(self) -> None:
+        """Entries found no pages: the youngest sequence is put back, one a step; a lone one has filled the cache."""
+        if self._closes_since_step:
+            return  # the pages of those are on their way: what failed tries again first
         if len(self._running) == 1:
+            sequence = self._running[0]
             self._actions.append(Emit(sequence, [], None, common_pb2.FINISH_REASON_LENGTH))
             self._remove(sequence)
             return
+        youngest = max(self._running, key=lambda other: other.sequence_id)
         youngest.num_preemptions += 1
         self.num_preemptions += 1
         self._requeue(youngest)
 
     def _requeue(self, sequence: RouterSequence) -> None:
         self._running.remove(sequence)
-        self._close_next.append(sequence.sequence_id)
+        self._close(sequence)
         sequence.leave_target()
         self._waiting.appendleft(sequence)
 
@@ -234,54 +238,66 @@ class Scheduler:
             self._waiting.remove(sequence)
         else:
             self._running.remove(sequence)
+            self._close(sequence)
+
+    def _close(self, sequence: RouterSequence) -> None:
+        """The target is to forget the sequence, with the next message."""
+        if sequence.is_open:
             self._close_next.append(sequence.sequence_id)
+            self._closes_since_step = True
 
     def drafter_lost(self, drafter_id: str) -> None:
-        self.drafting.lose(drafter_id, self._running)
+        self.drafting.lose(drafter_id, list(self._sequences.values()))
 
-    def drafts_done(self, drafter_id: str, reply: drafter_pb2.DraftReply) -> None:
-        if self.limits is not None:
-            self.drafting.answer(drafter_id, reply, self._sequences, self.limits.epoch)
+    def drafts_done(self, drafter_id: str, reply: drafter_pb2.DraftReply, now: float) -> None:
+        epoch = self.limits.epoch if self.limits is not None else None
+        self.drafting.answer(drafter_id, reply, self._sequences, epoch, now)
 
-    def replayed(self, features: common_pb2.ContextFeatures) -> None:
-        sequence = self._sequences.get(features.sequence_id)
-        if sequence is not None:
-            self.drafting.replayed(sequence, features)
+    def replayed(self, part: common_pb2.ContextFeatures) -> None:
+        """Context features that were asked for again."""
+        sequence = self._sequences.get(part.sequence_id)
+        if sequence is not None and sequence.context.is_replaying:
+            sequence.context.is_replaying = False
+            sequence.context.take(part)
 
     def poll(self, now: float) -> list[Action]:
         """Everything there is to do at `now`, in order."""
         self._give_up_waiting(now)
+        self._actions += self.drafting.expire(list(self._sequences.values()), now)
         if self.limits is not None:
-            self.drafting.expire(self._running, now)
             self._admit(now)
-            idle = [s for s in self._running if s.phase is Phase.DECODE and not s.in_step]
             if self._weighs_ngrams:
-                self._prefer_ngrams(idle)
+                self._prefer_ngrams()
             if not self._is_colocated:
-                self._actions += self.drafting.request(idle, self.limits.max_model_len, self.limits.epoch, now)
+                self._actions += self.drafting.request(self._running, self.limits.max_model_len, self.limits.epoch, now)
             if self._step is None:
                 self._start_step(now)
+            elif now >= self._step_deadline:
+                self._actions.append(DropTarget())
             if self._close_next:  # no step takes them along
                 self._actions.append(CloseSequences(self._close_next))
                 self._close_next = []
         actions, self._actions = self._actions, []
         return actions
 
-    def _prefer_ngrams(self, idle: list[RouterSequence]) -> None:
+    def _prefer_ngrams(self) -> None:
         """Gives sequences whose tokens have just come an n-gram in a drafter's place, where that promises more."""
         assert self.limits is not None
-        for sequence in idle:
-            count = sequence.num_drafts(self.limits.max_model_len)
-            if sequence.ngram_draft is not None or not count:
+        for sequence in self._running:
+            if sequence.ngram_draft is not None or not sequence.wants_draft(self.limits.max_model_len):
                 continue
-            match_len = sequence.look_up(count).match_len
-            # Features that wait for the drafter's next request are not piled up without end.
-            if self._rates.prefers_ngram(match_len) and sequence.num_pending_rows < _MAX_PENDING_ROWS:
+            count = sequence.num_drafts(self.limits.max_model_len)
+            if self._rates.prefers_ngram(sequence.look_up(count).match_len):
                 sequence.take_ngram(count)
 
     def next_deadline(self) -> float | None:
         """When `poll` has something to do even if no event comes."""
         deadlines = [s.draft_deadline for s in self._running if s.draft_deadline is not None]
+        drafter_deadline = self.drafting.next_deadline()
+        if drafter_deadline is not None:
+            deadlines.append(drafter_deadline)
+        if self._step is not None:
+            deadlines.append(self._step_deadline)
         if self._lost_at is not None and self._waiting:
             deadlines.append(self._lost_at + self._router.target_wait_s)
         return min(deadlines, default=None)
@@ -292,22 +308,24 @@ class Scheduler:
             for sequence in list(self._waiting):
                 self._fail(sequence, DeadlineExceededError(f"no target group came back within {wait_s:g} s"))
 
-    def hand_over(self, error: RequestError) -> None:
-        """Ends every request with `error`: who sent them takes them elsewhere."""
+    def hand_over(self, reason: str) -> None:
+        """Ends every request with a HandedOverError: who sent them takes them elsewhere."""
         for sequence in list(self._sequences.values()):
-            self._fail(sequence, error)
-
-    def _pages(self, tokens: int) -> int:
-        assert self.limits is not None
-        return -(-tokens // self.limits.page_size)
+            self._fail(sequence, HandedOverError(reason, sequence.num_losses))
 
     def _admit(self, now: float) -> None:
         """Moves waiting sequences to the target while their tokens and a block for each running one fit."""
+        limits = self.limits
+        assert limits is not None
         while self._waiting and len(self._running) < self._router.max_running:
             sequence = self._waiting[0]
-            promised = sum(self._pages(s.committed_len + 1) for s in self._running if s.phase is Phase.PREFILL)
+            promised = sum(
+                limits.pages(s.committed_len + 1) - limits.pages(s.num_prefilled)
+                for s in self._running
+                if s.phase is Phase.PREFILL
+            )
             margin = sum(1 for s in self._running if s.phase is Phase.DECODE)
-            needed = self._pages(sequence.committed_len + 1 + sequence.draft_tokens)
+            needed = limits.pages(sequence.committed_len + 1 + sequence.draft_tokens)
             if self._running and needed + promised + margin > self.free_pages:
                 return
             self._waiting.popleft()
@@ -335,70 +353,47 @@ class Scheduler:
             is_waiting |= bool(members)
         prefilling = [s for s in self._running if s.phase is Phase.PREFILL]
         if (decoding or prefilling) and not (is_waiting and not decoding):
-            self._actions.append(RunStep(self._build_step(decoding, prefilling)))
+            suspects = [s for s in (*decoding, *prefilling) if s.num_losses >= _MAX_LOSSES]
+            if suspects:
+                decoding, prefilling = _apart(decoding, prefilling, suspects)
+            self._actions.append(RunStep(self._send_step(decoding, prefilling, now)))
 
-    def _build_step(self, decoding: list[RouterSequence], prefilling: list[RouterSequence]) -> target_pb2.Step:
-        assert self.limits is not None
+    def _send_step(
+        self, decoding: list[RouterSequence], prefilling: list[RouterSequence], now: float
+    ) -> target_pb2.Step:
+        limits = self.limits
+        assert limits is not None
         self._step_id += 1
-        step = target_pb2.Step(
-            step_id=self._step_id,
-            epoch=self.limits.epoch,
-            close=self._close_next,
-            num_candidates=self._router.num_candidates,
-        )
-        self._close_next = []
-        self._step = {}
-        rows = self.limits.max_batch_tokens
         for sequence in decoding:
-            rows -= self._add_verify(step, sequence, rows)
-        for sequence in prefilling:
-            rows -= self._add_prefill(step, sequence, rows)
+            if sequence.draft is None and self._uses_ngram:
+                sequence.take_ngram(sequence.num_drafts(limits.max_model_len))
+        step, entries = build_step(self._step_id, limits, self._router, decoding, prefilling)
+        step.close.extend(self._close_next)
+        self._close_next = []
+        self._closes_since_step = False
+        self._step_deadline = now + self._step_timeout_s
+        self._step = {sequence.sequence_id: sequence for sequence in entries}
+        for sequence in entries:
+            sequence.in_step = True
+            sequence.last_step = self._step_id
+            if sequence.phase is Phase.DECODE:
+                self.num_drafts_by_source[sequence.draft_source] += 1
+                self.num_draft_tokens += len(sequence.draft or ())
         return step
 
-    def _add_verify(self, step: target_pb2.Step, sequence: RouterSequence, room: int) -> int:
-        """Adds a chain of drafts; returns its rows."""
-        assert self.limits is not None and self._step is not None
-        if room < 1:
-            return 0
-        vocab_size = self.limits.vocab_size
-        count = min(sequence.num_drafts(self.limits.max_model_len), room - 1)
-        if sequence.draft is None and count and self._uses_ngram:
-            sequence.take_ngram(count)
-        in_vocabulary = takewhile(lambda token: token < vocab_size, sequence.draft or [])
-        sequence.draft = list(islice(in_vocabulary, count))
-        step.verify_ids.append(sequence.sequence_id)
-        step.base_lens.append(sequence.committed_len)
-        step.num_drafts.append(len(sequence.draft))
-        step.draft_token_ids.extend(sequence.draft)
-        step.draft_parents.extend(range(len(sequence.draft)))
-        num_candidates = sequence.drawn.num_candidates if sequence.drawn is not None else 0
-        step.num_draft_candidates.append(num_candidates)
-        if sequence.drawn is not None:
-            step.draft_candidate_ids.extend(sequence.drawn.candidate_ids[: num_candidates * len(sequence.draft)])
-            step.draft_log_probs.extend(sequence.drawn.log_probs[: num_candidates * len(sequence.draft)])
-        self.num_drafts_by_source[sequence.draft_source] += 1
-        self.num_draft_tokens += len(sequence.draft)
-        self._join_step(step, sequence)
-        return 1 + len(sequence.draft)
 
-    def _add_prefill(self, step: target_pb2.Step, sequence: RouterSequence, room: int) -> int:
-        """Adds the next chunk of a prompt; returns its rows."""
-        assert self._step is not None
-        chunk = min(sequence.committed_len - sequence.num_prefilled, self._router.prefill_chunk_tokens, room)
-        if chunk <= 0:
-            return 0
-        if sequence.num_prefilled == 0:
-            step.open.append(sequence.open_message(self._wants_features and sequence.draft_tokens > 0))
-        step.prefill_ids.append(sequence.sequence_id)
-        step.prefill_lens.append(chunk)
-        sequence.num_prefilled += chunk
-        self._join_step(step, sequence)
-        return chunk
+def _internal_error(cause: Exception) -> RequestError:
+    error = RequestError("this request met an internal error; the log of the router says which")
+    error.__cause__ = cause
+    return error
 
-    def _join_step(self, step: target_pb2.Step, sequence: RouterSequence) -> None:
-        assert self._step is not None and self.limits is not None
-        sequence.in_step = True
-        self._step[sequence.sequence_id] = sequence
-        if self.limits.colocated_draft_tokens and sequence.draft_tokens:
-            step.colocated_draft_ids.append(sequence.sequence_id)
-            step.colocated_num_drafts.append(min(sequence.draft_tokens, self.limits.colocated_draft_tokens))
+
+def _apart(
+    decoding: list[RouterSequence], prefilling: list[RouterSequence], suspects: list[RouterSequence]
+) -> tuple[list[RouterSequence], list[RouterSequence]]:
+    """The others together, or one suspect by itself: whoever waited longest."""
+    others = [s for s in (*decoding, *prefilling) if s not in suspects]
+    suspect = min(suspects, key=lambda sequence: sequence.last_step)
+    if others and min(other.last_step for other in others) <= suspect.last_step:
+        return [s for s in decoding if s not in suspects], [s for s in prefilling if s not in suspects]
+    return [s for s in decoding if s is suspect], [s for s in prefilling if s is suspect]

@@ -8,6 +8,7 @@ from enum import Enum
 from dflash_ray.core.ngram import NgramDraft, NgramIndex
 from dflash_ray.core.stats import AcceptanceStats
 from dflash_ray.pb import common_pb2, router_pb2, target_pb2
+from dflash_ray.router.context import DrafterContext
 
 
 class Phase(Enum):
@@ -25,11 +26,14 @@ class RouterSequence:
     Attributes:
         tokens: prompt and emitted tokens, the router's copy of the committed truth.
         draft_tokens: drafts wanted a step; 0 is plain decoding.
-        num_prefilled: rows that the target has computed, while in PREFILL.
-        drafter_id: the drafter that holds the context, or None.
-        sent_rows: context rows that the drafter was sent.
-        pending: context features not sent yet, contiguous.
+        is_open: the target was sent the sequence.
+        rows_in_step: rows of a prompt's chunk in the step in flight, while in PREFILL.
+        num_prefilled: rows that the target says it has computed, while in PREFILL.
+        num_losses: target groups that were lost with a step in flight that had this sequence in it.
+        last_step: number of the last step with this sequence in it; who waited longest comes first.
+        context: what its drafter holds.
         draft: drafts for the next step, None while there are none.
+        is_draft_missed: the next step goes on without a drafter's draft.
         drawn: the block they come from, when its drafts were drawn from its probabilities.
         draft_deadline: when the next step goes on without a remote draft; None when nothing is waited for.
     """
@@ -38,15 +42,18 @@ class RouterSequence:
     request: router_pb2.GenerateTokensRequest
     tokens: list[int]
     draft_tokens: int
+    wants_features: bool
     arrived_at: float
     phase: Phase = Phase.WAITING
     in_step: bool = False
     cohort: int = 0
+    is_open: bool = False
+    rows_in_step: int = 0
     num_prefilled: int = 0
-    drafter_id: str | None = None
-    sent_rows: int = 0
-    pending: list[common_pb2.ContextFeatures] = field(default_factory=list)
-    is_replaying: bool = False
+    num_losses: int = 0
+    last_step: int = 0
+    context: DrafterContext = field(default_factory=DrafterContext)
+    is_draft_missed: bool = False
     draft: list[int] | None = None
     drawn: common_pb2.DraftBlock | None = None
     draft_source: str = "plain"
@@ -63,9 +70,9 @@ class RouterSequence:
         return len(self.tokens)
 
     @property
-    def num_pending_rows(self) -> int:
-        """Features that its drafter has not got yet."""
-        return sum(part.num_rows for part in self.pending)
+    def num_computed(self) -> int:
+        """Rows that the target has computed, as far as its results say."""
+        return self.committed_len - 1 if self.phase is Phase.DECODE else self.num_prefilled
 
     def max_len(self, max_model_len: int) -> int:
         """Tokens at which it ends."""
@@ -74,6 +81,11 @@ class RouterSequence:
     def num_drafts(self, max_model_len: int) -> int:
         """Drafts worth verifying now: a step with k drafts can emit k + 1 tokens."""
         return max(0, min(self.draft_tokens, self.max_len(max_model_len) - self.committed_len - 1))
+
+    def wants_draft(self, max_model_len: int) -> bool:
+        """Whether a drafter should draft for the next step."""
+        is_idle = self.phase is Phase.DECODE and not self.in_step
+        return is_idle and self.draft is None and not self.is_draft_missed and self.num_drafts(max_model_len) > 0
 
     def look_up(self, count: int) -> NgramDraft:
         """Prompt lookup over all tokens known, at most `count` drafts."""
@@ -100,10 +112,11 @@ class RouterSequence:
         """Back to waiting: the target no longer has it, the tokens stay."""
         self.phase = Phase.WAITING
         self.in_step = False
+        self.is_open = False
+        self.rows_in_step = 0
         self.num_prefilled = 0
         self.forget_draft()
-        self.pending.clear()
-        self.is_replaying = False
+        self.context.clear()
 
     def take_draft(self, block: common_pb2.DraftBlock, source: str) -> None:
         """A draft for the next step."""
@@ -113,19 +126,24 @@ class RouterSequence:
 
     def forget_draft(self) -> None:
         self.draft, self.drawn, self.draft_deadline, self.draft_source = None, None, None, "plain"
+        self.is_draft_missed = False
+
+    def miss_draft(self) -> None:
+        """The next step goes on without the draft that was waited for."""
+        self.draft_deadline = None
+        self.is_draft_missed = True
 
     def leave_drafter(self) -> None:
         """The drafter's context is of no use any more."""
-        self.drafter_id = None
-        self.sent_rows = 0
+        self.context.leave()
         self.draft_deadline = None
 
-    def open_message(self, wants_features: bool) -> target_pb2.OpenSequence:
+    def open_message(self) -> target_pb2.OpenSequence:
         return target_pb2.OpenSequence(
             sequence_id=self.sequence_id,
             token_ids=self.tokens,
             prompt_len=self.request.prompt_len,
             sampling=self.request.sampling,
             stopping=self.request.stopping,
-            wants_features=wants_features,
+            wants_features=self.wants_features,
         )

@@ -46,7 +46,7 @@ class RouterReplica:
         self._closing.push_async_callback(self._unregister)
 
     async def _serve(self, host: str) -> RunningServer:
-        server = new_server()
+        server = new_server(self._config.network.max_message_bytes)
         router_pb2_grpc.add_RouterServicer_to_server(RouterServicer(self._fleet), server)
         add_metrics_service(server, self._render_metrics)
         return await start_server(server, [_SERVICE_NAME, METRICS_SERVICE_NAME], host, 0)
@@ -65,10 +65,12 @@ class RouterReplica:
             await asyncio.sleep(_POLL_S)
 
     async def check_health(self) -> None:
-        """Raises when one of the router's loops has ended."""
+        """Raises when one of the router's loops has ended, or a pipeline cannot go on."""
         for task in self._tasks:
             if task.done():
                 task.result()
+        for pipeline in self._fleet.pipelines:
+            pipeline.check_health()
 
     async def _unregister(self) -> None:
         for task in self._tasks:

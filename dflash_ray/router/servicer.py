@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 
 import grpc
 
-from dflash_ray.core.errors import InvalidRequestError, RequestError
+from dflash_ray.core.errors import HandedOverError, InvalidRequestError, RequestError
 from dflash_ray.observability.logs import request_id_var
 from dflash_ray.pb import router_pb2, router_pb2_grpc
 from dflash_ray.router.fleet import Fleet
@@ -37,6 +37,8 @@ class RouterServicer(router_pb2_grpc.RouterServicer):
             finally:
                 await emits.aclose()
         except RequestError as error:
+            if isinstance(error, HandedOverError) and error.num_losses:
+                yield router_pb2.TokenChunk(num_losses=error.num_losses)
             await context.abort(getattr(grpc.StatusCode, error.grpc_code), error.message)
 
 

@@ -20,12 +20,13 @@ _HELLO_TIMEOUT_S = 10.0
 class Stream:
     """One bidirectional stream. Created by `open_target` or `open_drafter`, which exchange the hellos."""
 
-    def __init__(self, address: str, method: Callable[[grpc.aio.Channel], Any]) -> None:
+    def __init__(self, address: str, method: Callable[[grpc.aio.Channel], Any], max_message_bytes: int) -> None:
         self.address = address
-        self._channel = open_channel(address)
+        self._channel = open_channel(address, max_message_bytes)
         self._outgoing: asyncio.Queue[Any] = asyncio.Queue()
         self._call = method(self._channel)(self._requests())
         self._reader: asyncio.Task[None] | None = None
+        self._is_closing = False
 
     async def _requests(self) -> AsyncIterator[Any]:
         while True:
@@ -56,7 +57,10 @@ class Stream:
         return reply.hello
 
     def start(self, on_message: Callable[[Any], None], on_end: Callable[[], None]) -> None:
-        """Delivers every further message; `on_end` is called once, when the other side is gone."""
+        """Delivers every further message; `on_end` is called once, when the other side is gone.
+
+        A message that `on_message` cannot take ends the stream as well: what follows it would be about another state.
+        """
         self._reader = asyncio.create_task(self._read(on_message, on_end))
 
     async def _read(self, on_message: Callable[[Any], None], on_end: Callable[[], None]) -> None:
@@ -65,25 +69,42 @@ class Stream:
                 on_message(message)
         except grpc.aio.AioRpcError as error:
             logger.info("stream to %s ended: %s", self.address, error.details())
+        except asyncio.CancelledError:
+            if self._is_closing:
+                return  # whoever closed it knows
+            logger.info("stream to %s was cancelled", self.address)
+        except Exception:
+            logger.exception("a message from %s could not be taken; its stream ends", self.address)
         on_end()
+        await self.close()
+
+    def check(self) -> None:
+        """Raises what ended the reader, if its end could not be told."""
+        if self._reader is not None and self._reader.done() and not self._reader.cancelled():
+            self._reader.result()
 
     async def close(self) -> None:
-        """Ends the stream from this side; `on_end` is not called."""
-        if self._reader is not None:
+        """Ends the stream from this side; `on_end` is not called any more."""
+        self._is_closing = True
+        if self._reader is not None and self._reader is not asyncio.current_task():
             self._reader.cancel()
         self._call.cancel()
         await self._channel.close()
 
 
-async def open_target(address: str, router_id: str, epoch: int) -> tuple[Stream, target_pb2.TargetHelloReply]:
+async def open_target(
+    address: str, router_id: str, epoch: int, max_message_bytes: int
+) -> tuple[Stream, target_pb2.TargetHelloReply]:
     """A stream that leads the group under a lease epoch. Raises ConnectionError."""
-    stream = Stream(address, lambda channel: target_pb2_grpc.TargetStub(channel).Verify)
+    stream = Stream(address, lambda channel: target_pb2_grpc.TargetStub(channel).Verify, max_message_bytes)
     hello = target_pb2.TargetHello(protocol_version=PROTOCOL_VERSION, router_id=router_id, epoch=epoch)
     return stream, await stream.greet(target_pb2.TargetRequest(hello=hello))
 
 
-async def open_drafter(address: str, router_id: str) -> tuple[Stream, drafter_pb2.DrafterHelloReply]:
+async def open_drafter(
+    address: str, router_id: str, max_message_bytes: int
+) -> tuple[Stream, drafter_pb2.DrafterHelloReply]:
     """A stream to a drafter. Raises ConnectionError."""
-    stream = Stream(address, lambda channel: drafter_pb2_grpc.DrafterStub(channel).Draft)
+    stream = Stream(address, lambda channel: drafter_pb2_grpc.DrafterStub(channel).Draft, max_message_bytes)
     hello = drafter_pb2.DrafterHello(protocol_version=PROTOCOL_VERSION, router_id=router_id)
     return stream, await stream.greet(drafter_pb2.DrafterRequest(hello=hello))

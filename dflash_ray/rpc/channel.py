@@ -10,8 +10,6 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
-INNER_MESSAGE_BYTES = 64 * 1024 * 1024  # a prefill chunk's features of a wide model fit
-
 _KEEPALIVE = (
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 5_000),
@@ -37,9 +35,9 @@ def _options(max_message_bytes: int) -> list[tuple[str, int]]:
     return [*_KEEPALIVE, *sizes]
 
 
-def open_channel(address: str) -> grpc.aio.Channel:
+def open_channel(address: str, max_message_bytes: int) -> grpc.aio.Channel:
     """A channel to an inner server at host:port; the caller closes it."""
-    return grpc.aio.insecure_channel(address, options=[*_options(INNER_MESSAGE_BYTES), *_RECONNECT])
+    return grpc.aio.insecure_channel(address, options=[*_options(max_message_bytes), *_RECONNECT])
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +62,7 @@ class RunningServer:
 
 
 def new_server(
-    max_message_bytes: int = INNER_MESSAGE_BYTES,
+    max_message_bytes: int,
     interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
 ) -> grpc.aio.Server:
     """A server without services or ports; add servicers, then call `start_server`."""

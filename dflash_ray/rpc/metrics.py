@@ -9,6 +9,7 @@ from typing import get_args
 
 import grpc
 
+from dflash_ray.config import NetworkConfig
 from dflash_ray.pb import metrics_pb2, metrics_pb2_grpc
 from dflash_ray.rpc.channel import open_channel
 from dflash_ray.rpc.directory import DirectoryClient, Entry, Kind, KnownEntries
@@ -47,14 +48,15 @@ class MetricsPage:
     def __init__(
         self,
         directory: DirectoryClient,
-        entry_ttl_s: float,
+        network: NetworkConfig,
         own: tuple[Kind, str],
         render: Callable[[], str],
         timeout_s: float = 3.0,
     ) -> None:
-        self._known = [KnownEntries(directory, kind, entry_ttl_s) for kind in get_args(Kind)]
+        self._known = [KnownEntries(directory, kind, network.entry_ttl_s) for kind in get_args(Kind)]
         self._own = own
         self._render = render
+        self._max_message_bytes = network.max_message_bytes
         self._timeout_s = timeout_s
         self._last: dict[str, str] = {}
 
@@ -62,7 +64,7 @@ class MetricsPage:
         """The page as of now."""
         known = await asyncio.gather(*(known.refresh() for known in self._known))
         others = [entry for entries in known for entry in entries if (entry.kind, entry.id) != self._own]
-        answers = await asyncio.gather(*(_collect(entry, self._timeout_s) for entry in others))
+        answers = await asyncio.gather(*(_collect(entry, self._max_message_bytes, self._timeout_s) for entry in others))
         texts = {_name(*self._own): self._render()}
         for entry, answer in zip(others, answers, strict=True):
             name = _name(entry.kind, entry.id)
@@ -75,8 +77,8 @@ def _name(kind: Kind, entry_id: str) -> str:
     return f"{kind}-{entry_id}"
 
 
-async def _collect(entry: Entry, timeout_s: float) -> str | None:
-    async with open_channel(entry.address) as channel:
+async def _collect(entry: Entry, max_message_bytes: int, timeout_s: float) -> str | None:
+    async with open_channel(entry.address, max_message_bytes) as channel:
         stub = metrics_pb2_grpc.MetricsStub(channel)
         try:
             response = await stub.Collect(metrics_pb2.CollectRequest(), timeout=timeout_s)

@@ -14,11 +14,13 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from dflash_ray.models.block_drafter import BlockDrafter
+from dflash_ray.models.context_features import to_pieces
 from dflash_ray.pb import common_pb2, target_pb2
 from dflash_ray.sampling.plan import SequencePlan
 from dflash_ray.sampling.verify import SequenceOutcome
 from dflash_ray.target.batch import StepBatch
+from dflash_ray.target.colocated import ColocatedDrafter
+from dflash_ray.target.feature_store import FeatureStore
 from dflash_ray.target.model import StepHidden
 from dflash_ray.target.page_allocator import PageAllocator
 from dflash_ray.target.sequences import Draft, Sequence, drafts_of
@@ -57,11 +59,20 @@ class _Entry:
     logprobs: common_pb2.TokenLogprobs | None = None
 
 
+@dataclass(slots=True)
+class StepOutput:
+    """What a step leaves: its result, and before it the features that go to remote drafters, in pieces."""
+
+    result: target_pb2.StepResult
+    features: list[common_pb2.ContextFeatures] = field(default_factory=list)
+
+
 class Engine:
     """Sequences, pages and steps of one target group.
 
     Args:
-        drafter: colocated drafter fed with this group's features, or None.
+        drafter: colocated drafter that gets this group's features, which then leave in no step's output.
+        features: where features are kept for replays; None where nothing replays.
     """
 
     def __init__(
@@ -71,13 +82,15 @@ class Engine:
         page_size: int,
         max_model_len: int,
         vocab_size: int,
-        drafter: BlockDrafter | None = None,
+        drafter: ColocatedDrafter | None = None,
+        features: FeatureStore | None = None,
     ) -> None:
         self._runner = runner
         self._page_size = page_size
         self._max_model_len = max_model_len
         self._vocab_size = vocab_size
         self._drafter = drafter
+        self._features = features
         self._sequences: dict[int, Sequence] = {}
         self.allocator = PageAllocator(num_pages)
 
@@ -95,14 +108,16 @@ class Engine:
                     self._drafter.close(sequence_id)
 
     def replay(self, sequence_id: int, start: int) -> common_pb2.ContextFeatures:
-        """Context features from `start` on; no rows when the sequence or its features are unknown."""
-        sequence = self._sequences.get(sequence_id)
-        features = None if sequence is None else sequence.features_from(start)
-        if sequence is None or features is None:
+        """One piece of the context features from `start` on; no rows when they, or the sequence, are unknown."""
+        sequence, store = self._sequences.get(sequence_id), self._features
+        is_stored = sequence is not None and sequence.wants_features and start < sequence.kv_len
+        if sequence is None or store is None or not is_stored or not store.rows_per_piece:
             return common_pb2.ContextFeatures(sequence_id=sequence_id, start=start)
-        return _to_message(sequence, start, features)
+        stop = min(sequence.kv_len, start + store.rows_per_piece)
+        rows = store.get(sequence.slots(start, stop, self._page_size))
+        return next(to_pieces(sequence_id, start, rows, sequence.tokens[start:stop]))
 
-    def step(self, step: target_pb2.Step) -> target_pb2.StepResult:
+    def step(self, step: target_pb2.Step) -> StepOutput:
         """Runs one step; the result's entries are in the order of the step's."""
         started = time.perf_counter_ns()
         self.close(step.close)
@@ -115,16 +130,17 @@ class Engine:
         outcomes = self._runner.verify(hidden, plan) if hidden is not None and plan else []
         verified = time.perf_counter_ns()
         result = target_pb2.StepResult(step_id=step.step_id)
-        self._commit(running, outcomes, hidden, result)
+        output = StepOutput(result)
+        self._commit(running, outcomes, hidden, output.features)
         self._fill_columns(entries, result)
         if self._drafter is not None and step.colocated_draft_ids:
-            self._draft(step, result)
+            result.colocated_drafts.extend(self._draft(step, self._drafter))
         drafted = time.perf_counter_ns()
         result.free_pages = self.allocator.num_free
         result.timings.forward_ns = forwarded - started
         result.timings.verify_ns = verified - forwarded
         result.timings.draft_ns = drafted - verified
-        return result
+        return output
 
     def _open(self, messages: Iterable[target_pb2.OpenSequence]) -> dict[int, str]:
         """Opens sequences; returns the errors of those that cannot be opened."""
@@ -139,8 +155,6 @@ class Engine:
                 errors[message.sequence_id] = str(error)
                 continue
             self._sequences[message.sequence_id] = sequence
-            if self._drafter is not None and sequence.wants_features:
-                self._drafter.open(message.sequence_id)
         return errors
 
     def _entries(self, step: target_pb2.Step, errors: dict[int, str]) -> list[_Entry]:
@@ -209,9 +223,7 @@ class Engine:
             positions = range(sequence.kv_len, sequence.kv_len + count)
             columns["token_ids"] += entry.token_ids
             columns["positions"] += positions
-            columns["slots"] += [
-                sequence.pages[at // self._page_size] * self._page_size + at % self._page_size for at in positions
-            ]
+            columns["slots"] += sequence.slots(positions.start, positions.stop, self._page_size)
             columns["entry_lens"].append(count)
             columns["context_lens"].append(sequence.kv_len)
             columns["page_counts"].append(len(sequence.pages))
@@ -230,10 +242,12 @@ class Engine:
         entries: list[_Entry],
         outcomes: list[SequenceOutcome],
         hidden: StepHidden | None,
-        result: target_pb2.StepResult,
+        pieces: list[common_pb2.ContextFeatures],
     ) -> None:
         """Commits what was accepted; everything else of the pass is rolled back by not being counted."""
-        features = _to_numpy(None if hidden is None else hidden.features)
+        features = None if hidden is None else hidden.features
+        if features is not None and self._drafter is None:
+            features = features.cpu()
         verdicts = iter(outcomes)
         offset = 0
         for entry in entries:
@@ -245,7 +259,7 @@ class Engine:
                 rows = features[offset : offset + num_kept]
                 offset += len(entry.token_ids)
                 if not outcome.is_flagged:
-                    self._keep_features(sequence, rows, result)
+                    self._hand_on_features(sequence, rows, pieces)
             if outcome.is_flagged:
                 entry.status = target_pb2.ENTRY_STATUS_FAILED
                 entry.error = "the target's logits are not finite"
@@ -256,13 +270,17 @@ class Engine:
             if outcome.chosen_logprobs:
                 entry.logprobs = _logprobs(outcome)
 
-    def _keep_features(self, sequence: Sequence, rows: np.ndarray, result: target_pb2.StepResult) -> None:
-        """Features of rows that start at the sequence's kv_len: stored, and sent or given to the colocated drafter."""
-        sequence.features.append(rows)
-        if self._drafter is None:
-            result.features.append(_to_message(sequence, sequence.kv_len, rows))
-        else:
-            self._drafter.extend(sequence.sequence_id, sequence.kv_len, torch.from_numpy(rows))
+    def _hand_on_features(
+        self, sequence: Sequence, rows: torch.Tensor, pieces: list[common_pb2.ContextFeatures]
+    ) -> None:
+        """Features [n, H] from the sequence's kv_len on: to the colocated drafter, or stored and on their way out."""
+        if self._drafter is not None:
+            self._drafter.extend(sequence, rows)
+            return
+        start, stop = sequence.kv_len, sequence.kv_len + len(rows)
+        if self._features is not None:
+            self._features.put(sequence.slots(start, stop, self._page_size), rows)
+        pieces.extend(to_pieces(sequence.sequence_id, start, rows, sequence.tokens[start:stop]))
 
     def _fill_columns(self, entries: list[_Entry], result: target_pb2.StepResult) -> None:
         for entry in entries:
@@ -278,49 +296,12 @@ class Engine:
             if entry.status == target_pb2.ENTRY_STATUS_FAILED:
                 result.errors.append(entry.error)
 
-    def _draft(self, step: target_pb2.Step, result: target_pb2.StepResult) -> None:
+    def _draft(self, step: target_pb2.Step, drafter: ColocatedDrafter) -> list[common_pb2.DraftBlock]:
         """Drafts of the colocated drafter for sequences that are ready for them."""
-        assert self._drafter is not None
-        ready, counts = [], []
-        for sequence_id, count in zip(step.colocated_draft_ids, step.colocated_num_drafts, strict=True):
-            sequence = self._sequences.get(sequence_id)
-            is_decoding = sequence is not None and sequence.kv_len == sequence.committed_len - 1
-            if is_decoding and count and self._drafter.context_len(sequence_id) == sequence.kv_len:
-                ready.append(sequence)
-                counts.append(min(count, self._drafter.max_draft_tokens))
-        if not ready:
-            return
-        ids = [sequence.sequence_id for sequence in ready]
-        anchors = [sequence.tokens[-1] for sequence in ready]
-        draws = [sequence.draw() for sequence in ready]
-        proposals = self._drafter.propose(ids, anchors, counts, max(1, step.num_candidates), draws)
-        for sequence, proposal in zip(ready, proposals, strict=True):
-            result.colocated_drafts.add(
-                sequence_id=sequence.sequence_id,
-                epoch=step.epoch,
-                committed_len=sequence.committed_len,
-                num_slots=proposal.candidate_ids.shape[0],
-                num_candidates=proposal.candidate_ids.shape[1],
-                candidate_ids=proposal.candidate_ids.flatten().tolist(),
-                log_probs=proposal.logprobs.flatten().tolist(),
-                is_drawn=proposal.is_drawn,
-            )
-
-
-def _to_numpy(features: torch.Tensor | None) -> np.ndarray | None:
-    """Features as float32 rows on the host; bfloat16 models' features are widened, which loses nothing."""
-    return None if features is None else features.float().cpu().numpy()
-
-
-def _to_message(sequence: Sequence, start: int, rows: np.ndarray) -> common_pb2.ContextFeatures:
-    return common_pb2.ContextFeatures(
-        sequence_id=sequence.sequence_id,
-        start=start,
-        num_rows=len(rows),
-        dtype=common_pb2.DATA_TYPE_FLOAT32,
-        data=np.ascontiguousarray(rows).tobytes(),
-        token_ids=sequence.tokens[start : start + len(rows)],
-    )
+        wanted = zip(step.colocated_draft_ids, step.colocated_num_drafts, strict=True)
+        open_ones = [(self._sequences[at], count) for at, count in wanted if at in self._sequences]
+        sequences, counts = [sequence for sequence, _ in open_ones], [count for _, count in open_ones]
+        return drafter.draft(sequences, counts, max(1, step.num_candidates), step.epoch)
 
 
 def _logprobs(outcome: SequenceOutcome) -> common_pb2.TokenLogprobs:

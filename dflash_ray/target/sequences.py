@@ -1,4 +1,4 @@
-"""A live sequence on the target: the committed tokens (the truth), its pages, its features, its limits.
+"""A live sequence on the target: the committed tokens (the truth), its pages, its limits.
 
 Regions of a sequence, by position:
     [0, kv_len)          computed: keys and values in the cache, features known
@@ -11,8 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-
-import numpy as np
 
 from dflash_ray.models.dflash2 import Draw
 from dflash_ray.pb import common_pb2, target_pb2
@@ -79,7 +77,6 @@ class Sequence:
     wants_features: bool
     kv_len: int = 0
     pages: list[int] = field(default_factory=list)
-    features: list[np.ndarray] = field(default_factory=list)  # pieces [n, H] of rows [0, kv_len)
     history: dict[int, int] = field(default_factory=dict)  # token -> times in the output; 0 for prompt tokens
     has_penalties: bool = False
 
@@ -162,10 +159,6 @@ class Sequence:
         is_rejection = self.sampling.mode == common_pb2.VERIFY_MODE_REJECTION
         return Draw(self.sampling.temperature, self.sampling.seed, is_rejection)
 
-    def features_from(self, start: int) -> np.ndarray | None:
-        """Context features of positions [start, kv_len), or None when there are none."""
-        if not self.features or start >= self.kv_len:
-            return None
-        if len(self.features) > 1:
-            self.features = [np.concatenate(self.features)]
-        return self.features[0][start:]
+    def slots(self, start: int, stop: int, page_size: int) -> list[int]:
+        """Rows of the cache, and of the feature store, for positions [start, stop)."""
+        return [self.pages[at // page_size] * page_size + at % page_size for at in range(start, stop)]

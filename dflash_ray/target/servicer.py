@@ -16,7 +16,7 @@ import grpc
 from dflash_ray.core.protocol import PROTOCOL_VERSION
 from dflash_ray.observability.metrics import TargetMetrics
 from dflash_ray.pb import target_pb2, target_pb2_grpc
-from dflash_ray.target.engine import Engine
+from dflash_ray.target.engine import Engine, StepOutput
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -68,7 +68,10 @@ class TargetServicer(target_pb2_grpc.TargetServicer):
                         f"epoch {epoch} does not lead this group (now {self._epoch}): say hello with a new lease",
                     )
                 elif kind == "step":
-                    yield target_pb2.TargetResponse(result=await self._step(epoch, request.step))
+                    output = await self._step(epoch, request.step)
+                    for piece in output.features:
+                        yield target_pb2.TargetResponse(features=piece)
+                    yield target_pb2.TargetResponse(result=output.result)
                 elif kind == "close":
                     self._opened[epoch].difference_update(request.close.sequence_ids)
                     await self._run(lambda ids=list(request.close.sequence_ids): self._engine.close(ids))
@@ -77,7 +80,7 @@ class TargetServicer(target_pb2_grpc.TargetServicer):
                     features = await self._run(
                         lambda replay=replay: self._engine.replay(replay.sequence_id, replay.start)
                     )
-                    yield target_pb2.TargetResponse(features=target_pb2.FeaturesReplay(features=features))
+                    yield target_pb2.TargetResponse(replay=target_pb2.FeaturesReplay(features=features))
         finally:
             # Not awaited: the handler may be ending by cancellation, and the thread keeps the order of its work.
             self._compute.submit(self._engine.close, list(self._opened.pop(epoch, ())))
@@ -100,20 +103,20 @@ class TargetServicer(target_pb2_grpc.TargetServicer):
         logger.info("router leads this group", extra={"router_id": hello.router_id, "epoch": hello.epoch})
         return hello.epoch
 
-    async def _step(self, epoch: int, step: target_pb2.Step) -> target_pb2.StepResult:
+    async def _step(self, epoch: int, step: target_pb2.Step) -> StepOutput:
         received = time.perf_counter_ns()
         opened = self._opened.setdefault(epoch, set())
         opened.difference_update(step.close)
         opened.update(message.sequence_id for message in step.open)
-        result = await self._run(lambda: self._engine.step(step))
-        timings = result.timings
+        output = await self._run(lambda: self._engine.step(step))
+        result, timings = output.result, output.result.timings
         timings.total_ns = time.perf_counter_ns() - received
         timings.queue_ns = max(0, timings.total_ns - timings.forward_ns - timings.verify_ns - timings.draft_ns)
         for phase in ("queue", "forward", "verify", "draft"):
             self._metrics.phase.labels(phase).observe(getattr(timings, f"{phase}_ns") / 1e9)
         for status in result.statuses:
             self._metrics.entries.labels(target_pb2.EntryStatus.Name(status)).inc()
-        return result
+        return output
 
     async def _run(self, work: Callable[[], T]) -> T:
         try:

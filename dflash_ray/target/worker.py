@@ -25,7 +25,9 @@ from dflash_ray.rpc.metrics import SERVICE_NAME as METRICS_SERVICE_NAME
 from dflash_ray.rpc.metrics import add_metrics_service
 from dflash_ray.rpc.node import bind_host
 from dflash_ray.sampling.shards import ProcessGroupShards, ShardGroup, SingleShard
+from dflash_ray.target.colocated import ColocatedDrafter
 from dflash_ray.target.engine import Engine
+from dflash_ray.target.feature_store import FeatureStore
 from dflash_ray.target.model import RankModel
 from dflash_ray.target.runner import GroupRunner
 from dflash_ray.target.servicer import TargetInfo, TargetServicer
@@ -137,6 +139,7 @@ class TargetRank:
                 model.max_model_len,
                 model.vocab_size,
                 colocated,
+                None if drafter is None or colocated is not None else FeatureStore(config.target.kv_cache_rows),
             )
             self._info = TargetInfo(
                 target_id=self._target_id,
@@ -153,16 +156,17 @@ class TargetRank:
             )
         return {"pid": os.getpid(), "node_id": ray.get_runtime_context().get_node_id()}
 
-    def _colocated(self, checkpoint: DrafterCheckpoint | None) -> BlockDrafter | None:
+    def _colocated(self, checkpoint: DrafterCheckpoint | None) -> ColocatedDrafter | None:
         drafter = self._config.drafter
         if checkpoint is None or drafter.placement_mode != "colocated":
             return None
         target = resolve_target(self._config.model.path)
         dtype = getattr(torch, drafter.dtype)
-        return BlockDrafter(checkpoint, target, drafter.device, dtype, drafter.max_context_tokens)
+        block_drafter = BlockDrafter(checkpoint, target, drafter.device, dtype)
+        return ColocatedDrafter(block_drafter, self._config.drafter_context_tokens)
 
     async def _listen(self) -> str:
-        server = new_server()
+        server = new_server(self._config.network.max_message_bytes)
         metrics = TargetMetrics()
         servicer = TargetServicer(self._engine, self._info, self._compute, metrics)
         target_pb2_grpc.add_TargetServicer_to_server(servicer, server)

@@ -17,11 +17,13 @@ from torch import Tensor
 
 from dflash_ray.core.stats import AcceptanceStats
 from dflash_ray.models.block_drafter import BlockDrafter
+from dflash_ray.models.context_features import rows_of
 from dflash_ray.models.drafter_checkpoint import DrafterCheckpoint
 from dflash_ray.models.target_checkpoint import TargetCheckpoint, resolve_target
 from dflash_ray.pb import common_pb2, target_pb2
 from dflash_ray.sampling.shards import SingleShard
-from dflash_ray.target.engine import Engine
+from dflash_ray.target.colocated import ColocatedDrafter
+from dflash_ray.target.engine import Engine, StepOutput
 from dflash_ray.target.model import RankModel
 from dflash_ray.target.runner import GroupRunner
 from dflash_ray.target.tensor_parallel import StepChannel, create_store, init_process_group
@@ -118,9 +120,9 @@ class BatchDecoder:
             self._admit(step, waiting, running, stops)
             step.num_candidates = max(1, *(one.request.num_candidates for one in running.values()))
             self._add_rows(step, running)
-            result = self._engine.step(step)
+            output = self._engine.step(step)
             close = []
-            for index, decoded in self._take(result, running):
+            for index, decoded in self._take(output, running):
                 close.append(index)
                 yield index, decoded
         self._engine.close(close)
@@ -177,12 +179,11 @@ class BatchDecoder:
                 step.colocated_draft_ids.append(index)
                 step.colocated_num_drafts.append(one.request.draft_tokens)
 
-    def _take(self, result: target_pb2.StepResult, running: dict[int, _Running]) -> Iterator[tuple[int, Decoded]]:
+    def _take(self, output: StepOutput, running: dict[int, _Running]) -> Iterator[tuple[int, Decoded]]:
         """Books a step's tokens, features and drafts; yields what has finished."""
-        for part in result.features:
-            assert part.dtype == common_pb2.DATA_TYPE_FLOAT32
-            rows = np.frombuffer(part.data, dtype=np.float32).reshape(part.num_rows, -1)
-            running[part.sequence_id].taps.append(torch.from_numpy(rows.copy()).to(torch.bfloat16))
+        for part in output.features:
+            running[part.sequence_id].taps.append(rows_of(part).to(torch.bfloat16))
+        result = output.result
         offset = 0
         finished: list[tuple[int, int]] = []
         for i, index in enumerate(result.sequence_ids):
@@ -281,11 +282,15 @@ def _build_engine(
         projector = drafter.build_projector(dtype).to(settings.device)
         tap_layer_ids = drafter.config.target_layer_ids
     model = RankModel(target, config, 0, 1, projector, tap_layer_ids)
+    colocated = None
+    if drafter is not None:
+        block_drafter = BlockDrafter(drafter, target, settings.device, dtype)
+        colocated = ColocatedDrafter(block_drafter, config.target.kv_cache_rows, raises=True)
     return Engine(
         GroupRunner(model, StepChannel(settings.device), SingleShard()),
         config.target.num_pages,
         config.target.page_size,
         model.max_model_len,
         model.vocab_size,
-        None if drafter is None else BlockDrafter(drafter, target, settings.device, dtype, settings.kv_cache_tokens),
+        colocated,
     )

@@ -108,7 +108,7 @@ def follow_answers(config: TrainingConfig, drafter: DrafterCheckpoint, target: T
     assert section.answers is not None
     answers = _choose_answers(section, ShardStore(section.answers), drafter, target)
     sources = [source for source, _ in answers]
-    block_drafter = BlockDrafter(drafter, target, max_context_tokens=config.engine.kv_cache_tokens)
+    block_drafter = BlockDrafter(drafter, target)
     projector = drafter.build_projector()
     stop_ids = ChatTokenizer(ModelConfig(path=config.target)).eos_ids
     num_candidates = max(section.tree_nodes, default=0)

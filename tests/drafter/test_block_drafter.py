@@ -78,14 +78,6 @@ def test_a_gap_in_the_context_is_reported_with_what_is_held(checkpoint, target):
     assert raised.value.have == 4
 
 
-def test_the_longest_unused_session_leaves_when_the_context_is_full(checkpoint, target):
-    drafter = BlockDrafter(checkpoint, target, max_context_tokens=50)
-    for session in (1, 2, 3):
-        drafter.open(session)
-        drafter.extend(session, 0, torch.randn(20, HIDDEN))
-    assert [drafter.context_len(session) for session in (1, 2, 3)] == [0, 20, 20]
-
-
 def test_a_text_longer_than_the_drafter_was_trained_for_is_drafted_up_to_the_targets_length(target, tmp_path):
     short = load_drafter(save_random(tmp_path, VALUES | {"max_position_embeddings": 16}), target)
     drafter = BlockDrafter(short, target)

@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from dflash_ray.config import load_config
-from dflash_ray.drafter.methods import DflashMethod
 from dflash_ray.drafter.sessions import DraftSessions
 from dflash_ray.models.block_drafter import BlockDrafter
 from dflash_ray.models.dflash2 import Draw
@@ -65,7 +64,7 @@ def test_a_replica_drafts_with_the_temperature_and_seed_it_is_sent(target, tmp_p
     drafter = BlockDrafter(load_drafter(save_random(tmp_path, dflash2(top_k=8)), target), target)
     rows = torch.randn(6, HIDDEN)
     request = request_of_two(rows, temperatures=[0.0, 2.0], seeds=[1, 77], wants_distributions=[False, False])
-    reply = DraftSessions(DflashMethod(drafter)).answer(0, request)
+    reply = DraftSessions(drafter, 1000).answer(0, request)
     drafter.open(100)
     drafter.extend(100, 0, rows)
     for block, draw in zip(reply.blocks, (Draw(), Draw(2.0, 77)), strict=True):
@@ -78,7 +77,7 @@ def test_a_replica_returns_the_whole_distribution_of_a_draft_that_it_drew(target
     drafter = BlockDrafter(load_drafter(save_random(tmp_path, dflash2(top_k=8)), target), target)
     rows = torch.randn(6, HIDDEN)
     request = request_of_two(rows, temperatures=[2.0, 0.0], seeds=[77, 77], wants_distributions=[True, True])
-    drawn, greedy = DraftSessions(DflashMethod(drafter)).answer(0, request).blocks
+    drawn, greedy = DraftSessions(drafter, 1000).answer(0, request).blocks
     assert drawn.is_drawn and drawn.num_candidates == 8
     assert np.exp(drawn.log_probs).reshape(5, 8).sum(1) == pytest.approx(np.ones(5), abs=1e-5)
     assert not greedy.is_drawn and greedy.num_candidates == 3
@@ -87,5 +86,5 @@ def test_a_replica_returns_the_whole_distribution_of_a_draft_that_it_drew(target
 def test_the_checkpoint_decides_which_method_a_replica_serves(target, tmp_path):
     for name, values in (("dflash", VALUES), ("dflash2", dflash2())):
         drafter = BlockDrafter(load_drafter(save_random(tmp_path / name, values), target), target)
-        assert DflashMethod(drafter).name == name
+        assert drafter.name == name
         assert load_config(None, [f"drafter.method={name}"]).uses_features

@@ -12,6 +12,7 @@ from dflash_ray.models.block_drafter import BlockDrafter
 from dflash_ray.models.drafter_checkpoint import load_drafter, save_drafter
 from dflash_ray.pb import common_pb2, target_pb2
 from dflash_ray.sampling.shards import SingleShard
+from dflash_ray.target.colocated import ColocatedDrafter
 from dflash_ray.target.engine import Engine
 from dflash_ray.target.model import RankModel
 from dflash_ray.target.runner import GroupRunner
@@ -75,7 +76,7 @@ def new_engine(directory, target) -> Engine:
     checkpoint = load_drafter(directory, target)
     rank = RankModel(target, CONFIG, 0, 1, checkpoint.build_projector(), checkpoint.config.target_layer_ids)
     runner = GroupRunner(rank, StepChannel("cpu"), SingleShard())
-    drafter = BlockDrafter(checkpoint, target)
+    drafter = ColocatedDrafter(BlockDrafter(checkpoint, target), CONFIG.drafter_context_tokens, raises=True)
     return Engine(runner, CONFIG.target.num_pages, CONFIG.target.page_size, 256, VOCAB, drafter)
 
 
@@ -94,7 +95,7 @@ def decode(engine: Engine, prompt: list[int], drafts_from: int = 0, **sampling) 
     while True:
         step.colocated_draft_ids.append(1)
         step.colocated_num_drafts.append(min(BLOCK - 1, max(1, NUM_NEW - len(tokens) - 2)))
-        result = engine.step(step)
+        result = engine.step(step).result
         assert list(result.statuses) == [target_pb2.ENTRY_STATUS_OK]
         if tokens:
             produced.append(len(result.token_ids))

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from dflash_ray.core.errors import OverloadedError, UnavailableError
+from dflash_ray.core.errors import OverloadedError, RequestError, UnavailableError
 from tests.directories import LocalDirectory
 from tests.toy import STOP_TOKEN, answer
 from tests.toy_processes import TTL_S, Cluster, until
@@ -217,6 +217,23 @@ async def test_a_pipeline_hands_its_requests_over_when_its_group_comes_back_with
         outcomes = await asyncio.gather(*load.answers, return_exceptions=True)
         assert all(isinstance(outcome, UnavailableError) for outcome in outcomes)
         assert not new.opened
+
+
+async def test_a_request_that_ends_group_after_group_is_stopped_wherever_it_goes():
+    poison = 49
+    async with Cluster() as cluster:
+        for _ in range(2):
+            await cluster.router()
+        groups = [await cluster.group() for _ in range(5)]
+        await cluster.led(2, 3)
+        for group in groups:
+            group.poison = poison
+        load = Load(cluster, 8)
+        await load.have_begun()
+        with pytest.raises(RequestError, match="three times"):
+            await cluster.generate([poison, 1, 2])
+        await load.are_right()
+        assert [group.is_dead for group in groups].count(True) == 3
 
 
 async def test_a_router_whose_queue_is_full_sends_no_request_away_for_good():

@@ -4,19 +4,20 @@ from collections import Counter
 
 import pytest
 
+from dflash_ray.config import NetworkConfig
 from dflash_ray.core.errors import UnavailableError
 from dflash_ray.gateway.routers import Routers
 from dflash_ray.rpc.directory import Entry
 from tests.directories import LocalDirectory
 
-TTL_S = 600.0
+NETWORK = NetworkConfig(entry_ttl_s=600.0)
 
 
 async def routers_of(**infos: dict) -> Routers:
     directory = LocalDirectory()
     for router_id, info in infos.items():
-        await directory.register(Entry("router", router_id, f"{router_id}:1", info), TTL_S)
-    routers = Routers(directory, TTL_S)
+        await directory.register(Entry("router", router_id, f"{router_id}:1", info), NETWORK.entry_ttl_s)
+    routers = Routers(directory, NETWORK)
     await routers.refresh()
     return routers
 

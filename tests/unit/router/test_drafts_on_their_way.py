@@ -38,7 +38,7 @@ def step_with(drafts: list[int], *, is_drawn: bool, max_new_tokens: int = 20) ->
         log_probs=[-0.5 * slot for slot in range(len(drafts) * NUM_CANDIDATES)],
         is_drawn=is_drawn,
     )
-    scheduler.drafts_done("d", reply)
+    scheduler.drafts_done("d", reply, 0.0)
     (step,) = [action.step for action in scheduler.poll(0.0) if isinstance(action, RunStep)]
     return step
 

@@ -5,7 +5,8 @@ from dflash_ray.pb import common_pb2, drafter_pb2, router_pb2, target_pb2
 from dflash_ray.router.actions import RequestDrafts, RunStep
 from dflash_ray.router.draft_rates import DraftRates
 from dflash_ray.router.drafting import DrafterState
-from dflash_ray.router.scheduler import Scheduler, TargetLimits
+from dflash_ray.router.limits import TargetLimits
+from dflash_ray.router.scheduler import Scheduler
 
 LIMITS = TargetLimits(1, 4096, 1000, 16, 512, 512)
 CYCLE = [11, 12, 13, 14, 15, 16, 17]
@@ -36,7 +37,7 @@ class CyclingTarget:
         result.num_tokens.append(len(new))
         result.token_ids.extend(new)
         result.finish_reasons.append(common_pb2.FINISH_REASON_UNSPECIFIED)
-        result.features.add(sequence_id=1, start=self.kv_len, num_rows=rows)
+        self.features = common_pb2.ContextFeatures(sequence_id=1, start=self.kv_len, num_rows=rows)
         self.kv_len += rows
         self.tokens += new
         return result
@@ -57,14 +58,17 @@ def run(prompt: list[int], num_steps: int, says: dict[int, int] | None = None, *
             if isinstance(action, RequestDrafts):
                 requests.append(action.request)
                 reply = drafter_pb2.DraftReply(request_id=action.request.request_id)
-                reply.blocks.add(
-                    sequence_id=1, epoch=1, committed_len=action.request.committed_lens[0], num_slots=1,
-                    num_candidates=1, candidate_ids=[999],
-                )  # fmt: skip
-                scheduler.drafts_done("d", reply)
+                for committed_len in action.request.committed_lens:
+                    reply.blocks.add(
+                        sequence_id=1, epoch=1, committed_len=committed_len, num_slots=1,
+                        num_candidates=1, candidate_ids=[999],
+                    )  # fmt: skip
+                scheduler.drafts_done("d", reply, 0.0)
             elif isinstance(action, RunStep):
                 steps.append(action.step)
-                scheduler.step_done(target.step(action.step), 0.0)
+                result = target.step(action.step)
+                scheduler.features(target.features)
+                scheduler.step_done(result, 0.0)
     return scheduler, steps, requests, target.tokens
 
 

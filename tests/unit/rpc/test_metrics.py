@@ -2,6 +2,7 @@
 
 import re
 
+from dflash_ray.config import NetworkConfig
 from dflash_ray.observability.metrics import GatewayMetrics, RouterMetrics
 from dflash_ray.rpc.channel import RunningServer, new_server, start_server
 from dflash_ray.rpc.directory import Entry
@@ -9,7 +10,7 @@ from dflash_ray.rpc.metrics import MetricsPage, add_metrics_service, merge_expos
 from tests.directories import LocalDirectory
 from tests.metrics import total
 
-TTL_S = 600.0
+NETWORK = NetworkConfig(entry_ttl_s=600.0)
 REQUESTS = "vllm:request_success_total"
 PREEMPTIONS = "vllm:num_preemptions_total"
 
@@ -27,17 +28,17 @@ class Gateway:
     def __init__(self, gateway_id: str, directory: LocalDirectory) -> None:
         self.id = gateway_id
         self.metrics = GatewayMetrics()
-        self.page = MetricsPage(directory, TTL_S, ("gateway", gateway_id), self.metrics.render)
+        self.page = MetricsPage(directory, NETWORK, ("gateway", gateway_id), self.metrics.render)
 
     def count(self) -> None:
         self.metrics.request_success.labels("m", "stop").inc()
 
 
 async def serve(directory: LocalDirectory, kind: str, entry_id: str, metrics) -> RunningServer:
-    server = new_server()
+    server = new_server(NETWORK.max_message_bytes)
     add_metrics_service(server, metrics.render)
     running = await start_server(server, [], "127.0.0.1", 0)
-    await directory.register(Entry(kind, entry_id, f"127.0.0.1:{running.port}"), TTL_S)
+    await directory.register(Entry(kind, entry_id, f"127.0.0.1:{running.port}"), NETWORK.entry_ttl_s)
     return running
 
 

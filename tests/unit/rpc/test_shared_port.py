@@ -3,6 +3,7 @@
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from dflash_ray.config import NetworkConfig
 from dflash_ray.rpc.channel import new_server, start_server
 
 
@@ -14,8 +15,8 @@ async def answers(port: int) -> bool:
 
 
 async def test_a_second_server_shares_a_port_and_goes_on_alone_when_the_first_is_gone():
-    first = await start_server(new_server(), [], "127.0.0.1", 0)
-    second = await start_server(new_server(), [], "127.0.0.1", first.port)
+    first = await start_server(new_server(NetworkConfig().max_message_bytes), [], "127.0.0.1", 0)
+    second = await start_server(new_server(NetworkConfig().max_message_bytes), [], "127.0.0.1", first.port)
     assert second.port == first.port
     assert all([await answers(first.port) for _ in range(8)])
     await first.server.stop(None)

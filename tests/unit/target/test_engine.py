@@ -52,14 +52,14 @@ def run(engine: Engine, message: target_pb2.OpenSequence, draft_of, chunk: int =
     while done < len(message.token_ids):
         step.prefill_ids.append(message.sequence_id)
         step.prefill_lens.append(chunk)
-        result = engine.step(step)
+        result = engine.step(step).result
         done += chunk
         step = target_pb2.Step()
     finished = result.finish_reasons[0]
     tokens += result.token_ids
     while not finished:
         draft = draft_of(tokens)[: max(0, message.prompt_len + message.stopping.max_new_tokens - len(tokens) - 1)]
-        result = engine.step(verify_step({message.sequence_id: tokens}, {message.sequence_id: draft}))
+        result = engine.step(verify_step({message.sequence_id: tokens}, {message.sequence_id: draft})).result
         assert result.statuses[0] == OK
         tokens += result.token_ids
         finished = result.finish_reasons[0]
@@ -117,13 +117,13 @@ def test_drafts_never_change_a_token(runner, sampling):
 def test_a_perfect_draft_is_accepted_whole_and_a_wrong_one_up_to_the_fault(runner):
     engine = new_engine(runner)
     truth = run(engine, opening(), plain)
-    first = engine.step(target_pb2.Step(open=[opening()], prefill_ids=[1], prefill_lens=[len(PROMPT)]))
+    first = engine.step(target_pb2.Step(open=[opening()], prefill_ids=[1], prefill_lens=[len(PROMPT)])).result
     tokens = [*PROMPT, *first.token_ids]
-    result = engine.step(verify_step({1: tokens}, {1: truth[1:5]}))
+    result = engine.step(verify_step({1: tokens}, {1: truth[1:5]})).result
     assert result.num_accepted_drafts[0] == 4 and list(result.token_ids) == truth[1:6]
     tokens += result.token_ids
     wrong = [truth[6], (truth[7] + 1) % VOCAB, truth[8]]
-    result = engine.step(verify_step({1: tokens}, {1: wrong}))
+    result = engine.step(verify_step({1: tokens}, {1: wrong})).result
     assert result.num_accepted_drafts[0] == 1 and list(result.token_ids) == truth[6:8]
 
 
@@ -161,11 +161,11 @@ def test_bad_entries_get_their_status_and_neighbours_their_tokens(runner):
         prefill_ids=[1, 2, 3, 4],
         prefill_lens=[len(PROMPT)] * 4,
     )
-    result = engine.step(step)
+    result = engine.step(step).result
     assert list(result.statuses) == [OK, OK, OK, FAILED] and "below" in result.errors[0]
     known = {i: [*PROMPT, truth[0]] for i in (1, 2, 3)}
     step = verify_step(known | {2: PROMPT, 9: PROMPT}, {1: truth[1:3], 2: [1], 9: [1], 3: [VOCAB]})
-    result = engine.step(step)
+    result = engine.step(step).result
     assert list(result.statuses) == [OK, STALE, UNKNOWN, FAILED]
     assert list(result.token_ids) == truth[1:4]
     assert result.committed_lens[1] == len(PROMPT) + 1
@@ -173,24 +173,24 @@ def test_bad_entries_get_their_status_and_neighbours_their_tokens(runner):
 
 def test_branching_drafts_end_their_sequence_with_a_clear_text(runner):
     engine = new_engine(runner)
-    first = engine.step(target_pb2.Step(open=[opening()], prefill_ids=[1], prefill_lens=[len(PROMPT)]))
+    first = engine.step(target_pb2.Step(open=[opening()], prefill_ids=[1], prefill_lens=[len(PROMPT)])).result
     step = verify_step({1: [*PROMPT, *first.token_ids]}, {1: [3, 4]})
     step.draft_parents[:] = [0, 0]
-    result = engine.step(step)
+    result = engine.step(step).result
     assert list(result.statuses) == [FAILED] and "chains" in result.errors[0]
 
 
 def test_drawn_drafts_are_judged_by_their_distribution(runner):
     engine = new_engine(runner)
     message = opening(temperature=1.0, mode=common_pb2.VERIFY_MODE_REJECTION)
-    first = engine.step(target_pb2.Step(open=[message], prefill_ids=[1], prefill_lens=[len(PROMPT)]))
+    first = engine.step(target_pb2.Step(open=[message], prefill_ids=[1], prefill_lens=[len(PROMPT)])).result
     tokens = [*PROMPT, *first.token_ids]
     # Each draft was nearly impossible to be drawn, so the target has it more often than the drafter did.
     step = verify_step({1: tokens}, {1: [3, 4]})
     step.num_draft_candidates.append(2)
     step.draft_candidate_ids.extend([3, 9, 4, 9])
     step.draft_log_probs.extend([-30.0, 0.0, -30.0, 0.0])
-    result = engine.step(step)
+    result = engine.step(step).result
     assert result.num_accepted_drafts[0] == 2 and list(result.token_ids[:2]) == [3, 4]
 
 
@@ -201,22 +201,24 @@ def test_drawn_drafts_are_judged_by_their_distribution(runner):
 )  # fmt: skip
 def test_a_malformed_draft_distribution_ends_its_sequence_with_a_clear_text(runner, ids, log_probs, fault):
     engine = new_engine(runner)
-    first = engine.step(target_pb2.Step(open=[opening()], prefill_ids=[1], prefill_lens=[len(PROMPT)]))
+    first = engine.step(target_pb2.Step(open=[opening()], prefill_ids=[1], prefill_lens=[len(PROMPT)])).result
     step = verify_step({1: [*PROMPT, *first.token_ids]}, {1: [3, 4]})
     step.num_draft_candidates.append(2)
     step.draft_candidate_ids.extend(ids)
     step.draft_log_probs.extend(log_probs)
-    result = engine.step(step)
+    result = engine.step(step).result
     assert list(result.statuses) == [FAILED] and fault in result.errors[0]
 
 
 def test_a_sequence_without_pages_waits_and_its_neighbour_goes_on(runner):
     engine = new_engine(runner, num_pages=4)
     other = opening(2, tokens=[7, 8, 9, 10, 11, 12, 13, 14, 15])
-    result = engine.step(target_pb2.Step(open=[opening(1), other], prefill_ids=[1, 2], prefill_lens=[len(PROMPT), 9]))
+    result = engine.step(
+        target_pb2.Step(open=[opening(1), other], prefill_ids=[1, 2], prefill_lens=[len(PROMPT), 9])
+    ).result
     assert list(result.statuses) == [OK, NO_PAGES]
     engine.close([1])
-    result = engine.step(target_pb2.Step(prefill_ids=[2], prefill_lens=[9]))
+    result = engine.step(target_pb2.Step(prefill_ids=[2], prefill_lens=[9])).result
     assert list(result.statuses) == [OK] and result.num_tokens[0] == 1
 
 
@@ -228,7 +230,7 @@ def test_logits_that_are_not_finite_end_one_sequence_only(runner, monkeypatch):
         runner._model, "shard_logits", lambda hidden: shard_logits(hidden).index_fill(0, torch.tensor([1]), torch.nan)
     )
     step = target_pb2.Step(open=[opening(1), opening(2)], prefill_ids=[1, 2], prefill_lens=[len(PROMPT)] * 2)
-    result = engine.step(step)
+    result = engine.step(step).result
     assert list(result.statuses) == [OK, FAILED] and "finite" in result.errors[0]
     assert list(result.token_ids) == truth[:1]
 
@@ -236,7 +238,7 @@ def test_logits_that_are_not_finite_end_one_sequence_only(runner, monkeypatch):
 def test_log_probabilities_are_of_the_raw_logits_and_best_first(runner, tiny_target):
     engine = new_engine(runner)
     message = opening(temperature=0.5, top_k=1, num_logprobs=3)
-    result = engine.step(target_pb2.Step(open=[message], prefill_ids=[1], prefill_lens=[len(PROMPT)]))
+    result = engine.step(target_pb2.Step(open=[message], prefill_ids=[1], prefill_lens=[len(PROMPT)])).result
     with torch.inference_mode():
         expected = tiny_target.load_model()(torch.tensor([PROMPT])).logits[0, -1].log_softmax(-1)
     best, ids = expected.topk(3)

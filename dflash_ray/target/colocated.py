@@ -1,0 +1,85 @@
+"""The drafter inside rank 0. Its drafts are advice: whatever goes wrong here is logged, and decoding goes on."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence as Columns
+
+from torch import Tensor
+
+from dflash_ray.models.draft_contexts import DraftContexts, DraftMethod, to_block
+from dflash_ray.pb import common_pb2
+from dflash_ray.target.sequences import Sequence
+
+logger = logging.getLogger(__name__)
+
+
+class ColocatedDrafter:
+    """Contexts of the engine's sequences and drafts for them.
+
+    Features are not kept here for a second time: a sequence whose rows found no room, or whose session was lost to a
+    fault, is decoded without drafts until it is opened again.
+
+    Args:
+        max_context_tokens: context rows held over all sequences.
+        raises: whether faults end the step, as a job wants that measures drafts.
+    """
+
+    def __init__(self, method: DraftMethod, max_context_tokens: int, raises: bool = False) -> None:
+        self._method = method
+        self._contexts: DraftContexts[int] = DraftContexts(method, max_context_tokens)
+        self._raises = raises
+        self.max_draft_tokens = method.max_draft_tokens
+
+    def __len__(self) -> int:
+        return len(self._contexts)
+
+    def extend(self, sequence: Sequence, features: Tensor) -> None:
+        """Features [n, H] of the positions from the sequence's kv_len on."""
+        start = sequence.kv_len
+        try:
+            self._contexts.extend(sequence.sequence_id, start, features, sequence.tokens[start : start + len(features)])
+        except Exception:
+            if self._raises:
+                raise
+            logger.exception("the colocated drafter failed; a sequence is decoded without it")
+
+    def close(self, sequence_id: int) -> None:
+        """Forgets a sequence; unknown ones are ignored."""
+        try:
+            self._contexts.close(sequence_id)
+        except Exception:
+            if self._raises:
+                raise
+            logger.exception("the colocated drafter failed to close a session")
+
+    def draft(
+        self, sequences: Columns[Sequence], counts: Columns[int], num_candidates: int, epoch: int
+    ) -> list[common_pb2.DraftBlock]:
+        """Blocks for those of `sequences` that only lack the anchor's row and whose context is whole."""
+        ready = [
+            (sequence, min(count, self.max_draft_tokens))
+            for sequence, count in zip(sequences, counts, strict=True)
+            if count
+            and sequence.kv_len == sequence.committed_len - 1
+            and self._contexts.context_len(sequence.sequence_id) == sequence.kv_len
+        ]
+        if not ready:
+            return []
+        try:
+            proposals = self._contexts.propose(
+                [sequence.sequence_id for sequence, _ in ready],
+                [sequence.tokens[-1] for sequence, _ in ready],
+                [count for _, count in ready],
+                num_candidates,
+                [sequence.draw() for sequence, _ in ready],
+            )
+            return [
+                to_block(sequence.sequence_id, epoch, sequence.committed_len, proposal)
+                for (sequence, _), proposal in zip(ready, proposals, strict=True)
+            ]
+        except Exception:
+            if self._raises:
+                raise
+            logger.exception("the colocated drafter failed; its sequences are decoded without it")
+            return []
