@@ -56,7 +56,9 @@ class TargetConfig(_Section):
     kv_cache_tokens: int = Field(32768, ge=64, description="tokens that the paged KV cache of a group holds")
     max_batch_tokens: int = Field(512, ge=16, description="rows of one target pass")
     init_timeout_s: float = Field(300.0, gt=0)
-    step_timeout_s: float = Field(120.0, gt=0, description="a pass that takes longer ends the group")
+    step_timeout_s: float = Field(
+        120.0, gt=0, description="a pass that takes longer, or a rank that is silent as long, ends the group"
+    )
 
     @property
     def num_pages(self) -> int:
@@ -224,9 +226,20 @@ class DflashRayConfig(_Section):
 
     @model_validator(mode="after")
     def _check(self) -> DflashRayConfig:
+        self._check_rows()
         self._check_contexts()
         self._check_messages()
         return self
+
+    def _check_rows(self) -> None:
+        """A pass must hold the drafts of all sequences that decode at a time."""
+        rows = self.router.max_running * (1 + (self.router.draft_tokens if self.drafter.method != "none" else 0))
+        if self.target.max_batch_tokens < rows:
+            raise ValueError(
+                f"target.max_batch_tokens: router.max_running {self.router.max_running} sequences of 1 + "
+                f"router.draft_tokens {self.router.draft_tokens} rows need {rows}, and {self.target.max_batch_tokens} "
+                "are allowed; raise it, or lower one of the others"
+            )
 
     def _check_contexts(self) -> None:
         """Every sequence that a target can run must find room at a drafter."""

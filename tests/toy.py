@@ -151,7 +151,7 @@ class ToyDrafter:
         for part in request.contexts:
             fault = self._extend(part)
             if fault is not None:
-                missing[part.sequence_id] = fault
+                missing.setdefault(part.sequence_id, fault)
         for i, sequence_id in enumerate(request.sequence_ids):
             held = self.sessions.get(sequence_id, 0)
             committed_len, count = request.committed_lens[i], request.num_draft_tokens[i]

@@ -12,6 +12,7 @@ import ray
 import torch
 
 from dflash_ray.config import DflashRayConfig, NetworkConfig
+from dflash_ray.core.watchdog import Watchdog
 from dflash_ray.drafter.methods import load_method
 from dflash_ray.drafter.servicer import DrafterServicer
 from dflash_ray.observability.logs import configure_logging
@@ -37,7 +38,8 @@ class DrafterReplica:
             torch.set_num_threads(config.drafter.num_threads)
         drafter_id = uuid.uuid4().hex[:12]
         method = await asyncio.to_thread(load_method, config)
-        self._servicer = DrafterServicer(drafter_id, method, config.drafter_context_tokens, DrafterMetrics())
+        watchdog = Watchdog(config.drafter.step_timeout_s, "a draft pass")
+        self._servicer = DrafterServicer(drafter_id, method, config.drafter_context_tokens, watchdog, DrafterMetrics())
         self._server = await self._serve(config.network)
         self._closing.push_async_callback(self._server.stop, grace_s=1.0)
         self._entry = Entry(
@@ -67,6 +69,11 @@ class DrafterReplica:
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """The signal of the autoscaling policy."""
         return {"busy_fraction": self._servicer.busy.fraction()}
+
+    async def check_health(self) -> None:
+        """Raises when the replica is no longer registered."""
+        if self._registration.done():
+            self._registration.result()
 
     async def _unregister(self) -> None:
         self._registration.cancel()

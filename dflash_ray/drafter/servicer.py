@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import grpc
 
 from dflash_ray.core.protocol import PROTOCOL_VERSION
+from dflash_ray.core.watchdog import Watchdog
 from dflash_ray.drafter.sessions import DraftSessions
 from dflash_ray.models.draft_contexts import DraftMethod
 from dflash_ray.observability.metrics import DrafterMetrics
@@ -47,7 +48,15 @@ class BusyMeter:
 class DrafterServicer(drafter_pb2_grpc.DrafterServicer):
     """One bidirectional stream a router; requests of all streams are answered in arrival order."""
 
-    def __init__(self, drafter_id: str, method: DraftMethod, max_context_tokens: int, metrics: DrafterMetrics) -> None:
+    def __init__(
+        self,
+        drafter_id: str,
+        method: DraftMethod,
+        max_context_tokens: int,
+        watchdog: Watchdog,
+        metrics: DrafterMetrics,
+    ) -> None:
+        self._watchdog = watchdog
         self._drafter_id = drafter_id
         self._method = method
         self._metrics = metrics
@@ -113,7 +122,8 @@ class DrafterServicer(drafter_pb2_grpc.DrafterServicer):
     def _timed_answer(self, stream: int, request: drafter_pb2.DraftRequest) -> drafter_pb2.DraftReply:
         start = time.monotonic()
         try:
-            return self._sessions.answer(stream, request)
+            with self._watchdog.watch():
+                return self._sessions.answer(stream, request)
         finally:
             self.busy.record(start, time.monotonic())
 

@@ -22,6 +22,7 @@ class DrafterContext:
         sent_rows: rows [0, sent_rows) that the drafter was sent.
         parts: features from `sent_rows` on, without gaps.
         is_replaying: the target was asked for the rows after `end`.
+        lacked_at: computed rows of the sequence when the target could give none; it is asked when there are more.
         num_losses: drafters that died over a request with this sequence in it.
     """
 
@@ -30,6 +31,7 @@ class DrafterContext:
     parts: list[common_pb2.ContextFeatures] = field(default_factory=list)
     num_bytes: int = 0
     is_replaying: bool = False
+    lacked_at: int = 0
     num_losses: int = 0
 
     @property
@@ -68,6 +70,7 @@ class DrafterContext:
         self.parts = []
         self.num_bytes = 0
         self.is_replaying = False
+        self.lacked_at = 0
 
     def leave(self) -> None:
         """No drafter holds anything."""

@@ -30,7 +30,13 @@ _MAX_LOSSES = 2  # drafters that may die over a sequence before it goes without
 
 @dataclass(slots=True)
 class _InFlight:
-    """The one request that a drafter works on; `deadline` is when the next miss is counted."""
+    """The one request that a drafter works on.
+
+    Attributes:
+        deadline: when the next miss is counted.
+        is_late: a miss was counted.
+        is_given_up: a sequence went on without waiting for its answer; no other one waits for it either.
+    """
 
     request_id: int
     sequence_ids: frozenset[int]
@@ -38,6 +44,7 @@ class _InFlight:
     patience_s: float
     deadline: float
     is_late: bool = False
+    is_given_up: bool = False
 
 
 @dataclass(slots=True)
@@ -104,7 +111,7 @@ class Drafting:
             wanting = [s for s in sequences if s.wants_draft(max_model_len)]
             if drafter.in_flight is None:
                 actions += self._next_request(drafter, sequences, wanting, max_model_len, epoch, now)
-            elif not drafter.in_flight.is_late:
+            elif not drafter.in_flight.is_given_up:
                 for sequence in wanting:
                     if self._is_whole(drafter, sequence) and sequence.draft_deadline is None:
                         sequence.draft_deadline = now + self._timeout_s
@@ -135,7 +142,7 @@ class Drafting:
         actions: list[Action] = []
         for sequence in sequences:
             context = sequence.context
-            is_behind = sequence.is_open and context.end < sequence.num_computed
+            is_behind = sequence.is_open and max(context.end, context.lacked_at) < sequence.num_computed
             if is_behind and not context.is_replaying and context.num_bytes < MAX_WAITING_BYTES // 2:
                 context.is_replaying = True
                 self.num_replays += 1
@@ -241,6 +248,9 @@ class Drafting:
             if sequence.draft_deadline is not None and sequence.draft_deadline <= now:
                 sequence.miss_draft()
                 self.num_dropped["timeout"] += 1
+                drafter = self._drafters.get(sequence.context.drafter_id or "")
+                if drafter is not None and drafter.in_flight is not None:
+                    drafter.in_flight.is_given_up = True
         actions: list[Action] = []
         for drafter in self._drafters.values():
             in_flight = drafter.in_flight

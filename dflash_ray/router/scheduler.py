@@ -259,6 +259,8 @@ class Scheduler:
         if sequence is not None and sequence.context.is_replaying:
             sequence.context.is_replaying = False
             sequence.context.take(part)
+            if not part.num_rows:
+                sequence.context.lacked_at = sequence.num_computed
 
     def poll(self, now: float) -> list[Action]:
         """Everything there is to do at `now`, in order."""

@@ -45,7 +45,7 @@ def build_step(
 
 
 def draft_rows(wanted: Sequence[int], room: int) -> list[int]:
-    """Drafts of each chain: all get their anchor's row before any gets a draft's. A chain without a row has no count."""
+    """Drafts of each chain: all get an anchor's row before any gets a draft's. A chain without a row has no count."""
     chains = wanted[:room]
     room -= len(chains)
     counts = []

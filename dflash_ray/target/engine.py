@@ -24,6 +24,7 @@ from dflash_ray.target.feature_store import FeatureStore
 from dflash_ray.target.model import StepHidden
 from dflash_ray.target.page_allocator import PageAllocator
 from dflash_ray.target.sequences import Draft, Sequence, drafts_of
+from dflash_ray.target.step_check import check_sequence
 
 OK = target_pb2.ENTRY_STATUS_OK
 _FINISH_REASONS = (
@@ -73,6 +74,9 @@ class Engine:
     Args:
         drafter: colocated drafter that gets this group's features, which then leave in no step's output.
         features: where features are kept for replays; None where nothing replays.
+
+    Attributes:
+        is_in_pass: the ranks are at work; after an exception they may be out of step with each other.
     """
 
     def __init__(
@@ -93,6 +97,7 @@ class Engine:
         self._features = features
         self._sequences: dict[int, Sequence] = {}
         self.allocator = PageAllocator(num_pages)
+        self.is_in_pass = False
 
     @property
     def num_sequences(self) -> int:
@@ -125,9 +130,11 @@ class Engine:
         entries = self._entries(step, errors)
         running = [entry for entry in entries if entry.status == OK]
         batch, plan = self._batch(running)
+        self.is_in_pass = True
         hidden = self._runner.forward(batch, plan) if running else None
         forwarded = time.perf_counter_ns()
         outcomes = self._runner.verify(hidden, plan) if hidden is not None and plan else []
+        self.is_in_pass = False
         verified = time.perf_counter_ns()
         result = target_pb2.StepResult(step_id=step.step_id)
         output = StepOutput(result)
@@ -148,9 +155,8 @@ class Engine:
         for message in messages:
             self.close([message.sequence_id])
             try:
-                if any(token >= self._vocab_size for token in message.token_ids):
-                    raise ValueError(f"token ids must be below {self._vocab_size}")
-                sequence = Sequence.open(message, self._max_model_len)
+                check_sequence(message, self._max_model_len, self._vocab_size)
+                sequence = Sequence.open(message, self._max_model_len, self._vocab_size)
             except ValueError as error:
                 errors[message.sequence_id] = str(error)
                 continue

@@ -16,6 +16,7 @@ from dflash_ray.config import DflashRayConfig
 from dflash_ray.target.worker import RankPlace, TargetRank
 
 logger = logging.getLogger(__name__)
+_PING_PERIOD_S = 5.0
 
 
 class GroupStartError(RuntimeError):
@@ -25,9 +26,10 @@ class GroupStartError(RuntimeError):
 class TargetGroup:
     """Started ranks. `info` has what the directory entry needs."""
 
-    def __init__(self, ranks: list[Any], runs: list[Any], info: dict[str, Any]) -> None:
+    def __init__(self, ranks: list[Any], runs: list[Any], info: dict[str, Any], silence_s: float) -> None:
         self._ranks = ranks
         self._runs = runs
+        self._silence_s = silence_s
         self.info = info
 
     @classmethod
@@ -49,15 +51,29 @@ class TargetGroup:
             "node_ids": [info["node_id"] for info in infos],
             "tp_size": config.target.tp_size,
         }
-        return cls(ranks, [rank.run.remote() for rank in ranks], info)
+        return cls(ranks, [rank.run.remote() for rank in ranks], info, config.target.step_timeout_s)
 
     async def wait_for_death(self) -> str:
-        """Returns when any rank is gone, with the reason, after ending the others."""
-        done, _ = await asyncio.wait(
-            [asyncio.ensure_future(_outcome(run)) for run in self._runs], return_when=asyncio.FIRST_COMPLETED
-        )
+        """Returns when any rank is gone or silent, with the reason, after ending the others."""
+        watchers = [asyncio.ensure_future(_outcome(run)) for run in self._runs]
+        watchers.append(asyncio.create_task(self._silence()))
+        done, pending = await asyncio.wait(watchers, return_when=asyncio.FIRST_COMPLETED)
+        for task in pending:
+            task.cancel()
         self.kill()
         return next(iter(done)).result()
+
+    async def _silence(self) -> str:
+        """Returns when a rank's process does not answer: a rank can't tell that it was stopped itself."""
+        while True:
+            await asyncio.sleep(min(_PING_PERIOD_S, self._silence_s))
+            try:
+                async with asyncio.timeout(self._silence_s):
+                    await asyncio.gather(*(rank.ping.remote() for rank in self._ranks))
+            except TimeoutError:
+                return f"a rank did not answer for {self._silence_s:.0f} s"
+            except ray.exceptions.RayError as error:
+                return str(error).splitlines()[0]
 
     def kill(self) -> None:
         """Ends every rank; ranks that are out of step with each other are of no use."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dflash_ray.core.watchdog import Watchdog
 from dflash_ray.sampling.plan import SequencePlan, pack_plan, unpack_plan
 from dflash_ray.sampling.shards import ShardGroup
 from dflash_ray.sampling.verify import SequenceOutcome, verify
@@ -27,11 +28,12 @@ class GroupRunner:
         logits = self._model.shard_logits(hidden.sampled)
         return verify(logits, self._model.vocab_start, plan, self._shards, hidden.features)
 
-    def follow(self) -> None:
-        """Other ranks: takes part in every step until the process ends."""
+    def follow(self, watchdog: Watchdog) -> None:
+        """Other ranks: takes part in every step until the process ends. Waiting for the next one may take for ever."""
         while True:
             flat_batch, flat_plan = self._channel.receive()
-            hidden = self._model.forward(StepBatch.unpack(flat_batch))
-            plan = unpack_plan(flat_plan)
-            if plan:
-                self.verify(hidden, plan)
+            with watchdog.watch():
+                hidden = self._model.forward(StepBatch.unpack(flat_batch))
+                plan = unpack_plan(flat_plan)
+                if plan:
+                    self.verify(hidden, plan)

@@ -81,11 +81,9 @@ class Sequence:
     has_penalties: bool = False
 
     @classmethod
-    def open(cls, message: target_pb2.OpenSequence, max_model_len: int) -> Sequence:
-        """From the wire. Raises ValueError when the tokens do not fit."""
+    def open(cls, message: target_pb2.OpenSequence, max_model_len: int, vocab_size: int) -> Sequence:
+        """From a message that was checked (`step_check.check_sequence`)."""
         tokens = list(message.token_ids)
-        if not 0 < message.prompt_len <= len(tokens) <= max_model_len:
-            raise ValueError(f"{len(tokens)} tokens with prompt_len {message.prompt_len} of at most {max_model_len}")
         sampling = message.sampling
         has_penalties = bool(
             sampling.presence_penalty or sampling.frequency_penalty or sampling.repetition_penalty != 1
@@ -95,7 +93,7 @@ class Sequence:
             tokens=tokens,
             prompt_len=message.prompt_len,
             sampling=sampling,
-            stop_ids=frozenset(message.stopping.stop_token_ids),
+            stop_ids=frozenset(token for token in message.stopping.stop_token_ids if token < vocab_size),
             min_new_tokens=message.stopping.min_new_tokens,
             max_len=min(max_model_len, message.prompt_len + message.stopping.max_new_tokens),
             wants_features=message.wants_features,

@@ -14,9 +14,11 @@ from typing import TypeVar
 import grpc
 
 from dflash_ray.core.protocol import PROTOCOL_VERSION
+from dflash_ray.core.watchdog import Watchdog
 from dflash_ray.observability.metrics import TargetMetrics
 from dflash_ray.pb import target_pb2, target_pb2_grpc
 from dflash_ray.target.engine import Engine, StepOutput
+from dflash_ray.target.step_check import check_step
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -42,8 +44,16 @@ class TargetInfo:
 class TargetServicer(target_pb2_grpc.TargetServicer):
     """One stream at a time leads the group: the one with the highest lease epoch."""
 
-    def __init__(self, engine: Engine, info: TargetInfo, compute: ThreadPoolExecutor, metrics: TargetMetrics) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        info: TargetInfo,
+        compute: ThreadPoolExecutor,
+        watchdog: Watchdog,
+        metrics: TargetMetrics,
+    ) -> None:
         self._engine = engine
+        self._watchdog = watchdog
         self._info = info
         self._compute = compute
         self._metrics = metrics
@@ -68,6 +78,7 @@ class TargetServicer(target_pb2_grpc.TargetServicer):
                         f"epoch {epoch} does not lead this group (now {self._epoch}): say hello with a new lease",
                     )
                 elif kind == "step":
+                    await self._check(request.step, context)
                     output = await self._step(epoch, request.step)
                     for piece in output.features:
                         yield target_pb2.TargetResponse(features=piece)
@@ -118,13 +129,27 @@ class TargetServicer(target_pb2_grpc.TargetServicer):
             self._metrics.entries.labels(target_pb2.EntryStatus.Name(status)).inc()
         return output
 
-    async def _run(self, work: Callable[[], T]) -> T:
+    async def _check(self, step: target_pb2.Step, context: grpc.aio.ServicerContext) -> None:
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._compute, work)
+            check_step(step, self._info.max_batch_tokens)
+        except ValueError as error:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+
+    async def _run(self, work: Callable[[], T]) -> T:
+        """Runs work on the compute thread. What fails outside a pass ends its stream, in a pass the whole group."""
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._compute, self._watched, work)
         except Exception:
-            # The ranks may be out of step with each other now: only a new group is sure to be right.
-            logger.critical("a step failed; the rank ends and the group is started again", exc_info=True)
-            os._exit(1)
+            if self._engine.is_in_pass:
+                # The ranks may be out of step with each other now: only a new group is sure to be right.
+                logger.critical("a pass failed; the rank ends and the group is started again", exc_info=True)
+                os._exit(1)
+            logger.exception("a message of the router could not be served; its stream ends")
+            raise
+
+    def _watched(self, work: Callable[[], T]) -> T:
+        with self._watchdog.watch():
+            return work()
 
     def render_metrics(self) -> str:
         """This process's metrics, gauges brought up to date."""

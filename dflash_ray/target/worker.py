@@ -14,6 +14,7 @@ import ray
 import torch
 
 from dflash_ray.config import DflashRayConfig
+from dflash_ray.core.watchdog import Watchdog
 from dflash_ray.models.block_drafter import BlockDrafter
 from dflash_ray.models.drafter_checkpoint import DrafterCheckpoint, resolve_drafter
 from dflash_ray.models.target_checkpoint import TargetCheckpoint, resolve_target
@@ -78,6 +79,7 @@ class TargetRank:
         self._place = place
         # OpenMP keeps a pool of threads for each calling thread, so loading and all passes come from one.
         self._compute = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pass")
+        self._watchdog = Watchdog(config.target.step_timeout_s, f"a pass of rank {place.rank}")
         self._store: torch.distributed.TCPStore | None = None
         self._runner: GroupRunner | None = None
         self._server: RunningServer | None = None
@@ -104,7 +106,10 @@ class TargetRank:
         if self._place.rank == 0:
             await asyncio.Event().wait()
         assert self._runner is not None
-        await asyncio.get_running_loop().run_in_executor(self._compute, self._runner.follow)
+        await asyncio.get_running_loop().run_in_executor(self._compute, self._runner.follow, self._watchdog)
+
+    async def ping(self) -> None:
+        """Answers while the process can, whatever its compute thread does."""
 
     def _load(self, rendezvous: Rendezvous) -> dict[str, object]:
         config, place = self._config, self._place
@@ -168,7 +173,7 @@ class TargetRank:
     async def _listen(self) -> str:
         server = new_server(self._config.network.max_message_bytes)
         metrics = TargetMetrics()
-        servicer = TargetServicer(self._engine, self._info, self._compute, metrics)
+        servicer = TargetServicer(self._engine, self._info, self._compute, self._watchdog, metrics)
         target_pb2_grpc.add_TargetServicer_to_server(servicer, server)
         add_metrics_service(server, servicer.render_metrics)
         host = bind_host(self._config.network.bind_host)

@@ -40,7 +40,8 @@ class EngineSection(_Section):
         """The same settings as the tree that the target's modules read."""
         model = {"path": target, "dtype": self.dtype, "max_model_len": self.max_model_len}
         keys = {"device", "page_size", "kv_cache_tokens", "max_batch_tokens"}
-        return parse_config({"model": model, "target": self.model_dump(include=keys)}, "engine")
+        router = {"max_running": 1, "draft_tokens": 0}  # no router: the job shares out the rows itself
+        return parse_config({"model": model, "target": self.model_dump(include=keys), "router": router}, "engine")
 
 
 class Dflash2Section(_Section):
