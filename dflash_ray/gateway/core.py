@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import uuid
 
 from dflash_ray.config import DflashRayConfig
 from dflash_ray.gateway.generation import Generator
@@ -18,7 +19,8 @@ from dflash_ray.rpc.metrics import MetricsPage
 class GatewayCore:
     """Everything between the APIs and the routers."""
 
-    def __init__(self, config: DflashRayConfig, gateway_id: str, directory: DirectoryClient) -> None:
+    def __init__(self, config: DflashRayConfig, directory: DirectoryClient) -> None:
+        self.gateway_id = uuid.uuid4().hex[:12]
         self.config = config
         self.started_at = int(time.time())
         self.metrics = GatewayMetrics()
@@ -26,7 +28,7 @@ class GatewayCore:
         self.traffic = None if config.gateway.traffic is None else TrafficRecorder(config.gateway.traffic)
         self.requests = RequestBuilder(config, self.tokenizer, self.traffic)
         self.routers = Routers(directory, config.network)
-        self.metrics_page = MetricsPage(directory, config.network, ("gateway", gateway_id), self.metrics.render)
+        self._metrics_page = MetricsPage(directory, config.network, ("gateway", self.gateway_id), self.metrics.render)
         self.generator = Generator(
             self.routers,
             self.tokenizer,
@@ -41,3 +43,7 @@ class GatewayCore:
         await self.routers.close()
         if self.traffic is not None:
             self.traffic.close()
+
+    async def render_metrics(self) -> str:
+        """Metrics of every process of the application."""
+        return await self._metrics_page.collect()

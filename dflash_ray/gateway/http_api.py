@@ -93,7 +93,7 @@ def build_http_app(get_core: Callable[[], GatewayCore]) -> FastAPI:
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        return PlainTextResponse(await get_core().metrics_page.collect(), media_type="text/plain; version=0.0.4")
+        return PlainTextResponse(await get_core().render_metrics(), media_type="text/plain; version=0.0.4")
 
     return app
 

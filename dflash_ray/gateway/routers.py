@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import time
 from collections import Counter
@@ -14,7 +15,7 @@ from dflash_ray.config import NetworkConfig
 from dflash_ray.core.errors import DeadlineExceededError, UnavailableError
 from dflash_ray.pb import router_pb2, router_pb2_grpc
 from dflash_ray.rpc.channel import open_channel
-from dflash_ray.rpc.directory import DirectoryClient, Entry, KnownEntries
+from dflash_ray.rpc.directory import DirectoryClient, Entry, KnownEntries, View
 
 _POLL_S = 0.5
 
@@ -42,6 +43,10 @@ class Routers:
         while True:
             await self.refresh()
             await asyncio.sleep(_POLL_S)
+
+    def update(self, entries: list[Entry]) -> None:
+        """Knows these and no others, until the next poll."""
+        self._known.update(View(entries, age_s=math.inf))
 
     async def refresh(self) -> None:
         """Asks the directory, and closes the channels of routers that are gone and have no call left."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import uuid
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -44,9 +43,8 @@ class GatewayReplica:
     async def __init__(self, config: DflashRayConfig, *peers: Any) -> None:  # type: ignore[misc]
         self._closing = AsyncExitStack()
         configure_logging("gateway", config.observability.log_level, config.observability.log_format)
-        self._gateway_id = uuid.uuid4().hex[:12]
         self._directory = DirectoryClient()
-        self.core = GatewayCore(config, self._gateway_id, self._directory)
+        self.core = GatewayCore(config, self._directory)
         self._closing.push_async_callback(self.core.close)
         self._server = await self._serve()
         self._closing.push_async_callback(self._server.stop, grace_s=5.0)
@@ -71,7 +69,7 @@ class GatewayReplica:
         inner = await start_server(server, [METRICS_SERVICE_NAME], host, 0)
         self._closing.push_async_callback(inner.stop)
         info = {"pid": os.getpid(), "grpc_port": self._server.port}
-        return Entry("gateway", self._gateway_id, format_address(host, inner.port), info)
+        return Entry("gateway", self.core.gateway_id, format_address(host, inner.port), info)
 
     async def _report_health(self) -> None:
         """Keeps the standard gRPC health in step with GET /health."""
@@ -88,7 +86,7 @@ class GatewayReplica:
     async def _unregister(self) -> None:
         for task in self._tasks:
             task.cancel()
-        await leave(self._directory, "gateway", self._gateway_id)
+        await leave(self._directory, "gateway", self.core.gateway_id)
 
     async def __del__(self) -> None:
         await self._closing.aclose()

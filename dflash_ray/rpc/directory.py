@@ -260,9 +260,13 @@ class KnownEntries:
             self._is_away = True
             return self.entries
         self._is_away = False
+        self.update(view)
+        return self.entries
+
+    def update(self, view: View) -> None:
+        """Takes what the directory told."""
         told = {entry.id: entry for entry in view.entries}
         self._by_id = told if view.age_s >= self._ttl_s else self._by_id | told
-        return self.entries
 
 
 async def leave(client: DirectoryClient, kind: Kind, entry_id: str) -> None:
