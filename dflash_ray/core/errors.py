@@ -75,6 +75,27 @@ class UnavailableError(RequestError):
     retry_after_s = 5
 
 
+class HandedOverError(UnavailableError):
+    """A router ends a request that is to go on elsewhere.
+
+    Attributes:
+        num_losses: groups that were lost while they ran it, which whoever runs it next must know.
+    """
+
+    def __init__(self, message: str, num_losses: int) -> None:
+        super().__init__(message)
+        self.num_losses = num_losses
+
+
+class OtherModelError(RequestError):
+    """The groups here serve another model than the one that began the answer."""
+
+    http_status = 503
+    grpc_code = "FAILED_PRECONDITION"
+    code = "unavailable"
+    retry_after_s = 5
+
+
 class DeadlineExceededError(RequestError):
     """The request's own deadline passed."""
 
@@ -90,6 +111,7 @@ _BY_GRPC_CODE: dict[str, type[RequestError]] = {
         UnknownModelError,
         OverloadedError,
         UnavailableError,
+        OtherModelError,
         DeadlineExceededError,
         RequestError,
     )

@@ -1,40 +1,40 @@
-"""Tokens from a router, as text: one router call a choice, resumed elsewhere when a router goes away."""
+"""Tokens from routers, as text."""
 
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import replace
 from itertools import count
 
-import grpc
-
-from dflash_ray.core.errors import DeadlineExceededError, UnavailableError, error_from_grpc
 from dflash_ray.gateway.choice import Choice, ChoiceDelta
 from dflash_ray.gateway.requests import GenerationRequest
+from dflash_ray.gateway.resumption import ResumedCall
 from dflash_ray.gateway.routers import Routers
 from dflash_ray.gateway.tokenizer import ChatTokenizer
 from dflash_ray.observability.metrics import GatewayMetrics
-from dflash_ray.pb import common_pb2, router_pb2
-
-logger = logging.getLogger(__name__)
-
-_RETRY_PAUSE_S = 0.2
+from dflash_ray.pb import common_pb2
 
 
 class Generator:
     """Runs requests; knows nothing of HTTP or of the client's gRPC."""
 
     def __init__(
-        self, routers: Routers, tokenizer: ChatTokenizer, metrics: GatewayMetrics, model: str, timeout_s: float
+        self,
+        routers: Routers,
+        tokenizer: ChatTokenizer,
+        metrics: GatewayMetrics,
+        model: str,
+        timeout_s: float,
+        wait_s: float,
     ) -> None:
         self._routers = routers
         self._tokenizer = tokenizer
         self._metrics = metrics
         self._model = model
         self._timeout_s = timeout_s
+        self._wait_s = wait_s
 
     async def generate(
         self, request: GenerationRequest, timeout_s: float | None = None
@@ -59,7 +59,8 @@ class Generator:
     ) -> AsyncGenerator[ChoiceDelta, None]:
         choice = Choice(request, index, self._tokenizer)
         started = last = time.monotonic()
-        chunks = self._chunks(request, deadline)
+        resumed = self._metrics.resumed.labels(self._model).inc
+        chunks = ResumedCall(self._routers, request, deadline, self._wait_s, resumed).chunks()
         try:
             async for chunk in chunks:
                 now = time.monotonic()
@@ -74,30 +75,6 @@ class Generator:
                     return
         finally:
             await chunks.aclose()
-
-    async def _chunks(self, request: GenerationRequest, deadline: float) -> AsyncGenerator[router_pb2.TokenChunk, None]:
-        """Chunks of a choice. A router that goes away is replaced by another, which goes on after the last token."""
-        tokens: list[int] = []
-        while True:
-            try:
-                async for chunk in self._routers.generate(_router_request(request, tokens), deadline):
-                    tokens.extend(chunk.token_ids)
-                    yield chunk
-                    if chunk.finish_reason:
-                        return
-                raise UnavailableError("the router ended the stream early")
-            except grpc.aio.AioRpcError as error:
-                failure = error_from_grpc(error.code().name, error.details() or "")
-                if not isinstance(failure, UnavailableError):
-                    raise failure from None
-            except UnavailableError as error:
-                failure = error
-            if time.monotonic() + _RETRY_PAUSE_S > deadline:
-                raise DeadlineExceededError("the request's time is over") from None
-            if not tokens and not self._routers.has_ready:
-                raise failure from None
-            logger.warning("going on at another router after %d tokens: %s", len(tokens), failure.message)
-            await asyncio.sleep(_RETRY_PAUSE_S)
 
     def _observe(self, new: int, before: int, since_start: float, since_last: float) -> None:
         if not new:
@@ -122,17 +99,6 @@ def _seeded(request: GenerationRequest, index: int) -> GenerationRequest:
     sampling.CopyFrom(request.sampling)
     sampling.seed = (sampling.seed + index) % 2**64
     return replace(request, sampling=sampling)
-
-
-def _router_request(request: GenerationRequest, tokens: list[int]) -> router_pb2.GenerateTokensRequest:
-    return router_pb2.GenerateTokensRequest(
-        request_id=request.request_id,
-        token_ids=[*request.prompt_ids, *tokens],
-        prompt_len=len(request.prompt_ids),
-        sampling=request.sampling,
-        stopping=request.stopping,
-        speculation=request.speculation,
-    )
 
 
 async def merge(sources: Sequence[AsyncGenerator[ChoiceDelta, None]]) -> AsyncGenerator[ChoiceDelta, None]:

@@ -19,6 +19,12 @@ _KEEPALIVE = (
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
     ("grpc.http2.max_ping_strikes", 0),
 )
+# A peer that was away for a while is tried again soon after it is back, and a host that is silent is given up soon.
+_RECONNECT = (
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.max_reconnect_backoff_ms", 2_000),
+    ("grpc.min_reconnect_backoff_ms", 5_000),  # in fact the time that an attempt may take
+)
 
 
 def _options(max_message_bytes: int) -> list[tuple[str, int]]:
@@ -31,7 +37,7 @@ def _options(max_message_bytes: int) -> list[tuple[str, int]]:
 
 def open_channel(address: str, max_message_bytes: int) -> grpc.aio.Channel:
     """A channel to an inner server at host:port; the caller closes it."""
-    return grpc.aio.insecure_channel(address, options=_options(max_message_bytes))
+    return grpc.aio.insecure_channel(address, options=[*_options(max_message_bytes), *_RECONNECT])
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +66,9 @@ def new_server(
     interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
 ) -> grpc.aio.Server:
     """A server without services or ports; add servicers, then call `start_server`."""
-    return grpc.aio.server(options=_options(max_message_bytes), interceptors=list(interceptors))
+    # Servers of several processes may listen on one port: gateways of a node, and an old and a new one in an upgrade.
+    options = [*_options(max_message_bytes), ("grpc.so_reuseport", 1)]
+    return grpc.aio.server(options=options, interceptors=list(interceptors))
 
 
 async def start_server(server: grpc.aio.Server, service_names: Sequence[str], host: str, port: int) -> RunningServer:

@@ -6,7 +6,7 @@ import logging
 
 import pytest
 
-from dflash_ray.core.errors import OverloadedError, UnavailableError
+from dflash_ray.core.errors import OverloadedError, RequestError, UnavailableError
 from dflash_ray.pb import common_pb2, router_pb2
 from tests.gateways import chunk, gateway, says
 
@@ -238,11 +238,11 @@ async def test_nothing_follows_an_error_event():
     async def respond(request):
         yield router_pb2.TokenChunk()
         yield chunk(504)
-        raise OverloadedError("no more")
+        raise RequestError("no more")
 
     async with gateway(respond) as app:
         lines = await events(app, {"messages": HELLO})
-    assert lines[-1]["error"]["code"] == "overloaded" and "[DONE]" not in lines
+    assert lines[-1]["error"]["code"] == "internal_error" and "[DONE]" not in lines
 
 
 async def test_a_stop_string_inside_accepted_drafts_ends_usage_tokens_and_statistics_alike_with_and_without_them():
@@ -331,9 +331,9 @@ async def test_the_prompts_of_a_list_run_together_but_not_more_than_allowed():
 
 async def test_one_refused_prompt_of_a_list_ends_the_others():
     async def respond(request):
-        yield router_pb2.TokenChunk()
         if request.token_ids[0] == 6:
             raise OverloadedError("full")
+        yield router_pb2.TokenChunk()
         await asyncio.sleep(30)
 
     async with gateway(respond) as app:
