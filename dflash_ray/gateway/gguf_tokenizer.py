@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ from gguf import GGUFReader
 from tokenizers import AddedToken, Tokenizer, pre_tokenizers, processors
 from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS, convert_gguf_tokenizer
 
-_CONTROL_TOKEN = 3  # token type in the metadata
+from dflash_ray.gateway.token_sizes import byte_alphabet
+
+_CONTROL_TOKEN, _USER_DEFINED_TOKEN = 3, 4  # token types in the metadata
 _BYTE_LEVEL, _SENTENCEPIECE = "gpt2", "llama"
 # GPT-2's split, which is what transformers falls back on. SmolLM2's files are read so too: its drafters learned them.
 _GPT2_SPLITS = frozenset(("exaone4", "gpt-2", "jais", "mpt", "olmo", "phi-2", "smollm", "trillion"))
@@ -75,9 +78,35 @@ class GgufTokenizer:
             )
         if kind == _BYTE_LEVEL and split in _WHOLE_WORD_SPLITS:
             tokenizer.model.ignore_merges = True
-        controls = [token for token, type_ in zip(self._tokens, self._types, strict=True) if type_ == _CONTROL_TOKEN]
-        tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in controls])
+        if kind == _BYTE_LEVEL:
+            tokenizer = self._as_stated(tokenizer)
         tokenizer.post_processor = self._post_processor(kind, split)
+        return tokenizer
+
+    def _as_stated(self, tokenizer: Tokenizer) -> Tokenizer:
+        """The tokens of the file and no others.
+
+        transformers adds GPT-2's `<|endoftext|>` to every vocabulary, and misses markers such as DeepSeek's
+        `<｜User｜>`, which the file holds as text and not in the byte alphabet.
+        """
+        alphabet = byte_alphabet()
+        markers = {
+            token: type_ == _CONTROL_TOKEN
+            for token, type_ in zip(self._tokens, self._types, strict=True)
+            if type_ in (_CONTROL_TOKEN, _USER_DEFINED_TOKEN)
+            and token.startswith("<")
+            and token.endswith(">")
+            and not set(token) <= set(alphabet.values())
+        }
+        state = json.loads(tokenizer.to_str())
+        vocab = state["model"]["vocab"]
+        for token in markers:
+            vocab[token] = vocab.pop("".join(alphabet[byte] for byte in token.encode()))
+        state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] < len(self._tokens)]
+        tokenizer = Tokenizer.from_str(json.dumps(state))
+        for token, is_control in markers.items():
+            added = AddedToken(token, special=is_control, normalized=False)
+            (tokenizer.add_special_tokens if is_control else tokenizer.add_tokens)([added])
         return tokenizer
 
     @property

@@ -48,7 +48,7 @@ def token_sizes(tokenizer: Tokenizer) -> TokenSizes | None:
     vocab = tokenizer.get_vocab(with_added_tokens=False)
     if any(split["type"] == "ByteLevel" for split in splits):
         longest = max(map(len, vocab))  # a character of the vocabulary is a byte
-        vanishing = bytes(byte for byte, character in _alphabet().items() if character not in vocab)
+        vanishing = bytes(byte for byte, character in byte_alphabet().items() if character not in vocab)
     elif model.byte_fallback and all(f"<0x{byte:02X}>" in vocab for byte in range(256)):
         longest, vanishing = max(len(token.encode()) for token in vocab), b""
     else:
@@ -57,7 +57,7 @@ def token_sizes(tokenizer: Tokenizer) -> TokenSizes | None:
     return TokenSizes(shrink * max(longest, *(len(token.content.encode()) for token in added), 1), vanishing)
 
 
-def _alphabet() -> dict[int, str]:
+def byte_alphabet() -> dict[int, str]:
     """The character that stands for each byte in a byte-level vocabulary."""
     characters: dict[int, str] = bytes_to_unicode()  # type: ignore[no-untyped-call]
     return characters

@@ -21,7 +21,12 @@ NORMAL, CONTROL, USER_DEFINED = 1, 3, 4
 
 
 def write(
-    directory: Path, split: str | None = "gpt-2", kind: str = "gpt2", rope_scaling: str | None = None, **metadata
+    directory: Path,
+    split: str | None = "gpt-2",
+    kind: str = "gpt2",
+    rope_scaling: str | None = None,
+    markers: tuple[str, ...] = (),
+    **metadata,
 ) -> Path:
     """A GGUF file without tensors, with the vocabulary of the byte-level tests."""
     tokenizer = Tokenizer.from_file(str(save_tokenizer(directory / "other") / "tokenizer.json"))
@@ -29,6 +34,8 @@ def write(
     plain = ("<think>", "</think>")
     types = {**dict.fromkeys(SPECIALS, CONTROL), **dict.fromkeys(plain, USER_DEFINED)}
     tokens = [token for token, _ in vocab if token in types or "|>" not in token]
+    tokens += markers
+    types |= dict.fromkeys(markers, CONTROL)
 
     merges = json.loads(tokenizer.to_str())["model"]["merges"]
     writer = GGUFWriter(directory / "model.gguf", "llama")
@@ -112,3 +119,12 @@ def test_a_pre_tokenizer_that_is_not_known_is_refused_by_name(tmp_path, split, k
 def test_positions_that_the_target_would_not_scale_are_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match=r"rope\.scaling\.type 'yarn'"):
         load(write(tmp_path, rope_scaling="yarn"))
+
+
+def test_markers_outside_the_byte_alphabet_are_control_tokens_with_their_own_ids(tmp_path):
+    plain = load(write(tmp_path))
+    marker = "<\u2581turn\u2581>"
+    marked = load(write(tmp_path, markers=(marker,)))
+    assert marked.vocab_size == plain.vocab_size + 1
+    assert marked.token_text(plain.vocab_size) == marker
+    assert marked.encode(f"hi{marker}") == plain.encode("hi") + plain.encode(marker)
