@@ -135,6 +135,19 @@ async def test_a_message_that_cannot_be_read_is_refused_by_name(message, param):
     assert (response.status_code, response.json()["error"]["param"]) == (400, param)
 
 
+@pytest.mark.parametrize("prompt", [5, {}, [1.5], [1, "a"], ["a", 1], [[1], ["a"]], [[[1]]]], ids=str)
+async def test_what_is_no_prompt_is_refused_in_words_that_a_client_knows(prompt):
+    response, _ = await post({"prompt": prompt}, COMPLETIONS)
+    assert response.json()["error"]["message"] == "prompt: must be text, token ids, or a list of either"
+
+
+async def test_messages_of_errors_are_free_of_our_classes():
+    for body in ({"stream_options": 5}, {"stop": [""]}, {"speculation": 5}, {"messages": 5}, {"messages": ["x"]}):
+        response, _ = await post({"messages": HELLO} | body)
+        message = response.json()["error"]["message"]
+        assert response.status_code == 400 and "Value error" not in message and "instance" not in message
+
+
 async def test_completions_take_max_completion_tokens():
     response, requests = await post({"prompt": "x", "max_completion_tokens": 3}, COMPLETIONS, respond=says(WORDS))
     assert response.json()["usage"]["completion_tokens"] == 3 == requests[0].stopping.max_new_tokens

@@ -75,9 +75,7 @@ def test_what_cannot_fit_is_refused_without_tokenizing(tmp_path, monkeypatch):
         lambda: tokenizer.encode("the user" * 1000, context=100, field="text"),
         lambda: tokenizer.encode_chat([{"role": "user", "content": "the user" * 1000}], context=100),
     ):
-        with pytest.raises(
-            InvalidRequestError, match=r"at least 6.. tokens.*context length is 100"
-        ) as caught:
+        with pytest.raises(InvalidRequestError, match=r"at least 6.. tokens.*context length is 100") as caught:
             encode()
         assert caught.value.param in ("text", "messages") and caught.value.code == "context_length_exceeded"
 
