@@ -4,6 +4,7 @@ import asyncio
 import json
 import logging
 
+import openai
 import pytest
 
 from dflash_ray.core.errors import OverloadedError, RequestError, UnavailableError
@@ -447,3 +448,30 @@ async def test_echo_without_log_probabilities_is_the_prompt_and_the_answer():
         assert not app.router.requests[0].sampling.HasField("num_prompt_logprobs")
         refused = await app.http.post(COMPLETIONS, json={"prompt": "x", "max_tokens": 0})
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "max_tokens")
+
+
+async def test_the_openai_package_reads_over_comments_and_raises_what_a_stream_ends_with():
+    async def respond(request):
+        yield router_pb2.TokenChunk()
+        await asyncio.sleep(0.15)
+        async for part in says(WORDS)(request):
+            yield part
+
+    async with gateway(respond, "gateway.keepalive_s=0.05") as app:
+        client = openai.AsyncOpenAI(base_url=f"{app.http_url}/v1", api_key="none", max_retries=0)
+        async with client:
+            stream = await client.chat.completions.create(model="", messages=HELLO, stream=True)
+            assert "".join([part.choices[0].delta.content async for part in stream]) == WORDS
+            with pytest.raises(openai.NotFoundError) as raised:
+                await client.chat.completions.create(model="gpt-9", messages=HELLO, stream=True)
+            assert raised.value.code == "model_not_found"
+
+    async def breaks(request):
+        yield router_pb2.TokenChunk()
+        yield chunk(504)
+        raise RequestError("broken")
+
+    async with gateway(breaks) as app, openai.AsyncOpenAI(base_url=f"{app.http_url}/v1", api_key="none") as client:
+        stream = await client.chat.completions.create(model="", messages=HELLO, stream=True)
+        with pytest.raises(openai.APIError, match="broken"):
+            _ = [part async for part in stream]
