@@ -16,6 +16,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 BUILTIN_MODEL = "builtin:smollm2"
 BUILTIN_DRAFTER = "builtin:smollm2-135m-dflash"
 _BYTES_PER_NUMBER = 4  # of a token id or log-probability in a message
+_DRAWN_CANDIDATES = 16  # a slot, of a draft distribution
 _MESSAGE_BASE_BYTES = 320 * 1024  # a piece of context features, or what else comes along
 
 _Tree = TypeVar("_Tree", bound=BaseModel)
@@ -262,7 +263,7 @@ class DflashRayConfig(_Section):
         target, router = self.target, self.router
         opened = (-(-target.max_batch_tokens // router.prefill_chunk_tokens) + 1) * self.model.max_model_len
         logprobs = 2 * target.max_batch_tokens * (1 + self.gateway.max_logprobs)
-        drafts = 2 * router.max_running * router.num_candidates * 32
+        drafts = 2 * router.max_running * 32 * max(router.num_candidates, _DRAWN_CANDIDATES)
         needed = _MESSAGE_BASE_BYTES + _BYTES_PER_NUMBER * max(opened, logprobs + drafts)
         if self.network.max_message_bytes < needed:
             raise ValueError(
