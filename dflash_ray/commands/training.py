@@ -32,8 +32,11 @@ def _capture(config: TrainingConfig) -> str:
 def _fit(config: TrainingConfig) -> str:
     from dflash_ray.training.fit import fit
 
-    fit(config)
-    return f"drafter in {config.trained_dir}, curves in {config.fit_dir}/curves.png and {config.fit_dir}/events"
+    num_skipped = fit(config)
+    skipped = f"{num_skipped} steps left out, as their loss or gradient was not finite; " if num_skipped else ""
+    return (
+        f"{skipped}drafter in {config.trained_dir}, curves in {config.fit_dir}/curves.png and {config.fit_dir}/events"
+    )
 
 
 def _evaluate(config: TrainingConfig) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 
-from dflash_ray.training.files import replacing
+from dflash_ray.core.files import replacing
 
 _CURVES = ("loss", "acceptance_length")
 _PARTS = ("train", "held_out", "followed")

@@ -59,7 +59,7 @@ def drafter_config_values(
 def initialise_from_drafter(objective: DrafterObjective, source: DrafterCheckpoint, vocabulary: Tensor) -> None:
     """Weights of a trained drafter of the same shape; what a DFlash drafter lacks of DFlash 2 stays as it starts.
 
-    Raises ValueError when the shapes or the vocabularies of codebooks differ.
+    Raises ValueError when the shapes or the vocabularies of codebooks differ, or a weight is not finite.
     """
     parameters = objective.trainable()
     weights = {**source.build_projector().state_dict(), **source.build_network().state_dict()}
@@ -69,6 +69,9 @@ def initialise_from_drafter(objective: DrafterObjective, source: DrafterCheckpoi
     )
     if not is_same or any(not _is_of_dflash2(name) for name in missing):
         raise ValueError("fit.init_drafter: its layers, taps or codebooks are not those of `drafter`")
+    for name, tensor in weights.items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"fit.init_drafter: its {name} is not finite; give a drafter that can draft")
     ids = torch.arange(source.config.vocab_size) if source.draft_ids is None else source.draft_ids
     has_codebooks = source.config.dflash2 is not None and not source.config.dflash2.is_factorised
     if has_codebooks and not torch.equal(ids, vocabulary):

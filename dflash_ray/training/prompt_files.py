@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dflash_ray.training.files import write_text
+from dflash_ray.core.files import write_text
 
 Messages = list[dict[str, str]]
 _MIXER = 0x9E3779B97F4A7C15  # odd, so that orders differ; the split goes by the size of digests

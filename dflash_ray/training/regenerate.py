@@ -15,11 +15,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dflash_ray.config import ConfigError, ModelConfig
+from dflash_ray.core.files import write_text
 from dflash_ray.gateway.tokenizer import ChatTokenizer
 from dflash_ray.models.target_checkpoint import TargetCheckpoint, resolve_target
 from dflash_ray.training.config import TrainingConfig
 from dflash_ray.training.decoding import BatchDecoder, DecodeRequest, local_decoder
-from dflash_ray.training.files import write_text
 from dflash_ray.training.prompt_files import Prompt, default_source, prompt_of, read_jsonl, read_prompts
 from dflash_ray.training.shards import Answered, TapLayout, write_shard
 

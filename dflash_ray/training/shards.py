@@ -10,10 +10,11 @@ where no layer was tapped.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from dflash_ray.training.files import replacing
+from dflash_ray.core.files import replacing
 from dflash_ray.training.prompt_files import Prompt
 
 _MAX_OPEN_FILES = 256
@@ -127,6 +128,15 @@ class ShardStore:
                 token_ids = torch.tensor(row["token_ids"], dtype=torch.int64)
                 self.conversations.append(Conversation(prompt, row["temperature"], row["prompt_len"], token_ids))
                 self._places.append((path, group))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of the conversations and of what their taps are of, in whatever files they lie."""
+        digest = hashlib.sha256(json.dumps(asdict(self.layout)).encode())
+        for one in self.conversations:
+            digest.update(f"{one.prompt.digest}:{one.prompt_len}:{len(one.token_ids)}:".encode())
+            digest.update(one.token_ids.numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     def taps(self, index: int, layer_ids: Sequence[int]) -> Tensor:
         """Taps of a conversation, bfloat16 [T - 1, len(layer_ids) * H]."""

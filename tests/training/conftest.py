@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from dflash_ray.cli import app
 from dflash_ray.training.config import TrainingConfig
+from dflash_ray.training.shards import Answered, ShardStore, write_shard
 from tests.tiny import SHAPE, save_tiny_target
 
 START, END, MASK = "<|start|>", "<|end|>", "<|mask|>"
@@ -73,6 +74,18 @@ def share(source: TrainingConfig, mine: TrainingConfig, *parts: str) -> None:
     mine.work_dir.mkdir()
     for part in parts:
         (mine.work_dir / part).symlink_to(source.work_dir / part)
+
+
+def poison(source: ShardStore, config: TrainingConfig, every: int) -> None:
+    """Shards of the same conversations, in which every so many have taps that are not finite."""
+    answered = [
+        Answered(one.prompt, one.temperature, one.prompt_len, one.token_ids.tolist(), source.taps(i, (0, 2)).clone())
+        for i, one in enumerate(source.conversations)
+    ]
+    for one in answered[::every]:
+        assert one.taps is not None
+        one.taps[3] = torch.inf
+    write_shard(config.shards_dir / "00000.parquet", source.layout, answered)
 
 
 def recipe(target_dir: Path, work_dir: Path, **sections: dict) -> TrainingConfig:

@@ -8,7 +8,7 @@ import torch
 from typer.testing import CliRunner
 
 from dflash_ray.cli import app
-from dflash_ray.training.files import DiskFullError
+from dflash_ray.core.files import DiskFullError
 from dflash_ray.training.prompt_files import Prompt
 from dflash_ray.training.regenerate import Task, fill_shards
 from dflash_ray.training.shards import Answered, ShardStore, TapLayout, write_shard

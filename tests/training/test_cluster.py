@@ -6,10 +6,11 @@ import pytest
 import ray
 from safetensors.torch import load_file
 
+from dflash_ray.training.checkpoints import RunError, load_checkpoint
 from dflash_ray.training.fit import fit
 from dflash_ray.training.regenerate import regenerate
 from dflash_ray.training.shards import ShardStore
-from tests.training.conftest import recipe, share
+from tests.training.conftest import poison, recipe, share
 
 pytestmark = pytest.mark.slow
 
@@ -49,3 +50,23 @@ def test_workers_of_ray_train_fit_one_drafter(pipeline, target_dir, tmp_path):
     assert int(state["step"]) == 30
     assert json.loads((config.fit_dir / "run.json").read_text())["num_workers"] == 2
     assert (config.trained_dir / "model.safetensors").is_file()
+
+
+def test_a_step_that_is_not_finite_on_one_worker_is_left_out_by_all(pipeline, target_dir, tmp_path):
+    config = recipe(target_dir, tmp_path, fit={"num_workers": 2, "cpus_per_worker": 0.5, "max_steps": 30})
+    poison(ShardStore(pipeline[0].shards_dir), config, every=30)
+    num_skipped = fit(config)
+    state, about = load_checkpoint(config.fit_dir / "state.safetensors")
+    assert about.num_skipped == num_skipped > 0 and int(state["step"]) == 30
+    assert all(bool(tensor.isfinite().all()) for tensor in state.values())
+
+
+def test_what_ends_a_run_on_all_workers_is_said_once_in_its_own_words(pipeline, target_dir, tmp_path):
+    keys = {"num_workers": 2, "cpus_per_worker": 0.5, "max_skipped_steps": 4}
+    config = recipe(target_dir, tmp_path, fit=keys)
+    poison(ShardStore(pipeline[0].shards_dir), config, every=1)
+    with pytest.raises(RunError, match=r"^fit: steps 1 to 4 were left out"):
+        fit(config)
+    assert load_checkpoint(config.fit_dir / "state.safetensors")[1].num_skipped == 4  # not started again
+    with pytest.raises(RunError, match=r"was begun with other settings: fit\.loss \(was dpace, is decay\)"):
+        fit(recipe(target_dir, tmp_path, fit={**keys, "loss": "decay"}))
