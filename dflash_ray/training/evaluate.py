@@ -25,7 +25,8 @@ from dflash_ray.models.target_checkpoint import TargetCheckpoint, resolve_target
 from dflash_ray.training.config import EvaluateSection, TrainingConfig
 from dflash_ray.training.decoding import BatchDecoder, Decoded, DecodeRequest, local_decoder
 from dflash_ray.training.follow import GreedyAnswer, follow
-from dflash_ray.training.prompt_files import Prompt, read_prompts
+from dflash_ray.training.left_out import BadRow, LeftOut
+from dflash_ray.training.prompt_files import Prompt, read_prompts, tokens_of
 from dflash_ray.training.shards import ShardStore
 from dflash_ray.training.trees import accepted_by_tree
 
@@ -68,13 +69,15 @@ class _Measured:
     accepted_by_tree: dict[int, int]
 
 
-def evaluate(config: TrainingConfig) -> list[Result]:
+def evaluate(config: TrainingConfig, left_out: LeftOut) -> list[Result]:
     """Decodes at every temperature and block size; writes results.json and results.md. Raises ValueError."""
     section = config.evaluate
     target = resolve_target(config.target)
     drafter = resolve_drafter(section.drafter or str(config.trained_dir), target)
-    measure = _decode_prompts if section.answers is None else follow_answers
-    results = measure(config, drafter, target)
+    if section.answers is None:
+        results = _decode_prompts(config, drafter, left_out)
+    else:
+        results = follow_answers(config, drafter, target)
     values = {
         "drafter": drafter.fingerprint,
         "target": target.fingerprint,
@@ -88,10 +91,10 @@ def evaluate(config: TrainingConfig) -> list[Result]:
     return results
 
 
-def _decode_prompts(config: TrainingConfig, drafter: DrafterCheckpoint, target: TargetCheckpoint) -> list[Result]:
+def _decode_prompts(config: TrainingConfig, drafter: DrafterCheckpoint, left_out: LeftOut) -> list[Result]:
     section = config.evaluate
     tokenizer = ChatTokenizer(ModelConfig(path=config.target))
-    prompts = _choose_prompts(config, tokenizer)
+    prompts = _choose_prompts(config, tokenizer, left_out)
     sources = [prompt.source for prompt, _ in prompts]
     results: list[Result] = []
     with local_decoder(config.target, config.engine, tokenizer.eos_ids, drafter=drafter) as decoder:
@@ -158,18 +161,27 @@ def usable_block_sizes(section: EvaluateSection, drafter: DrafterCheckpoint) -> 
     return sorted({min(size, drafter.config.block_size) for size in section.block_sizes})
 
 
-def _choose_prompts(config: TrainingConfig, tokenizer: ChatTokenizer) -> list[tuple[Prompt, list[int]]]:
-    """The first prompts of each category with their tokens; too long ones are left out."""
+def _choose_prompts(
+    config: TrainingConfig, tokenizer: ChatTokenizer, left_out: LeftOut
+) -> list[tuple[Prompt, list[int]]]:
+    """The first prompts of each category with their tokens; those without room for an answer are left out."""
     section = config.evaluate
     room = config.engine.max_model_len - section.max_new_tokens
     chosen: dict[str, list[tuple[Prompt, list[int]]]] = defaultdict(list)
-    for prompt in read_prompts(section.prompts or config.prompts_dir / "held_out.jsonl"):
-        token_ids = tokenizer.encode_chat(prompt.messages)
-        if len(token_ids) <= room and len(chosen[prompt.source]) < section.prompts_per_category:
+    for prompt in read_prompts(section.prompts or config.prompts_dir / "held_out.jsonl", left_out):
+        if len(chosen[prompt.source]) == section.prompts_per_category:
+            continue
+        try:
+            token_ids = tokens_of(prompt, tokenizer)
+            if len(token_ids) > room:
+                raise BadRow("too long to leave room for evaluate.max_new_tokens")
+        except BadRow as bad:
+            left_out.add(prompt.place, bad)
+        else:
             chosen[prompt.source].append((prompt, token_ids))
     prompts = [pair for source in sorted(chosen) for pair in chosen[source]]
     if not prompts:
-        raise ValueError("evaluate.prompts: no prompt leaves room for evaluate.max_new_tokens in the context")
+        raise ValueError(f"evaluate.prompts: nothing is left; {left_out.text}")
     return prompts
 
 

@@ -24,10 +24,11 @@ import torch
 from torch import Tensor
 
 from dflash_ray.core.files import replacing
+from dflash_ray.training.left_out import LeftOut
 from dflash_ray.training.prompt_files import Prompt
 
 _MAX_OPEN_FILES = 256
-_LAYOUT_KEY = b"dflash_ray"
+_LAYOUT_KEY, _LEFT_OUT_KEY = b"dflash_ray", b"dflash_ray_left_out"
 _SCHEMA = pa.schema(
     [
         ("prompt", pa.string()),
@@ -76,9 +77,12 @@ class Conversation:
     token_ids: Tensor
 
 
-def write_shard(path: Path, layout: TapLayout, answered: Sequence[Answered]) -> None:
-    """Writes one shard. Raises DiskFullError when there is no room for it."""
-    schema = _SCHEMA.with_metadata({_LAYOUT_KEY: json.dumps(asdict(layout)).encode()})
+def write_shard(
+    path: Path, layout: TapLayout, answered: Sequence[Answered], left_out: Sequence[tuple[str, str]] = ()
+) -> None:
+    """Writes one shard, with places and reasons of what was left out of it. Raises DiskFullError."""
+    metadata = {_LAYOUT_KEY: json.dumps(asdict(layout)), _LEFT_OUT_KEY: json.dumps(list(left_out))}
+    schema = _SCHEMA.with_metadata({key: text.encode() for key, text in metadata.items()})
     # Python's own file, so that a full disk is an OSError with its number.
     with (
         replacing(path) as partial,
@@ -145,6 +149,14 @@ class ShardStore:
         rows = np.frombuffer(buffer, dtype=np.int16).reshape(-1, len(self.layout.layer_ids), self.layout.hidden_size)
         at = [self.layout.layer_ids.index(layer) for layer in layer_ids]
         return torch.from_numpy(rows[:, at].reshape(len(rows), -1)).view(torch.bfloat16)
+
+
+def count_shard(path: Path, left_out: LeftOut) -> int:
+    """The number of conversations in a shard; what was left out of it is counted."""
+    file = _open(path)
+    for place, reason in json.loads((file.schema_arrow.metadata or {}).get(_LEFT_OUT_KEY, b"[]")):
+        left_out.add(place, reason)
+    return int(file.metadata.num_rows)
 
 
 def _open(path: Path) -> pq.ParquetFile:

@@ -130,6 +130,15 @@ def run_step(step: str, recipe_file, *overrides: str) -> str:
     return result.output
 
 
+def last_error_of(step: str, recipe_file, *overrides: str) -> str:
+    """The last line of a step that fails, after its progress bars."""
+    options = [option for override in overrides for option in ("--set", override)]
+    result = CliRunner().invoke(app, ["train", step, "--config", str(recipe_file), *options])
+    last = result.output.splitlines()[-1]
+    assert result.exit_code == 1 and last.startswith("error: ")
+    return last
+
+
 @pytest.fixture(scope="session")
 def pipeline(target_dir, tmp_path_factory):
     """The recipe after all steps, uninterrupted, and the results of the drafter before and after training."""

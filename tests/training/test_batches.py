@@ -7,6 +7,7 @@ from torch.nn import functional as F
 from dflash_ray.models.target_checkpoint import resolve_target
 from dflash_ray.training.batches import BatchSource, draft_vocabulary
 from dflash_ray.training.fit import fit
+from dflash_ray.training.left_out import LeftOut
 from dflash_ray.training.losses import IGNORE
 from dflash_ray.training.objective import final_norm
 from dflash_ray.training.prompts import gather_prompts
@@ -26,8 +27,8 @@ def config(target_dir, tmp_path_factory):
     directory = tmp_path_factory.mktemp("batches")
     write_prompt_file(directory / "prompts.jsonl", 12)
     config = recipe(target_dir, directory, regenerate={"with_last_layer": True}, fit={"distillation_weight": 0.5})
-    gather_prompts(config)
-    regenerate(config)
+    gather_prompts(config, LeftOut())
+    regenerate(config, LeftOut())
     return config
 
 
@@ -109,7 +110,7 @@ def test_shards_without_taps_hold_the_same_conversations_and_train_a_drafter(sto
         }
     )
     share(config, online, "prompts")
-    regenerate(online)
+    regenerate(online, LeftOut())
     light = ShardStore(online.shards_dir)
     assert light.layout.layer_ids == ()
     for one, other in zip(light.conversations, store.conversations, strict=True):

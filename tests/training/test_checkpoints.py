@@ -6,16 +6,14 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from typer.testing import CliRunner
 
-from dflash_ray.cli import app
 from dflash_ray.core.files import DiskFullError
 from dflash_ray.models.drafter_checkpoint import save_drafter
 from dflash_ray.training.checkpoints import About, RunError, load_checkpoint, save_checkpoint
 from dflash_ray.training.config import TrainingConfig
 from dflash_ray.training.fit import fit
 from dflash_ray.training.shards import Answered, ShardStore, write_shard
-from tests.training.conftest import poison, recipe, run_step, save_recipe, share
+from tests.training.conftest import last_error_of, poison, recipe, run_step, save_recipe, share
 
 GOOD, BAD = {"max_steps": 3}, {"max_steps": 60, "learning_rate": 1e12, "warmup_steps": 1}
 
@@ -26,15 +24,6 @@ def begun(pipeline, target_dir, directory, **fit_keys) -> TrainingConfig:
     share(pipeline[0], config, "shards", "prompts")
     fit(config)
     return config
-
-
-def error_of(step: str, recipe_file, *overrides: str) -> str:
-    """The last line, after progress bars."""
-    options = [option for override in overrides for option in ("--set", override)]
-    result = CliRunner().invoke(app, ["train", step, "--config", str(recipe_file), *options])
-    last = result.output.splitlines()[-1]
-    assert result.exit_code == 1 and last.startswith("error: ")
-    return last
 
 
 def hash_of(path) -> str:
@@ -71,7 +60,7 @@ def test_a_diverging_run_ends_with_what_to_change_and_keeps_the_last_good_state(
     recipe_file = save_recipe(config, tmp_path / "recipe.yaml")
     drafter = hash_of(config.trained_dir / "model.safetensors")
     changed = ["fit.changed_keys=[fit.learning_rate, fit.warmup_steps]", *(f"fit.{k}={v}" for k, v in BAD.items())]
-    text = error_of("fit", recipe_file, *changed)
+    text = last_error_of("fit", recipe_file, *changed)
     assert "Lower fit.learning_rate (1e+12) or fit.clip_norm (1), name the key in fit.changed_keys" in text
     state = load_file(config.fit_dir / "state.safetensors")
     assert 3 <= int(state["step"]) < 60 and is_finite(config.fit_dir / "state.safetensors")
@@ -110,7 +99,9 @@ def test_a_checkpoint_that_was_cut_off_is_named(pipeline, target_dir, tmp_path):
     config = begun(pipeline, target_dir, tmp_path)
     file = config.fit_dir / "state.safetensors"
     file.write_bytes(file.read_bytes()[:-9])
-    assert "state.safetensors: is not a checkpoint" in error_of("fit", save_recipe(config, tmp_path / "recipe.yaml"))
+    assert "state.safetensors: is not a checkpoint" in last_error_of(
+        "fit", save_recipe(config, tmp_path / "recipe.yaml")
+    )
 
 
 @pytest.mark.parametrize(
@@ -128,7 +119,9 @@ def test_a_checkpoint_that_was_cut_off_is_named(pipeline, target_dir, tmp_path):
 def test_going_on_with_other_settings_is_refused_by_their_names(override, named, pipeline, target_dir, tmp_path):
     config = begun(pipeline, target_dir, tmp_path)
     before = {file: hash_of(file) for file in config.fit_dir.rglob("*.safetensors")}
-    text = error_of("fit", save_recipe(config, tmp_path / "r.yaml"), override.format(trained=pipeline[0].trained_dir))
+    text = last_error_of(
+        "fit", save_recipe(config, tmp_path / "r.yaml"), override.format(trained=pipeline[0].trained_dir)
+    )
     assert f"was begun with other settings: {named}" in text and text.count("(was") == 1
     assert before == {file: hash_of(file) for file in before}
 
@@ -144,7 +137,7 @@ def test_other_shards_are_other_settings_wherever_they_lie(pipeline, target_dir,
         for i, one in enumerate(store.conversations[:9])
     ]
     write_shard(other.shards_dir / "00000.parquet", store.layout, answered)
-    text = error_of("fit", save_recipe(config, tmp_path / "r.yaml"), f"fit.shards=[{other.shards_dir}]")
+    text = last_error_of("fit", save_recipe(config, tmp_path / "r.yaml"), f"fit.shards=[{other.shards_dir}]")
     assert "was begun with other settings: shards (was" in text
 
 
@@ -172,4 +165,4 @@ def test_a_key_that_is_named_may_change_and_the_model_card_says_so(pipeline, tar
 @pytest.mark.parametrize("key", ["learning_rate", "fit.learning_rat", "drafter.block_size", "fit.init_drafter"])
 def test_what_cannot_change_under_way_is_no_changed_key(key, target_dir, tmp_path):
     recipe_file = save_recipe(recipe(target_dir, tmp_path), tmp_path / "recipe.yaml")
-    assert f"{key} is no key of `fit`" in error_of("fit", recipe_file, f"fit.changed_keys=[{key}]")
+    assert f"{key} is no key of `fit`" in last_error_of("fit", recipe_file, f"fit.changed_keys=[{key}]")

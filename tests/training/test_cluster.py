@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 
 from dflash_ray.training.checkpoints import RunError, load_checkpoint
 from dflash_ray.training.fit import fit
+from dflash_ray.training.left_out import LeftOut
 from dflash_ray.training.regenerate import regenerate
 from dflash_ray.training.shards import ShardStore
 from tests.training.conftest import poison, recipe, share
@@ -26,7 +27,7 @@ def test_shards_of_ray_data_actors_are_those_of_one_process(pipeline, target_dir
     whole, _, _ = pipeline
     config = recipe(target_dir, tmp_path, regenerate={"num_workers": 2, "cpus_per_worker": 0.5})
     share(whole, config, "prompts")
-    regenerate(config)
+    regenerate(config, LeftOut())
     ours, theirs = ShardStore(config.shards_dir), ShardStore(whole.shards_dir)
     assert [path.read_bytes() for path in ours.paths.values()] == [path.read_bytes() for path in theirs.paths.values()]
 
@@ -38,7 +39,7 @@ def test_a_full_disk_on_a_worker_is_said_in_its_own_words(pipeline, target_dir, 
     config.shards_dir.mkdir()
     (config.shards_dir / "00000.parquet.partial").symlink_to("/dev/full")
     with pytest.raises(ValueError, match=r"^no space left for .*00000\.parquet"):
-        regenerate(config)
+        regenerate(config, LeftOut())
 
 
 def test_workers_of_ray_train_fit_one_drafter(pipeline, target_dir, tmp_path):
