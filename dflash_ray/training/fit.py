@@ -25,7 +25,7 @@ from dflash_ray.training.drafter_setup import (
     initialise_from_drafter,
     initialise_new,
 )
-from dflash_ray.training.evaluate import ALL, follow_whole_blocks
+from dflash_ray.training.evaluate import ALL, choose_answers, follow_whole_blocks
 from dflash_ray.training.losses import IGNORE
 from dflash_ray.training.objective import BlockLoss, DrafterObjective
 from dflash_ray.training.recipe import recipe_of
@@ -43,6 +43,8 @@ def fit(config: TrainingConfig) -> int:
     Raises ValueError when the shards or the checkpoint do not suit the configuration or training diverges,
     DiskFullError when a checkpoint has no room.
     """
+    if config.evaluate.answers is not None:  # what is wrong with them is said now, not at their first use
+        choose_answers(config.evaluate, config.drafter.tap_layer_ids, resolve_target(config.target))
     return fit_worker(config) if config.fit.num_workers == 1 else _fit_on_cluster(config)
 
 

@@ -147,6 +147,7 @@ class ShardWorker:
         self._config = config
         self._tokenizer = ChatTokenizer(ModelConfig(path=config.target))
         target = resolve_target(config.target)
+        self._max_length = min(config.regenerate.max_length, target.config.max_position_embeddings)
         self._layout = TapLayout(target.fingerprint, _layers_to_store(config, target), target.config.hidden_size)
         self._resources = ExitStack()
 
@@ -170,7 +171,7 @@ class ShardWorker:
             except BadRow as bad:
                 left_out.add(task.prompt.place, bad)
         answered: dict[int, Answered] = {}
-        for index, answer, taps in self._answers(fitting):
+        for index, answer, taps in self._answers(fitting, left_out):
             task, prompt = fitting[index]
             if taps is not None and not torch.isfinite(taps).all():
                 left_out.add(task.prompt.place, f"on which the target overflows in {self._config.engine.dtype}")
@@ -181,11 +182,13 @@ class ShardWorker:
     def _encode(self, prompt: Prompt) -> list[int]:
         """Tokens up to the assistant's turn. Raises BadRow when there are too many."""
         token_ids = tokens_of(prompt, self._tokenizer)
-        if len(token_ids) > self._config.regenerate.max_length - _SHORTEST_ANSWER:
-            raise BadRow("longer than regenerate.max_length leaves room for")
+        if len(token_ids) > self._max_length - _SHORTEST_ANSWER:
+            raise BadRow(f"too long for answers within {self._max_length} tokens (regenerate.max_length)")
         return token_ids
 
-    def _answers(self, fitting: Sequence[tuple[Task, list[int]]]) -> Iterator[tuple[int, list[int], Tensor | None]]:
+    def _answers(
+        self, fitting: Sequence[tuple[Task, list[int]]], left_out: LeftOut
+    ) -> Iterator[tuple[int, list[int], Tensor | None]]:
         """Index, answer and taps of tasks with their prompts' tokens, as they are done."""
         running: list[int] = []
         for index, (task, prompt) in enumerate(fitting):
@@ -197,6 +200,9 @@ class ShardWorker:
             return
         for number, decoded in self._decoder.run([self._request(*fitting[index]) for index in running]):
             task, prompt = fitting[running[number]]
+            if decoded.error:
+                left_out.add(task.prompt.place, f"given up by the target: {decoded.error}")
+                continue
             # A known answer is all prefill: the token drawn after it is not part of the conversation.
             answer = decoded.token_ids if task.answer is None else self._cut(task.answer, prompt)
             taps = None if decoded.taps is None else decoded.taps[: len(prompt) + len(answer) - 1]
@@ -204,14 +210,13 @@ class ShardWorker:
 
     def _cut(self, answer: list[int], prompt: list[int]) -> list[int]:
         """The part of a known answer that is kept; a place is left for the token that the engine draws after it."""
-        return answer[: self._config.regenerate.max_length - len(prompt) - 1]
+        return answer[: self._max_length - len(prompt) - 1]
 
     def _request(self, task: Task, prompt: list[int]) -> DecodeRequest:
         wants_taps = bool(self._layout.layer_ids)
         if task.answer is not None:
             return DecodeRequest([*prompt, *self._cut(task.answer, prompt)], 1, wants_taps=wants_taps)
-        section = self._config.regenerate
-        count = min(section.max_new_tokens, section.max_length - len(prompt))
+        count = min(self._config.regenerate.max_new_tokens, self._max_length - len(prompt))
         seed = task.prompt.digest ^ self._config.seed
         return DecodeRequest(prompt, count, task.temperature, seed=seed, wants_taps=wants_taps)
 

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -127,7 +128,9 @@ class ShardStore:
         self.conversations: list[Conversation] = []
         self._places: list[tuple[Path, int]] = []  # file and row group of each conversation
         for path in self.paths.values():
-            for group, row in enumerate(self._open(path).read(columns=_LIGHT_COLUMNS).to_pylist()):
+            with _naming(path):
+                rows = self._open(path).read(columns=_LIGHT_COLUMNS).to_pylist()
+            for group, row in enumerate(rows):
                 prompt = Prompt(json.loads(row["prompt"]), row["source"])
                 token_ids = torch.tensor(row["token_ids"], dtype=torch.int64)
                 self.conversations.append(Conversation(prompt, row["temperature"], row["prompt_len"], token_ids))
@@ -145,7 +148,8 @@ class ShardStore:
     def taps(self, index: int, layer_ids: Sequence[int]) -> Tensor:
         """Taps of a conversation, bfloat16 [T - 1, len(layer_ids) * H]."""
         path, group = self._places[index]
-        buffer = self._open(path).read_row_group(group, columns=["taps"])["taps"][0].as_buffer()
+        with _naming(path):
+            buffer = self._open(path).read_row_group(group, columns=["taps"])["taps"][0].as_buffer()
         rows = np.frombuffer(buffer, dtype=np.int16).reshape(-1, len(self.layout.layer_ids), self.layout.hidden_size)
         at = [self.layout.layer_ids.index(layer) for layer in layer_ids]
         return torch.from_numpy(rows[:, at].reshape(len(rows), -1)).view(torch.bfloat16)
@@ -160,9 +164,16 @@ def count_shard(path: Path, left_out: LeftOut) -> int:
 
 
 def _open(path: Path) -> pq.ParquetFile:
-    try:
+    with _naming(path):
         return pq.ParquetFile(path, memory_map=True)
-    except pa.ArrowInvalid as error:
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """What pyarrow cannot read is an error that names the file."""
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path}: is not a whole shard ({error}); delete it and run `regenerate` again") from None
 
 

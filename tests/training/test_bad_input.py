@@ -6,6 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 from typer.testing import CliRunner
 
 from dflash_ray.cli import app
@@ -97,7 +99,8 @@ def write_rows(directory, *rows: dict):
         ({"temperature": float("nan")}, "whose temperature is no number from 0 on"),
         ({"temperature": -1}, "whose temperature is no number from 0 on"),
         ({"prompt": None}, "without `prompt`"),
-        ({"prompt": "a" * 200}, "longer than regenerate.max_length leaves room for"),
+        ({"prompt": "a" * 200}, "too long for answers within 96 tokens (regenerate.max_length)"),
+        ({"prompt": "hi@"}, "given up by the target: the target's logits are not finite"),
         ({"messages": SYSTEM_FIRST}, "without tokens: the chat template refuses these messages: no system turns here"),
     ],
 )
@@ -116,9 +119,12 @@ def test_a_conversation_that_cannot_be_captured_is_left_out_and_named(row, reaso
 
 
 def refusing_target(target_dir, directory):
-    """A target whose chat template takes no system turns, as Gemma's."""
+    """A target whose chat template takes no system turns, as Gemma's, and that overflows where a text has an @."""
     mine = directory / "refusing"
     shutil.copytree(target_dir, mine)
+    weights = load_file(mine / "model.safetensors")
+    weights["model.embed_tokens.weight"][Tokenizer.from_file(str(mine / "tokenizer.json")).token_to_id("@")] = torch.inf
+    save_file(weights, mine / "model.safetensors", {"format": "pt"})
     values = json.loads((mine / "tokenizer_config.json").read_text())
     refusal = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turns here') }}{% endif %}"
     values["chat_template"] = refusal + values["chat_template"]
@@ -128,16 +134,22 @@ def refusing_target(target_dir, directory):
 
 def test_prompts_that_the_template_refuses_are_left_out_of_answers_and_evaluations(pipeline, target_dir, tmp_path):
     config = recipe(refusing_target(target_dir, tmp_path), tmp_path)
-    file = write_rows(tmp_path, {"prompt": "hi"}, {"messages": SYSTEM_FIRST}, {"prompt": "ho"}, {"prompt": "hum"})
+    rows = [{"prompt": "hi"}, {"messages": SYSTEM_FIRST}, {"prompt": "ho"}, {"prompt": "hum"}, {"prompt": "hi@"}]
+    file = write_rows(tmp_path, *rows)
     recipe_file = save_recipe(config, tmp_path / "recipe.yaml")
     run_step("prompts", recipe_file, f"prompts.files=[{file}]")
     output = run_step("regenerate", recipe_file)
-    refused = "left out 1 row: 1 without tokens: the chat template refuses these messages: no system turns here"
-    assert f"\n{refused} ({config.prompts_dir}" in output
+    refused = "1 without tokens: the chat template refuses these messages: no system turns here"
+    given_up = "1 given up by the target: the target's logits are not finite"
+    assert "\nleft out 2 rows: " in output
+    assert all(f"{reason} ({config.prompts_dir}" in output for reason in (refused, given_up))
     assert len(ShardStore(config.shards_dir).conversations) == 3
     keys = [f"evaluate.drafter={pipeline[0].trained_dir}", f"evaluate.prompts={file}", "evaluate.temperatures=[0.0]"]
+    keys.append("evaluate.block_sizes=[4]")
     output = run_step("evaluate", recipe_file, *keys)
-    assert f"\n{refused} ({file}, line 2)" in output
+    assert f"\nleft out 2 rows: {refused} ({file}, line 2), {given_up} ({file}, line 5)\n" in output
+    (result,) = (one for one in json.loads(config.results_file.read_text())["results"] if one["category"] == "all")
+    assert result["num_prompts"] == 3
 
 
 def test_shards_of_which_nothing_is_left_end_the_step_and_are_not_kept(target_dir, tmp_path):
@@ -150,6 +162,21 @@ def test_shards_of_which_nothing_is_left_end_the_step_and_are_not_kept(target_di
     write_rows(tmp_path, {"prompt": "hi"})
     text = error_of("capture", recipe_file, f"capture.conversations=[{file}]")
     assert text.startswith("error: capture.conversations: nothing is left; left out 1 row: 1 without response_ids")
+
+
+@pytest.mark.parametrize(
+    ("keys", "named"),
+    [
+        (["evaluate.answers=nowhere"], "nowhere: there are no shards"),
+        (["evaluate.answers={shards}", "drafter.tap_layer_ids=[0, 3]"], "lacks layers [3], which the drafter taps"),
+    ],
+)
+def test_answers_that_cannot_be_followed_are_named_before_the_first_step(keys, named, pipeline, target_dir, tmp_path):
+    config = recipe(target_dir, tmp_path)
+    share(pipeline[0], config, "shards")
+    keys = [key.format(shards=config.shards_dir) for key in keys]
+    text = last_error_of("fit", save_recipe(config, tmp_path / "r.yaml"), "evaluate.temperatures=[0.0]", *keys)
+    assert named in text and not config.fit_dir.exists()
 
 
 def test_a_full_disk_stops_with_whole_shards_only(tmp_path):
@@ -170,6 +197,15 @@ def test_shards_are_not_mixed_with_those_of_other_prompts_or_settings(target_dir
 def test_a_truncated_shard_is_named(tmp_path):
     write_shard(tmp_path / "00000.parquet", LAYOUT, [ANSWERED])
     (tmp_path / "00000.parquet").write_bytes((tmp_path / "00000.parquet").read_bytes()[:-9])
+    with pytest.raises(ValueError, match=r"00000\.parquet: is not a whole shard"):
+        ShardStore(tmp_path)
+
+
+def test_a_shard_that_is_damaged_inside_is_named(tmp_path):
+    write_shard(tmp_path / "00000.parquet", LAYOUT, [ANSWERED])
+    data = bytearray((tmp_path / "00000.parquet").read_bytes())
+    data[4:120] = bytes(116)
+    (tmp_path / "00000.parquet").write_bytes(data)
     with pytest.raises(ValueError, match=r"00000\.parquet: is not a whole shard"):
         ShardStore(tmp_path)
 
