@@ -54,7 +54,8 @@ def _model_card(config: TrainingConfig, fingerprint: str, run: dict[str, Any]) -
 def _changes(run: dict[str, Any]) -> str:
     """Settings that were others at first, as sentences."""
     return "".join(
-        f"Up to step {one['step']} {one['key']} was {one['before']}, then {one['after']}. " for one in run["changes"]
+        f"Up to step {one['step']} {one['key']} was {one['before']}, then {one['after']}. "
+        for one in run.get("changes", [])
     )
 
 

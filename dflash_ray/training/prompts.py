@@ -49,8 +49,9 @@ def gather_prompts(config: TrainingConfig, left_out: LeftOut) -> tuple[int, int]
     kept = prompts if similarity is None else list(without_near_duplicates(prompts, similarity))
     held_out = [prompt for prompt in kept if prompt.is_held_out(section.held_out_fraction)]
     train = [prompt for prompt in kept if not prompt.is_held_out(section.held_out_fraction)]
-    write_prompts(config.prompts_dir / "train.jsonl", train)
+    # In this order a kill in between leaves nothing held out that `fit`, which splits by itself, would train on.
     write_prompts(config.prompts_dir / "held_out.jsonl", held_out)
+    write_prompts(config.prompts_dir / "train.jsonl", train)
     counts = Counter(prompt.source for prompt in kept)
     lines = [f"{source}\t{count}\n" for source, count in sorted(counts.items())]
     write_text(config.prompts_dir / "sources.tsv", "".join(lines))

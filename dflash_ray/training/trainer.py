@@ -109,7 +109,7 @@ class Trainer:
         if not torch.isfinite(nn.utils.get_total_norm(self.parameters.values())):
             raise RunError(
                 f"fit: the weights are too large to compute with after step {self.step + 1}, at a learning rate of"
-                f" {rate:g}. {self._advice()}. What {self._state_file} holds is kept"
+                f" {rate:g}. {self._advice()}. The last checkpoint is kept"
             )
         decay = min(self._section.ema_decay, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
@@ -125,9 +125,7 @@ class Trainer:
         return bool(flag)
 
     def _skip(self, batch: BlockBatch, seen: str) -> None:
-        """Counts a step that is left out. Raises RunError when there were too many in a row, with their beginning
-        saved.
-        """
+        """Counts a step that is left out. Raises RunError after too many in a row, with the state before them saved."""
         self.num_skipped += 1
         self._skipped_in_a_row += 1
         if self._skipped_in_a_row < self._section.max_skipped_steps:
@@ -135,21 +133,24 @@ class Trainer:
         has_finite_taps = self._is_everywhere(torch.isfinite(batch.taps).all().to(self._device))
         last = self.step + 1
         self.step = last - self._skipped_in_a_row
-        self.save()
+        self.num_skipped -= self._skipped_in_a_row  # they come again
+        if self.step:
+            self.save()
         advice = self._advice()
         if not has_finite_taps:
-            advice = "The target's taps are not finite: make the shards again with another engine.dtype"
+            advice = "The target overflows in engine.dtype: give another, and another work_dir for its shards"
         raise RunError(
             f"fit: steps {self.step + 1} to {last} were left out, as their loss or gradient is not finite (at last"
-            f" {seen}). {advice}. {self._state_file} holds the state after step {self.step}"
+            f" {seen}). {advice}. The state after step {self.step} is kept"
         )
 
     def _advice(self) -> str:
         section = self._section
         bf16 = " or set fit.bf16=false" if section.bf16 and section.device == "cuda" else ""
+        named = ", name the key in fit.changed_keys" if self._state_file.exists() else ""
         return (
-            f"Lower fit.learning_rate ({section.learning_rate:g}) or fit.clip_norm ({section.clip_norm:g}){bf16},"
-            " name the key in fit.changed_keys and run `fit` again"
+            f"Lower fit.learning_rate ({section.learning_rate:g}) or fit.clip_norm ({section.clip_norm:g}){bf16}"
+            f"{named} and run `fit` again"
         )
 
     @torch.no_grad()

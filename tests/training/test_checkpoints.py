@@ -49,10 +49,9 @@ def test_steps_that_are_not_finite_are_left_out_and_counted(pipeline, target_dir
 def test_a_run_ends_after_so_many_bad_steps_and_says_that_the_taps_are_at_fault(pipeline, target_dir, tmp_path):
     config = recipe(target_dir, tmp_path, fit={"max_skipped_steps": 4})
     poison(ShardStore(pipeline[0].shards_dir), config, every=1)
-    with pytest.raises(RunError, match=r"^fit: steps 1 to 4 were left out.*another engine\.dtype.*after step 0$"):
+    with pytest.raises(RunError, match=r"^fit: steps 1 to 4 were left out.*another work_dir.*after step 0 is kept$"):
         fit(config)
-    state, about = load_checkpoint(config.fit_dir / "state.safetensors")
-    assert int(state["step"]) == 0 and about.num_skipped == 4 and is_finite(config.fit_dir / "state.safetensors")
+    assert not list(config.fit_dir.rglob("*.safetensors"))
 
 
 def test_a_diverging_run_ends_with_what_to_change_and_keeps_the_last_good_state(pipeline, target_dir, tmp_path):
@@ -62,7 +61,8 @@ def test_a_diverging_run_ends_with_what_to_change_and_keeps_the_last_good_state(
     changed = ["fit.changed_keys=[fit.learning_rate, fit.warmup_steps]", *(f"fit.{k}={v}" for k, v in BAD.items())]
     text = last_error_of("fit", recipe_file, *changed)
     assert "Lower fit.learning_rate (1e+12) or fit.clip_norm (1), name the key in fit.changed_keys" in text
-    state = load_file(config.fit_dir / "state.safetensors")
+    state, about = load_checkpoint(config.fit_dir / "state.safetensors")
+    assert f"after step {int(state['step'])} is kept" in text and about.num_skipped == 0
     assert 3 <= int(state["step"]) < 60 and is_finite(config.fit_dir / "state.safetensors")
     assert hash_of(config.trained_dir / "model.safetensors") == drafter
 

@@ -63,11 +63,11 @@ def test_a_step_that_is_not_finite_on_one_worker_is_left_out_by_all(pipeline, ta
 
 
 def test_what_ends_a_run_on_all_workers_is_said_once_in_its_own_words(pipeline, target_dir, tmp_path):
-    keys = {"num_workers": 2, "cpus_per_worker": 0.5, "max_skipped_steps": 4}
-    config = recipe(target_dir, tmp_path, fit=keys)
-    poison(ShardStore(pipeline[0].shards_dir), config, every=1)
-    with pytest.raises(RunError, match=r"^fit: steps 1 to 4 were left out"):
-        fit(config)
-    assert load_checkpoint(config.fit_dir / "state.safetensors")[1].num_skipped == 4  # not started again
-    with pytest.raises(RunError, match=r"was begun with other settings: fit\.loss \(was dpace, is decay\)"):
+    keys = {"num_workers": 2, "cpus_per_worker": 0.5, "max_steps": 2}
+    share(pipeline[0], recipe(target_dir, tmp_path), "shards")
+    fit(recipe(target_dir, tmp_path, fit=keys))
+    changed = {"max_steps": 50, "learning_rate": 1e12, "changed_keys": ["fit.learning_rate"]}
+    with pytest.raises(RunError, match=r"^fit: .* Lower fit\.learning_rate .* is kept$"):
+        fit(recipe(target_dir, tmp_path, fit=keys | changed))
+    with pytest.raises(RunError, match=r"was begun with other settings: .*fit\.loss \(was dpace, is decay\)"):
         fit(recipe(target_dir, tmp_path, fit={**keys, "loss": "decay"}))
