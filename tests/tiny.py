@@ -7,8 +7,12 @@ from pathlib import Path
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    Cohere2Config,
+    CohereConfig,
     Gemma2Config,
+    Gemma3TextConfig,
     GemmaConfig,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
     Qwen2Config,
@@ -28,12 +32,21 @@ SHAPE = {
     "bos_token_id": None,
     "pad_token_id": 0,
 }
+# Granite's factors, none of them 1.
+GRANITE = {"logits_scaling": 3.0, "embedding_multiplier": 2.0, "residual_multiplier": 0.5, "attention_multiplier": 0.3}
+# Gemma 3 has other rotary frequencies for its sliding layers; the cap is of the size of these models' logits.
+GEMMA3 = {"sliding_window": 9, "query_pre_attn_scalar": 8, "final_logit_softcapping": 10.0, "layer_types": [
+    "sliding_attention", "full_attention", "sliding_attention", "full_attention"]}  # fmt: skip
 CONFIGS = {
     "llama": lambda **changes: LlamaConfig(**SHAPE | {"tie_word_embeddings": True} | changes),
     "qwen3": lambda **changes: Qwen3Config(**SHAPE | {"tie_word_embeddings": False} | changes),
     "qwen2": lambda **changes: Qwen2Config(**SHAPE | changes),
     "mistral": lambda **changes: MistralConfig(**SHAPE | {"sliding_window": 9} | changes),
     "gemma": lambda **changes: GemmaConfig(**SHAPE | changes),
+    "granite": lambda **changes: GraniteConfig(**SHAPE | GRANITE | changes),
+    "cohere": lambda **changes: CohereConfig(**SHAPE | {"logit_scale": 0.25} | changes),
+    "cohere2": lambda **changes: Cohere2Config(**SHAPE | {"logit_scale": 0.25, "sliding_window": 9} | changes),
+    "gemma3": lambda **changes: Gemma3TextConfig(**SHAPE | GEMMA3 | changes),
     "gemma2": lambda **changes: Gemma2Config(**SHAPE | {"sliding_window": 9, "query_pre_attn_scalar": 8} | changes),
 }
 
