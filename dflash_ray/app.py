@@ -21,6 +21,7 @@ from dflash_ray.config import DflashRayConfig, PlacementConfig, parse_config
 from dflash_ray.drafter.service import DrafterReplica
 from dflash_ray.gateway.service import GatewayReplica
 from dflash_ray.router.service import RouterReplica
+from dflash_ray.rpc.channel import format_address
 from dflash_ray.rpc.directory import ACTOR_NAME, NAMESPACE
 from dflash_ray.target.service import TargetReplica, target_placement
 
@@ -181,7 +182,8 @@ def _require_free(field: str, host: str, port: int) -> None:
         try:
             probe.bind((host, port))
         except OSError as error:
-            text = f"{field}: cannot listen on {host}:{port} ({error.strerror}); choose another port or free this one"
+            address = format_address(host, port)
+            text = f"{field}: cannot listen on {address} ({error.strerror}); choose another port or free this one"
             raise AppStartError(text) from None
 
 

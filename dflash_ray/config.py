@@ -8,10 +8,10 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 BUILTIN_MODEL = "builtin:smollm2"
 BUILTIN_DRAFTER = "builtin:smollm2-135m-dflash"
@@ -26,6 +26,15 @@ class ConfigError(ValueError):
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def _check_host(host: str) -> str:
+    if not host or "[" in host or "]" in host:
+        raise ValueError("give a host name or an IP address, an IPv6 one without brackets, e.g. ::1")
+    return host
+
+
+_Host = Annotated[str, AfterValidator(_check_host)]
 
 
 class ModelConfig(_Section):
@@ -141,9 +150,9 @@ class TrafficConfig(_Section):
 class GatewayConfig(_Section):
     num_replicas: int = Field(1, ge=1)
     placement: PlacementConfig = PlacementConfig()
-    http_host: str = "127.0.0.1"
+    http_host: _Host = "127.0.0.1"
     http_port: int = Field(8000, ge=0, le=65535)
-    grpc_host: str = "127.0.0.1"
+    grpc_host: _Host = "127.0.0.1"
     grpc_port: int = Field(9000, ge=0, le=65535)
     max_body_bytes: int = Field(4 * 1024 * 1024, ge=1024)
     max_stop_strings: int = Field(16, ge=1)
@@ -154,7 +163,9 @@ class GatewayConfig(_Section):
 
 
 class NetworkConfig(_Section):
-    bind_host: str = Field("127.0.0.1", description="interface of the inner gRPC servers; `node` is the Ray node's IP")
+    bind_host: _Host = Field(
+        "127.0.0.1", description="interface of the inner gRPC servers; `node` is the Ray node's IP"
+    )
     entry_ttl_s: float = Field(5.0, gt=0, description="a process that is silent this long leaves the directory")
 
 

@@ -74,10 +74,11 @@ async def start_server(server: grpc.aio.Server, service_names: Sequence[str], ho
     health = HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
     reflection.enable_server_reflection((*service_names, reflection.SERVICE_NAME, "grpc.health.v1.Health"), server)
+    address = format_address(host, port)
     try:
-        bound = server.add_insecure_port(f"{host}:{port}")
+        bound = server.add_insecure_port(address)
     except RuntimeError as error:
-        raise RuntimeError(f"gRPC cannot listen on {host}:{port}; is the port in use? ({error})") from None
+        raise RuntimeError(f"gRPC cannot listen on {address}; is the port in use? ({error})") from None
     await server.start()
     running = RunningServer(server, health, tuple(service_names), bound)
     await running.set_serving(True)
@@ -87,3 +88,8 @@ async def start_server(server: grpc.aio.Server, service_names: Sequence[str], ho
 def format_address(host: str, port: int) -> str:
     """host:port, with brackets around an IPv6 host."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def local_address(host: str, port: int) -> str:
+    """Where a client on this machine reaches a server that listens on `host`; a wildcard means the loopback interface."""
+    return format_address({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), port)
