@@ -57,7 +57,8 @@ def build_app(args: dict[str, Any]) -> serve.Application:
         num_replicas=config.gateway.num_replicas,
         max_ongoing_requests=_MAX_ONGOING_REQUESTS,
         ray_actor_options=_actor_options(config.gateway.placement),
-        graceful_shutdown_timeout_s=30,
+        # Serve's limit is for HTTP and gRPC together, and ends the process.
+        graceful_shutdown_timeout_s=config.gateway.drain_timeout_s + 5,
     )
     # The peers are bound so that Serve deploys them; requests reach them over gRPC, found through the directory.
     return gateway.bind(config, *peers)

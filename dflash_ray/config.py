@@ -159,6 +159,10 @@ class GatewayConfig(_Section):
     max_choices: int = Field(16, ge=1, description="largest n of a request")
     max_logprobs: int = Field(20, ge=0)
     request_timeout_s: float = Field(600.0, gt=0)
+    drain_timeout_s: float = Field(30.0, ge=0, description="a gateway that stops lets its answers go on for so long")
+    grpc_connection_age_s: float | None = Field(
+        None, gt=0, description="clients connect anew after this time, and so spread over gateways; answers go on"
+    )
     traffic: TrafficConfig | None = Field(None, description="where chat prompts are recorded; null records none")
 
 

@@ -60,9 +60,18 @@ class RunningServer:
 def new_server(
     max_message_bytes: int = INNER_MESSAGE_BYTES,
     interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
+    max_connection_age_s: float | None = None,
 ) -> grpc.aio.Server:
-    """A server without services or ports; add servicers, then call `start_server`."""
-    return grpc.aio.server(options=_options(max_message_bytes), interceptors=list(interceptors))
+    """A server without services or ports; add servicers, then call `start_server`.
+
+    Args:
+        max_connection_age_s: a connection of this age takes no new calls, so that its client connects anew; running
+            calls end as they would have.
+    """
+    options = _options(max_message_bytes)
+    if max_connection_age_s is not None:
+        options.append(("grpc.max_connection_age_ms", int(max_connection_age_s * 1000)))
+    return grpc.aio.server(options=options, interceptors=list(interceptors))
 
 
 async def start_server(server: grpc.aio.Server, service_names: Sequence[str], host: str, port: int) -> RunningServer:
@@ -91,5 +100,5 @@ def format_address(host: str, port: int) -> str:
 
 
 def local_address(host: str, port: int) -> str:
-    """Where a client on this machine reaches a server that listens on `host`; a wildcard means the loopback interface."""
+    """Where a client on this machine reaches a server that listens on `host`; for a wildcard the loopback interface."""
     return format_address({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), port)

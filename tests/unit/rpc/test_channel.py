@@ -1,11 +1,13 @@
 """Servers on real sockets, over IPv4 and IPv6."""
 
+import asyncio
 import socket
 
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from dflash_ray.config import ConfigError, load_config
+from dflash_ray.pb import metrics_pb2, metrics_pb2_grpc
 from dflash_ray.rpc.channel import format_address, local_address, new_server, open_channel, start_server
 
 
@@ -52,3 +54,24 @@ def test_an_ipv6_host_stands_in_brackets():
 def test_a_host_in_brackets_is_refused_by_name(key):
     with pytest.raises(ConfigError, match=f"{key}.*without brackets"):
         load_config(None, [f"{key}='[::1]'"])
+
+
+async def test_an_old_connection_is_left_for_a_new_one_and_cuts_no_running_call():
+    """Clients behind a Service, which balances connections alone, come to other gateways in time."""
+    peers: list[str] = []
+
+    class Watched(metrics_pb2_grpc.MetricsServicer):
+        async def Collect(self, request, context):
+            peers.append(context.peer())
+            await asyncio.sleep(2.0 if len(peers) == 1 else 0.0)
+            return metrics_pb2.CollectResponse(text="whole")
+
+    server = new_server(max_connection_age_s=0.5)
+    metrics_pb2_grpc.add_MetricsServicer_to_server(Watched(), server)
+    running = await start_server(server, [], "127.0.0.1", 0)
+    async with open_channel(f"127.0.0.1:{running.port}") as channel:
+        stub = metrics_pb2_grpc.MetricsStub(channel)
+        for _ in range(2):
+            assert (await stub.Collect(metrics_pb2.CollectRequest(), timeout=20)).text == "whole"
+    await running.stop()
+    assert peers[0] != peers[1]
