@@ -9,11 +9,13 @@ from typing import Protocol
 import torch
 
 from dflash_ray.config import DflashRayConfig
-from dflash_ray.core.ngram import MAX_NGRAM, NgramIndex
+from dflash_ray.core.ngram import MAX_NGRAM, IndexingRoom, NgramIndex
 from dflash_ray.models.block_drafter import BlockDrafter
 from dflash_ray.models.dflash2 import Draw
 from dflash_ray.models.drafter_checkpoint import resolve_drafter
 from dflash_ray.models.target_checkpoint import resolve_target
+
+_INDEXED_AT_ONCE = 8192  # tokens of long texts that one proposal indexes for n-grams, of all sessions together
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,8 +137,11 @@ class NgramMethod:
         draws: list[Draw],
     ) -> list[Proposal]:
         proposals = []
+        room = IndexingRoom(_INDEXED_AT_ONCE)
         for session, anchor_id, count in zip(sessions, anchor_ids, num_draft_tokens, strict=True):
-            draft = self._indexes[session].propose_after(anchor_id, count).tokens
+            index = self._indexes[session]
+            index.catch_up(room)
+            draft = index.propose_after(anchor_id, count).tokens
             proposals.append(Proposal(len(draft), 1, draft, [0.0] * len(draft)))
         return proposals
 

@@ -13,6 +13,7 @@ from itertools import islice, takewhile
 
 from dflash_ray.config import DflashRayConfig
 from dflash_ray.core.errors import InvalidRequestError, OverloadedError, RequestError, UnavailableError
+from dflash_ray.core.ngram import IndexingRoom
 from dflash_ray.core.stats import AcceptanceStats
 from dflash_ray.pb import common_pb2, drafter_pb2, router_pb2, target_pb2
 from dflash_ray.router.actions import Action, CloseSequences, Emit, Fail, RunStep
@@ -21,6 +22,7 @@ from dflash_ray.router.drafting import Drafting
 from dflash_ray.router.sequence import Phase, RouterSequence
 
 _MAX_PENDING_ROWS = 256
+_INDEXED_AT_ONCE = 2048  # tokens of long texts that one poll indexes for n-grams: some two milliseconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +46,7 @@ class Scheduler:
         self._uses_ngram = config.drafter.method != "none"
         self._weighs_ngrams = config.router.prefer_ngram and config.uses_features
         self._rates = DraftRates()
+        self._indexing_room = IndexingRoom(_INDEXED_AT_ONCE)
         self._is_colocated = config.drafter.placement_mode == "colocated"
         self._wants_features = config.uses_features
         self.drafting = Drafting(config.router.draft_timeout_ms / 1000, config.router.num_candidates)
@@ -251,6 +254,7 @@ class Scheduler:
     def poll(self, now: float) -> list[Action]:
         """Everything there is to do at `now`, in order."""
         self._give_up_waiting(now)
+        self._indexing_room.left = _INDEXED_AT_ONCE
         if self.limits is not None:
             self.drafting.expire(self._running, now)
             self._admit(now)
@@ -274,10 +278,10 @@ class Scheduler:
             count = sequence.num_drafts(self.limits.max_model_len)
             if sequence.ngram_draft is not None or not count:
                 continue
-            match_len = sequence.look_up(count).match_len
+            match_len = sequence.look_up(count, self._indexing_room).match_len
             # Features that wait for the drafter's next request are not piled up without end.
             if self._rates.prefers_ngram(match_len) and sequence.num_pending_rows < _MAX_PENDING_ROWS:
-                sequence.take_ngram(count)
+                sequence.take_ngram(count, self._indexing_room)
 
     def next_deadline(self) -> float | None:
         """When `poll` has something to do even if no event comes."""
@@ -357,7 +361,7 @@ class Scheduler:
         vocab_size = self.limits.vocab_size
         count = min(sequence.num_drafts(self.limits.max_model_len), room - 1)
         if sequence.draft is None and count and self._uses_ngram:
-            sequence.take_ngram(count)
+            sequence.take_ngram(count, self._indexing_room)
         in_vocabulary = takewhile(lambda token: token < vocab_size, sequence.draft or [])
         sequence.draft = list(islice(in_vocabulary, count))
         step.verify_ids.append(sequence.sequence_id)
