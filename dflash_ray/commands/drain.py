@@ -88,7 +88,7 @@ def _replicas(details: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _num_requests(details: dict[str, Any], node: Node) -> float | None:
     """Requests running and waiting in the whole application, None where it does not say."""
-    address = format_address(node.ip, details["http_options"]["port"])
+    address = format_address(node.ip, (details.get("http_options") or {}).get("port", 8000))
     try:
         response = httpx.get(f"http://{address}/metrics", timeout=10, trust_env=False).raise_for_status()
     except httpx.HTTPError:
