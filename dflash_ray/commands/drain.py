@@ -69,7 +69,8 @@ def is_drained(details: dict[str, Any], node: Node) -> bool:
     replicas = _replicas(details)
     if node.is_head:
         return not any(replica["state"] in ("PENDING_MIGRATION", "STOPPING") for replica in replicas)
-    return node.id not in {replica["node_id"] for replica in replicas} | set(details.get("proxies", {}))
+    # A replica that has not started has no node yet.
+    return node.id not in {replica.get("node_id") for replica in replicas} | set(details.get("proxies", {}))
 
 
 def is_leaving(details: dict[str, Any]) -> bool:

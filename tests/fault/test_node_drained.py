@@ -13,7 +13,7 @@ from dflash_ray.config import load_config
 from tests.applications import PROMPTS, Application, Client, free_port, request
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
-MAX_NEW_TOKENS = 160
+MAX_NEW_TOKENS = 100
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ async def test_streams_of_a_drained_frontend_end_whole_and_others_are_served_by_
     ]
     config = load_config(None, [*ports, *placement])
     with running_app(config):
-        prompts = [prompt["prompt"] for prompt in PROMPTS[:4]]
+        prompts = [prompt["prompt"] for prompt in PROMPTS[:3]]
         messages = [request(prompt, max_new_tokens=MAX_NEW_TOKENS) for prompt in prompts]
         for message in messages:
             message.stopping.ignore_eos = True

@@ -7,16 +7,19 @@ HEAD = Node("h", "10.0.0.1", True, "10.0.0.1:6379", "http://10.0.0.1:8265")
 
 
 def details(replicas: dict[str, list[tuple[str, str]]], proxies: tuple[str, ...]) -> dict:
-    """As Serve's REST API answers: deployments with (node, state) of their replicas, and nodes with a proxy."""
+    """As Serve's REST API answers: deployments with (node, state) of their replicas, and nodes with a proxy.
+
+    What has no place yet says no node.
+    """
     deployments = {
-        name: {"replicas": [{"node_id": node, "state": state} for node, state in places]}
+        name: {"replicas": [{"state": state} | ({"node_id": node} if node else {}) for node, state in places]}
         for name, places in replicas.items()
     }
     return {"applications": {"dflash_ray": {"deployments": deployments}}, "proxies": {node: {} for node in proxies}}
 
 
 def test_a_worker_stays_until_its_replicas_and_its_proxy_are_gone():
-    moving = {"Gateway": [("w", "PENDING_MIGRATION"), ("x", "STARTING")], "Target": [("t", "RUNNING")]}
+    moving = {"Gateway": [("w", "PENDING_MIGRATION"), ("", "STARTING")], "Target": [("t", "RUNNING")]}
     assert not is_drained(details(moving, ("h", "w", "t")), WORKER)
     moved = {"Gateway": [("x", "RUNNING")], "Target": [("t", "RUNNING")]}
     assert not is_drained(details(moved, ("h", "w", "x", "t")), WORKER), "the proxy still carries answers"
