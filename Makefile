@@ -45,11 +45,12 @@ test-slow: setup ## Run the slow tests: whole applications, faults, autoscaling,
 	$(BIN)/pytest -m "slow and not gpu"
 
 .PHONY: lint
-lint: setup ## Check style, types, protos and that generated code is current
+lint: setup ## Check style, types, protos, images' recipes and that generated code is current
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/buf lint
+	$(BIN)/hadolint deployments/docker/Dockerfile.*
 	$(MAKE) --no-print-directory protos
 	git diff --exit-code -- dflash_ray/pb
 

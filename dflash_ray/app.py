@@ -21,6 +21,7 @@ from dflash_ray.config import DflashRayConfig, PlacementConfig, parse_config
 from dflash_ray.drafter.service import DrafterReplica
 from dflash_ray.gateway.service import GatewayReplica
 from dflash_ray.router.service import RouterReplica
+from dflash_ray.rpc.channel import format_address
 from dflash_ray.rpc.directory import ACTOR_NAME, NAMESPACE
 from dflash_ray.target.service import TargetReplica, target_placement
 
@@ -56,7 +57,8 @@ def build_app(args: dict[str, Any]) -> serve.Application:
         num_replicas=config.gateway.num_replicas,
         max_ongoing_requests=_MAX_ONGOING_REQUESTS,
         ray_actor_options=_actor_options(config.gateway.placement),
-        graceful_shutdown_timeout_s=30,
+        # Serve's limit is for HTTP and gRPC together, and ends the process.
+        graceful_shutdown_timeout_s=config.gateway.drain_timeout_s + 5,
     )
     # The peers are bound so that Serve deploys them; requests reach them over gRPC, found through the directory.
     return gateway.bind(config, *peers)
@@ -181,7 +183,8 @@ def _require_free(field: str, host: str, port: int) -> None:
         try:
             probe.bind((host, port))
         except OSError as error:
-            text = f"{field}: cannot listen on {host}:{port} ({error.strerror}); choose another port or free this one"
+            address = format_address(host, port)
+            text = f"{field}: cannot listen on {address} ({error.strerror}); choose another port or free this one"
             raise AppStartError(text) from None
 
 

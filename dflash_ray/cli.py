@@ -73,6 +73,17 @@ def status(http: HttpOption = "http://127.0.0.1:8000") -> None:
     run_status(http)
 
 
+@app.command()
+def drain(
+    timeout: Annotated[float, typer.Option(min=1.0, help="seconds after which the node is left as it is")] = 300.0,
+    node: Annotated[str | None, typer.Option(help="Ray's id of the node; this one without")] = None,
+) -> None:
+    """Let the answers of a Ray node end, before it is stopped: for a pod's preStop hook."""
+    from dflash_ray.commands.drain import run_drain
+
+    run_drain(timeout, node)
+
+
 kernels = typer.Typer(no_args_is_help=True, help="Compile the operators ahead of time, and look at the CUDA kernels.")
 app.add_typer(kernels, name="kernels")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 BUILTIN_MODEL = "builtin:smollm2"
 BUILTIN_DRAFTER = "builtin:smollm2-135m-dflash"
@@ -28,6 +28,15 @@ class ConfigError(ValueError):
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def _check_host(host: str) -> str:
+    if not host or "[" in host or "]" in host:
+        raise ValueError("give a host name or an IP address, an IPv6 one without brackets, e.g. ::1")
+    return host
+
+
+_Host = Annotated[str, AfterValidator(_check_host)]
 
 
 class ModelConfig(_Section):
@@ -167,20 +176,26 @@ class TrafficConfig(_Section):
 class GatewayConfig(_Section):
     num_replicas: int = Field(1, ge=1)
     placement: PlacementConfig = PlacementConfig()
-    http_host: str = "127.0.0.1"
+    http_host: _Host = "127.0.0.1"
     http_port: int = Field(8000, ge=0, le=65535)
-    grpc_host: str = "127.0.0.1"
+    grpc_host: _Host = "127.0.0.1"
     grpc_port: int = Field(9000, ge=0, le=65535)
     max_body_bytes: int = Field(4 * 1024 * 1024, ge=1024)
     max_stop_strings: int = Field(16, ge=1)
     max_choices: int = Field(16, ge=1, description="largest n of a request")
     max_logprobs: int = Field(20, ge=0)
     request_timeout_s: float = Field(600.0, gt=0)
+    drain_timeout_s: float = Field(30.0, ge=0, description="a gateway that stops lets its answers go on for so long")
+    grpc_connection_age_s: float | None = Field(
+        None, gt=0, description="clients connect anew after this time, and so spread over gateways; answers go on"
+    )
     traffic: TrafficConfig | None = Field(None, description="where chat prompts are recorded; null records none")
 
 
 class NetworkConfig(_Section):
-    bind_host: str = Field("127.0.0.1", description="interface of the inner gRPC servers; `node` is the Ray node's IP")
+    bind_host: _Host = Field(
+        "127.0.0.1", description="interface of the inner gRPC servers; `node` is the Ray node's IP"
+    )
     entry_ttl_s: float = Field(5.0, gt=0, description="a process that is silent this long leaves the directory")
     max_message_bytes: int = Field(
         64 * 1024 * 1024,

@@ -14,6 +14,7 @@ import httpx
 
 from dflash_ray.commands.client import Answer, console, fail, stream_answer
 from dflash_ray.config import ConfigError, DflashRayConfig, load_config
+from dflash_ray.rpc.channel import local_address
 
 _READY_TIMEOUT_S = 300.0
 _DEMO_PROMPTS = (
@@ -63,8 +64,8 @@ def run_serve(config_path: Path | None, overrides: list[str]) -> None:
     config = _load(config_path, overrides)
     stop = threading.Event()
     with _running(config):
-        http = f"http://{config.gateway.http_host}:{config.gateway.http_port}"
-        address = f"{config.gateway.grpc_host}:{config.gateway.grpc_port}"
+        http = f"http://{local_address(config.gateway.http_host, config.gateway.http_port)}"
+        address = local_address(config.gateway.grpc_host, config.gateway.grpc_port)
         _wait_until_ready(http)
         body = f'{{"model": "{config.model.served_name}", "messages": [{{"role": "user", "content": "Hello!"}}]}}'
         console.print("ready", style="bold green")
@@ -83,8 +84,8 @@ def run_demo(config_path: Path | None, overrides: list[str]) -> None:
     config = _load(config_path, overrides)
     console.print("starting (weights are loaded, about a minute) ...")
     with _running(config):
-        _wait_until_ready(f"http://{config.gateway.http_host}:{config.gateway.http_port}")
-        address = f"{config.gateway.grpc_host}:{config.gateway.grpc_port}"
+        _wait_until_ready(f"http://{local_address(config.gateway.http_host, config.gateway.http_port)}")
+        address = local_address(config.gateway.grpc_host, config.gateway.grpc_port)
         console.print(f"[bold]> {_DEMO_PROMPTS[0]}[/bold]")
         _answer(address, _DEMO_PROMPTS[0], "fixed", show=True)
         answers: dict[str, list[Answer]] = {"off": [], "fixed": []}

@@ -42,14 +42,19 @@ class GatewayReplica:
         configure_logging("gateway", config.observability.log_level, config.observability.log_format)
         self.core = GatewayCore(config, DirectoryClient())
         self._closing.push_async_callback(self.core.close)
-        server = new_server(max_message_bytes=config.gateway.max_body_bytes)
+        self._tasks: list[asyncio.Task[None]] = []
+        self._closing.callback(self._cancel_tasks)
+        server = new_server(config.gateway.max_body_bytes, max_connection_age_s=config.gateway.grpc_connection_age_s)
         generation_pb2_grpc.add_GenerationServicer_to_server(GenerationServicer(self.core), server)
         host = bind_host(config.gateway.grpc_host)
         self._server = await start_server(server, [_SERVICE_NAME], host, config.gateway.grpc_port)
-        self._closing.push_async_callback(self._server.stop, grace_s=5.0)
-        self._tasks = [asyncio.create_task(self.core.routers.run()), asyncio.create_task(self._report_health())]
+        # Answers go on meanwhile, also when their router is stopped and another one takes them.
+        self._closing.push_async_callback(self._server.stop, grace_s=config.gateway.drain_timeout_s)
+        self._tasks += [asyncio.create_task(self.core.routers.run()), asyncio.create_task(self._report_health())]
+
+    def _cancel_tasks(self) -> None:
         for task in self._tasks:
-            self._closing.callback(task.cancel)
+            task.cancel()
 
     async def _report_health(self) -> None:
         """Keeps the standard gRPC health in step with GET /health."""

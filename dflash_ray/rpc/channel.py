@@ -58,9 +58,18 @@ class RunningServer:
 def new_server(
     max_message_bytes: int,
     interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
+    max_connection_age_s: float | None = None,
 ) -> grpc.aio.Server:
-    """A server without services or ports; add servicers, then call `start_server`."""
-    return grpc.aio.server(options=_options(max_message_bytes), interceptors=list(interceptors))
+    """A server without services or ports; add servicers, then call `start_server`.
+
+    Args:
+        max_connection_age_s: a connection of this age takes no new calls, so that its client connects anew; running
+            calls end as they would have.
+    """
+    options = _options(max_message_bytes)
+    if max_connection_age_s is not None:
+        options.append(("grpc.max_connection_age_ms", int(max_connection_age_s * 1000)))
+    return grpc.aio.server(options=options, interceptors=list(interceptors))
 
 
 async def start_server(server: grpc.aio.Server, service_names: Sequence[str], host: str, port: int) -> RunningServer:
@@ -72,10 +81,11 @@ async def start_server(server: grpc.aio.Server, service_names: Sequence[str], ho
     health = HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
     reflection.enable_server_reflection((*service_names, reflection.SERVICE_NAME, "grpc.health.v1.Health"), server)
+    address = format_address(host, port)
     try:
-        bound = server.add_insecure_port(f"{host}:{port}")
+        bound = server.add_insecure_port(address)
     except RuntimeError as error:
-        raise RuntimeError(f"gRPC cannot listen on {host}:{port}; is the port in use? ({error})") from None
+        raise RuntimeError(f"gRPC cannot listen on {address}; is the port in use? ({error})") from None
     await server.start()
     running = RunningServer(server, health, tuple(service_names), bound)
     await running.set_serving(True)
@@ -85,3 +95,8 @@ async def start_server(server: grpc.aio.Server, service_names: Sequence[str], ho
 def format_address(host: str, port: int) -> str:
     """host:port, with brackets around an IPv6 host."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def local_address(host: str, port: int) -> str:
+    """Where a client on this machine reaches a server that listens on `host`; for a wildcard the loopback interface."""
+    return format_address({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), port)

@@ -281,7 +281,7 @@ class Engine:
     def _hand_on_features(
         self, sequence: Sequence, start: int, rows: torch.Tensor, pieces: list[common_pb2.ContextFeatures]
     ) -> None:
-        """Features [n, H] of positions start, start + 1, ...: to the colocated drafter, or stored and on their way out."""
+        """Features [n, H] of positions start, start + 1, ...: to the colocated drafter, or stored and on their way."""
         stop = start + len(rows)
         tokens = sequence.tokens[start:stop]
         if self._drafter is not None:
