@@ -11,6 +11,8 @@ from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
 INNER_MESSAGE_BYTES = 64 * 1024 * 1024  # a prefill chunk's features of a wide model fit
+# For channels to the application's own servers: http_proxy and its like say how to reach the world outside.
+DIRECT: tuple[tuple[str, int], ...] = (("grpc.enable_http_proxy", 0),)
 
 _KEEPALIVE = (
     ("grpc.keepalive_time_ms", 10_000),
@@ -32,8 +34,8 @@ def _options(max_message_bytes: int) -> list[tuple[str, int]]:
 
 
 def open_channel(address: str) -> grpc.aio.Channel:
-    """A channel to an inner server at host:port; the caller closes it."""
-    return grpc.aio.insecure_channel(address, options=_options(INNER_MESSAGE_BYTES))
+    """A channel to an inner server at host:port, through no proxy; the caller closes it."""
+    return grpc.aio.insecure_channel(address, options=[*DIRECT, *_options(INNER_MESSAGE_BYTES)])
 
 
 @dataclass(frozen=True, slots=True)
