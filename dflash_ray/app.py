@@ -160,8 +160,7 @@ def running_app(config: DflashRayConfig, on_step: Callable[[str], None] = lambda
     os.environ.setdefault("RAY_SERVE_SLOW_STARTUP_WARNING_S", str(int(config.target.init_timeout_s)))
     joins_cluster = "RAY_ADDRESS" in os.environ
     if not joins_cluster:
-        _require_free("gateway.http_port", config.gateway.http_host, config.gateway.http_port)
-        _require_free("gateway.grpc_port", config.gateway.grpc_host, config.gateway.grpc_port)
+        require_free_ports(config)
     with ExitStack() as stopping:
         on_step("connecting to Ray" if joins_cluster else "starting Ray")
         stopping.callback(ray.shutdown)  # also what an interrupted start leaves
@@ -200,16 +199,25 @@ def _connect(joins_cluster: bool) -> None:
         signal.signal(signal.SIGTERM, on_sigterm)
 
 
+def require_free_ports(config: DflashRayConfig) -> None:
+    """Says now what would otherwise show after the weights are loaded, as a deployment that fails three times.
+
+    Raises:
+        AppStartError: a port of the gateway is taken on this machine.
+    """
+    _require_free("gateway.http_port", config.gateway.http_host, config.gateway.http_port)
+    _require_free("gateway.grpc_port", config.gateway.grpc_host, config.gateway.grpc_port)
+
+
 def _require_free(field: str, host: str, port: int) -> None:
-    """Says now what would otherwise show after the weights are loaded, as a deployment that fails three times."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except OSError as error:
-            text = f"{field}: cannot listen on {host}:{port} ({error.strerror}); choose another port or free this one"
-            raise AppStartError(text) from None
+            text = f"{field}: cannot listen on {host}:{port} ({error.strerror}); free the port or choose another"
+            raise AppStartError(f"{text}: --set {field}={port + 1}") from None
 
 
 def _why_not_running(summary: str) -> str:

@@ -75,14 +75,15 @@ def run_demo(config_path: Path | None, overrides: list[str], log: str | None) ->
 @contextmanager
 def _running(config: DflashRayConfig, steps: Steps) -> Iterator[None]:
     """The running application, ready for requests; ends the command with a clear text when it does not start."""
-    from dflash_ray.app import AppStartError, running_app
+    from dflash_ray.app import AppStartError, require_free_ports, running_app
 
     # As Ctrl-C does, so that nothing goes on running after either.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    if "RAY_ADDRESS" not in os.environ:  # the machines of a cluster compile for themselves
-        steps.begin("preparing the operators (the first time they are compiled: a minute or two)")
-        _compile_operators()
     try:
+        if "RAY_ADDRESS" not in os.environ:  # the machines of a cluster compile for themselves
+            require_free_ports(config)
+            steps.begin("preparing the operators (the first time they are compiled: a minute or two)")
+            _compile_operators()
         with running_app(config, on_step=steps.begin):
             steps.begin("waiting until it can answer")
             _wait_until_ready(_addresses(config)[0])
