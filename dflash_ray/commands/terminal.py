@@ -67,7 +67,8 @@ def logs_kept_apart(command: str, log: str | None) -> Iterator[None]:
             try:
                 chatter, path = _open_log(command, log)
             except OSError as error:
-                fail(f"--log {log}: {error.strerror}; name a file that can be written, or {LOG_TO_STDERR} for stderr")
+                named = "no temporary file for the logs" if log is None else f"--log {log}"
+                fail(f"{named}: {error.strerror}; name a file that can be written, or {LOG_TO_STDERR} for stderr")
             notes.out(f"logs: {path}")
             _log = path
         restore.callback(_forget_log)
