@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from dflash_ray.commands.client import console, fail
+from dflash_ray.commands.terminal import console, fail
 from dflash_ray.core.errors import RequestError
 from dflash_ray.training.config import TrainingConfig, load_training_config
 from dflash_ray.training.left_out import LeftOut

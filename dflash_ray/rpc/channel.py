@@ -10,6 +10,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
+# For channels to the application's own servers: http_proxy and its like say how to reach the world outside.
+DIRECT: tuple[tuple[str, int], ...] = (("grpc.enable_http_proxy", 0),)
+
 _KEEPALIVE = (
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 5_000),
@@ -30,8 +33,8 @@ def _options(max_message_bytes: int) -> list[tuple[str, int]]:
 
 
 def open_channel(address: str, max_message_bytes: int) -> grpc.aio.Channel:
-    """A channel to an inner server at host:port; the caller closes it."""
-    return grpc.aio.insecure_channel(address, options=_options(max_message_bytes))
+    """A channel to an inner server at host:port, through no proxy; the caller closes it."""
+    return grpc.aio.insecure_channel(address, options=[*DIRECT, *_options(max_message_bytes)])
 
 
 @dataclass(frozen=True, slots=True)

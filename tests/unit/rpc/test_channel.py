@@ -10,6 +10,8 @@ from dflash_ray.config import ConfigError, load_config
 from dflash_ray.pb import metrics_pb2, metrics_pb2_grpc
 from dflash_ray.rpc.channel import format_address, local_address, new_server, open_channel, start_server
 
+LIMIT = 1024 * 1024
+
 
 def has_ipv6() -> bool:
     try:
@@ -21,7 +23,7 @@ def has_ipv6() -> bool:
 
 
 async def health_of(address: str) -> int:
-    async with open_channel(address) as channel:
+    async with open_channel(address, LIMIT) as channel:
         stub = health_pb2_grpc.HealthStub(channel)
         return (await stub.Check(health_pb2.HealthCheckRequest(), timeout=10)).status
 
@@ -30,7 +32,7 @@ async def health_of(address: str) -> int:
 async def test_a_server_answers_at_the_address_it_publishes(host):
     if ":" in host and not has_ipv6():
         pytest.skip("this machine has no IPv6 loopback")
-    running = await start_server(new_server(), [], host, 0)
+    running = await start_server(new_server(LIMIT), [], host, 0)
     try:
         address = local_address(host, running.port)
         assert await health_of(address) == health_pb2.HealthCheckResponse.SERVING
@@ -40,7 +42,7 @@ async def test_a_server_answers_at_the_address_it_publishes(host):
 
 async def test_an_address_that_cannot_be_bound_is_named_with_its_brackets():
     with pytest.raises(RuntimeError, match=r"gRPC cannot listen on \[2001:db8::1\]:9000"):
-        await start_server(new_server(), [], "2001:db8::1", 9000)
+        await start_server(new_server(LIMIT), [], "2001:db8::1", 9000)
 
 
 def test_an_ipv6_host_stands_in_brackets():
@@ -66,10 +68,10 @@ async def test_an_old_connection_is_left_for_a_new_one_and_cuts_no_running_call(
             await asyncio.sleep(2.0 if len(peers) == 1 else 0.0)
             return metrics_pb2.CollectResponse(text="whole")
 
-    server = new_server(max_connection_age_s=0.5)
+    server = new_server(LIMIT, max_connection_age_s=0.5)
     metrics_pb2_grpc.add_MetricsServicer_to_server(Watched(), server)
     running = await start_server(server, [], "127.0.0.1", 0)
-    async with open_channel(f"127.0.0.1:{running.port}") as channel:
+    async with open_channel(f"127.0.0.1:{running.port}", LIMIT) as channel:
         stub = metrics_pb2_grpc.MetricsStub(channel)
         for _ in range(2):
             assert (await stub.Collect(metrics_pb2.CollectRequest(), timeout=20)).text == "whole"
