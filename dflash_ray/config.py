@@ -145,7 +145,7 @@ class RouterConfig(_Section):
     max_waiting: int = Field(256, ge=0, description="requests queued before new ones are refused")
     lease_ttl_s: float = Field(5.0, gt=0)
     target_wait_s: float = Field(
-        180.0, gt=0, description="requests wait this long for a lost target group, which loads its weights again"
+        180.0, gt=0, description="requests wait this long for a target group while no router leads one"
     )
 
 

@@ -61,6 +61,26 @@ class UnavailableError(RequestError):
     kind = "unavailable"
 
 
+class HandedOverError(UnavailableError):
+    """A router ends a request that is to go on elsewhere.
+
+    Attributes:
+        num_losses: groups that were lost while they ran it, which whoever runs it next must know.
+    """
+
+    def __init__(self, message: str, num_losses: int) -> None:
+        super().__init__(message)
+        self.num_losses = num_losses
+
+
+class OtherModelError(RequestError):
+    """The groups here serve another model than the one that began the answer."""
+
+    http_status = 503
+    grpc_code = "FAILED_PRECONDITION"
+    kind = "unavailable"
+
+
 class DeadlineExceededError(RequestError):
     """The request's own deadline passed."""
 
@@ -76,6 +96,7 @@ _BY_GRPC_CODE: dict[str, type[RequestError]] = {
         UnknownModelError,
         OverloadedError,
         UnavailableError,
+        OtherModelError,
         DeadlineExceededError,
         RequestError,
     )

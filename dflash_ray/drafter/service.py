@@ -55,7 +55,7 @@ class DrafterReplica:
         )
         self._directory = DirectoryClient()
         self._registration = asyncio.create_task(
-            keep_registered(self._directory, self._entry, config.network.entry_ttl_s)
+            keep_registered(self._directory, lambda: self._entry, config.network.entry_ttl_s)
         )
         self._closing.push_async_callback(self._unregister)
         logger.info("drafter ready", extra={"drafter_id": drafter_id, "address": self._entry.address})

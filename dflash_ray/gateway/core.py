@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
+import uuid
 
 from dflash_ray.config import DflashRayConfig
 from dflash_ray.gateway.generation import Generator
@@ -13,28 +13,30 @@ from dflash_ray.gateway.tokenizer import ChatTokenizer
 from dflash_ray.gateway.traffic import TrafficRecorder
 from dflash_ray.observability.metrics import GatewayMetrics
 from dflash_ray.rpc.directory import DirectoryClient
-from dflash_ray.rpc.metrics import collect_metrics
+from dflash_ray.rpc.metrics import MetricsPage
 
 
 class GatewayCore:
     """Everything between the APIs and the routers."""
 
     def __init__(self, config: DflashRayConfig, directory: DirectoryClient) -> None:
+        self.gateway_id = uuid.uuid4().hex[:12]
         self.config = config
         self.started_at = int(time.time())
         self.metrics = GatewayMetrics()
         self.tokenizer = ChatTokenizer(config.model)
         self.traffic = None if config.gateway.traffic is None else TrafficRecorder(config.gateway.traffic)
         self.requests = RequestBuilder(config, self.tokenizer, self.traffic)
-        self.routers = Routers(directory, config.network.max_message_bytes)
+        self.routers = Routers(directory, config.network)
+        self._metrics_page = MetricsPage(directory, config.network, ("gateway", self.gateway_id), self.metrics.render)
         self.generator = Generator(
             self.routers,
             self.tokenizer,
             self.metrics,
             config.model.served_name,
             config.gateway.request_timeout_s,
+            config.router.target_wait_s,
         )
-        self._directory = directory
 
     async def close(self) -> None:
         """Ends the connections to routers, and writes what is still to be recorded."""
@@ -43,12 +45,5 @@ class GatewayCore:
             self.traffic.close()
 
     async def render_metrics(self) -> str:
-        """Metrics of this gateway and of every other process in the directory."""
-        try:
-            entries = await asyncio.gather(*(self._directory.entries(k) for k in ("router", "target", "drafter")))
-        except ConnectionError:
-            entries = []
-        own = {"gateway": self.metrics.render()}
-        return await collect_metrics(
-            [entry for kind in entries for entry in kind], own, self.config.network.max_message_bytes
-        )
+        """Metrics of every process of the application."""
+        return await self._metrics_page.collect()

@@ -1,29 +1,24 @@
-"""Tokens from a router, as text: one router call a choice, resumed elsewhere when a router goes away."""
+"""Tokens from routers, as text."""
 
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import count
 
-import grpc
-
-from dflash_ray.core.errors import DeadlineExceededError, RequestError, UnavailableError, error_from_grpc
+from dflash_ray.core.errors import RequestError
 from dflash_ray.core.stats import AcceptanceStats
 from dflash_ray.gateway.detokenizer import Detokenizer, StopStrings
 from dflash_ray.gateway.requests import GenerationRequest
+from dflash_ray.gateway.resumption import ResumedCall
 from dflash_ray.gateway.routers import Routers
 from dflash_ray.gateway.tokenizer import ChatTokenizer
 from dflash_ray.observability.metrics import GatewayMetrics
 from dflash_ray.pb import common_pb2, router_pb2
 
-logger = logging.getLogger(__name__)
-
 STOP = common_pb2.FINISH_REASON_STOP
-_RETRY_PAUSE_S = 0.2
 
 
 @dataclass(slots=True)
@@ -45,25 +40,24 @@ class ChoiceDelta:
     stats: AcceptanceStats | None = None
 
 
-@dataclass(slots=True)
-class _Progress:
-    """What a choice has got so far, kept for a re-submission."""
-
-    tokens: list[int] = field(default_factory=list)
-    stats: AcceptanceStats = field(default_factory=AcceptanceStats)
-
-
 class Generator:
     """Runs requests; knows nothing of HTTP or of the client's gRPC."""
 
     def __init__(
-        self, routers: Routers, tokenizer: ChatTokenizer, metrics: GatewayMetrics, model: str, timeout_s: float
+        self,
+        routers: Routers,
+        tokenizer: ChatTokenizer,
+        metrics: GatewayMetrics,
+        model: str,
+        timeout_s: float,
+        wait_s: float,
     ) -> None:
         self._routers = routers
         self._tokenizer = tokenizer
         self._metrics = metrics
         self._model = model
         self._timeout_s = timeout_s
+        self._wait_s = wait_s
 
     async def generate(
         self, request: GenerationRequest, timeout_s: float | None = None
@@ -87,7 +81,8 @@ class Generator:
         stops = StopStrings(request.stop_strings, request.include_stop_strings)
         started = last = time.monotonic()
         num_tokens = 0
-        chunks = self._chunks(request, deadline)
+        resumed = self._metrics.resumed.labels(self._model).inc
+        chunks = ResumedCall(self._routers, request, deadline, self._wait_s, resumed).chunks()
         try:
             async for chunk in chunks:
                 now = time.monotonic()
@@ -101,30 +96,6 @@ class Generator:
                     return
         finally:
             await chunks.aclose()
-
-    async def _chunks(self, request: GenerationRequest, deadline: float) -> AsyncGenerator[router_pb2.TokenChunk, None]:
-        """Chunks of a choice. A router that goes away is replaced by another, which goes on after the last token."""
-        progress = _Progress()
-        while True:
-            try:
-                async for chunk in self._routers.generate(_router_request(request, progress.tokens), deadline):
-                    progress.tokens.extend(chunk.token_ids)
-                    yield chunk
-                    if chunk.finish_reason:
-                        return
-                raise UnavailableError("the router ended the stream early")
-            except grpc.aio.AioRpcError as error:
-                failure = error_from_grpc(error.code().name, error.details() or "")
-                if not isinstance(failure, UnavailableError):
-                    raise failure from None
-            except UnavailableError as error:
-                failure = error
-            if time.monotonic() + _RETRY_PAUSE_S > deadline:
-                raise DeadlineExceededError("the request's time is over") from None
-            if not progress.tokens and not self._routers.has_ready:
-                raise failure from None
-            logger.warning("going on at another router after %d tokens: %s", len(progress.tokens), failure.message)
-            await asyncio.sleep(_RETRY_PAUSE_S)
 
     def _observe(self, chunk: router_pb2.TokenChunk, before: int, since_start: float, since_last: float) -> None:
         new = len(chunk.token_ids)
@@ -150,17 +121,6 @@ def _seeded(request: GenerationRequest, index: int) -> GenerationRequest:
     sampling.CopyFrom(request.sampling)
     sampling.seed = (sampling.seed + index) % 2**64
     return replace(request, sampling=sampling)
-
-
-def _router_request(request: GenerationRequest, tokens: list[int]) -> router_pb2.GenerateTokensRequest:
-    return router_pb2.GenerateTokensRequest(
-        request_id=request.request_id,
-        token_ids=[*request.prompt_ids, *tokens],
-        prompt_len=len(request.prompt_ids),
-        sampling=request.sampling,
-        stopping=request.stopping,
-        speculation=request.speculation,
-    )
 
 
 def _delta(

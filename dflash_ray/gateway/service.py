@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -16,8 +17,10 @@ from dflash_ray.gateway.grpc_api import GenerationServicer
 from dflash_ray.gateway.http_api import build_http_app
 from dflash_ray.observability.logs import configure_logging
 from dflash_ray.pb import generation_pb2, generation_pb2_grpc
-from dflash_ray.rpc.channel import new_server, start_server
-from dflash_ray.rpc.directory import DirectoryClient
+from dflash_ray.rpc.channel import RunningServer, format_address, new_server, start_server
+from dflash_ray.rpc.directory import DirectoryClient, Entry, keep_registered, leave
+from dflash_ray.rpc.metrics import SERVICE_NAME as METRICS_SERVICE_NAME
+from dflash_ray.rpc.metrics import add_metrics_service
 from dflash_ray.rpc.node import bind_host
 
 logger = logging.getLogger(__name__)
@@ -40,17 +43,36 @@ class GatewayReplica:
     async def __init__(self, config: DflashRayConfig, *peers: Any) -> None:  # type: ignore[misc]
         self._closing = AsyncExitStack()
         configure_logging("gateway", config.observability.log_level, config.observability.log_format)
-        self.core = GatewayCore(config, DirectoryClient())
+        self._directory = DirectoryClient()
+        self.core = GatewayCore(config, self._directory)
         self._closing.push_async_callback(self.core.close)
         self._tasks: list[asyncio.Task[None]] = []
         self._closing.callback(self._cancel_tasks)
-        server = new_server(config.gateway.max_body_bytes, max_connection_age_s=config.gateway.grpc_connection_age_s)
-        generation_pb2_grpc.add_GenerationServicer_to_server(GenerationServicer(self.core), server)
-        host = bind_host(config.gateway.grpc_host)
-        self._server = await start_server(server, [_SERVICE_NAME], host, config.gateway.grpc_port)
+        self._server = await self._serve()
         # Answers go on meanwhile, also when their router is stopped and another one takes them.
         self._closing.push_async_callback(self._server.stop, grace_s=config.gateway.drain_timeout_s)
-        self._tasks += [asyncio.create_task(self.core.routers.run()), asyncio.create_task(self._report_health())]
+        entry = await self._serve_metrics()
+        registration = keep_registered(self._directory, lambda: entry, config.network.entry_ttl_s)
+        loops = (registration, self.core.routers.run(), self._report_health())
+        self._tasks += [asyncio.create_task(loop) for loop in loops]
+        self._closing.push_async_callback(self._unregister)
+
+    async def _serve(self) -> RunningServer:
+        """The clients' server. Gateways of one node share its port: the system spreads connections over them."""
+        config = self.core.config.gateway
+        server = new_server(config.max_body_bytes, max_connection_age_s=config.grpc_connection_age_s)
+        generation_pb2_grpc.add_GenerationServicer_to_server(GenerationServicer(self.core), server)
+        return await start_server(server, [_SERVICE_NAME], bind_host(config.grpc_host), config.grpc_port)
+
+    async def _serve_metrics(self) -> Entry:
+        """An inner server, on which the other gateways ask for this one's metrics."""
+        server = new_server(self.core.config.network.max_message_bytes)
+        add_metrics_service(server, self.core.metrics.render)
+        host = bind_host(self.core.config.network.bind_host)
+        inner = await start_server(server, [METRICS_SERVICE_NAME], host, 0)
+        self._closing.push_async_callback(inner.stop)
+        info = {"pid": os.getpid(), "grpc_port": self._server.port}
+        return Entry("gateway", self.core.gateway_id, format_address(host, inner.port), info)
 
     def _cancel_tasks(self) -> None:
         for task in self._tasks:
@@ -67,6 +89,10 @@ class GatewayReplica:
         for task in self._tasks:
             if task.done():
                 task.result()
+
+    async def _unregister(self) -> None:
+        self._tasks[0].cancel()  # or the entry would come back
+        await leave(self._directory, "gateway", self.core.gateway_id)
 
     async def __del__(self) -> None:
         await self._closing.aclose()

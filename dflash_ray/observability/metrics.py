@@ -92,6 +92,7 @@ class GatewayMetrics(_ProcessMetrics):
             "vllm:request_success", "Requests finished", ("model_name", "finished_reason")
         )
         self.refused = self._counter("dflash_ray_gateway_refused_requests", "Requests refused", ("kind",))
+        self.resumed = self._counter("dflash_ray_gateway_resumed_calls", "Router calls that went on elsewhere", model)
 
 
 class RouterMetrics(_ProcessMetrics):

@@ -25,6 +25,7 @@ from dflash_ray.router.actions import (
     RequestDrafts,
     RunStep,
 )
+from dflash_ray.router.attempts import FinalError
 from dflash_ray.router.drafting import DrafterState
 from dflash_ray.router.limits import TargetLimits
 from dflash_ray.router.scheduler import Scheduler
@@ -46,6 +47,7 @@ class Pipeline:
         self._max_message_bytes = config.network.max_message_bytes
         self.scheduler = Scheduler(config)
         self.target_id: str | None = None
+        self.model_fingerprint = ""  # of the group that it leads or led last
         self._target: Stream | None = None
         self._feature_fingerprint = ""
         self._drafters: dict[str, Stream] = {}
@@ -66,7 +68,9 @@ class Pipeline:
     async def connect_target(self, entry: Entry, epoch: int) -> None:
         """Leads a target group. Raises ConnectionError."""
         stream, hello = await open_target(entry.address, self._router_id, epoch, self._max_message_bytes)
-        self._target, self.target_id = stream, entry.id
+        if hello.model_fingerprint != self.model_fingerprint:
+            self.hand_over("the target group came back with another model")
+        self._target, self.target_id, self.model_fingerprint = stream, entry.id, hello.model_fingerprint
         if hello.feature_fingerprint != self._feature_fingerprint:
             for drafter_id in list(self._drafters):  # those that fit join again
                 self._drop_drafter(drafter_id)
@@ -84,6 +88,11 @@ class Pipeline:
         stream.start(self._on_target_message, lambda: self._on_target_end(stream))
         self.scheduler.target_ready(limits, time.monotonic())
         logger.info("leading target group", extra={"target_id": entry.id, "epoch": epoch})
+        self._pump()
+
+    def hand_over(self, reason: str) -> None:
+        """Ends every request here, so that gateways send them, with their tokens, to another group."""
+        self.scheduler.hand_over(reason)
         self._pump()
 
     async def disconnect_target(self) -> None:
@@ -133,12 +142,11 @@ class Pipeline:
         return drafter_id in self._drafters
 
     async def connect_drafter(self, entry: Entry) -> None:
-        """Adds a drafter whose features fit this target. Raises ConnectionError."""
+        """Adds a drafter whose features fit this target. Raises ConnectionError; a FinalError if they don't."""
         stream, hello = await open_drafter(entry.address, self._router_id, self._max_message_bytes)
         if hello.needs_features and hello.fingerprint != self._feature_fingerprint:
-            logger.warning("drafter %s is for other features (%s)", entry.id, hello.fingerprint)
             await stream.close()
-            return
+            raise FinalError(f"drafter {entry.id} is for other features ({hello.fingerprint})")
         self._drafters[entry.id] = stream
         self._streams.add(stream)
         stream.start(

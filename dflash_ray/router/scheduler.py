@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter, deque
 
 from dflash_ray.config import DflashRayConfig
-from dflash_ray.core.errors import OverloadedError, RequestError, UnavailableError
+from dflash_ray.core.errors import DeadlineExceededError, HandedOverError, OverloadedError, RequestError
 from dflash_ray.core.ngram import IndexingRoom
 from dflash_ray.core.stats import AcceptanceStats
 from dflash_ray.pb import common_pb2, drafter_pb2, router_pb2, target_pb2
@@ -79,6 +79,7 @@ class Scheduler:
             draft_tokens=draft_tokens,
             wants_features=self._wants_features and draft_tokens > 0,
             arrived_at=now,
+            num_losses=request.num_losses,
             stats=AcceptanceStats(draft_tokens),
         )
         self._next_id += 1
@@ -308,9 +309,15 @@ class Scheduler:
         return min(deadlines, default=None)
 
     def _give_up_waiting(self, now: float) -> None:
-        if self._lost_at is not None and now >= self._lost_at + self._router.target_wait_s:
+        wait_s = self._router.target_wait_s
+        if self._lost_at is not None and now >= self._lost_at + wait_s:
             for sequence in list(self._waiting):
-                self._fail(sequence, UnavailableError("no target group is up; try again later"))
+                self._fail(sequence, DeadlineExceededError(f"no target group came back within {wait_s:g} s"))
+
+    def hand_over(self, reason: str) -> None:
+        """Ends every request with a HandedOverError: who sent them takes them elsewhere."""
+        for sequence in list(self._sequences.values()):
+            self._fail(sequence, HandedOverError(reason, sequence.num_losses))
 
     def _admit(self, now: float) -> None:
         """Moves waiting sequences to the target while their tokens and a block for each running one fit."""

@@ -15,12 +15,13 @@ from dflash_ray.pb import router_pb2, router_pb2_grpc
 from dflash_ray.router.fleet import Fleet
 from dflash_ray.router.servicer import RouterServicer
 from dflash_ray.rpc.channel import RunningServer, format_address, new_server, start_server
-from dflash_ray.rpc.directory import DirectoryClient, Entry, leave
+from dflash_ray.rpc.directory import DirectoryClient, Entry, keep_registered, leave
 from dflash_ray.rpc.metrics import SERVICE_NAME as METRICS_SERVICE_NAME
 from dflash_ray.rpc.metrics import add_metrics_service
 from dflash_ray.rpc.node import bind_host
 
 logger = logging.getLogger(__name__)
+_POLL_S = 0.1
 _SERVICE_NAME = router_pb2.DESCRIPTOR.services_by_name["Router"].full_name
 
 
@@ -35,12 +36,13 @@ class RouterReplica:
         self._directory = DirectoryClient()
         self._metrics = RouterMetrics()
         self._fleet = Fleet(config, self._router_id, self._directory, self._metrics)
-        self._closing.push_async_callback(self._fleet.close)
         host = bind_host(config.network.bind_host)
         self._server = await self._serve(host)
         self._closing.push_async_callback(self._server.stop, grace_s=1.0)
+        self._closing.push_async_callback(self._fleet.close)
         self._address = format_address(host, self._server.port)
-        self._tasks = [asyncio.create_task(self._fleet.run()), asyncio.create_task(self._keep_registered())]
+        registration = keep_registered(self._directory, self._entry, config.network.entry_ttl_s)
+        self._tasks = [asyncio.create_task(loop) for loop in (self._fleet.run(), registration, self._report_health())]
         self._closing.push_async_callback(self._unregister)
 
     async def _serve(self, host: str) -> RunningServer:
@@ -53,23 +55,14 @@ class RouterReplica:
         self._fleet.update_metrics()
         return self._metrics.render()
 
-    async def _keep_registered(self) -> None:
-        """The entry says whether a target answers, so it is renewed as soon as that changes."""
-        ttl_s = self._config.network.entry_ttl_s
-        told: bool | None = None
-        renewed_at = 0.0
-        loop = asyncio.get_running_loop()
+    def _entry(self) -> Entry:
+        return Entry("router", self._router_id, self._address, {"pid": os.getpid(), **self._fleet.info()})
+
+    async def _report_health(self) -> None:
+        """Keeps the standard gRPC health in step with whether a target group answers."""
         while True:
-            is_ready = self._fleet.is_ready
-            if is_ready != told or loop.time() - renewed_at > ttl_s / 3:
-                info = {"pid": os.getpid(), "ready": is_ready}
-                try:
-                    await self._directory.register(Entry("router", self._router_id, self._address, info), ttl_s)
-                    told, renewed_at = is_ready, loop.time()
-                except ConnectionError as error:
-                    logger.warning("registration is late: %s", error)
-                await self._server.set_serving(is_ready)
-            await asyncio.sleep(0.1)
+            await self._server.set_serving(self._fleet.is_ready)
+            await asyncio.sleep(_POLL_S)
 
     async def check_health(self) -> None:
         """Raises when one of the router's loops has ended, or a pipeline cannot go on."""

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 
 import grpc
 
-from dflash_ray.core.errors import InvalidRequestError, RequestError
+from dflash_ray.core.errors import HandedOverError, InvalidRequestError, RequestError
 from dflash_ray.observability.logs import request_id_var
 from dflash_ray.pb import router_pb2, router_pb2_grpc
 from dflash_ray.router.fleet import Fleet
@@ -26,14 +26,19 @@ class RouterServicer(router_pb2_grpc.RouterServicer):
         request_id_var.set(request.request_id)
         try:
             _check(request)
-            pipeline = await self._fleet.pick()
+            pipeline = await self._fleet.pick(request.model_fingerprint)
+            fingerprint = pipeline.model_fingerprint
             emits = pipeline.generate(request)
             try:
                 async for emit in emits:
-                    yield finish_chunk(emit.sequence, emit, time.monotonic())
+                    chunk = finish_chunk(emit.sequence, emit, time.monotonic())
+                    chunk.model_fingerprint, fingerprint = fingerprint, ""
+                    yield chunk
             finally:
                 await emits.aclose()
         except RequestError as error:
+            if isinstance(error, HandedOverError) and error.num_losses:
+                yield router_pb2.TokenChunk(num_losses=error.num_losses)
             await context.abort(getattr(grpc.StatusCode, error.grpc_code), error.message)
 
 

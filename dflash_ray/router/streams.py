@@ -45,6 +45,9 @@ class Stream:
         except (grpc.aio.AioRpcError, TimeoutError) as error:
             await self.close()
             raise ConnectionError(f"{self.address} did not answer the hello: {error!r}") from error
+        except asyncio.CancelledError:
+            await self.close()
+            raise
         if reply == grpc.aio.EOF:
             await self.close()
             raise ConnectionError(f"{self.address} closed the stream: {await self._call.details()}")

@@ -22,6 +22,12 @@ _KEEPALIVE = (
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
     ("grpc.http2.max_ping_strikes", 0),
 )
+# A peer that was away for a while is tried again soon after it is back, and a host that is silent is given up soon.
+_RECONNECT = (
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.max_reconnect_backoff_ms", 2_000),
+    ("grpc.min_reconnect_backoff_ms", 5_000),  # in fact the time that an attempt may take
+)
 
 
 def _options(max_message_bytes: int) -> list[tuple[str, int]]:
@@ -34,7 +40,7 @@ def _options(max_message_bytes: int) -> list[tuple[str, int]]:
 
 def open_channel(address: str, max_message_bytes: int) -> grpc.aio.Channel:
     """A channel to an inner server at host:port, through no proxy; the caller closes it."""
-    return grpc.aio.insecure_channel(address, options=[*DIRECT, *_options(max_message_bytes)])
+    return grpc.aio.insecure_channel(address, options=[*DIRECT, *_options(max_message_bytes), *_RECONNECT])
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +75,8 @@ def new_server(
         max_connection_age_s: a connection of this age takes no new calls, so that its client connects anew; running
             calls end as they would have.
     """
-    options = _options(max_message_bytes)
+    # Servers of several processes may listen on one port: gateways of a node, and an old and a new one in an upgrade.
+    options = [*_options(max_message_bytes), ("grpc.so_reuseport", 1)]
     if max_connection_age_s is not None:
         options.append(("grpc.max_connection_age_ms", int(max_connection_age_s * 1000)))
     return grpc.aio.server(options=options, interceptors=list(interceptors))

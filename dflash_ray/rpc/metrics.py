@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from typing import get_args
 
 import grpc
 
+from dflash_ray.config import NetworkConfig
 from dflash_ray.pb import metrics_pb2, metrics_pb2_grpc
 from dflash_ray.rpc.channel import open_channel
-from dflash_ray.rpc.directory import Entry
+from dflash_ray.rpc.directory import DirectoryClient, Entry, Kind, KnownEntries
 
 SERVICE_NAME = metrics_pb2.DESCRIPTOR.services_by_name["Metrics"].full_name
 _SAMPLE = re.compile(r"^(?P<name>[a-zA-Z_:][a-zA-Z0-9_:]*)(?:\{(?P<labels>.*)\})? (?P<value>\S+)$")
@@ -33,18 +35,46 @@ def add_metrics_service(server: grpc.aio.Server, render: Callable[[], str]) -> N
     metrics_pb2_grpc.add_MetricsServicer_to_server(MetricsServicer(render), server)
 
 
-async def collect_metrics(
-    entries: Iterable[Entry], own: dict[str, str], max_message_bytes: int, timeout_s: float = 1.0
-) -> str:
-    """One exposition of all processes: `own` texts by process id, and those of the directory's entries.
+class MetricsPage:
+    """One exposition of all processes of the directory.
 
-    A process that does not answer in time is left out.
+    Every gateway has one and all show the same: this process is one among the entries. A process that does not answer
+    in time is shown as it was, for as long as the directory knows it, so that no sum over processes falls for a while.
+
+    Args:
+        own: kind and id of this process, whose metrics `render` returns.
     """
-    entries = list(entries)
-    answers = await asyncio.gather(*(_collect(entry, max_message_bytes, timeout_s) for entry in entries))
-    texts = dict(own)
-    texts.update({f"{entry.kind}-{entry.id}": text for entry, text in zip(entries, answers, strict=True) if text})
-    return merge_expositions(texts)
+
+    def __init__(
+        self,
+        directory: DirectoryClient,
+        network: NetworkConfig,
+        own: tuple[Kind, str],
+        render: Callable[[], str],
+        timeout_s: float = 3.0,
+    ) -> None:
+        self._known = [KnownEntries(directory, kind, network.entry_ttl_s) for kind in get_args(Kind)]
+        self._own = own
+        self._render = render
+        self._max_message_bytes = network.max_message_bytes
+        self._timeout_s = timeout_s
+        self._last: dict[str, str] = {}
+
+    async def collect(self) -> str:
+        """The page as of now."""
+        known = await asyncio.gather(*(known.refresh() for known in self._known))
+        others = [entry for entries in known for entry in entries if (entry.kind, entry.id) != self._own]
+        answers = await asyncio.gather(*(_collect(entry, self._max_message_bytes, self._timeout_s) for entry in others))
+        texts = {_name(*self._own): self._render()}
+        for entry, answer in zip(others, answers, strict=True):
+            name = _name(entry.kind, entry.id)
+            texts[name] = answer if answer is not None else self._last.get(name, "")
+        self._last = texts
+        return merge_expositions(dict(sorted(texts.items())))
+
+
+def _name(kind: Kind, entry_id: str) -> str:
+    return f"{kind}-{entry_id}"
 
 
 async def _collect(entry: Entry, max_message_bytes: int, timeout_s: float) -> str | None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import json
 import logging
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +17,7 @@ from dflash_ray.config import DflashRayConfig
 from dflash_ray.core.watchdog import Watchdog
 from dflash_ray.models.block_drafter import BlockDrafter
 from dflash_ray.models.drafter_checkpoint import DrafterCheckpoint, resolve_drafter
-from dflash_ray.models.target_checkpoint import resolve_target
+from dflash_ray.models.target_checkpoint import TargetCheckpoint, resolve_target
 from dflash_ray.observability.logs import configure_logging
 from dflash_ray.observability.metrics import TargetMetrics
 from dflash_ray.pb import target_pb2, target_pb2_grpc
@@ -33,6 +35,7 @@ from dflash_ray.target.servicer import TargetInfo, TargetServicer
 from dflash_ray.target.tensor_parallel import StepChannel, create_store, init_process_group, join_store
 
 logger = logging.getLogger(__name__)
+_NOT_OF_THE_MODEL = ("_name_or_path", "transformers_version")
 _SERVICE_NAME = target_pb2.DESCRIPTOR.services_by_name["Target"].full_name
 
 
@@ -57,6 +60,13 @@ class Rendezvous:
 
     host: str
     port: int
+
+
+def model_fingerprint(target: TargetCheckpoint, dtype: str) -> str:
+    """Hash of what decides the tokens: weights, configuration and arithmetic. No answer is continued by another."""
+    values = {name: value for name, value in target.config.to_dict().items() if name not in _NOT_OF_THE_MODEL}
+    text = json.dumps([target.fingerprint, dtype, values], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 class TargetRank:
@@ -141,7 +151,7 @@ class TargetRank:
             )
             self._info = TargetInfo(
                 target_id=self._target_id,
-                model_fingerprint=target.fingerprint,
+                model_fingerprint=model_fingerprint(target, config.model.dtype),
                 feature_fingerprint="" if drafter is None else drafter.fingerprint,
                 vocab_size=model.vocab_size,
                 hidden_size=model.hidden_size,
