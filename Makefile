@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SETUP_LOG := $(VENV)/setup.log
+CLIENTS := .venv-clients
 CONFIG ?= deployments/local_cpu.yaml
 # More options of dflash-ray, such as ARGS="--set gateway.http_port=8001".
 ARGS ?=
@@ -55,6 +56,15 @@ test: setup ## Run the default tests
 test-slow: setup ## Run the slow tests: whole applications, faults, autoscaling, clusters
 	$(BIN)/pytest -m "slow and not gpu"
 
+.PHONY: clients
+clients: setup $(CLIENTS)/.installed ## Run client programs (openai, LangChain, LiteLLM, lm-eval, guidellm) against it
+	$(BIN)/pytest -m slow tests/clients
+
+$(CLIENTS)/.installed: tests/clients/requirements.txt
+	$(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/pip install --quiet --requirement $<
+	@touch $@
+
 .PHONY: lint
 lint: setup ## Check style, types, protos, images' recipes and that generated code is current
 	$(BIN)/ruff check .
@@ -82,4 +92,4 @@ bench: setup ## Print the speed of plain decoding, of linear layers and of verif
 
 .PHONY: clean
 clean: ## Remove the virtual environment and caches
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(CLIENTS) .pytest_cache .mypy_cache .ruff_cache .hypothesis

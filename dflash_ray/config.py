@@ -41,10 +41,26 @@ _Host = Annotated[str, AfterValidator(_check_host)]
 
 class ModelConfig(_Section):
     path: str = Field(BUILTIN_MODEL, description="Hugging Face directory (safetensors or one GGUF file) or a builtin:")
-    served_name: str = Field("smollm2-135m-instruct", description="the name clients use")
+    served_name: str = Field("smollm2-135m-instruct", description="the name that answers give")
+    aliases: tuple[str, ...] = Field((), description="further names that requests may use")
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    max_model_len: int = Field(8192, ge=16, description="tokens of a sequence; at most the model's own context")
-    chat_template: str | None = Field(None, description="path of a Jinja file that replaces the tokenizer's template")
+    max_model_len: int = Field(
+        8192, ge=16, description="tokens of a sequence; at most the model's own context and the KV cache"
+    )
+    chat_template: str | None = Field(
+        None, description="name of one of the tokenizer's templates, or path of a Jinja file in their place"
+    )
+    chat_template_kwargs: dict[str, Any] = Field(
+        default_factory=dict,
+        description="values for the chat template, e.g. {enable_thinking: false}; requests may differ",
+    )
+    use_generation_config: bool = Field(
+        True, description="generation_config.json gives the sampling values that a request leaves out"
+    )
+
+    @property
+    def served_names(self) -> tuple[str, ...]:
+        return (self.served_name, *self.aliases)
 
 
 class PlacementConfig(_Section):
@@ -173,6 +189,14 @@ class TrafficConfig(_Section):
         return self
 
 
+class CorsConfig(_Section):
+    """Which web pages may call the HTTP API from a browser."""
+
+    allow_origins: tuple[str, ...] = Field((), description="e.g. https://chat.example.org; * allows every page")
+    allow_headers: tuple[str, ...] = ("Authorization", "Content-Type", "X-Request-Id")
+    allow_credentials: bool = Field(False, description="whether browsers may send cookies along")
+
+
 class GatewayConfig(_Section):
     num_replicas: int = Field(1, ge=1)
     placement: PlacementConfig = PlacementConfig()
@@ -184,6 +208,10 @@ class GatewayConfig(_Section):
     max_stop_strings: int = Field(16, ge=1)
     max_choices: int = Field(16, ge=1, description="largest n of a request")
     max_logprobs: int = Field(20, ge=0)
+    max_prompts: int = Field(1024, ge=1, description="prompts of one completion request")
+    parallel_prompts: int = Field(32, ge=1, description="prompts of one request that run at a time")
+    keepalive_s: float = Field(15.0, gt=0, description="a stream that is silent this long sends a comment")
+    cors: CorsConfig = CorsConfig()
     request_timeout_s: float = Field(600.0, gt=0)
     drain_timeout_s: float = Field(30.0, ge=0, description="a gateway that stops lets its answers go on for so long")
     grpc_connection_age_s: float | None = Field(
@@ -224,6 +252,11 @@ class DflashRayConfig(_Section):
     def uses_features(self) -> bool:
         """Whether the target runs the drafter's fc and keeps context features."""
         return self.drafter.method in ("dflash", "dflash2")
+
+    def sequence_limit(self, model_context: int | None) -> int:
+        """Tokens that a sequence may have: at most what the model takes, and what the KV cache of a group holds."""
+        limits = [self.model.max_model_len, self.target.num_pages * self.target.page_size]
+        return min(limits if model_context is None else [*limits, model_context])
 
     @property
     def drafts_remotely(self) -> bool:

@@ -1,24 +1,32 @@
-"""The errors a client can meet, each with its HTTP status and gRPC code."""
+"""The errors a client can meet, each with its HTTP status, its gRPC code and OpenAI's words for it."""
 
 from __future__ import annotations
 
 
 class RequestError(Exception):
-    """Base of the errors that a client sees.
+    """Base of the errors that a client sees. `str()` names the field at fault.
 
     Attributes:
         message: what is wrong and how to put it right.
         param: the request's field at fault, as the client wrote it, or None.
+        code: what went wrong, for programs.
+        retry_after_s: when it is worth trying again, or None.
     """
 
     http_status = 500
     grpc_code = "INTERNAL"
-    kind = "internal_error"
+    kind = "server_error"
+    code = "internal_error"
+    retry_after_s: int | None = None
 
-    def __init__(self, message: str, param: str | None = None) -> None:
+    def __init__(self, message: str, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
         self.message = message
         self.param = param
+        self.code = code or type(self).code
+
+    def __str__(self) -> str:
+        return self.message if self.param is None else f"{self.param}: {self.message}"
 
 
 class InvalidRequestError(RequestError):
@@ -27,6 +35,7 @@ class InvalidRequestError(RequestError):
     http_status = 400
     grpc_code = "INVALID_ARGUMENT"
     kind = "invalid_request_error"
+    code = "invalid_value"
 
 
 class UnknownModelError(RequestError):
@@ -34,7 +43,8 @@ class UnknownModelError(RequestError):
 
     http_status = 404
     grpc_code = "NOT_FOUND"
-    kind = "model_not_found"
+    kind = "invalid_request_error"
+    code = "model_not_found"
 
 
 class TooLargeError(RequestError):
@@ -42,7 +52,8 @@ class TooLargeError(RequestError):
 
     http_status = 413
     grpc_code = "INVALID_ARGUMENT"
-    kind = "request_too_large"
+    kind = "invalid_request_error"
+    code = "request_too_large"
 
 
 class OverloadedError(RequestError):
@@ -50,7 +61,9 @@ class OverloadedError(RequestError):
 
     http_status = 429
     grpc_code = "RESOURCE_EXHAUSTED"
-    kind = "overloaded"
+    kind = "rate_limit_error"
+    code = "overloaded"
+    retry_after_s = 1
 
 
 class UnavailableError(RequestError):
@@ -58,7 +71,8 @@ class UnavailableError(RequestError):
 
     http_status = 503
     grpc_code = "UNAVAILABLE"
-    kind = "unavailable"
+    code = "unavailable"
+    retry_after_s = 5
 
 
 class HandedOverError(UnavailableError):
@@ -78,7 +92,8 @@ class OtherModelError(RequestError):
 
     http_status = 503
     grpc_code = "FAILED_PRECONDITION"
-    kind = "unavailable"
+    code = "unavailable"
+    retry_after_s = 5
 
 
 class DeadlineExceededError(RequestError):
@@ -86,7 +101,7 @@ class DeadlineExceededError(RequestError):
 
     http_status = 504
     grpc_code = "DEADLINE_EXCEEDED"
-    kind = "deadline_exceeded"
+    code = "deadline_exceeded"
 
 
 _BY_GRPC_CODE: dict[str, type[RequestError]] = {

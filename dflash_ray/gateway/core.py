@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextvars
 import time
 import uuid
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 from dflash_ray.config import DflashRayConfig
+from dflash_ray.gateway.bodies import UnknownFields
 from dflash_ray.gateway.generation import Generator
 from dflash_ray.gateway.requests import RequestBuilder
 from dflash_ray.gateway.routers import Routers
@@ -14,6 +20,9 @@ from dflash_ray.gateway.traffic import TrafficRecorder
 from dflash_ray.observability.metrics import GatewayMetrics
 from dflash_ray.rpc.directory import DirectoryClient
 from dflash_ray.rpc.metrics import MetricsPage
+
+Result = TypeVar("Result")
+_NUM_THREADS = 8  # a few large bodies at a time leave room for small ones
 
 
 class GatewayCore:
@@ -27,6 +36,7 @@ class GatewayCore:
         self.tokenizer = ChatTokenizer(config.model)
         self.traffic = None if config.gateway.traffic is None else TrafficRecorder(config.gateway.traffic)
         self.requests = RequestBuilder(config, self.tokenizer, self.traffic)
+        self.unknown_fields = UnknownFields()
         self.routers = Routers(directory, config.network)
         self._metrics_page = MetricsPage(directory, config.network, ("gateway", self.gateway_id), self.metrics.render)
         self.generator = Generator(
@@ -37,10 +47,17 @@ class GatewayCore:
             config.gateway.request_timeout_s,
             config.router.target_wait_s,
         )
+        self._threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="requests")
+
+    async def in_thread(self, work: Callable[..., Result], *args: object) -> Result:
+        """Runs what takes long for a large request - reading, templates, tokenizing - beside the event loop."""
+        context = contextvars.copy_context()
+        return await asyncio.get_running_loop().run_in_executor(self._threads, context.run, work, *args)
 
     async def close(self) -> None:
         """Ends the connections to routers, and writes what is still to be recorded."""
         await self.routers.close()
+        self._threads.shutdown(wait=False, cancel_futures=True)
         if self.traffic is not None:
             self.traffic.close()
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from dflash_ray.gateway.tokenizer import ChatTokenizer
 
 _REPLACEMENT = "\ufffd"
+_MAX_UNSURE = 3  # bytes of an incomplete character, each of which may be shown as a replacement
+_MAX_PENDING = 64
 
 
 class Detokenizer:
@@ -22,15 +24,24 @@ class Detokenizer:
         """New text that is sure; bytes of an incomplete character wait."""
         self._pending.extend(token_ids)
         text = self._tokenizer.decode(self._pending)
-        if text.endswith(_REPLACEMENT):
-            return ""
-        new = text[len(self._emitted) :]
-        # The next text is decoded together with this one, for decoders that look at the token before.
-        self._pending = self._pending[-1:]
-        self._emitted = self._tokenizer.decode(self._pending)
-        if self._emitted.endswith(_REPLACEMENT) or not text.endswith(self._emitted):
-            self._pending, self._emitted = [], ""
+        num_unsure = min(_MAX_UNSURE, len(text) - len(text.rstrip(_REPLACEMENT)))
+        new = text[len(self._emitted) : len(text) - num_unsure]
+        self._emitted += new
+        if not num_unsure:
+            # The next text is decoded together with this one, for decoders that look at the token before.
+            self._forget(text, 1)
+        elif len(self._pending) > _MAX_PENDING:
+            self._forget(text, _MAX_PENDING // 2)
         return new
+
+    def _forget(self, text: str, keep: int) -> None:
+        """Goes on with the last `keep` tokens, where they decode alone to the end of the text."""
+        last = self._tokenizer.decode(self._pending[-keep:])
+        num_held = len(text) - len(self._emitted)
+        if text.endswith(last) and len(last) >= num_held:
+            self._pending, self._emitted = self._pending[-keep:], last[: len(last) - num_held]
+        elif not num_held:
+            self._pending, self._emitted = [], ""
 
     def flush(self) -> str:
         """What is left at the end, incomplete characters included."""
@@ -48,27 +59,41 @@ class StopMatch:
 
 
 class StopStrings:
-    """Finds the first stop string in a stream of text, however it is cut into pieces."""
+    """Finds the stop string that is completed first in a stream of text, however it is cut into pieces.
+
+    Of several that are completed by the same character the longest counts.
+    """
 
     def __init__(self, stops: Sequence[str], include_stop: bool) -> None:
         self._stops = list(stops)
         self._include_stop = include_stop
         self._held = ""
+        self._num_barred = 0  # characters of the held text within which no stop string may end
 
-    def push(self, text: str) -> StopMatch:
-        """Text that cannot be part of a stop string any more; the rest is held back."""
+    def push(self, text: str, may_stop: bool = True) -> StopMatch:
+        """Text that cannot be part of a stop string any more; the rest is held back.
+
+        Args:
+            may_stop: False for text within which no stop string may end; one may begin there.
+        """
         if not self._stops:
             return StopMatch(text)
         self._held += text
-        found = [(at, stop) for stop in self._stops if (at := self._held.find(stop)) >= 0]
-        if found:
-            at, stop = min(found, key=lambda item: (item[0], -len(item[1])))
-            shown = self._held[: at + len(stop)] if self._include_stop else self._held[:at]
+        if not may_stop:
+            self._num_barred = len(self._held)
+        ends = [(at + len(stop), at, stop) for stop in self._stops if (at := self._find(stop)) >= 0]
+        if ends:
+            end, at, stop = min(ends)
+            shown = self._held[: end if self._include_stop else at]
             self._held = ""
             return StopMatch(shown, stop)
-        keep = max(self._overlap(stop) for stop in self._stops)
-        shown, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        num_shown = len(self._held) - max(self._overlap(stop) for stop in self._stops)
+        shown, self._held = self._held[:num_shown], self._held[num_shown:]
+        self._num_barred = max(0, self._num_barred - num_shown)
         return StopMatch(shown)
+
+    def _find(self, stop: str) -> int:
+        return self._held.find(stop, max(0, self._num_barred - len(stop) + 1))
 
     def flush(self) -> str:
         """What was held back, at the end."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
@@ -12,33 +13,36 @@ import grpc
 from dflash_ray import __version__
 from dflash_ray.core.errors import InvalidRequestError, RequestError
 from dflash_ray.core.stats import AcceptanceStats
+from dflash_ray.gateway.choice import ChoiceDelta
 from dflash_ray.gateway.core import GatewayCore
-from dflash_ray.gateway.generation import ChoiceDelta
 from dflash_ray.gateway.openai_responses import speculation_metrics
-from dflash_ray.gateway.requests import grpc_messages
+from dflash_ray.gateway.requests import grpc_messages, grpc_template_variables
 from dflash_ray.observability.logs import request_id_var
 from dflash_ray.pb import generation_pb2, generation_pb2_grpc
+
+logger = logging.getLogger(__name__)
 
 _Method = Callable[[Any, Any, grpc.aio.ServicerContext], Awaitable[Any]]
 
 
 def _with_status(method: _Method) -> _Method:
-    """Ends the call with the status of a RequestError; its text names the field."""
+    """Ends a call that fails with the error's status; its text names the field."""
 
     @functools.wraps(method)
     async def call(self: Any, request: Any, context: grpc.aio.ServicerContext) -> Any:
         try:
             return await method(self, request, context)
-        except RequestError as error:
+        except Exception as error:
             await _abort(context, error)
 
     return call
 
 
-async def _abort(context: grpc.aio.ServicerContext, error: RequestError) -> None:
-    named = error.param is not None and error.param not in error.message
-    details = f"{error.param}: {error.message}" if named else error.message
-    await context.abort(getattr(grpc.StatusCode, error.grpc_code), details)
+async def _abort(context: grpc.aio.ServicerContext, error: Exception) -> None:
+    if not isinstance(error, RequestError):
+        logger.error("a call ends with a fault of ours", exc_info=error)
+        error = RequestError("internal error; the server's log says more")
+    await context.abort(getattr(grpc.StatusCode, error.grpc_code), str(error))
 
 
 class GenerationServicer(generation_pb2_grpc.GenerationServicer):
@@ -70,7 +74,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServicer):
         try:
             async for response in self._responses(request, context):
                 yield response
-        except RequestError as error:
+        except Exception as error:
             await _abort(context, error)
 
     async def _responses(
@@ -78,11 +82,17 @@ class GenerationServicer(generation_pb2_grpc.GenerationServicer):
     ) -> AsyncIterator[generation_pb2.GenerateResponse]:
         request_id = request.request_id or uuid.uuid4().hex
         request_id_var.set(request_id)
-        generation = self._core.requests.from_grpc(request, request_id)
+        generation = await self._core.in_thread(self._core.requests.from_grpc, request, request_id)
         deltas = self._core.generator.generate(generation, context.time_remaining())
         writer = _OutputWriter(request.response, generation.num_choices)
+        is_taken = False
         try:
             async for delta in deltas:
+                if not delta.token_ids and not delta.finish_reason:
+                    if not is_taken:  # by a router: a client that waits for its answer knows that it will come
+                        await context.send_initial_metadata(())
+                    is_taken = True
+                    continue
                 response = generation_pb2.GenerateResponse(
                     request_id=request_id, num_prompt_tokens=len(generation.prompt_ids), outputs=[writer.output(delta)]
                 )
@@ -100,19 +110,25 @@ class GenerationServicer(generation_pb2_grpc.GenerationServicer):
         kind = request.WhichOneof("prompt")
         if kind is None:
             raise InvalidRequestError("give a prompt: text or chat", "prompt")
-        tokenizer = self._core.tokenizer
-        ids = tokenizer.encode(request.text) if kind == "text" else tokenizer.encode_chat(grpc_messages(request.chat))
-        return generation_pb2.TokenizeResponse(token_ids=ids, max_model_len=self._core.config.model.max_model_len)
+        tokenizer, chat = self._core.tokenizer, request.chat
+        if kind == "text":
+            adds_special_tokens = request.add_special_tokens or not request.HasField("add_special_tokens")
+            ids = await self._core.in_thread(tokenizer.encode, request.text, adds_special_tokens)
+        else:
+            messages, variables = grpc_messages(chat), grpc_template_variables(chat)
+            ids = await self._core.in_thread(tokenizer.encode_chat, messages, variables)
+        return generation_pb2.TokenizeResponse(token_ids=ids, max_model_len=self._core.requests.max_model_len)
 
     @_with_status
     async def Detokenize(
         self, request: generation_pb2.DetokenizeRequest, context: grpc.aio.ServicerContext
     ) -> generation_pb2.DetokenizeResponse:
         self._core.requests.check_model(request.model)
-        vocab_size = self._core.tokenizer.vocab_size
+        tokenizer = self._core.tokenizer
+        vocab_size = tokenizer.vocab_size
         if any(token >= vocab_size for token in request.token_ids):
             raise InvalidRequestError(f"token ids must be below {vocab_size}", "token_ids")
-        return generation_pb2.DetokenizeResponse(text=self._core.tokenizer.decode(request.token_ids))
+        return generation_pb2.DetokenizeResponse(text=await self._core.in_thread(tokenizer.decode, request.token_ids))
 
     @_with_status
     async def ModelInfo(
@@ -122,7 +138,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServicer):
         config = self._core.config
         return generation_pb2.ModelInfoResponse(
             model=config.model.served_name,
-            max_model_len=config.model.max_model_len,
+            max_model_len=self._core.requests.max_model_len,
             vocab_size=self._core.tokenizer.vocab_size,
             drafter_method=config.drafter.method,
             default_draft_tokens=config.router.draft_tokens,

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from dflash_ray.core.errors import RequestError
 from dflash_ray.core.stats import AcceptanceStats
-from dflash_ray.gateway.generation import ChoiceDelta
+from dflash_ray.gateway.choice import ChoiceDelta
+from dflash_ray.gateway.openai_logprobs import TokenLogprob, chat_logprobs, completion_logprobs, rows
+from dflash_ray.gateway.openai_types import ChatCompletionRequest, CompletionRequest
+from dflash_ray.gateway.requests import GenerationRequest
 from dflash_ray.gateway.tokenizer import ChatTokenizer
 from dflash_ray.pb import common_pb2
 
@@ -36,21 +41,38 @@ def speculation_metrics(stats: AcceptanceStats | None) -> dict[str, Any] | None:
     }
 
 
+def error_object(error: RequestError) -> dict[str, Any]:
+    """OpenAI's error body."""
+    return {"error": {"message": str(error), "type": error.kind, "param": error.param, "code": error.code}}
+
+
 @dataclass
 class _Choice:
+    """What a choice has got so far.
+
+    Attributes:
+        request: what was asked; its prompt comes first where it is echoed.
+        num_logged: characters that the log-probabilities so far stand for.
+    """
+
+    request: GenerationRequest
     text: str = ""
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
-    logprobs: list[common_pb2.TokenLogprobs] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: str | None = None
     stop: str | int | None = None
+    is_open: bool = False
+    num_logged: int = 0
 
 
 class ResponseWriter:
     """Collects the deltas of one HTTP request and writes chunks or the whole answer.
 
+    Speculation metrics are given for one choice only.
+
     Args:
-        num_prompt_tokens: over all prompts of the request.
-        num_choices: over all prompts; speculation metrics are given for one choice only.
+        generations: one for each prompt of the request.
     """
 
     def __init__(
@@ -59,18 +81,19 @@ class ResponseWriter:
         request_id: str,
         model: str,
         tokenizer: ChatTokenizer,
-        num_prompt_tokens: int,
-        num_choices: int,
-        with_token_ids: bool = False,
+        body: ChatCompletionRequest | CompletionRequest,
+        generations: Sequence[GenerationRequest],
     ) -> None:
         self._kind = kind
         self._model = model
         self._tokenizer = tokenizer
         self._id = f"{'chatcmpl' if kind == 'chat' else 'cmpl'}-{request_id}"
         self._created = int(time.time())
-        self._num_prompt_tokens = num_prompt_tokens
-        self._with_token_ids = with_token_ids
-        self._choices = [_Choice() for _ in range(num_choices)]
+        self._with_token_ids = body.return_token_ids
+        self._with_logprobs = body.num_logprobs is not None
+        self._stream_options = body.stream_options
+        self._num_prompt_tokens = sum(len(generation.prompt_ids) for generation in generations)
+        self._choices = [_Choice(generation) for generation in generations for _ in range(generation.num_choices)]
         self._stats: AcceptanceStats | None = None
 
     def add(self, delta: ChoiceDelta) -> None:
@@ -78,8 +101,11 @@ class ResponseWriter:
         choice = self._choices[delta.index]
         choice.text += delta.text
         choice.token_ids += delta.token_ids
+        if delta.prompt_logprobs is not None:
+            known = len(choice.prompt_logprobs) + 1
+            choice.prompt_logprobs += rows(choice.request.prompt_ids[known:], delta.prompt_logprobs)
         if delta.logprobs is not None:
-            choice.logprobs.append(delta.logprobs)
+            choice.logprobs += rows(delta.token_ids, delta.logprobs)
         if delta.finish_reason:
             choice.finish_reason = _FINISH_REASONS[delta.finish_reason]
             choice.stop = delta.stop
@@ -94,6 +120,55 @@ class ResponseWriter:
             "total_tokens": self._num_prompt_tokens + generated,
         }
 
+    def whole(self) -> dict[str, Any]:
+        """The answer to a request that does not stream."""
+        choices = []
+        for index, choice in enumerate(self._choices):
+            content = self._message((choice.request.echo or "") + choice.text)
+            logprobs = [*_echoed(choice), *choice.logprobs]
+            choices.append(self._choice_object(index, content, choice, logprobs, choice.token_ids))
+        body = self._frame("chat.completion" if self._kind == "chat" else "text_completion", choices)
+        return {**body, "usage": self.usage, "metrics": self._metrics()}
+
+    def chunks(self, delta: ChoiceDelta) -> Iterator[dict[str, Any]]:
+        """The chunks of a delta, if it has anything to show yet. The very last also says how speculation went."""
+        choice = self._choices[delta.index]
+        first = len(choice.logprobs)
+        self.add(delta)
+        if not delta.token_ids and not delta.text and not delta.finish_reason:
+            return
+        if self._kind == "chat" and not choice.is_open:
+            opening = {"index": delta.index, "delta": {"role": "assistant", "content": ""}, "logprobs": None}
+            yield self._chunk({**opening, "finish_reason": None})
+        if choice.request.echo is not None and not choice.is_open:
+            opening = {"index": delta.index, "text": choice.request.echo}
+            logprobs = self._logprobs(choice, _echoed(choice)) if self._with_logprobs else None
+            yield self._chunk({**opening, "logprobs": logprobs, "finish_reason": None})
+        choice.is_open = True
+        shows_tokens = self._with_token_ids or self._with_logprobs
+        if not (delta.text or delta.finish_reason or shows_tokens):
+            return
+        content: dict[str, Any] = {"delta": {"content": delta.text}} if self._kind == "chat" else {"text": delta.text}
+        chunk = self._chunk(self._choice_object(delta.index, content, choice, choice.logprobs[first:], delta.token_ids))
+        if all(other.finish_reason for other in self._choices):
+            chunk["metrics"] = self._metrics()
+        yield chunk
+
+    def last_chunks(self) -> Iterator[dict[str, Any]]:
+        """The chunk without choices that stream_options.include_usage asks for."""
+        if self._stream_options.include_usage:
+            yield {**self._frame(self._chunk_name, []), "usage": self.usage, "metrics": self._metrics()}
+
+    @property
+    def _chunk_name(self) -> str:
+        return "chat.completion.chunk" if self._kind == "chat" else "text_completion"
+
+    def _chunk(self, choice: dict[str, Any]) -> dict[str, Any]:
+        chunk = self._frame(self._chunk_name, [choice])
+        if self._stream_options.include_usage:
+            chunk["usage"] = self.usage if self._stream_options.continuous_usage_stats else None
+        return chunk
+
     def _frame(self, object_name: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {
             "id": self._id,
@@ -103,90 +178,39 @@ class ResponseWriter:
             "choices": choices,
         }
 
-    def whole(self) -> dict[str, Any]:
-        """The answer to a request that does not stream."""
-        is_chat = self._kind == "chat"
-        choices = []
-        for index, choice in enumerate(self._choices):
-            content = {"message": {"role": "assistant", "content": choice.text}} if is_chat else {"text": choice.text}
-            logprobs = self._logprobs(choice.token_ids, choice.logprobs)
-            choices.append(self._choice(index, content, choice.finish_reason, choice.stop, logprobs, choice.token_ids))
-        body = self._frame("chat.completion" if is_chat else "text_completion", choices)
-        return {**body, "usage": self.usage, "metrics": {"speculative_decoding": speculation_metrics(self._stats)}}
+    def _metrics(self) -> dict[str, Any]:
+        return {"speculative_decoding": speculation_metrics(self._stats)}
 
-    def first_chunk(self, index: int) -> dict[str, Any]:
-        """The chunk that opens a chat choice with its role."""
-        choice = {
-            "index": index,
-            "delta": {"role": "assistant", "content": ""},
-            "logprobs": None,
-            "finish_reason": None,
-        }
-        return self._frame("chat.completion.chunk", [choice])
+    def _message(self, text: str) -> dict[str, Any]:
+        if self._kind == "completion":
+            return {"text": text}
+        return {"message": {"role": "assistant", "content": text, "refusal": None}}
 
-    def chunk(self, delta: ChoiceDelta, is_last: bool) -> dict[str, Any]:
-        """One chunk; the very last also says how speculation went."""
-        is_chat = self._kind == "chat"
-        content: dict[str, Any] = {"delta": {"content": delta.text}} if is_chat else {"text": delta.text}
-        reason = _FINISH_REASONS.get(delta.finish_reason)
-        logprobs = self._logprobs(delta.token_ids, [delta.logprobs] if delta.logprobs is not None else [])
-        choice = self._choice(delta.index, content, reason, delta.stop, logprobs, delta.token_ids)
-        body = self._frame("chat.completion.chunk" if is_chat else "text_completion", [choice])
-        if is_last:
-            body["metrics"] = {"speculative_decoding": speculation_metrics(self._stats)}
-        return body
-
-    def usage_chunk(self) -> dict[str, Any]:
-        """The chunk without choices that stream_options.include_usage asks for."""
-        object_name = "chat.completion.chunk" if self._kind == "chat" else "text_completion"
-        metrics = {"speculative_decoding": speculation_metrics(self._stats)}
-        return {**self._frame(object_name, []), "usage": self.usage, "metrics": metrics}
-
-    def _choice(
-        self,
-        index: int,
-        content: dict[str, Any],
-        reason: str | None,
-        stop: str | int | None,
-        logprobs: dict[str, Any] | None,
-        token_ids: list[int],
+    def _choice_object(
+        self, index: int, content: dict[str, Any], choice: _Choice, logprobs: list[TokenLogprob], token_ids: list[int]
     ) -> dict[str, Any]:
-        choice = {"index": index, **content, "logprobs": logprobs, "finish_reason": reason, "stop_reason": stop}
-        if self._with_token_ids:
-            choice["token_ids"] = token_ids
-        return choice
-
-    def _logprobs(self, token_ids: list[int], parts: list[common_pb2.TokenLogprobs]) -> dict[str, Any] | None:
-        if not parts:
-            return None
-        chosen = [value for part in parts for value in part.chosen]
-        tops = [top for part in parts for top in _tops(part)]
-        texts = [self._tokenizer.token_text(token) for token in token_ids]
-        named = [[(self._tokenizer.token_text(token), value) for token, value in top] for top in tops]
-        if self._kind == "chat":
-            entries = zip(texts, chosen, named, strict=False)
-            return {"content": [_chat_logprob(text, value, top) for text, value, top in entries]}
-        offsets, at = [], 0
-        for text in texts:
-            offsets.append(at)
-            at += len(text)
-        return {
-            "tokens": texts,
-            "token_logprobs": chosen,
-            "top_logprobs": [dict(top) for top in named],
-            "text_offset": offsets,
+        made = {
+            "index": index,
+            **content,
+            "logprobs": self._logprobs(choice, logprobs) if self._with_logprobs else None,
+            "finish_reason": choice.finish_reason,
+            "stop_reason": choice.stop,
         }
+        if self._with_token_ids:
+            made["token_ids"] = token_ids
+        return made
+
+    def _logprobs(self, choice: _Choice, tokens: list[TokenLogprob]) -> dict[str, Any]:
+        text_of = self._tokenizer.token_text
+        if self._kind == "chat":
+            return chat_logprobs(tokens, text_of)
+        made = completion_logprobs(tokens, text_of, choice.num_logged)
+        choice.num_logged += sum(len(text) for text in made["tokens"])
+        return made
 
 
-def _tops(part: common_pb2.TokenLogprobs) -> list[list[tuple[int, float]]]:
-    """The likeliest tokens at each position, best first."""
-    n = part.num_top
-    pairs = list(zip(part.top_token_ids, part.top_logprobs, strict=True))
-    return [pairs[i * n : (i + 1) * n] for i in range(len(part.chosen))]
-
-
-def _chat_logprob(text: str, value: float, top: list[tuple[str, float]]) -> dict[str, Any]:
-    def entry(token: str, logprob: float) -> dict[str, Any]:
-        return {"token": token, "logprob": logprob, "bytes": list(token.encode())}
-
-    return {**entry(text, value), "top_logprobs": [entry(*item) for item in top]}
+def _echoed(choice: _Choice) -> list[TokenLogprob]:
+    """The prompt's tokens where they are echoed with log-probabilities; nothing comes before the first."""
+    if choice.request.echo is None:
+        return []
+    return [TokenLogprob(choice.request.prompt_ids[0], None, []), *choice.prompt_logprobs]

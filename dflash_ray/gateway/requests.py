@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import math
 import secrets
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from google.protobuf.json_format import MessageToDict
 
 from dflash_ray.config import DflashRayConfig
 from dflash_ray.core.errors import InvalidRequestError, UnknownModelError
+from dflash_ray.gateway.grpc_options import options_of, renamed
 from dflash_ray.gateway.openai_types import ChatCompletionRequest, CompletionRequest
-from dflash_ray.gateway.tokenizer import ChatTokenizer
+from dflash_ray.gateway.options import GenerationOptions
+from dflash_ray.gateway.tokenizer import ChatTokenizer, prompt_too_long
 from dflash_ray.gateway.traffic import TrafficRecorder
 from dflash_ray.pb import common_pb2, generation_pb2, router_pb2
 
@@ -38,10 +42,16 @@ class GenerationRequest:
     stop_strings: list[str] = field(default_factory=list)
     include_stop_strings: bool = False
     eos_ids: tuple[int, ...] = ()  # stop tokens that do not count as text
+    echo: str | None = None  # the prompt's text, where the answer begins with it
+    is_prompt_only: bool = False  # no token is wanted
 
 
 class RequestBuilder:
-    """Checks requests against the model and this gateway's limits; accepted chats are recorded where that is wanted."""
+    """Checks requests against the model and this gateway's limits; accepted chats are recorded where that is wanted.
+
+    Attributes:
+        max_model_len: tokens of a prompt and its answer together.
+    """
 
     def __init__(
         self, config: DflashRayConfig, tokenizer: ChatTokenizer, traffic: TrafficRecorder | None = None
@@ -50,80 +60,65 @@ class RequestBuilder:
         self._limits = config.gateway
         self._tokenizer = tokenizer
         self._traffic = traffic
+        self.max_model_len = config.sequence_limit(tokenizer.context_length)
 
     def check_model(self, name: str | None) -> None:
         """Raises UnknownModelError unless the name is the served model's or empty."""
-        if name and name != self._config.model.served_name:
-            raise UnknownModelError(
-                f"model {name!r} is not served here; use {self._config.model.served_name!r}", "model"
-            )
+        if name and name not in self._config.model.served_names:
+            raise UnknownModelError(f"{name!r} is not served here; use {self._config.model.served_name!r}", "model")
+
+    def check_size(self, values: Any) -> None:
+        """Refuses a body with more entries than can be served, before each of them is checked."""
+        if not isinstance(values, dict):
+            return
+        prompt, messages = values.get("prompt"), values.get("messages")
+        if isinstance(prompt, list) and prompt and not isinstance(prompt[0], str | list):
+            prompt = [prompt]
+        if isinstance(prompt, list):
+            self._check_num_prompts(prompt)
+            for token_ids in prompt:
+                if isinstance(token_ids, list) and len(token_ids) >= self.max_model_len:
+                    raise prompt_too_long(len(token_ids), self.max_model_len, "prompt")
+        if isinstance(messages, list) and len(messages) >= self.max_model_len:
+            raise prompt_too_long(f"at least {len(messages)}", self.max_model_len, "messages")
+
+    def _check_num_prompts(self, prompts: Sequence[object]) -> None:
+        if len(prompts) > self._limits.max_prompts:
+            raise InvalidRequestError(f"has {len(prompts)} prompts; at most {self._limits.max_prompts}", "prompt")
 
     def from_chat(self, body: ChatCompletionRequest, request_id: str) -> GenerationRequest:
         """A chat completion."""
         messages = [message.as_template_message() for message in body.messages]
-        wants_logprobs = body.logprobs or body.top_logprobs is not None
-        if body.top_logprobs is not None and not body.logprobs:
-            raise InvalidRequestError("top_logprobs needs logprobs: true", "top_logprobs")
-        max_tokens = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
-        prompt_ids = self._tokenizer.encode_chat(messages)
-        num_logprobs = (body.top_logprobs or 0) if wants_logprobs else None
-        request = self._from_openai(body, request_id, prompt_ids, "messages", max_tokens, num_logprobs, "top_logprobs")
+        if body.top_logprobs and not body.logprobs:
+            raise InvalidRequestError("needs logprobs: true", "top_logprobs")
+        self._check_logprobs(body.num_logprobs, "top_logprobs")
+        prompt_ids = self._tokenizer.encode_chat(messages, body.chat_template_kwargs, self.max_model_len)
+        request = self._build(request_id, prompt_ids, "messages", body, body.token_limit, body.num_logprobs)
         if self._traffic is not None:
             self._traffic.record(messages)
         return request
 
     def from_completion(self, body: CompletionRequest, request_id: str) -> list[GenerationRequest]:
         """A completion; one request for each prompt of a batch."""
+        self._check_logprobs(body.num_logprobs, "logprobs")
         prompts = _prompts(body.prompt)
+        self._check_num_prompts(prompts)
         requests = []
         for i, prompt in enumerate(prompts):
-            ids = self._tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+            if isinstance(prompt, str):
+                ids = self._tokenizer.encode(prompt, body.add_special_tokens, self.max_model_len)
+            else:
+                ids = prompt
             name = f"{request_id}-{i}" if len(prompts) > 1 else request_id
-            requests.append(self._from_openai(body, name, ids, "prompt", body.max_tokens, body.logprobs, "logprobs"))
+            limit = body.token_limit
+            request = self._build(name, ids, "prompt", body, 1 if limit == 0 else limit, body.num_logprobs)
+            if body.echo:
+                if body.num_logprobs is not None:
+                    request.sampling.num_prompt_logprobs = body.num_logprobs
+                text = prompt if isinstance(prompt, str) else self._tokenizer.decode(ids)
+                request = replace(request, echo=text, is_prompt_only=limit == 0)
+            requests.append(request)
         return requests
-
-    def _from_openai(
-        self,
-        body: ChatCompletionRequest | CompletionRequest,
-        request_id: str,
-        prompt_ids: list[int],
-        prompt_field: str,
-        max_tokens: int | None,
-        num_logprobs: int | None,
-        logprobs_field: str,
-    ) -> GenerationRequest:
-        stops = [body.stop] if isinstance(body.stop, str) else list(body.stop or ())
-        self._check_logprobs(num_logprobs, logprobs_field)
-        sampling = common_pb2.SamplingParams(
-            temperature=body.temperature,
-            top_k=max(0, body.top_k),
-            top_p=body.top_p,
-            min_p=body.min_p,
-            seed=_seed(body.seed),
-            presence_penalty=body.presence_penalty,
-            frequency_penalty=body.frequency_penalty,
-            repetition_penalty=body.repetition_penalty,
-            mode=_MODES[body.verify_mode],
-            num_logprobs=num_logprobs,
-        )
-        speculation = router_pb2.Speculation(
-            policy=_POLICIES[body.speculation.policy], draft_tokens=body.speculation.draft_tokens
-        )
-        return self._build(
-            request_id,
-            prompt_ids,
-            prompt_field,
-            sampling,
-            speculation,
-            logit_bias=body.logit_bias,
-            max_new_tokens=max_tokens,
-            min_new_tokens=body.min_tokens,
-            stop_token_ids=body.stop_token_ids,
-            ignore_eos=body.ignore_eos,
-            num_choices=body.n,
-            stop_strings=stops,
-            include_stop_strings=body.include_stop_str_in_output,
-        )
 
     def from_grpc(self, message: generation_pb2.GenerateRequest, request_id: str) -> GenerationRequest:
         """The gRPC twin of both."""
@@ -131,63 +126,25 @@ class RequestBuilder:
         kind = message.WhichOneof("prompt")
         if kind is None:
             raise InvalidRequestError("give a prompt: text, token_ids or chat", "prompt")
-        prompt_ids = self._grpc_prompt(message, kind)
-        random, decoding, stopping = message.sampling, message.decoding, message.stopping
-        _check_range("temperature", message.temperature, 0, 10)
-        _check_range("sampling.min_p", random.min_p, 0, 1)
-        top_p = random.top_p if random.HasField("top_p") else 1.0
-        _check_range("sampling.top_p", top_p, 0, 1, is_open_below=True)
-        _check_range("decoding.presence_penalty", decoding.presence_penalty, -2, 2)
-        _check_range("decoding.frequency_penalty", decoding.frequency_penalty, -2, 2)
-        repetition = decoding.repetition_penalty if decoding.HasField("repetition_penalty") else 1.0
-        _check_range("decoding.repetition_penalty", repetition, 0, 10, is_open_below=True)
-        for value in decoding.logit_bias.values():
-            _check_range("decoding.logit_bias", value, -100, 100)
-        if message.speculation.draft_tokens > 31:
-            raise InvalidRequestError("must be at most 31", "speculation.draft_tokens")
-        if stopping.HasField("max_new_tokens") and not stopping.max_new_tokens:
-            raise InvalidRequestError("must be at least 1", "stopping.max_new_tokens")
-        if "" in stopping.stop_strings:
-            raise InvalidRequestError("stop strings must not be empty", "stopping.stop_strings")
         num_logprobs = message.response.output_logprobs if message.response.HasField("output_logprobs") else None
         self._check_logprobs(num_logprobs, "response.output_logprobs")
-        sampling = common_pb2.SamplingParams(
-            temperature=message.temperature if message.HasField("temperature") else 1.0,
-            top_k=random.top_k,
-            top_p=top_p,
-            min_p=random.min_p,
-            seed=_seed(random.seed if random.HasField("seed") else None),
-            presence_penalty=decoding.presence_penalty,
-            frequency_penalty=decoding.frequency_penalty,
-            repetition_penalty=repetition,
-            mode=random.verify_mode,
-            num_logprobs=num_logprobs,
-        )
-        request = self._build(
-            request_id,
-            prompt_ids,
-            kind,
-            sampling,
-            message.speculation,
-            logit_bias=decoding.logit_bias,
-            max_new_tokens=stopping.max_new_tokens if stopping.HasField("max_new_tokens") else None,
-            min_new_tokens=stopping.min_new_tokens,
-            stop_token_ids=stopping.stop_token_ids,
-            ignore_eos=stopping.ignore_eos,
-            num_choices=max(1, random.num_sequences),
-            stop_strings=list(stopping.stop_strings),
-            include_stop_strings=stopping.include_stop_strings,
-        )
+        prompt_ids = self._grpc_prompt(message, kind)
+        try:
+            options = options_of(message)
+            request = self._build(request_id, prompt_ids, kind, options, options.max_tokens, num_logprobs)
+        except InvalidRequestError as error:
+            raise renamed(error) from None
         if kind == "chat" and self._traffic is not None:
             self._traffic.record(grpc_messages(message.chat))
         return request
 
     def _grpc_prompt(self, message: generation_pb2.GenerateRequest, kind: str) -> list[int]:
         if kind == "text":
-            return self._tokenizer.encode(message.text)
+            return self._tokenizer.encode(message.text, True, self.max_model_len, kind)
         if kind == "token_ids":
             return list(message.token_ids.ids)
-        return self._tokenizer.encode_chat(grpc_messages(message.chat))
+        chat = message.chat
+        return self._tokenizer.encode_chat(grpc_messages(chat), grpc_template_variables(chat), self.max_model_len)
 
     def _check_logprobs(self, num_logprobs: int | None, name: str) -> None:
         if num_logprobs is not None and num_logprobs > self._limits.max_logprobs:
@@ -198,45 +155,42 @@ class RequestBuilder:
         request_id: str,
         prompt_ids: list[int],
         prompt_field: str,
-        sampling: common_pb2.SamplingParams,
-        speculation: router_pb2.Speculation,
-        *,
-        logit_bias: Mapping[int, float],
-        max_new_tokens: int | None,
-        min_new_tokens: int,
-        stop_token_ids: Sequence[int],
-        ignore_eos: bool,
-        num_choices: int,
-        stop_strings: list[str],
-        include_stop_strings: bool,
+        options: GenerationOptions,
+        max_tokens: int | None,
+        num_logprobs: int | None,
     ) -> GenerationRequest:
-        """The checks that both APIs share."""
-        context = self._config.model.max_model_len
-        self._check_prompt(prompt_ids, prompt_field, context)
-        if num_choices > self._limits.max_choices:
-            raise InvalidRequestError(f"must be at most {self._limits.max_choices}", "n")
-        if len(stop_strings) > self._limits.max_stop_strings:
+        """The checks against the model and this gateway's limits, and the wire's messages."""
+        defaults = self._tokenizer.sampling_defaults
+        options = options.model_copy(update={key: defaults[key] for key in defaults.keys() - options.model_fields_set})
+        room = self._room(prompt_ids, prompt_field)
+        self._check_limits(options)
+        limit = room if max_tokens is None else min(max_tokens, room)
+        if options.min_tokens > limit:
             raise InvalidRequestError(
-                f"has {len(stop_strings)} strings; at most {self._limits.max_stop_strings}", "stop"
+                f"is {options.min_tokens}, above the {limit} tokens that may be generated", "min_tokens"
             )
-        if len(stop_token_ids) > _MAX_STOP_TOKEN_IDS:
-            raise InvalidRequestError(f"at most {_MAX_STOP_TOKEN_IDS} are taken", "stop_token_ids")
-        if len(logit_bias) > _MAX_LOGIT_BIAS:
-            raise InvalidRequestError(f"at most {_MAX_LOGIT_BIAS} entries are taken", "logit_bias")
-        for name, ids in (("logit_bias", logit_bias), ("stop_token_ids", stop_token_ids)):
-            if any(not 0 <= token < self._tokenizer.vocab_size for token in ids):
-                raise InvalidRequestError(f"token ids must be below {self._tokenizer.vocab_size}", name)
-        room = context - len(prompt_ids)
-        limit = room if max_new_tokens is None else min(max_new_tokens, room)
-        if min_new_tokens > limit:
-            raise InvalidRequestError(
-                f"is {min_new_tokens}, above the {limit} tokens that may be generated", "min_tokens"
-            )
-        eos_ids = () if ignore_eos else self._tokenizer.eos_ids
-        sampling.bias_token_ids.extend(logit_bias.keys())
-        sampling.bias_values.extend(logit_bias.values())
+        sampling = common_pb2.SamplingParams(
+            temperature=options.temperature,
+            top_k=max(0, options.top_k),
+            top_p=options.top_p,
+            min_p=options.min_p,
+            seed=_seed(options.seed),
+            presence_penalty=options.presence_penalty,
+            frequency_penalty=options.frequency_penalty,
+            repetition_penalty=options.repetition_penalty,
+            bias_token_ids=options.logit_bias.keys(),
+            bias_values=options.logit_bias.values(),
+            mode=_MODES[options.verify_mode],
+            num_logprobs=num_logprobs,
+        )
+        eos_ids = () if options.ignore_eos else self._tokenizer.eos_ids
         stopping = common_pb2.StoppingParams(
-            max_new_tokens=limit, min_new_tokens=min_new_tokens, stop_token_ids=sorted({*eos_ids, *stop_token_ids})
+            max_new_tokens=limit,
+            min_new_tokens=options.min_tokens,
+            stop_token_ids=sorted({*eos_ids, *options.stop_token_ids}),
+        )
+        speculation = router_pb2.Speculation(
+            policy=_POLICIES[options.speculation.policy], draft_tokens=options.speculation.draft_tokens
         )
         return GenerationRequest(
             request_id,
@@ -244,22 +198,38 @@ class RequestBuilder:
             sampling,
             stopping,
             speculation,
-            num_choices,
-            stop_strings,
-            include_stop_strings,
+            options.n,
+            options.stop,
+            options.include_stop_str_in_output,
             eos_ids,
         )
 
-    def _check_prompt(self, prompt_ids: list[int], name: str, context: int) -> None:
+    def _check_limits(self, options: GenerationOptions) -> None:
+        """What one request may ask for at most."""
+        counts = {
+            "n": (options.n, self._limits.max_choices),
+            "stop": (len(options.stop), self._limits.max_stop_strings),
+            "stop_token_ids": (len(options.stop_token_ids), _MAX_STOP_TOKEN_IDS),
+            "logit_bias": (len(options.logit_bias), _MAX_LOGIT_BIAS),
+        }
+        for name, (count, most) in counts.items():
+            if count > most:
+                raise InvalidRequestError(f"asks for {count}; at most {most} are served", name)
+        self._check_vocabulary(options.logit_bias, "logit_bias")
+        self._check_vocabulary(options.stop_token_ids, "stop_token_ids")
+
+    def _check_vocabulary(self, token_ids: Iterable[int], name: str) -> None:
+        if any(not 0 <= token < self._tokenizer.vocab_size for token in token_ids):
+            raise InvalidRequestError(f"token ids must be below {self._tokenizer.vocab_size}", name)
+
+    def _room(self, prompt_ids: list[int], name: str) -> int:
+        """Tokens that may follow the prompt."""
         if not prompt_ids:
             raise InvalidRequestError("must not be empty", name)
-        if any(not 0 <= token < self._tokenizer.vocab_size for token in prompt_ids):
-            raise InvalidRequestError(f"token ids must be below {self._tokenizer.vocab_size}", name)
-        if len(prompt_ids) >= context:
-            raise InvalidRequestError(
-                f"has {len(prompt_ids)} tokens, but prompt and answer must fit the context of {context}; shorten it",
-                name,
-            )
+        if len(prompt_ids) >= self.max_model_len:
+            raise prompt_too_long(len(prompt_ids), self.max_model_len, name)
+        self._check_vocabulary(prompt_ids, name)
+        return self.max_model_len - len(prompt_ids)
 
 
 def grpc_messages(chat: generation_pb2.ChatMessages) -> list[dict[str, str]]:
@@ -270,6 +240,20 @@ def grpc_messages(chat: generation_pb2.ChatMessages) -> list[dict[str, str]]:
         if message.role not in ("system", "user", "assistant"):
             raise InvalidRequestError(f"role {message.role!r} is not system, user or assistant", "chat.messages.role")
     return [{"role": message.role, "content": message.content} for message in chat.messages]
+
+
+def grpc_template_variables(chat: generation_pb2.ChatMessages) -> dict[str, Any]:
+    """Values for the template; whole numbers, which a Struct holds as doubles, are integers."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [plain(item) for item in value]
+        return int(value) if isinstance(value, float) and value.is_integer() else value
+
+    variables: dict[str, Any] = plain(MessageToDict(chat.chat_template_kwargs))
+    return variables
 
 
 def _prompts(prompt: str | list[int] | list[str] | list[list[int]]) -> Sequence[str | list[int]]:
@@ -284,9 +268,3 @@ def _prompts(prompt: str | list[int] | list[str] | list[list[int]]) -> Sequence[
 
 def _seed(seed: int | None) -> int:
     return secrets.randbits(64) if seed is None else seed % 2**64
-
-
-def _check_range(name: str, value: float, low: float, high: float, is_open_below: bool = False) -> None:
-    is_inside = math.isfinite(value) and (low < value if is_open_below else low <= value) and value <= high
-    if not is_inside:
-        raise InvalidRequestError(f"is {value}; it must lie between {low} and {high}", name)

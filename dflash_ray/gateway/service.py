@@ -19,6 +19,7 @@ from dflash_ray.observability.logs import configure_logging
 from dflash_ray.pb import generation_pb2, generation_pb2_grpc
 from dflash_ray.rpc.channel import RunningServer, format_address, new_server, start_server
 from dflash_ray.rpc.directory import DirectoryClient, Entry, keep_registered, leave
+from dflash_ray.rpc.malformed import RefuseMalformed
 from dflash_ray.rpc.metrics import SERVICE_NAME as METRICS_SERVICE_NAME
 from dflash_ray.rpc.metrics import add_metrics_service
 from dflash_ray.rpc.node import bind_host
@@ -60,7 +61,9 @@ class GatewayReplica:
     async def _serve(self) -> RunningServer:
         """The clients' server. Gateways of one node share its port: the system spreads connections over them."""
         config = self.core.config.gateway
-        server = new_server(config.max_body_bytes, max_connection_age_s=config.grpc_connection_age_s)
+        server = new_server(
+            config.max_body_bytes, [RefuseMalformed()], max_connection_age_s=config.grpc_connection_age_s
+        )
         generation_pb2_grpc.add_GenerationServicer_to_server(GenerationServicer(self.core), server)
         return await start_server(server, [_SERVICE_NAME], bind_host(config.grpc_host), config.grpc_port)
 

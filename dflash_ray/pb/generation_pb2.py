@@ -24,9 +24,10 @@ _sym_db = _symbol_database.Default()
 
 from dflash_ray.pb import common_pb2 as dflash__ray_dot_pb_dot_common__pb2
 from dflash_ray.pb import router_pb2 as dflash__ray_dot_pb_dot_router__pb2
+from google.protobuf import struct_pb2 as google_dot_protobuf_dot_struct__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1e\x64\x66lash_ray/pb/generation.proto\x12\rdflash_ray.v1\x1a\x1a\x64\x66lash_ray/pb/common.proto\x1a\x1a\x64\x66lash_ray/pb/router.proto\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"<\n\x0c\x43hatMessages\x12,\n\x08messages\x18\x01 \x03(\x0b\x32\x1a.dflash_ray.v1.ChatMessage\"\xaf\x01\n\x0eRandomSampling\x12\x15\n\rnum_sequences\x18\x01 \x01(\r\x12\r\n\x05top_k\x18\x02 \x01(\r\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x00\x88\x01\x01\x12\r\n\x05min_p\x18\x04 \x01(\x02\x12\x11\n\x04seed\x18\x05 \x01(\x04H\x01\x88\x01\x01\x12.\n\x0bverify_mode\x18\x06 \x01(\x0e\x32\x19.dflash_ray.v1.VerifyModeB\x08\n\x06_top_pB\x07\n\x05_seed\"\xf9\x01\n\x12\x44\x65\x63odingParameters\x12\x18\n\x10presence_penalty\x18\x01 \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x02 \x01(\x02\x12\x1f\n\x12repetition_penalty\x18\x03 \x01(\x02H\x00\x88\x01\x01\x12\x44\n\nlogit_bias\x18\x04 \x03(\x0b\x32\x30.dflash_ray.v1.DecodingParameters.LogitBiasEntry\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x15\n\x13_repetition_penalty\"\xba\x01\n\x10StoppingCriteria\x12\x1b\n\x0emax_new_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x16\n\x0emin_new_tokens\x18\x02 \x01(\r\x12\x16\n\x0estop_token_ids\x18\x03 \x03(\r\x12\x14\n\x0cstop_strings\x18\x04 \x03(\t\x12\x1c\n\x14include_stop_strings\x18\x05 \x01(\x08\x12\x12\n\nignore_eos\x18\x06 \x01(\x08\x42\x11\n\x0f_max_new_tokens\"\x87\x01\n\x0fResponseOptions\x12\x18\n\x0boutput_text\x18\x01 \x01(\x08H\x00\x88\x01\x01\x12\x18\n\x10output_token_ids\x18\x02 \x01(\x08\x12\x1c\n\x0foutput_logprobs\x18\x03 \x01(\rH\x01\x88\x01\x01\x42\x0e\n\x0c_output_textB\x12\n\x10_output_logprobs\"\xcf\x03\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12,\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x17.dflash_ray.v1.TokenIdsH\x00\x12+\n\x04\x63hat\x18\x05 \x01(\x0b\x32\x1b.dflash_ray.v1.ChatMessagesH\x00\x12\x18\n\x0btemperature\x18\x06 \x01(\x02H\x01\x88\x01\x01\x12/\n\x08sampling\x18\x07 \x01(\x0b\x32\x1d.dflash_ray.v1.RandomSampling\x12\x33\n\x08\x64\x65\x63oding\x18\x08 \x01(\x0b\x32!.dflash_ray.v1.DecodingParameters\x12\x31\n\x08stopping\x18\t \x01(\x0b\x32\x1f.dflash_ray.v1.StoppingCriteria\x12\x30\n\x08response\x18\n \x01(\x0b\x32\x1e.dflash_ray.v1.ResponseOptions\x12/\n\x0bspeculation\x18\x0b \x01(\x0b\x32\x1a.dflash_ray.v1.SpeculationB\x08\n\x06promptB\x0e\n\x0c_temperature\"\x9a\x01\n\nFinishInfo\x12\x19\n\x11num_output_tokens\x18\x01 \x01(\r\x12\x32\n\rfinish_reason\x18\x02 \x01(\x0e\x32\x1b.dflash_ray.v1.FinishReason\x12\x17\n\rstop_token_id\x18\x03 \x01(\rH\x00\x12\x15\n\x0bstop_string\x18\x04 \x01(\tH\x00\x42\r\n\x0bstop_reason\"\xb4\x01\n\x0eSequenceOutput\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x12\n\nnum_tokens\x18\x03 \x01(\r\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12.\n\x08logprobs\x18\x05 \x01(\x0b\x32\x1c.dflash_ray.v1.TokenLogprobs\x12.\n\x0b\x66inish_info\x18\x06 \x01(\x0b\x32\x19.dflash_ray.v1.FinishInfo\"\xe7\x01\n\x1aSpeculativeDecodingMetrics\x12\x1e\n\x16mean_acceptance_length\x18\x01 \x01(\x02\x12\x1d\n\x15\x64raft_acceptance_rate\x18\x02 \x01(\x02\x12\x1c\n\x14\x61\x63\x63\x65ptance_histogram\x18\x03 \x03(\r\x12\x16\n\x0enum_spec_steps\x18\x04 \x01(\r\x12!\n\x19num_accepted_draft_tokens\x18\x05 \x01(\r\x12\x18\n\x10num_draft_tokens\x18\x06 \x01(\r\x12\x17\n\x0fnum_spec_tokens\x18\x07 \x01(\r\"\xba\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x19\n\x11num_prompt_tokens\x18\x02 \x01(\r\x12.\n\x07outputs\x18\x03 \x03(\x0b\x32\x1d.dflash_ray.v1.SequenceOutput\x12G\n\x14speculative_decoding\x18\x04 \x01(\x0b\x32).dflash_ray.v1.SpeculativeDecodingMetrics\"\x9f\x01\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12+\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x1b.dflash_ray.v1.ChatMessagesH\x00\x12\x1f\n\x12\x61\x64\x64_special_tokens\x18\x04 \x01(\x08H\x01\x88\x01\x01\x42\x08\n\x06promptB\x15\n\x13_add_special_tokens\"<\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\"5\n\x11\x44\x65tokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\"!\n\x10ModelInfoRequest\x12\r\n\x05model\x18\x01 \x01(\t\"\x94\x01\n\x11ModelInfoResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x16\n\x0e\x64rafter_method\x18\x04 \x01(\t\x12\x1c\n\x14\x64\x65\x66\x61ult_draft_tokens\x18\x05 \x01(\r\x12\x0f\n\x07version\x18\x06 \x01(\t2\x9e\x03\n\nGeneration\x12K\n\x08Generate\x12\x1e.dflash_ray.v1.GenerateRequest\x1a\x1f.dflash_ray.v1.GenerateResponse\x12S\n\x0eGenerateStream\x12\x1e.dflash_ray.v1.GenerateRequest\x1a\x1f.dflash_ray.v1.GenerateResponse0\x01\x12K\n\x08Tokenize\x12\x1e.dflash_ray.v1.TokenizeRequest\x1a\x1f.dflash_ray.v1.TokenizeResponse\x12Q\n\nDetokenize\x12 .dflash_ray.v1.DetokenizeRequest\x1a!.dflash_ray.v1.DetokenizeResponse\x12N\n\tModelInfo\x12\x1f.dflash_ray.v1.ModelInfoRequest\x1a .dflash_ray.v1.ModelInfoResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1e\x64\x66lash_ray/pb/generation.proto\x12\rdflash_ray.v1\x1a\x1a\x64\x66lash_ray/pb/common.proto\x1a\x1a\x64\x66lash_ray/pb/router.proto\x1a\x1cgoogle/protobuf/struct.proto\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"s\n\x0c\x43hatMessages\x12,\n\x08messages\x18\x01 \x03(\x0b\x32\x1a.dflash_ray.v1.ChatMessage\x12\x35\n\x14\x63hat_template_kwargs\x18\x02 \x01(\x0b\x32\x17.google.protobuf.Struct\"\xcd\x01\n\x0eRandomSampling\x12\x15\n\rnum_sequences\x18\x01 \x01(\r\x12\x12\n\x05top_k\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x02H\x02\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x04H\x03\x88\x01\x01\x12.\n\x0bverify_mode\x18\x06 \x01(\x0e\x32\x19.dflash_ray.v1.VerifyModeB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x07\n\x05_seed\"\xf9\x01\n\x12\x44\x65\x63odingParameters\x12\x18\n\x10presence_penalty\x18\x01 \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x02 \x01(\x02\x12\x1f\n\x12repetition_penalty\x18\x03 \x01(\x02H\x00\x88\x01\x01\x12\x44\n\nlogit_bias\x18\x04 \x03(\x0b\x32\x30.dflash_ray.v1.DecodingParameters.LogitBiasEntry\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x15\n\x13_repetition_penalty\"\xba\x01\n\x10StoppingCriteria\x12\x1b\n\x0emax_new_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x16\n\x0emin_new_tokens\x18\x02 \x01(\r\x12\x16\n\x0estop_token_ids\x18\x03 \x03(\r\x12\x14\n\x0cstop_strings\x18\x04 \x03(\t\x12\x1c\n\x14include_stop_strings\x18\x05 \x01(\x08\x12\x12\n\nignore_eos\x18\x06 \x01(\x08\x42\x11\n\x0f_max_new_tokens\"\x87\x01\n\x0fResponseOptions\x12\x18\n\x0boutput_text\x18\x01 \x01(\x08H\x00\x88\x01\x01\x12\x18\n\x10output_token_ids\x18\x02 \x01(\x08\x12\x1c\n\x0foutput_logprobs\x18\x03 \x01(\rH\x01\x88\x01\x01\x42\x0e\n\x0c_output_textB\x12\n\x10_output_logprobs\"\xcf\x03\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12,\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x17.dflash_ray.v1.TokenIdsH\x00\x12+\n\x04\x63hat\x18\x05 \x01(\x0b\x32\x1b.dflash_ray.v1.ChatMessagesH\x00\x12\x18\n\x0btemperature\x18\x06 \x01(\x02H\x01\x88\x01\x01\x12/\n\x08sampling\x18\x07 \x01(\x0b\x32\x1d.dflash_ray.v1.RandomSampling\x12\x33\n\x08\x64\x65\x63oding\x18\x08 \x01(\x0b\x32!.dflash_ray.v1.DecodingParameters\x12\x31\n\x08stopping\x18\t \x01(\x0b\x32\x1f.dflash_ray.v1.StoppingCriteria\x12\x30\n\x08response\x18\n \x01(\x0b\x32\x1e.dflash_ray.v1.ResponseOptions\x12/\n\x0bspeculation\x18\x0b \x01(\x0b\x32\x1a.dflash_ray.v1.SpeculationB\x08\n\x06promptB\x0e\n\x0c_temperature\"\x9a\x01\n\nFinishInfo\x12\x19\n\x11num_output_tokens\x18\x01 \x01(\r\x12\x32\n\rfinish_reason\x18\x02 \x01(\x0e\x32\x1b.dflash_ray.v1.FinishReason\x12\x17\n\rstop_token_id\x18\x03 \x01(\rH\x00\x12\x15\n\x0bstop_string\x18\x04 \x01(\tH\x00\x42\r\n\x0bstop_reason\"\xb4\x01\n\x0eSequenceOutput\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x12\n\nnum_tokens\x18\x03 \x01(\r\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12.\n\x08logprobs\x18\x05 \x01(\x0b\x32\x1c.dflash_ray.v1.TokenLogprobs\x12.\n\x0b\x66inish_info\x18\x06 \x01(\x0b\x32\x19.dflash_ray.v1.FinishInfo\"\xe7\x01\n\x1aSpeculativeDecodingMetrics\x12\x1e\n\x16mean_acceptance_length\x18\x01 \x01(\x02\x12\x1d\n\x15\x64raft_acceptance_rate\x18\x02 \x01(\x02\x12\x1c\n\x14\x61\x63\x63\x65ptance_histogram\x18\x03 \x03(\r\x12\x16\n\x0enum_spec_steps\x18\x04 \x01(\r\x12!\n\x19num_accepted_draft_tokens\x18\x05 \x01(\r\x12\x18\n\x10num_draft_tokens\x18\x06 \x01(\r\x12\x17\n\x0fnum_spec_tokens\x18\x07 \x01(\r\"\xba\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x19\n\x11num_prompt_tokens\x18\x02 \x01(\r\x12.\n\x07outputs\x18\x03 \x03(\x0b\x32\x1d.dflash_ray.v1.SequenceOutput\x12G\n\x14speculative_decoding\x18\x04 \x01(\x0b\x32).dflash_ray.v1.SpeculativeDecodingMetrics\"\x9f\x01\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12+\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x1b.dflash_ray.v1.ChatMessagesH\x00\x12\x1f\n\x12\x61\x64\x64_special_tokens\x18\x04 \x01(\x08H\x01\x88\x01\x01\x42\x08\n\x06promptB\x15\n\x13_add_special_tokens\"<\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\"5\n\x11\x44\x65tokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\"!\n\x10ModelInfoRequest\x12\r\n\x05model\x18\x01 \x01(\t\"\x94\x01\n\x11ModelInfoResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x16\n\x0e\x64rafter_method\x18\x04 \x01(\t\x12\x1c\n\x14\x64\x65\x66\x61ult_draft_tokens\x18\x05 \x01(\r\x12\x0f\n\x07version\x18\x06 \x01(\t2\x9e\x03\n\nGeneration\x12K\n\x08Generate\x12\x1e.dflash_ray.v1.GenerateRequest\x1a\x1f.dflash_ray.v1.GenerateResponse\x12S\n\x0eGenerateStream\x12\x1e.dflash_ray.v1.GenerateRequest\x1a\x1f.dflash_ray.v1.GenerateResponse0\x01\x12K\n\x08Tokenize\x12\x1e.dflash_ray.v1.TokenizeRequest\x1a\x1f.dflash_ray.v1.TokenizeResponse\x12Q\n\nDetokenize\x12 .dflash_ray.v1.DetokenizeRequest\x1a!.dflash_ray.v1.DetokenizeResponse\x12N\n\tModelInfo\x12\x1f.dflash_ray.v1.ModelInfoRequest\x1a .dflash_ray.v1.ModelInfoResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,44 +36,44 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_DECODINGPARAMETERS_LOGITBIASENTRY']._loaded_options = None
   _globals['_DECODINGPARAMETERS_LOGITBIASENTRY']._serialized_options = b'8\001'
-  _globals['_TOKENIDS']._serialized_start=105
-  _globals['_TOKENIDS']._serialized_end=128
-  _globals['_CHATMESSAGE']._serialized_start=130
-  _globals['_CHATMESSAGE']._serialized_end=174
-  _globals['_CHATMESSAGES']._serialized_start=176
-  _globals['_CHATMESSAGES']._serialized_end=236
-  _globals['_RANDOMSAMPLING']._serialized_start=239
-  _globals['_RANDOMSAMPLING']._serialized_end=414
-  _globals['_DECODINGPARAMETERS']._serialized_start=417
-  _globals['_DECODINGPARAMETERS']._serialized_end=666
-  _globals['_DECODINGPARAMETERS_LOGITBIASENTRY']._serialized_start=595
-  _globals['_DECODINGPARAMETERS_LOGITBIASENTRY']._serialized_end=643
-  _globals['_STOPPINGCRITERIA']._serialized_start=669
-  _globals['_STOPPINGCRITERIA']._serialized_end=855
-  _globals['_RESPONSEOPTIONS']._serialized_start=858
-  _globals['_RESPONSEOPTIONS']._serialized_end=993
-  _globals['_GENERATEREQUEST']._serialized_start=996
-  _globals['_GENERATEREQUEST']._serialized_end=1459
-  _globals['_FINISHINFO']._serialized_start=1462
-  _globals['_FINISHINFO']._serialized_end=1616
-  _globals['_SEQUENCEOUTPUT']._serialized_start=1619
-  _globals['_SEQUENCEOUTPUT']._serialized_end=1799
-  _globals['_SPECULATIVEDECODINGMETRICS']._serialized_start=1802
-  _globals['_SPECULATIVEDECODINGMETRICS']._serialized_end=2033
-  _globals['_GENERATERESPONSE']._serialized_start=2036
-  _globals['_GENERATERESPONSE']._serialized_end=2222
-  _globals['_TOKENIZEREQUEST']._serialized_start=2225
-  _globals['_TOKENIZEREQUEST']._serialized_end=2384
-  _globals['_TOKENIZERESPONSE']._serialized_start=2386
-  _globals['_TOKENIZERESPONSE']._serialized_end=2446
-  _globals['_DETOKENIZEREQUEST']._serialized_start=2448
-  _globals['_DETOKENIZEREQUEST']._serialized_end=2501
-  _globals['_DETOKENIZERESPONSE']._serialized_start=2503
-  _globals['_DETOKENIZERESPONSE']._serialized_end=2537
-  _globals['_MODELINFOREQUEST']._serialized_start=2539
-  _globals['_MODELINFOREQUEST']._serialized_end=2572
-  _globals['_MODELINFORESPONSE']._serialized_start=2575
-  _globals['_MODELINFORESPONSE']._serialized_end=2723
-  _globals['_GENERATION']._serialized_start=2726
-  _globals['_GENERATION']._serialized_end=3140
+  _globals['_TOKENIDS']._serialized_start=135
+  _globals['_TOKENIDS']._serialized_end=158
+  _globals['_CHATMESSAGE']._serialized_start=160
+  _globals['_CHATMESSAGE']._serialized_end=204
+  _globals['_CHATMESSAGES']._serialized_start=206
+  _globals['_CHATMESSAGES']._serialized_end=321
+  _globals['_RANDOMSAMPLING']._serialized_start=324
+  _globals['_RANDOMSAMPLING']._serialized_end=529
+  _globals['_DECODINGPARAMETERS']._serialized_start=532
+  _globals['_DECODINGPARAMETERS']._serialized_end=781
+  _globals['_DECODINGPARAMETERS_LOGITBIASENTRY']._serialized_start=710
+  _globals['_DECODINGPARAMETERS_LOGITBIASENTRY']._serialized_end=758
+  _globals['_STOPPINGCRITERIA']._serialized_start=784
+  _globals['_STOPPINGCRITERIA']._serialized_end=970
+  _globals['_RESPONSEOPTIONS']._serialized_start=973
+  _globals['_RESPONSEOPTIONS']._serialized_end=1108
+  _globals['_GENERATEREQUEST']._serialized_start=1111
+  _globals['_GENERATEREQUEST']._serialized_end=1574
+  _globals['_FINISHINFO']._serialized_start=1577
+  _globals['_FINISHINFO']._serialized_end=1731
+  _globals['_SEQUENCEOUTPUT']._serialized_start=1734
+  _globals['_SEQUENCEOUTPUT']._serialized_end=1914
+  _globals['_SPECULATIVEDECODINGMETRICS']._serialized_start=1917
+  _globals['_SPECULATIVEDECODINGMETRICS']._serialized_end=2148
+  _globals['_GENERATERESPONSE']._serialized_start=2151
+  _globals['_GENERATERESPONSE']._serialized_end=2337
+  _globals['_TOKENIZEREQUEST']._serialized_start=2340
+  _globals['_TOKENIZEREQUEST']._serialized_end=2499
+  _globals['_TOKENIZERESPONSE']._serialized_start=2501
+  _globals['_TOKENIZERESPONSE']._serialized_end=2561
+  _globals['_DETOKENIZEREQUEST']._serialized_start=2563
+  _globals['_DETOKENIZEREQUEST']._serialized_end=2616
+  _globals['_DETOKENIZERESPONSE']._serialized_start=2618
+  _globals['_DETOKENIZERESPONSE']._serialized_end=2652
+  _globals['_MODELINFOREQUEST']._serialized_start=2654
+  _globals['_MODELINFOREQUEST']._serialized_end=2687
+  _globals['_MODELINFORESPONSE']._serialized_start=2690
+  _globals['_MODELINFORESPONSE']._serialized_end=2838
+  _globals['_GENERATION']._serialized_start=2841
+  _globals['_GENERATION']._serialized_end=3255
 # @@protoc_insertion_point(module_scope)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dflash_ray.core.errors import RequestError
-from dflash_ray.pb import common_pb2, drafter_pb2, target_pb2
+from dflash_ray.pb import common_pb2, drafter_pb2, router_pb2, target_pb2
 from dflash_ray.router.sequence import RouterSequence
 
 
@@ -53,12 +53,19 @@ class DropDrafter:
 
 @dataclass(frozen=True, slots=True)
 class Emit:
-    """Give a request its new tokens; with a finish reason these are the last."""
+    """Give a request its new tokens; with a finish reason these are the last.
+
+    Attributes:
+        decode_pass: how the pass took its drafts; None for what the prefill drew.
+        prompt_logprobs: of the prompt, without tokens.
+    """
 
     sequence: RouterSequence
     token_ids: list[int]
     logprobs: common_pb2.TokenLogprobs | None
     finish_reason: common_pb2.FinishReason
+    decode_pass: router_pb2.DecodePass | None = None
+    prompt_logprobs: common_pb2.PromptLogprobs | None = None
 
 
 @dataclass(frozen=True, slots=True)

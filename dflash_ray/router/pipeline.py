@@ -13,7 +13,7 @@ from collections.abc import AsyncGenerator, Callable
 
 from dflash_ray.config import DflashRayConfig
 from dflash_ray.observability.metrics import RouterMetrics
-from dflash_ray.pb import drafter_pb2, router_pb2, target_pb2
+from dflash_ray.pb import common_pb2, drafter_pb2, router_pb2, target_pb2
 from dflash_ray.router.actions import (
     Action,
     CloseSequences,
@@ -186,6 +186,7 @@ class Pipeline:
         self._queues[sequence.sequence_id] = queue
         self._pump()
         try:
+            yield Emit(sequence, [], None, common_pb2.FINISH_REASON_UNSPECIFIED)  # it has been taken
             while True:
                 item = await queue.get()
                 if isinstance(item, Fail):
@@ -294,20 +295,16 @@ class Pipeline:
             await stream.close()
 
 
-def finish_chunk(sequence: RouterSequence, emit: Emit, now: float) -> router_pb2.TokenChunk:
-    """A request's chunk for the wire; the last one carries its statistics."""
-    chunk = router_pb2.TokenChunk(token_ids=emit.token_ids, logprobs=emit.logprobs, finish_reason=emit.finish_reason)
+def to_chunk(sequence: RouterSequence, emit: Emit, now: float) -> router_pb2.TokenChunk:
+    """A request's chunk for the wire; the last one carries its timings."""
+    chunk = router_pb2.TokenChunk(
+        token_ids=emit.token_ids,
+        logprobs=emit.logprobs,
+        finish_reason=emit.finish_reason,
+        decode_pass=emit.decode_pass,
+        prompt_logprobs=emit.prompt_logprobs,
+    )
     if emit.finish_reason:
-        stats = sequence.stats
-        chunk.speculation.CopyFrom(
-            router_pb2.SpeculationStats(
-                num_spec_steps=stats.num_steps,
-                num_draft_tokens=stats.num_draft_tokens,
-                num_accepted_draft_tokens=stats.num_accepted,
-                acceptance_histogram=stats.histogram,
-                num_spec_tokens=stats.num_spec_tokens,
-            )
-        )
         decoding_since = sequence.decoding_since or now
         chunk.timings.queue_ns = int(max(0.0, sequence.admitted_at - sequence.arrived_at) * 1e9)
         chunk.timings.prefill_ns = int(max(0.0, decoding_since - sequence.admitted_at) * 1e9)

@@ -12,7 +12,6 @@ from collections import Counter, deque
 from dflash_ray.config import DflashRayConfig
 from dflash_ray.core.errors import DeadlineExceededError, HandedOverError, OverloadedError, RequestError
 from dflash_ray.core.ngram import IndexingRoom
-from dflash_ray.core.stats import AcceptanceStats
 from dflash_ray.pb import common_pb2, drafter_pb2, router_pb2, target_pb2
 from dflash_ray.router.actions import Action, CloseSequences, DropTarget, Emit, Fail, RunStep
 from dflash_ray.router.draft_rates import DraftRates
@@ -80,7 +79,6 @@ class Scheduler:
             wants_features=self._wants_features and draft_tokens > 0,
             arrived_at=now,
             num_losses=request.num_losses,
-            stats=AcceptanceStats(draft_tokens),
         )
         self._next_id += 1
         self._sequences[sequence.sequence_id] = sequence
@@ -143,6 +141,11 @@ class Scheduler:
         entries = self._step or {}
         self._step = None
         self.free_pages = result.free_pages
+        for part in result.prompt_logprobs:
+            if part.sequence_id in self._sequences:
+                scored = self._sequences[part.sequence_id]
+                unfinished = common_pb2.FINISH_REASON_UNSPECIFIED
+                self._actions.append(Emit(scored, [], None, unfinished, prompt_logprobs=part))
         logprobs = iter(result.logprobs)
         errors = iter(result.errors)
         lacks_pages = False
@@ -160,11 +163,11 @@ class Scheduler:
             sequence.in_step = False
             if result.statuses[i] == target_pb2.ENTRY_STATUS_OK:
                 try:
-                    self._advance(sequence, tokens, result.num_accepted_drafts[i], now)
+                    decode_pass = self._advance(sequence, tokens, result.num_accepted_drafts[i], now)
                 except Exception as fault:  # its neighbours are not concerned
                     self._fail(sequence, _internal_error(fault))
                     continue
-                self._emit(sequence, tokens, token_logprobs, result.finish_reasons[i])
+                self._emit(sequence, tokens, token_logprobs, result.finish_reasons[i], decode_pass)
             elif result.statuses[i] == target_pb2.ENTRY_STATUS_NO_PAGES:
                 lacks_pages = True
             elif result.statuses[i] == target_pb2.ENTRY_STATUS_FAILED:
@@ -178,9 +181,16 @@ class Scheduler:
             if drafted is not None and drafted.committed_len == block.committed_len:
                 drafted.take_draft(block, "colocated")
 
-    def _advance(self, sequence: RouterSequence, tokens: list[int], num_accepted: int, now: float) -> None:
+    def _advance(
+        self, sequence: RouterSequence, tokens: list[int], num_accepted: int, now: float
+    ) -> router_pb2.DecodePass | None:
+        decode_pass = None
         if sequence.phase is Phase.DECODE:
-            sequence.stats.record(len(sequence.draft or ()), num_accepted)
+            decode_pass = router_pb2.DecodePass(
+                num_drafts=len(sequence.draft or ()),
+                num_accepted_drafts=num_accepted,
+                num_spec_tokens=sequence.draft_tokens,
+            )
             if tokens:
                 self._judge_drafts(sequence, tokens[0])
         else:
@@ -189,6 +199,7 @@ class Scheduler:
                 sequence.phase = Phase.DECODE
                 sequence.decoding_since = sequence.decoding_since or now
         sequence.append(tokens)
+        return decode_pass
 
     def _judge_drafts(self, sequence: RouterSequence, token: int) -> None:
         """Takes note of whose first draft was the token that came."""
@@ -204,9 +215,10 @@ class Scheduler:
         tokens: list[int],
         logprobs: common_pb2.TokenLogprobs | None,
         finish_reason: common_pb2.FinishReason,
+        decode_pass: router_pb2.DecodePass | None,
     ) -> None:
         if tokens:
-            self._actions.append(Emit(sequence, tokens, logprobs, finish_reason))
+            self._actions.append(Emit(sequence, tokens, logprobs, finish_reason, decode_pass))
         if finish_reason:
             self._remove(sequence)
 

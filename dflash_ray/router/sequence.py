@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from dflash_ray.core.ngram import IndexingRoom, NgramDraft, NgramIndex
-from dflash_ray.core.stats import AcceptanceStats
 from dflash_ray.pb import common_pb2, router_pb2, target_pb2
 from dflash_ray.router.context import DrafterContext
 
@@ -60,7 +59,6 @@ class RouterSequence:
     draft_deadline: float | None = None
     ngram: NgramIndex | None = None
     ngram_draft: NgramDraft | None = None  # for the tokens of this moment, once it was looked up
-    stats: AcceptanceStats = field(default_factory=AcceptanceStats)
     admitted_at: float = 0.0
     decoding_since: float = 0.0
     num_preemptions: int = 0

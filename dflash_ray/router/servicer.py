@@ -11,7 +11,7 @@ from dflash_ray.core.errors import HandedOverError, InvalidRequestError, Request
 from dflash_ray.observability.logs import request_id_var
 from dflash_ray.pb import router_pb2, router_pb2_grpc
 from dflash_ray.router.fleet import Fleet
-from dflash_ray.router.pipeline import finish_chunk
+from dflash_ray.router.pipeline import to_chunk
 
 
 class RouterServicer(router_pb2_grpc.RouterServicer):
@@ -31,7 +31,7 @@ class RouterServicer(router_pb2_grpc.RouterServicer):
             emits = pipeline.generate(request)
             try:
                 async for emit in emits:
-                    chunk = finish_chunk(emit.sequence, emit, time.monotonic())
+                    chunk = to_chunk(emit.sequence, emit, time.monotonic())
                     chunk.model_fingerprint, fingerprint = fingerprint, ""
                     yield chunk
             finally:

@@ -275,7 +275,7 @@ def start_directory(timeout_s: float = 60.0) -> None:
     Raises:
         TimeoutError: it does not answer in time (ray.exceptions.GetTimeoutError).
     """
-    ray.get(_get_or_create_actor().entries.remote("router"), timeout=timeout_s)
+    ray.get(_get_or_create_actor().view.remote("router"), timeout=timeout_s)
 
 
 def stop_directory() -> None:

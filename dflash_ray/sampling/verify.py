@@ -22,6 +22,7 @@ from torch import Tensor
 from dflash_ray.kernels import verify_ops as ops
 from dflash_ray.kernels.columns import NUM_TOP_K_ROUNDS, CommitColumn, OutcomeColumn
 from dflash_ray.sampling.columns import PlanColumns, to_columns
+from dflash_ray.sampling.logprobs import Logprobs, token_logprobs
 from dflash_ray.sampling.plan import NO_LOGPROBS, SequencePlan
 from dflash_ray.sampling.shards import ShardGroup
 
@@ -36,8 +37,7 @@ class SequenceOutcome:
         is_flagged: the logits were not finite; nothing else is valid.
         finish: 0 goes on, 1 ended by a stop token, 2 by the length limit.
         kv_len: rows whose keys and values stay.
-        chosen_logprobs: of each token, from the raw logits, when asked.
-        top_ids, top_logprobs: [num_tokens][n], best first, when asked.
+        logprobs: of each token, when asked.
     """
 
     accepted_rows: list[int] = field(default_factory=list)
@@ -45,9 +45,7 @@ class SequenceOutcome:
     is_flagged: bool = False
     finish: int = 0
     kv_len: int = 0
-    chosen_logprobs: list[float] = field(default_factory=list)
-    top_ids: list[list[int]] = field(default_factory=list)
-    top_logprobs: list[list[float]] = field(default_factory=list)
+    logprobs: Logprobs | None = None
 
 
 @torch.inference_mode()
@@ -149,21 +147,9 @@ def _add_logprobs(
         return
     num_top = max(count for _, count in asking)
     rows = raw[torch.tensor(visited, device=raw.device)]
-    mine = ops.token_logprobs(rows, vocab_start, torch.tensor(chosen, device=raw.device), num_top)
-    shards = group.all_gather(mine).cpu()
-    maximum = shards[:, :, 0].amax(0)
-    log_sum = maximum + (shards[:, :, 1] * (shards[:, :, 0] - maximum).exp()).sum(0).log()
-    chosen_logprobs = (shards[:, :, 2].amax(0) - log_sum).tolist()
-    # Shards come in ascending order of their tokens, so that a stable sort keeps the lowest token of equals first.
-    values = shards[:, :, 3::2].transpose(0, 1).flatten(1)
-    order = values.argsort(dim=1, descending=True, stable=True)[:, :num_top]
-    top_logprobs = values.gather(1, order) - log_sum[:, None]
-    top_ids = shards[:, :, 4::2].transpose(0, 1).flatten(1).gather(1, order).long()
+    logprobs = token_logprobs(rows, vocab_start, chosen, num_top, group)
     at = 0
     for outcome, count in asking:
         stop = at + len(outcome.tokens)
-        outcome.chosen_logprobs = chosen_logprobs[at:stop]
-        if count:
-            outcome.top_ids = top_ids[at:stop, :count].tolist()
-            outcome.top_logprobs = top_logprobs[at:stop, :count].tolist()
+        outcome.logprobs = logprobs.part(at, stop, count)
         at = stop

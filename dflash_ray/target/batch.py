@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,6 +10,10 @@ from numpy.typing import NDArray
 from dflash_ray.core.packing import pack_arrays, unpack_arrays
 
 Ints = NDArray[np.int64]
+
+
+def _none() -> Ints:
+    return np.zeros(0, dtype=np.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +27,9 @@ class StepBatch:
         page_counts: [E] pages of each entry's table; pages: all tables, one after the other.
         sample_rows: rows whose logits are wanted, ascending.
         feature_rows: rows whose context features are wanted, ascending.
+        scored_rows: [S] rows whose next token is known and is to have its log-probability, ascending.
+        scored_tokens: [S] those tokens.
+        num_top: [1] likeliest tokens wanted beside each of them; empty when none is scored.
     """
 
     token_ids: Ints
@@ -34,6 +41,9 @@ class StepBatch:
     pages: Ints
     sample_rows: Ints
     feature_rows: Ints
+    scored_rows: Ints = field(default_factory=_none)
+    scored_tokens: Ints = field(default_factory=_none)
+    num_top: Ints = field(default_factory=_none)
 
     def pack(self) -> Ints:
         """The batch as one flat array for a broadcast."""

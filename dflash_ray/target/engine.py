@@ -7,7 +7,7 @@ A bad entry gets its status and its neighbours go on.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -16,6 +16,7 @@ import torch
 
 from dflash_ray.models.context_features import to_pieces
 from dflash_ray.pb import common_pb2, target_pb2
+from dflash_ray.sampling.logprobs import Logprobs
 from dflash_ray.sampling.plan import SequencePlan
 from dflash_ray.sampling.verify import SequenceOutcome
 from dflash_ray.target.batch import StepBatch
@@ -41,6 +42,8 @@ class StepRunner(Protocol):
 
     def verify(self, hidden: StepHidden, plan: list[SequencePlan]) -> list[SequenceOutcome]: ...
 
+    def score(self, hidden: StepHidden, batch: StepBatch) -> Logprobs: ...
+
 
 @dataclass(slots=True)
 class _Entry:
@@ -58,6 +61,12 @@ class _Entry:
     kept: list[int] = field(default_factory=list)  # tokens committed
     finish_reason: int = common_pb2.FINISH_REASON_UNSPECIFIED
     logprobs: common_pb2.TokenLogprobs | None = None
+    scored_tokens: list[int] = field(default_factory=list)  # of the prompt, after the entry's first rows
+
+    @property
+    def num_top(self) -> int:
+        """Likeliest tokens wanted beside each scored one."""
+        return self.sequence.sampling.num_prompt_logprobs if self.sequence is not None else 0
 
 
 @dataclass(slots=True)
@@ -134,10 +143,12 @@ class Engine:
         hidden = self._runner.forward(batch, plan) if running else None
         forwarded = time.perf_counter_ns()
         outcomes = self._runner.verify(hidden, plan) if hidden is not None and plan else []
+        scores = self._runner.score(hidden, batch) if hidden is not None else Logprobs()
         self.is_in_pass = False
         verified = time.perf_counter_ns()
         result = target_pb2.StepResult(step_id=step.step_id)
         output = StepOutput(result)
+        result.prompt_logprobs.extend(_prompt_logprobs(running, scores))
         self._commit(running, outcomes, hidden, output.features)
         self._fill_columns(entries, result)
         if self._drafter is not None and step.colocated_draft_ids:
@@ -172,6 +183,7 @@ class Engine:
                 sequence = entry.sequence
                 entry.token_ids = sequence.tokens[sequence.kv_len : sequence.kv_len + length]
                 entry.draws = sequence.kv_len + len(entry.token_ids) == sequence.committed_len
+                entry.scored_tokens = sequence.scored_tokens(sequence.kv_len, length)
                 self._reserve(entry)
             entries.append(entry)
         for sequence_id, base_len, draft in zip(step.verify_ids, step.base_lens, drafts_of(step), strict=True):
@@ -241,6 +253,10 @@ class Engine:
                 plan.append(sequence.plan(entry.draft, feature_row))
             if sequence.wants_features:
                 columns["feature_rows"] += range(first, first + count)
+            columns["scored_rows"] += range(first, first + len(entry.scored_tokens))
+            columns["scored_tokens"] += entry.scored_tokens
+        if columns["scored_rows"]:
+            columns["num_top"] = [max(entry.num_top for entry in entries)]
         return StepBatch(**{name: np.array(values, dtype=np.int64) for name, values in columns.items()}), plan
 
     def _commit(
@@ -275,13 +291,13 @@ class Engine:
                 self._hand_on_features(sequence, start, rows, pieces)
             entry.kept, entry.finish_reason = outcome.tokens, _FINISH_REASONS[outcome.finish]
             entry.num_accepted = min(len(outcome.accepted_rows), len(entry.kept))
-            if outcome.chosen_logprobs:
-                entry.logprobs = _logprobs(outcome)
+            if outcome.logprobs is not None:
+                entry.logprobs = _to_message(outcome.logprobs)
 
     def _hand_on_features(
         self, sequence: Sequence, start: int, rows: torch.Tensor, pieces: list[common_pb2.ContextFeatures]
     ) -> None:
-        """Features [n, H] of positions start, start + 1, ...: to the colocated drafter, or stored and on their way."""
+        """Features [n, H] of positions start, start + 1, ...: to the colocated drafter, or stored and sent."""
         stop = start + len(rows)
         tokens = sequence.tokens[start:stop]
         if self._drafter is not None:
@@ -313,11 +329,23 @@ class Engine:
         return drafter.draft(sequences, counts, max(1, step.num_candidates), step.epoch)
 
 
-def _logprobs(outcome: SequenceOutcome) -> common_pb2.TokenLogprobs:
-    message = common_pb2.TokenLogprobs(chosen=outcome.chosen_logprobs)
-    if outcome.top_ids:
-        message.num_top = len(outcome.top_ids[0])
-        for ids, values in zip(outcome.top_ids, outcome.top_logprobs, strict=True):
+def _prompt_logprobs(entries: Iterable[_Entry], scores: Logprobs) -> Iterator[common_pb2.PromptLogprobs]:
+    """The scores of a pass, entry by entry, before its rows are committed."""
+    at = 0
+    for entry in entries:
+        count = len(entry.scored_tokens)
+        if count and entry.sequence is not None:
+            part = scores.part(at, at + count, entry.num_top)
+            start = entry.sequence.kv_len + 1
+            yield common_pb2.PromptLogprobs(sequence_id=entry.sequence_id, start=start, logprobs=_to_message(part))
+        at += count
+
+
+def _to_message(logprobs: Logprobs) -> common_pb2.TokenLogprobs:
+    message = common_pb2.TokenLogprobs(chosen=logprobs.chosen)
+    if logprobs.top_ids:
+        message.num_top = len(logprobs.top_ids[0])
+        for ids, values in zip(logprobs.top_ids, logprobs.top_logprobs, strict=True):
             message.top_token_ids.extend(ids)
             message.top_logprobs.extend(values)
     return message

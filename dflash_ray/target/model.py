@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from dflash_ray.config import DflashRayConfig
-from dflash_ray.models.packed_linear import PackedLinear
+from dflash_ray.models.context_length import context_length
 from dflash_ray.models.taps import tap_layers
 from dflash_ray.models.target_checkpoint import TargetCheckpoint
 from dflash_ray.target.attention import IMPLEMENTATION, PagedStep, register
 from dflash_ray.target.batch import StepBatch
+from dflash_ray.target.head import VocabParallelHead
 from dflash_ray.target.linears import lean
 from dflash_ray.target.paged_cache import PagedCache
 from dflash_ray.target.tensor_parallel import shard
@@ -21,13 +21,14 @@ from dflash_ray.target.tensor_parallel import shard
 
 @dataclass(frozen=True, slots=True)
 class StepHidden:
-    """What a pass leaves: [R, H] normed rows to draw from, and the features on the rank that makes them.
+    """What a pass leaves: [R, H] normed rows to draw from, [S, H] to score by, and the features where they are made.
 
     Features are [F, H] of a drafter's projector, or whatever width another projector gives.
     """
 
     sampled: Tensor
     features: Tensor | None
+    scored: Tensor | None = None
 
 
 class RankModel:
@@ -55,9 +56,9 @@ class RankModel:
         text_config = model.config.get_text_config()
         self.vocab_size: int = text_config.vocab_size
         self.hidden_size: int = text_config.hidden_size
-        self.max_model_len = min(config.model.max_model_len, text_config.max_position_embeddings)
-        self._softcap = getattr(text_config, "final_logit_softcapping", None)
-        self.vocab_start, self._head = self._take_head(model, tp_rank, tp_size)
+        self.max_model_len = config.sequence_limit(context_length(text_config.to_dict()))
+        self._head = VocabParallelHead(model, tp_rank, tp_size, self._device)
+        self.vocab_start = self._head.vocab_start
         base = shard(model.get_decoder(), tp_size, dtype)
         head_dim = getattr(text_config, "head_dim", None) or self.hidden_size // text_config.num_attention_heads
         kv_heads = [layer.self_attn.k_proj.weight.shape[0] // head_dim for layer in base.layers]
@@ -70,13 +71,6 @@ class RankModel:
         self._projector = projector
         self._tap_layer_ids = tap_layer_ids if projector is not None else ()
         self._taps = tap_layers(base, self._tap_layer_ids)
-
-    def _take_head(self, model: Any, tp_rank: int, tp_size: int) -> tuple[int, PackedLinear]:
-        """This rank's rows of the output head, split into ranges of equal size."""
-        per_rank = -(-self.vocab_size // tp_size)
-        start = min(tp_rank * per_rank, self.vocab_size)
-        weight = model.get_output_embeddings().weight[start : start + per_rank].detach().clone()
-        return start, PackedLinear(weight.to(self._device))
 
     @torch.inference_mode()
     def forward(self, batch: StepBatch) -> StepHidden:
@@ -92,10 +86,10 @@ class RankModel:
         if self._projector is not None and len(batch.feature_rows):
             rows = torch.from_numpy(batch.feature_rows).to(self._device)
             features = self._projector(torch.cat([self._taps[i][0, rows] for i in self._tap_layer_ids], dim=-1))
-        return StepHidden(hidden[torch.from_numpy(batch.sample_rows).to(self._device)], features)
+        scored = hidden[torch.from_numpy(batch.scored_rows).to(self._device)] if len(batch.scored_rows) else None
+        return StepHidden(hidden[torch.from_numpy(batch.sample_rows).to(self._device)], features, scored)
 
     @torch.inference_mode()
     def shard_logits(self, hidden: Tensor) -> Tensor:
         """Logits [R, Vs] of this rank's tokens vocab_start, vocab_start + 1, ..."""
-        logits = self._head(hidden)
-        return self._softcap * torch.tanh(logits / self._softcap) if self._softcap else logits
+        return self._head(hidden)

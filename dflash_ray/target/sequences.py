@@ -120,6 +120,12 @@ class Sequence:
         for token in tokens:
             self.history[token] = self.history.get(token, 0) + 1
 
+    def scored_tokens(self, start: int, count: int) -> list[int]:
+        """The prompt's tokens after rows start ... start + count - 1, where their log-probabilities are wanted."""
+        if not self.sampling.HasField("num_prompt_logprobs") or self.committed_len > self.prompt_len:
+            return []
+        return self.tokens[start + 1 : start + 1 + count]
+
     def plan(self, draft: Draft, feature_row: int) -> SequencePlan:
         """The rows that draw: the last committed token, whose feature is in `feature_row`, and the drafts after it."""
         sampling = self.sampling

@@ -245,3 +245,38 @@ def test_log_probabilities_are_of_the_raw_logits_and_best_first(runner, tiny_tar
     assert list(result.logprobs[0].top_token_ids) == ids.tolist()
     assert result.logprobs[0].top_logprobs == pytest.approx(best.tolist(), abs=1e-4)
     assert result.logprobs[0].chosen[0] == pytest.approx(best[0].item(), abs=1e-4)
+
+
+@pytest.mark.parametrize("chunk", [2, 3, 50])
+def test_a_prompts_own_log_probabilities_are_those_of_transformers_however_it_is_cut(runner, tiny_target, chunk):
+    engine = new_engine(runner)
+    neighbour = opening(2)
+    step = target_pb2.Step(open=[opening(num_prompt_logprobs=2), neighbour], prefill_ids=[2], prefill_lens=[7])
+    parts = []
+    for _ in range(0, len(PROMPT), chunk):
+        step.prefill_ids.append(1)
+        step.prefill_lens.append(chunk)
+        result = engine.step(step).result
+        parts += result.prompt_logprobs
+        step = target_pb2.Step()
+    assert result.num_tokens[-1] == 1
+    with torch.inference_mode():
+        expected = tiny_target.load_model()(torch.tensor([PROMPT])).logits[0].log_softmax(-1)
+    position = 1
+    for part in parts:
+        assert (part.sequence_id, part.start) == (1, position)
+        for i, value in enumerate(part.logprobs.chosen):
+            row = expected[position - 1]
+            assert value == pytest.approx(float(row[PROMPT[position]]), abs=1e-4)
+            best = row.topk(2)
+            assert part.logprobs.top_token_ids[2 * i : 2 * i + 2] == best.indices.tolist()
+            assert part.logprobs.top_logprobs[2 * i : 2 * i + 2] == pytest.approx(best.values.tolist(), abs=1e-4)
+            position += 1
+    assert position == len(PROMPT)
+
+
+def test_a_resumed_sequences_prompt_is_not_scored_again(runner):
+    engine = new_engine(runner)
+    message = opening(tokens=[*PROMPT, 9], prompt_len=len(PROMPT), num_prompt_logprobs=0)
+    result = engine.step(target_pb2.Step(open=[message], prefill_ids=[1], prefill_lens=[8])).result
+    assert result.num_tokens[0] == 1 and not result.prompt_logprobs

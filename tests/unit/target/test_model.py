@@ -96,7 +96,7 @@ def test_a_row_is_the_same_bit_for_bit_in_any_step(rank_model, tokens):
     assert torch.equal(one_by_one, as_block[5:13])
 
 
-@pytest.mark.parametrize("family", ["qwen2", "mistral", "gemma", "gemma2"])
+@pytest.mark.parametrize("family", ["qwen2", "mistral", "gemma", "gemma2", "granite", "cohere", "cohere2"])
 def test_other_families_load_by_the_same_path(process_group, tmp_path, tokens, family):
     target = resolve_target(str(save_tiny_target(family, tmp_path)))
     with torch.inference_mode():
@@ -104,6 +104,12 @@ def test_other_families_load_by_the_same_path(process_group, tmp_path, tokens, f
     model, pages = RankModel(target, CONFIG, 0, 1), list(range(10))
     got = [logits(model, (tokens[a:b], a, pages)) for a, b in ((0, 13), (13, 38), (38, 39), (39, 40))]
     assert torch.allclose(torch.cat(got), expected, atol=1e-4)
+
+
+def test_the_context_of_a_target_counts_its_rope_scaling(process_group, tmp_path):
+    rope = {"rope_type": "yarn", "factor": 2.0, "rope_theta": 10000.0, "original_max_position_embeddings": 64}
+    target = resolve_target(str(save_tiny_target("llama", tmp_path, max_position_embeddings=64, rope_parameters=rope)))
+    assert RankModel(target, CONFIG, 0, 1).max_model_len == 128
 
 
 def test_a_batch_survives_packing(tokens):

@@ -1,0 +1,118 @@
+"""One choice of an answer: the tokens that a router sends, as text that ends where the request says.
+
+What comes out does not depend on how the tokens were cut into chunks, so speculation cannot change it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from dflash_ray.core.stats import AcceptanceStats, merge
+from dflash_ray.gateway.detokenizer import Detokenizer, StopStrings
+from dflash_ray.gateway.requests import GenerationRequest
+from dflash_ray.gateway.tokenizer import ChatTokenizer
+from dflash_ray.pb import common_pb2, router_pb2
+
+STOP = common_pb2.FINISH_REASON_STOP
+
+
+@dataclass(slots=True)
+class ChoiceDelta:
+    """New text and tokens of one choice.
+
+    Attributes:
+        token_ids: new tokens; the text of some of them may come later.
+        prompt_logprobs: of the prompt's next tokens, from its second on, before all tokens.
+        finish_reason: set on the last delta, with `stop` when a stop string or token ended it.
+        stats: on the last delta.
+    """
+
+    index: int
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: common_pb2.TokenLogprobs | None = None
+    finish_reason: common_pb2.FinishReason = common_pb2.FINISH_REASON_UNSPECIFIED
+    stop: str | int | None = None
+    stats: AcceptanceStats | None = None
+    prompt_logprobs: common_pb2.TokenLogprobs | None = None
+
+
+class Choice:
+    """The text of one choice so far, and how its drafts were taken."""
+
+    def __init__(self, request: GenerationRequest, index: int, tokenizer: ChatTokenizer) -> None:
+        self._request = request
+        self._index = index
+        self._detokenizer = Detokenizer(tokenizer)
+        self._stops = StopStrings(request.stop_strings, request.include_stop_strings)
+        self._stats = AcceptanceStats()
+        self.num_tokens = 0
+        self._num_scored = 1  # prompt tokens whose log-probabilities are known; the first has none
+
+    def take(self, chunk: router_pb2.TokenChunk) -> ChoiceDelta:
+        """The delta of a chunk: everything in it ends with the token that completes a stop string."""
+        delta = ChoiceDelta(self._index)
+        if chunk.HasField("prompt_logprobs"):
+            self._score(delta, chunk.prompt_logprobs)
+        if self._request.is_prompt_only:
+            if chunk.token_ids or chunk.finish_reason:
+                delta.finish_reason, delta.stats = common_pb2.FINISH_REASON_LENGTH, self._stats
+            return delta
+        for at, token in enumerate(chunk.token_ids):
+            delta.token_ids.append(token)
+            self.num_tokens += 1
+            is_stop_token = chunk.finish_reason == STOP and at == len(chunk.token_ids) - 1
+            if not is_stop_token or self._request.include_stop_strings:
+                self._show(delta, self._detokenizer.push([token]))
+            if delta.finish_reason:
+                break
+        if chunk.finish_reason and not delta.finish_reason:
+            self._end(delta, chunk.finish_reason)
+        num_kept = len(delta.token_ids)
+        if chunk.HasField("logprobs"):
+            delta.logprobs = _between(chunk.logprobs, 0, num_kept)
+        if chunk.HasField("decode_pass"):
+            self._count(chunk.decode_pass, num_kept)
+        if delta.finish_reason:
+            delta.stats = self._stats
+        return delta
+
+    def _score(self, delta: ChoiceDelta, part: common_pb2.PromptLogprobs) -> None:
+        """Adds what is new; a prompt that another router or another attempt prefills is scored again."""
+        num_known = self._num_scored - part.start
+        if 0 <= num_known < len(part.logprobs.chosen):
+            delta.prompt_logprobs = _between(part.logprobs, num_known, len(part.logprobs.chosen))
+            self._num_scored += len(delta.prompt_logprobs.chosen)
+
+    def _show(self, delta: ChoiceDelta, text: str) -> None:
+        """Adds text to the delta, up to a stop string. None may end within the first min_new_tokens tokens."""
+        match = self._stops.push(text, self.num_tokens > self._request.stopping.min_new_tokens)
+        delta.text += match.text
+        if match.stop is not None:
+            delta.finish_reason, delta.stop = STOP, match.stop
+
+    def _end(self, delta: ChoiceDelta, reason: common_pb2.FinishReason) -> None:
+        """Adds what was held back, which may still complete a stop string."""
+        self._show(delta, self._detokenizer.flush())
+        if delta.finish_reason:
+            return
+        delta.text += self._stops.flush()
+        delta.finish_reason = reason
+        if reason == STOP and delta.token_ids and delta.token_ids[-1] not in self._request.eos_ids:
+            delta.stop = delta.token_ids[-1]
+
+    def _count(self, decode_pass: router_pb2.DecodePass, num_kept: int) -> None:
+        if decode_pass.num_spec_tokens > self._stats.num_spec_tokens:
+            self._stats = merge([self._stats, AcceptanceStats(decode_pass.num_spec_tokens)])
+        self._stats.record(decode_pass.num_drafts, min(decode_pass.num_accepted_drafts, num_kept))
+
+
+def _between(logprobs: common_pb2.TokenLogprobs, start: int, stop: int) -> common_pb2.TokenLogprobs:
+    """Those of tokens start ... stop - 1."""
+    n = logprobs.num_top
+    return common_pb2.TokenLogprobs(
+        chosen=logprobs.chosen[start:stop],
+        num_top=n,
+        top_token_ids=logprobs.top_token_ids[start * n : stop * n],
+        top_logprobs=logprobs.top_logprobs[start * n : stop * n],
+    )

@@ -1,0 +1,121 @@
+"""A real gateway in this process: both APIs on real sockets, before a router that answers as a test says."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import socket
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from unittest import mock
+
+import grpc
+import httpx
+import uvicorn
+
+from dflash_ray.config import ModelConfig, load_config
+from dflash_ray.core.errors import RequestError
+from dflash_ray.gateway.core import GatewayCore
+from dflash_ray.gateway.grpc_api import GenerationServicer
+from dflash_ray.gateway.http_api import build_http_app
+from dflash_ray.gateway.tokenizer import ChatTokenizer
+from dflash_ray.pb import common_pb2, generation_pb2_grpc, router_pb2, router_pb2_grpc
+from dflash_ray.rpc.channel import new_server
+from dflash_ray.rpc.directory import DirectoryClient, Entry
+from dflash_ray.rpc.malformed import RefuseMalformed
+
+
+@functools.cache  # the embedded model's takes seconds to read
+def _tokenizer(config: str) -> ChatTokenizer:
+    return ChatTokenizer(ModelConfig.model_validate_json(config))
+
+
+def shared_tokenizer(config: ModelConfig) -> ChatTokenizer:
+    return _tokenizer(config.model_dump_json())
+
+
+Respond = Callable[[router_pb2.GenerateTokensRequest], AsyncIterator[router_pb2.TokenChunk]]
+
+
+def chunk(*token_ids: int, drafted: int | None = None, reason: int = 0) -> router_pb2.TokenChunk:
+    """What a pass brings: with `drafted` it is one of the decode phase, whose tokens are drafts but the last."""
+    made = router_pb2.TokenChunk(token_ids=token_ids, finish_reason=reason)
+    if drafted is not None:
+        made.decode_pass.num_drafts = made.decode_pass.num_spec_tokens = drafted
+        made.decode_pass.num_accepted_drafts = len(token_ids) - 1
+    return made
+
+
+def says(text: str, pass_size: int = 1, end: int = common_pb2.FINISH_REASON_LENGTH) -> Respond:
+    """A router whose target always says the same, `pass_size` tokens a pass."""
+
+    async def respond(request: router_pb2.GenerateTokensRequest) -> AsyncIterator[router_pb2.TokenChunk]:
+        ids = shared_tokenizer(ModelConfig()).encode(text)[: request.stopping.max_new_tokens]
+        yield router_pb2.TokenChunk()
+        yield chunk(ids[0], reason=0 if len(ids) > 1 else end)
+        for at in range(1, len(ids), pass_size):
+            part = ids[at : at + pass_size]
+            yield chunk(*part, drafted=pass_size - 1, reason=end if at + pass_size >= len(ids) else 0)
+
+    return respond
+
+
+@dataclass
+class ScriptedRouter(router_pb2_grpc.RouterServicer):
+    """Speaks the router's contract; keeps the requests that it got and counts those at work."""
+
+    respond: Respond
+    requests: list[router_pb2.GenerateTokensRequest] = field(default_factory=list)
+    num_running: int = 0
+    most_running: int = 0
+
+    async def Generate(self, request, context):
+        self.requests.append(request)
+        self.num_running += 1
+        self.most_running = max(self.most_running, self.num_running)
+        try:
+            async for part in self.respond(request):
+                yield part
+        except RequestError as error:
+            await context.abort(getattr(grpc.StatusCode, error.grpc_code), error.message)
+        finally:
+            self.num_running -= 1
+
+
+@dataclass(frozen=True)
+class Gateway:
+    core: GatewayCore
+    router: ScriptedRouter
+    http: httpx.AsyncClient
+    http_url: str
+    grpc_address: str
+
+
+@asynccontextmanager
+async def gateway(respond: Respond, *overrides: str) -> AsyncIterator[Gateway]:
+    """The gateway with the default configuration and `key=value` overrides."""
+    router, router_server = ScriptedRouter(respond), grpc.aio.server()
+    router_pb2_grpc.add_RouterServicer_to_server(router, router_server)
+    router_port = router_server.add_insecure_port("127.0.0.1:0")
+    with mock.patch("dflash_ray.gateway.core.ChatTokenizer", shared_tokenizer):
+        core = GatewayCore(load_config(None, overrides), DirectoryClient())
+    core.routers.update([Entry("router", "r1", f"127.0.0.1:{router_port}", {"ready": True})])
+    server = new_server(core.config.gateway.max_body_bytes, [RefuseMalformed()])
+    generation_pb2_grpc.add_GenerationServicer_to_server(GenerationServicer(core), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    listening = socket.create_server(("127.0.0.1", 0))
+    url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+    web = uvicorn.Server(uvicorn.Config(build_http_app(lambda: core), log_level="critical", lifespan="off"))
+    await router_server.start()
+    await server.start()
+    serving = asyncio.create_task(web.serve([listening]))
+    try:
+        async with httpx.AsyncClient(base_url=url, timeout=20) as http:
+            yield Gateway(core, router, http, url, f"127.0.0.1:{port}")
+    finally:
+        web.should_exit = web.force_exit = True
+        await serving
+        await core.close()
+        await server.stop(0)
+        await router_server.stop(0)
