@@ -41,7 +41,7 @@ def request_of_two(rows: torch.Tensor, **columns) -> drafter_pb2.DraftRequest:
 
 
 def test_the_router_sends_each_sequences_temperature_and_seed():
-    drafting = Drafting(timeout_s=1.0, num_candidates=2)
+    drafting = Drafting(load_config(None, ["router.num_candidates=2"]))
     drafting.join(DrafterState("d", needs_features=False, max_draft_tokens=5))
     sequences = []
     rejection = common_pb2.VERIFY_MODE_REJECTION
