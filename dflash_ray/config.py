@@ -8,10 +8,10 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 BUILTIN_MODEL = "builtin:smollm2"
 BUILTIN_DRAFTER = "builtin:smollm2-135m-dflash"
@@ -113,10 +113,15 @@ class DrafterConfig(_Section):
         return max(1, self.num_replicas if self.autoscaling is None else self.autoscaling.min_replicas)
 
 
+def _off_of_yaml(value: object) -> object:
+    """YAML reads a bare `off` as false."""
+    return "off" if value is False else value
+
+
 class RouterConfig(_Section):
     num_replicas: int = Field(1, ge=1)
     placement: PlacementConfig = PlacementConfig()
-    policy: Literal["adaptive", "fixed", "off"] = "fixed"
+    policy: Annotated[Literal["adaptive", "fixed", "off"], BeforeValidator(_off_of_yaml)] = "fixed"
     draft_tokens: int = Field(4, ge=0, le=31, description="drafts a step unless the request says otherwise")
     prefer_ngram: bool = Field(
         True, description="draft from an earlier occurrence of the text's end where that is right more often"

@@ -5,6 +5,8 @@ import os
 from hypothesis import settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")
+# Threads that wait asleep: the cores are shared with the processes of an application and with other work.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ["HF_HUB_OFFLINE"] = "1"

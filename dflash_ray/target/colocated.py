@@ -34,11 +34,10 @@ class ColocatedDrafter:
     def __len__(self) -> int:
         return len(self._contexts)
 
-    def extend(self, sequence: Sequence, features: Tensor) -> None:
-        """Features [n, H] of the positions from the sequence's kv_len on."""
-        start = sequence.kv_len
+    def extend(self, sequence_id: int, start: int, features: Tensor, token_ids: Columns[int]) -> None:
+        """Features [n, H] and tokens of positions start, start + 1, ..."""
         try:
-            self._contexts.extend(sequence.sequence_id, start, features, sequence.tokens[start : start + len(features)])
+            self._contexts.extend(sequence_id, start, features, token_ids)
         except Exception:
             if self._raises:
                 raise

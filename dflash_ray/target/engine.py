@@ -116,7 +116,7 @@ class Engine:
         """One piece of the context features from `start` on; no rows when they, or the sequence, are unknown."""
         sequence, store = self._sequences.get(sequence_id), self._features
         is_stored = sequence is not None and sequence.wants_features and start < sequence.kv_len
-        if sequence is None or store is None or not is_stored or not store.rows_per_piece:
+        if sequence is None or store is None or not is_stored:
             return common_pb2.ContextFeatures(sequence_id=sequence_id, start=start)
         stop = min(sequence.kv_len, start + store.rows_per_piece)
         rows = store.get(sequence.slots(start, stop, self._page_size))
@@ -260,33 +260,36 @@ class Engine:
             sequence = entry.sequence
             assert sequence is not None
             outcome = next(verdicts) if entry.draws else SequenceOutcome()
-            num_kept = outcome.kv_len - sequence.kv_len if entry.draws else len(entry.token_ids)
+            start = sequence.kv_len
+            num_kept = outcome.kv_len - start if entry.draws else len(entry.token_ids)
+            rows = None
             if sequence.wants_features and features is not None:
                 rows = features[offset : offset + num_kept]
                 offset += len(entry.token_ids)
-                if not outcome.is_flagged:
-                    self._hand_on_features(sequence, rows, pieces)
             if outcome.is_flagged:
                 entry.status = target_pb2.ENTRY_STATUS_FAILED
                 entry.error = "the target's logits are not finite"
                 continue
-            sequence.commit(outcome.tokens, sequence.kv_len + num_kept)
+            sequence.commit(outcome.tokens, start + num_kept)
+            if rows is not None:
+                self._hand_on_features(sequence, start, rows, pieces)
             entry.kept, entry.finish_reason = outcome.tokens, _FINISH_REASONS[outcome.finish]
             entry.num_accepted = min(len(outcome.accepted_rows), len(entry.kept))
             if outcome.chosen_logprobs:
                 entry.logprobs = _logprobs(outcome)
 
     def _hand_on_features(
-        self, sequence: Sequence, rows: torch.Tensor, pieces: list[common_pb2.ContextFeatures]
+        self, sequence: Sequence, start: int, rows: torch.Tensor, pieces: list[common_pb2.ContextFeatures]
     ) -> None:
-        """Features [n, H] from the sequence's kv_len on: to the colocated drafter, or stored and on their way out."""
+        """Features [n, H] of positions start, start + 1, ...: to the colocated drafter, or stored and on their way out."""
+        stop = start + len(rows)
+        tokens = sequence.tokens[start:stop]
         if self._drafter is not None:
-            self._drafter.extend(sequence, rows)
+            self._drafter.extend(sequence.sequence_id, start, rows, tokens)
             return
-        start, stop = sequence.kv_len, sequence.kv_len + len(rows)
         if self._features is not None:
             self._features.put(sequence.slots(start, stop, self._page_size), rows)
-        pieces.extend(to_pieces(sequence.sequence_id, start, rows, sequence.tokens[start:stop]))
+        pieces.extend(to_pieces(sequence.sequence_id, start, rows, tokens))
 
     def _fill_columns(self, entries: list[_Entry], result: target_pb2.StepResult) -> None:
         for entry in entries:

@@ -137,6 +137,9 @@ class TargetRank:
         self._runner = GroupRunner(model, StepChannel(device), shards)
         if is_first:
             colocated = self._colocated(drafter)
+            store = None
+            if drafter is not None and colocated is None:
+                store = FeatureStore(config.target.kv_cache_rows, drafter.config.hidden_size, dtype)
             self._engine = Engine(
                 self._runner,
                 config.target.num_pages,
@@ -144,7 +147,7 @@ class TargetRank:
                 model.max_model_len,
                 model.vocab_size,
                 colocated,
-                None if drafter is None or colocated is not None else FeatureStore(config.target.kv_cache_rows),
+                store,
             )
             self._info = TargetInfo(
                 target_id=self._target_id,

@@ -1,0 +1,178 @@
+"""A drafter inside the target can be slow, full or broken: no token changes and no step ends."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dflash_ray.models.block_drafter import BlockDrafter
+from dflash_ray.models.drafter_checkpoint import DrafterCheckpoint
+from dflash_ray.models.drafter_config import parse_dflash_config
+from dflash_ray.pb import target_pb2
+from dflash_ray.sampling.shards import SingleShard
+from dflash_ray.target.colocated import ColocatedDrafter
+from dflash_ray.target.engine import Engine
+from dflash_ray.target.model import RankModel
+from dflash_ray.target.runner import GroupRunner
+from dflash_ray.target.tensor_parallel import StepChannel
+from tests.drafter.published import changed, random_weights
+from tests.unit.target.conftest import CONFIG
+from tests.unit.target.test_engine import OK, PROMPT, VOCAB, opening, verify_step
+
+NUM_NEW = 24
+
+
+class Breakable(BlockDrafter):
+    """Raises in the methods named, from the `after`-th call of each on."""
+
+    def __init__(self, *args, breaks: tuple[str, ...] = (), after: int = 0, fault=RuntimeError) -> None:
+        super().__init__(*args)
+        self.breaks, self.fault = breaks, fault
+        self.left = dict.fromkeys(breaks, after)
+        self.num_failed = 0
+
+    def _call(self, name: str, *args):
+        if name in self.breaks:
+            self.left[name] -= 1
+            if self.left[name] < 0:
+                self.num_failed += 1
+                raise self.fault(f"{name} is broken")
+        return getattr(super(), name)(*args)
+
+    def open(self, *args):
+        return self._call("open", *args)
+
+    def close(self, *args):
+        return self._call("close", *args)
+
+    def extend(self, *args):
+        return self._call("extend", *args)
+
+    def propose(self, *args):
+        return self._call("propose", *args)
+
+
+@pytest.fixture
+def build(process_group, tiny_target):
+    """An engine of the real model with a colocated drafter that breaks as told."""
+    values = changed(dflash_config={"target_layer_ids": [0, 2]}, num_target_layers=4)
+    checkpoint = DrafterCheckpoint(parse_dflash_config(values, "test"), random_weights(values), "test")
+    rank = RankModel(tiny_target, CONFIG, 0, 1, checkpoint.build_projector(), checkpoint.config.target_layer_ids)
+    runner = GroupRunner(rank, StepChannel("cpu"), SingleShard())
+
+    def new(max_context_tokens: int = CONFIG.drafter_context_tokens, raises: bool = False, **breaks):
+        method = Breakable(checkpoint, tiny_target, **breaks)
+        drafter = ColocatedDrafter(method, max_context_tokens, raises)
+        engine = Engine(runner, CONFIG.target.num_pages, CONFIG.target.page_size, 256, VOCAB, drafter)
+        return engine, drafter, method
+
+    return new
+
+
+def generate(engine: Engine, ids: tuple[int, ...] = (1, 2)) -> tuple[dict[int, list[int]], dict[int, int]]:
+    """All sequences to their ends with whatever is drafted; returns new tokens and how many drafts each got."""
+    tokens = {at: [*PROMPT, at] for at in ids}
+    num_drafts = dict.fromkeys(ids, 0)
+    step = target_pb2.Step()
+    for at in ids:
+        step.open.append(opening(at, tokens[at], max_new=NUM_NEW, temperature=0.8))
+        step.open[-1].wants_features = True
+        step.prefill_ids.append(at)
+        step.prefill_lens.append(len(tokens[at]))
+    running = list(ids)
+    while running:
+        step.colocated_draft_ids.extend(running)
+        step.colocated_num_drafts.extend([4] * len(running))
+        output = engine.step(step)
+        assert not output.features
+        result, at = output.result, 0
+        assert set(result.statuses) == {OK}
+        for i, sequence_id in enumerate(result.sequence_ids):
+            tokens[sequence_id] += result.token_ids[at : at + result.num_tokens[i]]
+            at += result.num_tokens[i]
+            if result.finish_reasons[i]:
+                running.remove(sequence_id)
+        drafts = {at: [] for at in running}
+        for block in result.colocated_drafts:
+            num_drafts[block.sequence_id] += 1
+            if block.sequence_id in drafts:
+                left = len(PROMPT) + 1 + NUM_NEW - len(tokens[block.sequence_id]) - 1
+                drafts[block.sequence_id] = list(block.candidate_ids)[: max(0, left)]
+        step = verify_step(tokens, drafts)
+    engine.close(ids)
+    engine.allocator.check_integrity()
+    assert engine.allocator.num_free == engine.allocator.num_pages
+    return {at: known[len(PROMPT) + 1 :] for at, known in tokens.items()}, num_drafts
+
+
+@pytest.fixture
+def truth(build):
+    engine, drafter, _ = build()
+    tokens, num_drafts = generate(engine)
+    assert all(num_drafts.values()) and len(drafter) == 0
+    return tokens
+
+
+@pytest.mark.parametrize(
+    "breaks",
+    [
+        {"breaks": ("propose",)},
+        {"breaks": ("propose",), "after": 3},
+        {"breaks": ("extend",)},
+        {"breaks": ("extend",), "after": 5},
+        {"breaks": ("open",)},
+        {"breaks": ("close",)},
+        {"breaks": ("extend", "close"), "after": 2},
+        {"breaks": ("open", "extend", "propose", "close")},
+        {"breaks": ("extend",), "after": 4, "fault": torch.OutOfMemoryError},
+        {"breaks": ("propose",), "after": 2, "fault": torch.OutOfMemoryError},
+    ],
+    ids=lambda breaks: "{breaks} after {after} {fault}".format(**{"after": 0, "fault": ""} | breaks),
+)
+def test_a_drafter_that_fails_changes_no_token_and_ends_no_step(build, truth, breaks):
+    engine, drafter, method = build(**breaks)
+    for _ in range(2):
+        assert generate(engine)[0] == truth
+    assert method.num_failed and len(drafter) == 0
+
+
+def test_a_session_lost_to_a_fault_is_not_drafted_for_and_the_next_sequence_is(build, truth):
+    engine, _, method = build(breaks=("propose",), after=2)
+    assert generate(engine)[1] == {1: 2, 2: 2}
+    method.breaks = ()
+    tokens, num_drafts = generate(engine)
+    assert tokens == truth and min(num_drafts.values()) > 2
+
+
+def test_a_fault_ends_a_job_that_measures_drafts(build):
+    engine, _, _ = build(raises=True, breaks=("propose",))
+    with pytest.raises(RuntimeError, match="propose is broken"):
+        generate(engine)
+
+
+def test_a_sequence_without_room_at_the_drafter_is_decoded_plainly_and_its_neighbour_keeps_its_drafts(build, truth):
+    _, all_drafts = generate(build()[0])
+    engine, drafter, _ = build(max_context_tokens=len(PROMPT) + NUM_NEW + 4)
+    tokens, num_drafts = generate(engine)
+    assert tokens == truth and len(drafter) == 0
+    (refused,) = [at for at in num_drafts if num_drafts[at] < all_drafts[at]]
+    assert num_drafts[refused] < all_drafts[refused] / 2
+
+
+def test_where_no_sequence_finds_room_nothing_is_drafted(build, truth):
+    engine, _, _ = build(max_context_tokens=len(PROMPT))
+    assert generate(engine) == (truth, {1: 0, 2: 0})
+
+
+def test_a_drafter_with_the_room_that_the_configuration_derives_refuses_nobody(build):
+    engine, drafter, _ = build()
+    pages = CONFIG.target.num_pages
+    length = CONFIG.target.kv_cache_rows // 8
+    step = target_pb2.Step()
+    for at in range(8):
+        step.open.append(opening(at, PROMPT * (length // len(PROMPT)), max_new=2))
+        step.open[-1].wants_features = True
+        step.prefill_ids.append(at)
+        step.prefill_lens.append(length)
+    engine.step(step)
+    assert engine.allocator.num_free < pages // 16 and len(drafter) == 8

@@ -1,0 +1,103 @@
+"""What a router sends is checked before the ranks see it; a message at fault costs its stream, never the process."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+import pytest
+
+from dflash_ray.core.protocol import PROTOCOL_VERSION
+from dflash_ray.core.watchdog import Watchdog
+from dflash_ray.observability.metrics import TargetMetrics
+from dflash_ray.pb import target_pb2, target_pb2_grpc
+from dflash_ray.target.servicer import TargetInfo, TargetServicer
+from tests.unit.target.test_engine import FAILED, OK, VOCAB, new_engine, opening
+
+MAX_BATCH_TOKENS = 32
+INFO = TargetInfo("t", "model", "", VOCAB, 16, 256, 8, 32, MAX_BATCH_TOKENS, 1, 0)
+
+
+@pytest.fixture
+async def stub(runner):
+    server = grpc.aio.server()
+    watchdog = Watchdog(60.0, "a pass")
+    servicer = TargetServicer(new_engine(runner), INFO, ThreadPoolExecutor(1), watchdog, TargetMetrics())
+    target_pb2_grpc.add_TargetServicer_to_server(servicer, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        yield target_pb2_grpc.TargetStub(channel)
+    await server.stop(0)
+
+
+async def lead(stub, epoch: int):
+    call = stub.Verify()
+    hello = target_pb2.TargetHello(protocol_version=PROTOCOL_VERSION, router_id="r", epoch=epoch)
+    await call.write(target_pb2.TargetRequest(hello=hello))
+    assert (await call.read()).hello.vocab_size == VOCAB
+    return call
+
+
+async def run(call, step: target_pb2.Step) -> target_pb2.StepResult:
+    await call.write(target_pb2.TargetRequest(step=step))
+    reply = await call.read()
+    assert reply != grpc.aio.EOF, await call.details()
+    return reply.result
+
+
+MALFORMED = {
+    "prefill_lens": target_pb2.Step(open=[opening()], prefill_ids=[1], prefill_lens=[3, 3]),
+    "prefill_lens must be at least 1": target_pb2.Step(open=[opening()], prefill_ids=[1], prefill_lens=[0]),
+    "base_lens": target_pb2.Step(verify_ids=[1, 2], base_lens=[3], num_drafts=[0, 0]),
+    "num_drafts": target_pb2.Step(verify_ids=[1], base_lens=[3]),
+    "draft_token_ids": target_pb2.Step(verify_ids=[1], base_lens=[3], num_drafts=[2], draft_token_ids=[5]),
+    "draft_parents": target_pb2.Step(verify_ids=[1], base_lens=[3], num_drafts=[1], draft_token_ids=[5]),
+    "draft_log_probs": target_pb2.Step(
+        verify_ids=[1], base_lens=[3], num_drafts=[1], draft_token_ids=[5], draft_parents=[0],
+        num_draft_candidates=[2], draft_candidate_ids=[5, 6],
+    ),
+    "colocated_num_drafts": target_pb2.Step(colocated_draft_ids=[1]),
+    "max_batch_tokens": target_pb2.Step(open=[opening()], prefill_ids=[1], prefill_lens=[MAX_BATCH_TOKENS + 1]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("named", MALFORMED)
+async def test_a_malformed_step_gets_a_status_that_names_the_column_and_the_group_goes_on(stub, named):
+    call = await lead(stub, 1)
+    await call.write(target_pb2.TargetRequest(step=MALFORMED[named]))
+    with pytest.raises(grpc.aio.AioRpcError) as error:
+        await call.read()
+    assert error.value.code() == grpc.StatusCode.INVALID_ARGUMENT and named in error.value.details()
+    call = await lead(stub, 2)
+    result = await run(call, target_pb2.Step(open=[opening()], prefill_ids=[1], prefill_lens=[7]))
+    assert list(result.statuses) == [OK] and len(result.token_ids) == 1
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"temperature": float("nan")}, "temperature"),
+        ({"top_p": 1.5}, "top_p"),
+        ({"min_p": -0.1}, "min_p"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty"),
+        ({"presence_penalty": float("inf")}, "presence_penalty"),
+        ({"bias_token_ids": [VOCAB], "bias_values": [1.0]}, "bias_token_ids"),
+        ({"bias_token_ids": [1], "bias_values": []}, "bias_values"),
+        ({"bias_token_ids": [1], "bias_values": [float("nan")]}, "bias_values"),
+        ({"num_logprobs": 100_000}, "num_logprobs"),
+        ({"tokens": [1, VOCAB]}, "token_ids"),
+        ({"tokens": [1] * 257}, "257 tokens"),
+    ],
+)
+async def test_a_sequence_with_a_value_that_cannot_run_fails_alone(stub, values, named):
+    call = await lead(stub, 1)
+    step = target_pb2.Step(
+        open=[opening(1, **values), opening(2)], prefill_ids=[1, 2], prefill_lens=[7, 7]
+    )  # fmt: skip
+    result = await run(call, step)
+    assert list(result.statuses) == [FAILED, OK] and named in result.errors[0]
+
+
+async def test_a_stop_token_that_the_model_does_not_have_is_ignored(stub):
+    call = await lead(stub, 1)
+    step = target_pb2.Step(open=[opening(stops=[VOCAB + 5, 3], min_new=4)], prefill_ids=[1], prefill_lens=[7])
+    assert list((await run(call, step)).statuses) == [OK]
