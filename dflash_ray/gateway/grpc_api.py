@@ -110,13 +110,15 @@ class GenerationServicer(generation_pb2_grpc.GenerationServicer):
         kind = request.WhichOneof("prompt")
         if kind is None:
             raise InvalidRequestError("give a prompt: text or chat", "prompt")
+        return await self._core.in_thread(self._tokenize, request, kind)
+
+    def _tokenize(self, request: generation_pb2.TokenizeRequest, kind: str) -> generation_pb2.TokenizeResponse:
         tokenizer, chat = self._core.tokenizer, request.chat
         if kind == "text":
             adds_special_tokens = request.add_special_tokens or not request.HasField("add_special_tokens")
-            ids = await self._core.in_thread(tokenizer.encode, request.text, adds_special_tokens)
+            ids = tokenizer.encode(request.text, adds_special_tokens)
         else:
-            messages, variables = grpc_messages(chat), grpc_template_variables(chat)
-            ids = await self._core.in_thread(tokenizer.encode_chat, messages, variables)
+            ids = tokenizer.encode_chat(grpc_messages(chat), grpc_template_variables(chat))
         return generation_pb2.TokenizeResponse(token_ids=ids, max_model_len=self._core.requests.max_model_len)
 
     @_with_status
@@ -124,11 +126,13 @@ class GenerationServicer(generation_pb2_grpc.GenerationServicer):
         self, request: generation_pb2.DetokenizeRequest, context: grpc.aio.ServicerContext
     ) -> generation_pb2.DetokenizeResponse:
         self._core.requests.check_model(request.model)
-        tokenizer = self._core.tokenizer
-        vocab_size = tokenizer.vocab_size
+        return await self._core.in_thread(self._detokenize, request)
+
+    def _detokenize(self, request: generation_pb2.DetokenizeRequest) -> generation_pb2.DetokenizeResponse:
+        vocab_size = self._core.tokenizer.vocab_size
         if any(token >= vocab_size for token in request.token_ids):
             raise InvalidRequestError(f"token ids must be below {vocab_size}", "token_ids")
-        return generation_pb2.DetokenizeResponse(text=await self._core.in_thread(tokenizer.decode, request.token_ids))
+        return generation_pb2.DetokenizeResponse(text=self._core.tokenizer.decode(request.token_ids))
 
     @_with_status
     async def ModelInfo(

@@ -25,7 +25,7 @@ class ChatTokenizer:
 
     Attributes:
         eos_ids: tokens that end an answer.
-        vocab_size: number of token ids.
+        vocab_size: number of token ids that the model has, too.
         sampling_defaults: what the model's files want where a request says nothing.
         context_length: tokens that the model takes, None where its files do not say.
     """
@@ -46,7 +46,7 @@ class ChatTokenizer:
         self._prefix, self._suffix = self._post_processing()
         self._newline = self._encode_piece("\n")
         self.eos_ids = files.eos_ids
-        self.vocab_size = self._tokenizer.get_vocab_size()
+        self.vocab_size = min(self._tokenizer.get_vocab_size(), files.vocab_size or 2**32)
         self.sampling_defaults = files.sampling_defaults
         self.context_length = files.context_length
 
@@ -151,8 +151,12 @@ class ChatTokenizer:
         """What the post-processor puts before and after a text."""
         plain = list(self._tokenizer.encode("a", add_special_tokens=False).ids)
         whole = list(self._tokenizer.encode("a", add_special_tokens=True).ids)
+        if not plain:  # the vocabulary lacks the letter
+            return whole, []
         starts = range(len(whole) - len(plain) + 1)
-        start = next(i for i in starts if whole[i : i + len(plain)] == plain)
+        start = next((i for i in starts if whole[i : i + len(plain)] == plain), None)
+        if start is None:
+            raise ValueError("model.path: the post-processor in tokenizer.json changes a text's own tokens")
         return whole[:start], whole[start + len(plain) :]
 
 

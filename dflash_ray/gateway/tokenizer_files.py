@@ -39,6 +39,7 @@ class TokenizerFiles:
         eos_ids: tokens that end an answer, by any of the files.
         sampling_defaults: what generation_config.json wants where a request says nothing.
         context_length: tokens of a sequence, None where no file says it.
+        vocab_size: of the model, by its config.json.
     """
 
     tokenizer: Tokenizer
@@ -47,6 +48,7 @@ class TokenizerFiles:
     eos_ids: tuple[int, ...]
     sampling_defaults: dict[str, float] = field(default_factory=dict)
     context_length: int | None = None
+    vocab_size: int | None = None
 
 
 def load_tokenizer_files(path: str, with_sampling_defaults: bool) -> TokenizerFiles:
@@ -67,9 +69,10 @@ def load_tokenizer_files(path: str, with_sampling_defaults: bool) -> TokenizerFi
         raise ValueError(f"model.path: {path} has neither tokenizer.json nor exactly one GGUF file")
     stated = [source.get("eos_token_id") for source in (generation, config, text_config)]
     eos_ids = _union([*stated, *own_eos, *([] if gguf is None else gguf.eos_ids)])
+    vocab_size = text_config.get("vocab_size", config.get("vocab_size"))
     length = context_length(config) if gguf is None else gguf.context_length
     defaults = _sampling_defaults(generation) if with_sampling_defaults else {}
-    return TokenizerFiles(tokenizer, templates, special_texts, eos_ids, defaults, length)
+    return TokenizerFiles(tokenizer, templates, special_texts, eos_ids, defaults, length, vocab_size)
 
 
 def _directory(path: str) -> Path:

@@ -153,3 +153,11 @@ def test_the_models_context_limits_prompts_and_answers(tmp_path):
     yarn = {"rope_type": "yarn", "factor": 4.0}
     model_with(tmp_path, config={"max_position_embeddings": 16, "rope_scaling": yarn})
     assert builder_of(model).max_model_len == 64
+
+
+def test_tokens_that_the_model_lacks_are_refused_though_the_tokenizer_has_them(tmp_path):
+    builder = builder_of(model_with(tmp_path, config={"vocab_size": 200}))
+    with pytest.raises(InvalidRequestError, match="below 200"):
+        completion(builder, [1, 200])
+    with pytest.raises(InvalidRequestError, match="below 200"):
+        completion(builder, [1], logit_bias={"200": 1})
