@@ -16,6 +16,7 @@ from typing import Annotated
 import typer
 
 from dflash_ray.commands.client import Answer, stream_answer
+from dflash_ray.training.left_out import LeftOut
 from dflash_ray.training.prompt_files import Prompt, read_prompts
 
 
@@ -44,9 +45,11 @@ def main(
     per_category: int = 20,
 ) -> None:
     chosen: dict[str, list[Prompt]] = defaultdict(list)
-    for prompt in read_prompts(prompts):
+    left_out = LeftOut()
+    for prompt in read_prompts(prompts, left_out):
         if len(chosen[prompt.source]) < per_category:
             chosen[prompt.source].append(prompt)
+    typer.echo(left_out.text, err=True)
     totals: dict[str, Total] = defaultdict(Total)
     for number in range(per_category):  # categories in turn: a slow minute is nobody's alone
         for source, members in chosen.items():

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import ray
@@ -21,7 +22,8 @@ from dflash_ray.config import DflashRayConfig, PlacementConfig, parse_config
 from dflash_ray.drafter.service import DrafterReplica
 from dflash_ray.gateway.service import GatewayReplica
 from dflash_ray.router.service import RouterReplica
-from dflash_ray.rpc.directory import ACTOR_NAME, NAMESPACE
+from dflash_ray.rpc.channel import format_address
+from dflash_ray.rpc.directory import NAMESPACE, start_directory, stop_directory
 from dflash_ray.target.service import TargetReplica, target_placement
 
 APPLICATION_NAME = "dflash_ray"
@@ -37,8 +39,12 @@ PROCESS_ENV = {
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
+    "TQDM_DISABLE": "1",  # progress bars make a hundred lines of a log
     "RAY_USAGE_STATS_ENABLED": "0",
 }
+
+# Of Serve itself and of every replica: no line for each health check. The package's own logs have their own level.
+_SERVE_LOGGING = {"log_level": "WARNING", "enable_access_log": False}
 
 # Requests do not pass through Serve's queues except at the gateway, so its limits must not bind.
 _MAX_ONGOING_REQUESTS = 10_000
@@ -55,8 +61,10 @@ def build_app(args: dict[str, Any]) -> serve.Application:
         name="Gateway",
         num_replicas=config.gateway.num_replicas,
         max_ongoing_requests=_MAX_ONGOING_REQUESTS,
+        logging_config=_SERVE_LOGGING,
         ray_actor_options=_actor_options(config.gateway.placement),
-        graceful_shutdown_timeout_s=30,
+        # Serve's limit is for HTTP and gRPC together, and ends the process.
+        graceful_shutdown_timeout_s=config.gateway.drain_timeout_s + 5,
     )
     # The peers are bound so that Serve deploys them; requests reach them over gRPC, found through the directory.
     return gateway.bind(config, *peers)
@@ -68,6 +76,7 @@ def _router(config: DflashRayConfig) -> serve.Application:
         name="Router",
         num_replicas=config.router.num_replicas,
         max_ongoing_requests=_MAX_ONGOING_REQUESTS,
+        logging_config=_SERVE_LOGGING,
         ray_actor_options=_actor_options(config.router.placement),
         graceful_shutdown_timeout_s=30,
     )
@@ -84,6 +93,7 @@ def _target(config: DflashRayConfig) -> serve.Application:
         placement_group_bundles=bundles,
         placement_group_strategy=strategy,
         ray_actor_options=actor_options,
+        logging_config=_SERVE_LOGGING,
         health_check_period_s=2,
         graceful_shutdown_timeout_s=30,
     )
@@ -113,6 +123,7 @@ def _drafter(config: DflashRayConfig) -> serve.Application:
         DrafterReplica,
         name="Drafter",
         max_ongoing_requests=_MAX_ONGOING_REQUESTS,
+        logging_config=_SERVE_LOGGING,
         ray_actor_options=_actor_options(config.drafter.placement, OMP_NUM_THREADS=str(threads)),
         health_check_period_s=2,
         graceful_shutdown_timeout_s=5,
@@ -131,11 +142,14 @@ def _actor_options(placement: PlacementConfig, **env: str) -> dict[str, Any]:
 
 
 @contextmanager
-def running_app(config: DflashRayConfig) -> Iterator[None]:
+def running_app(config: DflashRayConfig, on_step: Callable[[str], None] = lambda _: None) -> Iterator[None]:
     """Starts the application, waits until Serve calls it running, and stops everything at the end.
 
     Without RAY_ADDRESS a Ray instance of its own is started on the loopback interface and stopped at the end; with it,
     only the application is removed.
+
+    Args:
+        on_step: told what begins.
 
     Raises:
         AppStartError: a port of the gateway is taken, or a deployment does not come up.
@@ -143,12 +157,37 @@ def running_app(config: DflashRayConfig) -> Iterator[None]:
     os.environ.update(PROCESS_ENV)
     # Ray runs workers at niceness 15; these are the service itself.
     os.environ.setdefault("RAY_worker_niceness", "0")
+    # Logs are for files as well, and a target may load for as long as its deadline says.
+    os.environ.setdefault("RAY_COLOR_PREFIX", "0")
+    os.environ.setdefault("RAY_SERVE_SLOW_STARTUP_WARNING_S", str(int(config.target.init_timeout_s)))
     joins_cluster = "RAY_ADDRESS" in os.environ
+    if not joins_cluster:
+        require_free_ports(config)
+    with ExitStack() as stopping:
+        on_step("connecting to Ray" if joins_cluster else "starting Ray")
+        stopping.callback(ray.shutdown)  # also what an interrupted start leaves
+        _connect(joins_cluster)
+        if not joins_cluster:
+            stopping.callback(serve.shutdown)
+        http = HTTPOptions(host=config.gateway.http_host, port=config.gateway.http_port)
+        serve.start(http_options=http, logging_config=_SERVE_LOGGING)
+        stopping.callback(stop_directory)
+        start_directory()
+        on_step("loading the model and its drafters")
+        stopping.callback(serve.delete, APPLICATION_NAME)
+        try:
+            serve.run(build_app(config.model_dump()), name=APPLICATION_NAME, route_prefix="/")
+        except RuntimeError as error:
+            raise AppStartError(_why_not_running(str(error))) from error
+        stopping.callback(on_step, "stopping")
+        yield
+
+
+def _connect(joins_cluster: bool) -> None:
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     if joins_cluster:
         ray.init(namespace=NAMESPACE, logging_level=logging.WARNING)
     else:
-        _require_free("gateway.http_port", config.gateway.http_host, config.gateway.http_port)
-        _require_free("gateway.grpc_port", config.gateway.grpc_host, config.gateway.grpc_port)
         ray.init(
             namespace=NAMESPACE,
             _node_ip_address="127.0.0.1",
@@ -157,32 +196,31 @@ def running_app(config: DflashRayConfig) -> Iterator[None]:
             object_store_memory=200 * 1024 * 1024,
             logging_level=logging.WARNING,
         )
-    try:
-        http = HTTPOptions(host=config.gateway.http_host, port=config.gateway.http_port)
-        serve.start(http_options=http, logging_config={"log_level": "WARNING", "enable_access_log": False})
-        try:
-            serve.run(build_app(config.model_dump()), name=APPLICATION_NAME, route_prefix="/")
-        except RuntimeError as error:
-            raise AppStartError(_why_not_running(str(error))) from error
-        yield
-    finally:
-        serve.delete(APPLICATION_NAME)
-        _remove_directory()
-        if not joins_cluster:
-            serve.shutdown()
-        ray.shutdown()
+    # Ray puts its own handler in place of the command's.
+    if callable(on_sigterm):
+        signal.signal(signal.SIGTERM, on_sigterm)
+
+
+def require_free_ports(config: DflashRayConfig) -> None:
+    """Says now what would otherwise show after the weights are loaded, as a deployment that fails three times.
+
+    Raises:
+        AppStartError: a port of the gateway is taken on this machine.
+    """
+    _require_free("gateway.http_port", config.gateway.http_host, config.gateway.http_port)
+    _require_free("gateway.grpc_port", config.gateway.grpc_host, config.gateway.grpc_port)
 
 
 def _require_free(field: str, host: str, port: int) -> None:
-    """Says now what would otherwise show after the weights are loaded, as a deployment that fails three times."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except OSError as error:
-            text = f"{field}: cannot listen on {host}:{port} ({error.strerror}); choose another port or free this one"
-            raise AppStartError(text) from None
+            address = format_address(host, port)
+            text = f"{field}: cannot listen on {address} ({error.strerror}); free the port or choose another"
+            raise AppStartError(f"{text}: --set {field}={port + 1}") from None
 
 
 def _why_not_running(summary: str) -> str:
@@ -195,11 +233,3 @@ def _why_not_running(summary: str) -> str:
         if state.message.strip()
     ]
     return "\n".join([summary, *reasons])
-
-
-def _remove_directory() -> None:
-    """Ends the detached directory actor; it holds nothing that outlives the application."""
-    try:
-        ray.kill(ray.get_actor(ACTOR_NAME, namespace=NAMESPACE))
-    except ValueError:
-        return

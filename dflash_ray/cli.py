@@ -18,24 +18,27 @@ ConfigOption = Annotated[
 ]
 RecipeOption = Annotated[Path | None, typer.Option("--config", "-c", help="YAML file of a training run")]
 SetOption = Annotated[list[str], typer.Option("--set", help="key.sub=value, may be repeated")]
+LogOption = Annotated[
+    str | None, typer.Option("--log", help="file of all processes' logs, - for stderr; without, a new temporary file")
+]
 GrpcOption = Annotated[str, typer.Option("--grpc", help="address of the gRPC API")]
 HttpOption = Annotated[str, typer.Option("--http", help="URL of the HTTP API")]
 
 
 @app.command()
-def serve(config: ConfigOption = None, overrides: SetOption = []) -> None:  # noqa: B006 - typer's way to a list
+def serve(config: ConfigOption = None, overrides: SetOption = [], log: LogOption = None) -> None:  # noqa: B006 - typer's way to a list
     """Start the application and keep it running until Ctrl-C."""
     from dflash_ray.commands.serving import run_serve
 
-    run_serve(config, overrides)
+    run_serve(config, overrides, log)
 
 
 @app.command()
-def demo(config: ConfigOption = None, overrides: SetOption = []) -> None:  # noqa: B006
+def demo(config: ConfigOption = None, overrides: SetOption = [], log: LogOption = None) -> None:  # noqa: B006
     """Start locally, answer real prompts with speculation off and on, compare tokens and speed, stop."""
     from dflash_ray.commands.serving import run_demo
 
-    run_demo(config, overrides)
+    run_demo(config, overrides, log)
 
 
 @app.command()
@@ -71,6 +74,17 @@ def status(http: HttpOption = "http://127.0.0.1:8000") -> None:
     from dflash_ray.commands.client import run_status
 
     run_status(http)
+
+
+@app.command()
+def drain(
+    timeout: Annotated[float, typer.Option(min=1.0, help="seconds after which the node is left as it is")] = 300.0,
+    node: Annotated[str | None, typer.Option(help="Ray's id of the node; this one without")] = None,
+) -> None:
+    """Let the answers of a Ray node end, before it is stopped: for a pod's preStop hook."""
+    from dflash_ray.commands.drain import run_drain
+
+    run_drain(timeout, node)
 
 
 kernels = typer.Typer(no_args_is_help=True, help="Compile the operators ahead of time, and look at the CUDA kernels.")

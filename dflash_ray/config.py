@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 BUILTIN_MODEL = "builtin:smollm2"
 BUILTIN_DRAFTER = "builtin:smollm2-135m-dflash"
 _BYTES_PER_NUMBER = 4  # of a token id or log-probability in a message
+_DRAWN_CANDIDATES = 16  # a slot, of a draft distribution
 _MESSAGE_BASE_BYTES = 320 * 1024  # a piece of context features, or what else comes along
 
 _Tree = TypeVar("_Tree", bound=BaseModel)
@@ -27,6 +28,15 @@ class ConfigError(ValueError):
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def _check_host(host: str) -> str:
+    if not host or "[" in host or "]" in host:
+        raise ValueError("give a host name or an IP address, an IPv6 one without brackets, e.g. ::1")
+    return host
+
+
+_Host = Annotated[str, AfterValidator(_check_host)]
 
 
 class ModelConfig(_Section):
@@ -190,9 +200,9 @@ class CorsConfig(_Section):
 class GatewayConfig(_Section):
     num_replicas: int = Field(1, ge=1)
     placement: PlacementConfig = PlacementConfig()
-    http_host: str = "127.0.0.1"
+    http_host: _Host = "127.0.0.1"
     http_port: int = Field(8000, ge=0, le=65535)
-    grpc_host: str = "127.0.0.1"
+    grpc_host: _Host = "127.0.0.1"
     grpc_port: int = Field(9000, ge=0, le=65535)
     max_body_bytes: int = Field(4 * 1024 * 1024, ge=1024)
     max_stop_strings: int = Field(16, ge=1)
@@ -203,11 +213,17 @@ class GatewayConfig(_Section):
     keepalive_s: float = Field(15.0, gt=0, description="a stream that is silent this long sends a comment")
     cors: CorsConfig = CorsConfig()
     request_timeout_s: float = Field(600.0, gt=0)
+    drain_timeout_s: float = Field(30.0, ge=0, description="a gateway that stops lets its answers go on for so long")
+    grpc_connection_age_s: float | None = Field(
+        None, gt=0, description="clients connect anew after this time, and so spread over gateways; answers go on"
+    )
     traffic: TrafficConfig | None = Field(None, description="where chat prompts are recorded; null records none")
 
 
 class NetworkConfig(_Section):
-    bind_host: str = Field("127.0.0.1", description="interface of the inner gRPC servers; `node` is the Ray node's IP")
+    bind_host: _Host = Field(
+        "127.0.0.1", description="interface of the inner gRPC servers; `node` is the Ray node's IP"
+    )
     entry_ttl_s: float = Field(5.0, gt=0, description="a process that is silent this long leaves the directory")
     max_message_bytes: int = Field(
         64 * 1024 * 1024,
@@ -295,7 +311,7 @@ class DflashRayConfig(_Section):
         target, router = self.target, self.router
         opened = (-(-target.max_batch_tokens // router.prefill_chunk_tokens) + 1) * self.model.max_model_len
         logprobs = 2 * target.max_batch_tokens * (1 + self.gateway.max_logprobs)
-        drafts = 2 * router.max_running * router.num_candidates * 32
+        drafts = 2 * router.max_running * 32 * max(router.num_candidates, _DRAWN_CANDIDATES)
         needed = _MESSAGE_BASE_BYTES + _BYTES_PER_NUMBER * max(opened, logprobs + drafts)
         if self.network.max_message_bytes < needed:
             raise ValueError(

@@ -14,6 +14,7 @@ import grpc
 
 from dflash_ray.config import DflashRayConfig, load_config
 from dflash_ray.pb import common_pb2, generation_pb2, generation_pb2_grpc, router_pb2
+from dflash_ray.rpc.channel import DIRECT
 
 PROMPTS = [json.loads(line) for line in (Path(__file__).parent / "data/prompts.jsonl").read_text().splitlines()]
 POLICIES = {"off": router_pb2.SPECULATION_POLICY_OFF, "fixed": router_pb2.SPECULATION_POLICY_FIXED}
@@ -92,7 +93,7 @@ class Client:
     """Generates over the streaming call, which is what clients use most."""
 
     def __init__(self, address: str) -> None:
-        self._channel = grpc.aio.insecure_channel(address)
+        self._channel = grpc.aio.insecure_channel(address, options=DIRECT)
         self._stub = generation_pb2_grpc.GenerationStub(self._channel)
 
     async def __aenter__(self) -> Client:

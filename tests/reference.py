@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 import torch
 
 from dflash_ray.models.target_checkpoint import resolve_target
-from dflash_ray.sampling.noise import gumbel
 
 NEAR_TIE = 1e-3  # fp32 sums differ by their shape; measured gaps of real flips are below 1e-4
 
@@ -36,14 +35,10 @@ class Reference:
         return output[0, len(prompt_ids) :].tolist()
 
     @torch.inference_mode()
-    def gap(self, prefix_ids: Sequence[int], one: int, other: int, temperature: float = 0.0, seed: int = 0) -> float:
-        """Distance of two tokens' scores after a prefix: logits, or the coupled draw's perturbed logits."""
+    def gap(self, prefix_ids: Sequence[int], one: int, other: int) -> float:
+        """Distance of two tokens' logits after a prefix."""
         logits = self.model(torch.tensor([list(prefix_ids)]), logits_to_keep=1).logits[0, -1].double()
-        scores = logits[[one, other]]
-        if temperature > 0:
-            noise = gumbel([seed], [len(prefix_ids)], torch.tensor([[one, other]]))[0]
-            scores = scores / temperature + noise
-        return abs(float(scores[0] - scores[1]))
+        return abs(float(logits[one] - logits[other]))
 
 
 @dataclass
@@ -61,8 +56,6 @@ class Comparison:
         prompt_ids: Sequence[int],
         expected: Sequence[int],
         got: Sequence[int],
-        temperature: float = 0.0,
-        seed: int = 0,
     ) -> None:
         if list(expected) == list(got):
             self.equal += 1
@@ -71,7 +64,7 @@ class Comparison:
         if at is None:
             self.different.append(f"{name}: lengths {len(expected)} and {len(got)}")
             return
-        gap = reference.gap([*prompt_ids, *expected[:at]], expected[at], got[at], temperature, seed)
+        gap = reference.gap([*prompt_ids, *expected[:at]], expected[at], got[at])
         line = f"{name}: token {at}: {expected[at]} or {got[at]}, gap {gap:.2e}"
         (self.near_ties if gap < NEAR_TIE else self.different).append(line)
 

@@ -10,6 +10,7 @@ from transformers import (
     Cohere2Config,
     CohereConfig,
     Gemma2Config,
+    Gemma3TextConfig,
     GemmaConfig,
     GraniteConfig,
     LlamaConfig,
@@ -33,6 +34,9 @@ SHAPE = {
 }
 # Granite's factors, none of them 1.
 GRANITE = {"logits_scaling": 3.0, "embedding_multiplier": 2.0, "residual_multiplier": 0.5, "attention_multiplier": 0.3}
+# Gemma 3 has other rotary frequencies for its sliding layers; the cap is of the size of these models' logits.
+GEMMA3 = {"sliding_window": 9, "query_pre_attn_scalar": 8, "final_logit_softcapping": 10.0, "layer_types": [
+    "sliding_attention", "full_attention", "sliding_attention", "full_attention"]}  # fmt: skip
 CONFIGS = {
     "llama": lambda **changes: LlamaConfig(**SHAPE | {"tie_word_embeddings": True} | changes),
     "qwen3": lambda **changes: Qwen3Config(**SHAPE | {"tie_word_embeddings": False} | changes),
@@ -42,6 +46,7 @@ CONFIGS = {
     "granite": lambda **changes: GraniteConfig(**SHAPE | GRANITE | changes),
     "cohere": lambda **changes: CohereConfig(**SHAPE | {"logit_scale": 0.25} | changes),
     "cohere2": lambda **changes: Cohere2Config(**SHAPE | {"logit_scale": 0.25, "sliding_window": 9} | changes),
+    "gemma3": lambda **changes: Gemma3TextConfig(**SHAPE | GEMMA3 | changes),
     "gemma2": lambda **changes: Gemma2Config(**SHAPE | {"sliding_window": 9, "query_pre_attn_scalar": 8} | changes),
 }
 

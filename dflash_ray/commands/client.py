@@ -1,21 +1,20 @@
-"""The client commands, over the public gRPC and HTTP APIs."""
+"""The client commands, over the public gRPC and HTTP APIs.
+
+They go straight to the server that is named, whatever http_proxy says: prompts are not encrypted on the way.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NoReturn
 
 import grpc
 import httpx
-import typer
-from rich.console import Console
-from rich.table import Table
 
+from dflash_ray.commands.terminal import console, fail, new_table
 from dflash_ray.pb import generation_pb2, generation_pb2_grpc, router_pb2
-
-console = Console(highlight=False)
+from dflash_ray.rpc.channel import DIRECT
 
 _POLICIES = {
     "adaptive": router_pb2.SPECULATION_POLICY_ADAPTIVE,
@@ -44,12 +43,6 @@ class Answer:
         return (len(self.token_ids) - 1) / self.seconds if self.seconds else 0.0
 
 
-def fail(message: str) -> NoReturn:
-    """Ends the command with one line."""
-    typer.echo(f"error: {message}", err=True)
-    raise typer.Exit(1)
-
-
 def stream_answer(
     address: str,
     messages: Sequence[tuple[str, str]],
@@ -74,7 +67,7 @@ def stream_answer(
     answer = Answer()
     first = 0.0
     try:
-        with grpc.insecure_channel(address) as channel:
+        with grpc.insecure_channel(address, options=DIRECT) as channel:
             for response in generation_pb2_grpc.GenerationStub(channel).GenerateStream(request):
                 first = first or time.perf_counter()
                 for output in response.outputs:
@@ -121,13 +114,13 @@ def run_chat(address: str, temperature: float, speculation: str) -> None:
 def run_status(url: str) -> None:
     """`dflash-ray status`."""
     try:
-        with httpx.Client(base_url=url, timeout=10) as client:
+        with httpx.Client(base_url=url, timeout=10, trust_env=False) as client:
             health = client.get("/health").status_code
             models = client.get("/v1/models").json()["data"]
             metrics = client.get("/metrics").text
     except httpx.HTTPError as error:
         fail(f"{url} does not answer ({error}); is `dflash-ray serve` running?")
-    table = Table("what", "value", show_header=False)
+    table = new_table("what", "value", has_header=False)
     table.add_row("health", "ready" if health == 200 else f"not ready ({health})")
     for model in models:
         table.add_row("model", f"{model['id']} (context {model['max_model_len']})")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dflash_ray.commands.client import console, fail
+from dflash_ray.commands.terminal import console, fail, new_table
 
 
 def run_build() -> None:
@@ -17,8 +17,6 @@ def run_build() -> None:
 
 def run_report(write: bool) -> None:
     """Prints what each CUDA kernel needs; fails on spills and on registers over budget."""
-    from rich.table import Table
-
     from dflash_ray.kernels import build, cuda_report
 
     try:
@@ -28,7 +26,7 @@ def run_report(write: bool) -> None:
     if write:
         cuda_report.write_report(report)
     architectures = build.ARCHITECTURES
-    table = Table("kernel", *architectures, title=f"registers + spilled bytes, {report['compiler']}")
+    table = new_table("kernel", *architectures, title=f"registers + spilled bytes, {report['compiler']}")
     for kernel in report[architectures[0]]:
         figures = (report[architecture][kernel] for architecture in architectures)
         table.add_row(kernel, *(f"{each['registers']} + {each['spill_bytes']}" for each in figures))

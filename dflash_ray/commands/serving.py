@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
-import statistics
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -12,8 +14,10 @@ from pathlib import Path
 
 import httpx
 
-from dflash_ray.commands.client import Answer, console, fail, stream_answer
+from dflash_ray.commands.client import Answer, stream_answer
+from dflash_ray.commands.terminal import Steps, console, fail, logs_kept_apart, new_table, notes
 from dflash_ray.config import ConfigError, DflashRayConfig, load_config
+from dflash_ray.rpc.channel import local_address
 
 _READY_TIMEOUT_S = 300.0
 _DEMO_PROMPTS = (
@@ -33,66 +37,98 @@ def _load(config_path: Path | None, overrides: list[str]) -> DflashRayConfig:
         fail(str(error))
 
 
-def _wait_until_ready(url: str) -> None:
-    """Returns when GET /health answers 200."""
-    deadline = time.monotonic() + _READY_TIMEOUT_S
-    while time.monotonic() < deadline:
+def run_serve(config_path: Path | None, overrides: list[str], log: str | None) -> None:
+    """Runs until SIGINT or SIGTERM."""
+    config = _load(config_path, overrides)
+    began = time.monotonic()
+    with logs_kept_apart("serve", log), Steps() as steps, _running(config, steps):
+        http, grpc = _addresses(config)
+        seconds = time.monotonic() - began
+        console.out(f"ready in {seconds:.0f} s: HTTP on {http}, gRPC on {grpc}; Ctrl-C stops", style="bold green")
+        body = f'{{"model": "{config.model.served_name}", "messages": [{{"role": "user", "content": "Hello!"}}]}}'
+        notes.out(f"try: curl {http}/v1/chat/completions -H 'content-type: application/json' -d '{body}'")
         try:
-            if httpx.get(f"{url}/health", timeout=5).status_code == 200:
-                return
-        except httpx.TransportError:
-            pass  # the proxy is still starting
-        time.sleep(0.2)
-    fail(f"{url}/health was not 200 within {_READY_TIMEOUT_S:.0f} s; see the logs above")
+            threading.Event().wait()
+        except KeyboardInterrupt:
+            return
+
+
+def run_demo(config_path: Path | None, overrides: list[str], log: str | None) -> None:
+    """Answers real prompts with speculation off and on, interleaved, and prints what differs: the speed alone."""
+    config = _load(config_path, overrides)
+    with logs_kept_apart("demo", log), Steps() as steps:
+        answers: dict[str, list[Answer]] = {"off": [], "fixed": []}
+        with _running(config, steps):
+            _, address = _addresses(config)
+            console.out(f"> {_DEMO_PROMPTS[0]}", style="bold")
+            _answer(address, _DEMO_PROMPTS[0], "fixed", show=True)
+            total = _DEMO_ROUNDS * len(_DEMO_PROMPTS) * len(answers)
+            steps.begin(f"comparing {len(_DEMO_PROMPTS)} answers with speculation off and on, {_DEMO_ROUNDS} times")
+            for prompt in _DEMO_PROMPTS * _DEMO_ROUNDS:
+                for speculation, collected in answers.items():
+                    collected.append(_answer(address, prompt, speculation, show=False))
+                    steps.say(f"{sum(map(len, answers.values()))} of {total}")
+        steps.end()
+        _report(answers["off"], answers["fixed"])
 
 
 @contextmanager
-def _running(config: DflashRayConfig) -> Iterator[None]:
-    """The running application; ends the command with a clear text when it does not start."""
-    from dflash_ray.app import AppStartError, running_app
+def _running(config: DflashRayConfig, steps: Steps) -> Iterator[None]:
+    """The running application, ready for requests; ends the command with a clear text when it does not start."""
+    from dflash_ray.app import AppStartError, require_free_ports, running_app
 
+    # As Ctrl-C does, so that nothing goes on running after either.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        with running_app(config):
+        if "RAY_ADDRESS" not in os.environ:  # the machines of a cluster compile for themselves
+            require_free_ports(config)
+            steps.begin("preparing the operators (the first time they are compiled: a minute or two)")
+            _compile_operators()
+        with running_app(config, on_step=steps.begin):
+            steps.begin("waiting until it can answer")
+            _wait_until_ready(_addresses(config)[0])
+            steps.end()
             yield
     except AppStartError as error:
         fail(str(error))
 
 
-def run_serve(config_path: Path | None, overrides: list[str]) -> None:
-    """Runs until SIGINT or SIGTERM."""
-    config = _load(config_path, overrides)
-    stop = threading.Event()
-    with _running(config):
-        http = f"http://{config.gateway.http_host}:{config.gateway.http_port}"
-        address = f"{config.gateway.grpc_host}:{config.gateway.grpc_port}"
-        _wait_until_ready(http)
-        body = f'{{"model": "{config.model.served_name}", "messages": [{{"role": "user", "content": "Hello!"}}]}}'
-        console.print("ready", style="bold green")
-        console.out(f"HTTP     curl {http}/v1/chat/completions -H 'content-type: application/json' -d '{body}'")
-        console.out(f"gRPC     python examples/grpc_client.py --grpc {address} 'Hello!'")
-        console.out(f"metrics  curl {http}/metrics")
-        console.out("stop     Ctrl-C")
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: stop.set())
-        stop.wait()
-        console.print("stopping")
+def _compile_operators() -> None:
+    """Compiles what the processes would otherwise compile while they start. They can do without, slower."""
+    # In a process of its own: this one has no use for torch.
+    command = [sys.executable, "-m", "dflash_ray.cli", "kernels", "build"]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
+    print(done.stderr, end="", file=sys.stderr)
+    if done.returncode != 0:
+        reason = next((line for line in done.stderr.splitlines() if line.startswith("error:")), "see the log")
+        notes.out(f"the operators run in plain torch, which is slower: they could not be compiled ({reason})")
 
 
-def run_demo(config_path: Path | None, overrides: list[str]) -> None:
-    """Answers real prompts with speculation off and on, interleaved, and prints what differs: the speed alone."""
-    config = _load(config_path, overrides)
-    console.print("starting (weights are loaded, about a minute) ...")
-    with _running(config):
-        _wait_until_ready(f"http://{config.gateway.http_host}:{config.gateway.http_port}")
-        address = f"{config.gateway.grpc_host}:{config.gateway.grpc_port}"
-        console.print(f"[bold]> {_DEMO_PROMPTS[0]}[/bold]")
-        _answer(address, _DEMO_PROMPTS[0], "fixed", show=True)
-        answers: dict[str, list[Answer]] = {"off": [], "fixed": []}
-        for _ in range(_DEMO_ROUNDS):
-            for prompt in _DEMO_PROMPTS:
-                for speculation, collected in answers.items():
-                    collected.append(_answer(address, prompt, speculation, show=False))
-    _report(answers["off"], answers["fixed"])
+def _addresses(config: DflashRayConfig) -> tuple[str, str]:
+    """URL of the HTTP API and address of the gRPC API, as this machine reaches them."""
+    from dflash_ray.rpc.node import bind_host
+
+    gateway = config.gateway
+    http = local_address(bind_host(gateway.http_host), gateway.http_port)
+    return f"http://{http}", local_address(bind_host(gateway.grpc_host), gateway.grpc_port)
+
+
+def _wait_until_ready(url: str) -> None:
+    """Returns when GET /health answers 200."""
+    deadline = time.monotonic() + _READY_TIMEOUT_S
+    answer = "no answer"
+    with httpx.Client(timeout=5, trust_env=False) as client:
+        while time.monotonic() < deadline:
+            try:
+                response = client.get(f"{url}/health")
+            except httpx.TransportError as error:  # the proxy is still starting
+                answer = str(error)
+            else:
+                if response.status_code == 200:
+                    return
+                answer = f"{response.status_code} {response.text}"
+            time.sleep(0.2)
+    fail(f"{url}/health was not 200 within {_READY_TIMEOUT_S:.0f} s, but: {answer}")
 
 
 def _answer(address: str, prompt: str, speculation: str, show: bool) -> Answer:
@@ -101,15 +137,21 @@ def _answer(address: str, prompt: str, speculation: str, show: bool) -> Answer:
 
 def _report(off: list[Answer], on: list[Answer]) -> None:
     equal = sum(a.token_ids == b.token_ids for a, b in zip(off, on, strict=True))
-    speed_off = statistics.median(answer.tokens_per_second for answer in off)
-    speed_on = statistics.median(answer.tokens_per_second for answer in on)
-    ratio = statistics.median(b.tokens_per_second / a.tokens_per_second for a, b in zip(off, on, strict=True))
-    steps = sum(answer.metrics.num_spec_steps for answer in on)
-    accepted = sum(answer.metrics.num_accepted_draft_tokens for answer in on)
-    console.print(f"speculation off  {speed_off:6.1f} tokens/s")
-    console.print(
-        f"speculation on   {speed_on:6.1f} tokens/s  ({ratio:.2f}x, acceptance length {1 + accepted / steps:.2f})"
-    )
-    console.print(f"tokens equal     {equal} of {len(off)} answers")
+    table = new_table("speculation", "tokens/s", "tokens a target pass", "answers equal to off")
+    table.add_row("off", f"{_speed(off):.1f}", f"{_tokens_a_pass(off):.2f}", "")
+    table.add_row("on", f"{_speed(on):.1f}", f"{_tokens_a_pass(on):.2f}", f"{equal} of {len(off)}")
+    console.print()
+    console.print(table)
+    console.print(f"{_speed(on) / _speed(off):.2f} times the speed")
     if equal < len(off):
-        fail("speculation changed tokens; run the equality tests (make test) to see whether these are near-ties")
+        fail("speculation changed tokens, which on a CPU it must never do; please report this with the log")
+
+
+def _speed(answers: list[Answer]) -> float:
+    """Tokens a second after each answer's first, over all of them."""
+    return sum(len(answer.token_ids) - 1 for answer in answers) / sum(answer.seconds for answer in answers)
+
+
+def _tokens_a_pass(answers: list[Answer]) -> float:
+    steps = sum(answer.metrics.num_spec_steps for answer in answers)
+    return 1 + sum(answer.metrics.num_accepted_draft_tokens for answer in answers) / steps

@@ -5,47 +5,59 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from dflash_ray.commands.client import console, fail
+from dflash_ray.commands.terminal import console, fail
 from dflash_ray.core.errors import RequestError
 from dflash_ray.training.config import TrainingConfig, load_training_config
+from dflash_ray.training.left_out import LeftOut
 
 
 def _prompts(config: TrainingConfig) -> str:
     from dflash_ray.training.prompts import gather_prompts
 
-    train, held_out = gather_prompts(config)
-    return f"{train} prompts to train on, {held_out} held out, in {config.prompts_dir}"
+    left_out = LeftOut()
+    train, held_out = gather_prompts(config, left_out)
+    return _with(f"{train} prompts to train on, {held_out} held out, in {config.prompts_dir}", left_out)
 
 
 def _regenerate(config: TrainingConfig) -> str:
     from dflash_ray.training.regenerate import regenerate
 
-    return f"{regenerate(config)} shards in {config.shards_dir}"
+    left_out = LeftOut()
+    return _with(f"{regenerate(config, left_out)} shards in {config.shards_dir}", left_out)
 
 
 def _capture(config: TrainingConfig) -> str:
     from dflash_ray.training.regenerate import capture
 
-    return f"{capture(config)} shards in {config.shards_dir}"
+    left_out = LeftOut()
+    return _with(f"{capture(config, left_out)} shards in {config.shards_dir}", left_out)
 
 
 def _fit(config: TrainingConfig) -> str:
     from dflash_ray.training.fit import fit
 
-    fit(config)
-    return f"drafter in {config.trained_dir}, curves in {config.fit_dir}/curves.png and {config.fit_dir}/events"
+    num_skipped = fit(config)
+    skipped = f"{num_skipped} steps left out, as their loss or gradient was not finite; " if num_skipped else ""
+    return (
+        f"{skipped}drafter in {config.trained_dir}, curves in {config.fit_dir}/curves.png and {config.fit_dir}/events"
+    )
 
 
 def _evaluate(config: TrainingConfig) -> str:
     from dflash_ray.training.evaluate import evaluate, markdown_table
 
-    return markdown_table(evaluate(config), config.evaluate.confidence)
+    left_out = LeftOut()
+    return _with(markdown_table(evaluate(config, left_out), config.evaluate.confidence), left_out)
 
 
 def _export(config: TrainingConfig) -> str:
     from dflash_ray.training.export import export
 
     return f"drafter in {export(config)}"
+
+
+def _with(text: str, left_out: LeftOut) -> str:
+    return f"{text}\n{left_out.text}" if left_out else text
 
 
 _STEPS: dict[str, Callable[[TrainingConfig], str]] = {

@@ -7,12 +7,14 @@ from collections.abc import Sequence
 import torch
 
 from dflash_ray.config import DflashRayConfig
-from dflash_ray.core.ngram import MAX_NGRAM, NgramIndex
+from dflash_ray.core.ngram import MAX_NGRAM, IndexingRoom, NgramIndex
 from dflash_ray.models.block_drafter import BlockDrafter, DraftProposal
 from dflash_ray.models.dflash2 import Draw
 from dflash_ray.models.draft_contexts import DraftMethod
 from dflash_ray.models.drafter_checkpoint import resolve_drafter
 from dflash_ray.models.target_checkpoint import resolve_target
+
+_INDEXED_AT_ONCE = 8192  # tokens of long texts that one proposal indexes for n-grams, of all sessions together
 
 
 class NgramMethod:
@@ -45,8 +47,11 @@ class NgramMethod:
         draws: Sequence[Draw],
     ) -> list[DraftProposal]:
         proposals = []
+        room = IndexingRoom(_INDEXED_AT_ONCE)
         for session, anchor_id, count in zip(sessions, anchor_ids, num_draft_tokens, strict=True):
-            draft = self._indexes[session].propose_after(anchor_id, count).tokens
+            index = self._indexes[session]
+            index.catch_up(room)
+            draft = index.propose_after(anchor_id, count).tokens
             proposals.append(DraftProposal(torch.tensor(draft, dtype=torch.long)[:, None], torch.zeros(len(draft), 1)))
         return proposals
 

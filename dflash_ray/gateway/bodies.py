@@ -24,6 +24,7 @@ _OUT_OF_RANGE = 10**40  # of every field
 _MAX_LOGGED = 100
 _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
 _SURROGATE = re.compile("[\ud800-\udfff]")
+_OF_PYDANTIC = re.compile(r"^Value error, | or instance of \w+$")  # says nothing to a client
 _UNSUPPORTED = "unsupported_parameter"
 _CODES = {_UNSUPPORTED: _UNSUPPORTED, "missing": "missing_required_parameter"}
 
@@ -107,7 +108,7 @@ def _invalid(error: ValidationError) -> InvalidRequestError:
         path.append(item["ctx"]["field"])
     # Members of unions are named after their types.
     name = ".".join(part for part in path if part not in ("str", "[key]") and not part.startswith("list["))
-    return InvalidRequestError(item["msg"], name or None, _CODES.get(item["type"]))
+    return InvalidRequestError(_OF_PYDANTIC.sub("", item["msg"]), name or None, _CODES.get(item["type"]))
 
 
 class UnknownFields:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationError, ValidatorFunctionWrapHandler, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from dflash_ray.gateway.bodies import Body
@@ -146,6 +146,14 @@ class CompletionRequest(_CommonRequest):
     add_special_tokens: bool = True
     logprobs: int | None = Field(None, ge=0)
     echo: bool = False
+
+    @field_validator("prompt", mode="wrap")
+    @classmethod
+    def _say_what_a_prompt_is(cls, value: object, check: ValidatorFunctionWrapHandler) -> object:
+        try:
+            return check(value)
+        except ValidationError:
+            raise PydanticCustomError("prompt", "must be text, token ids, or a list of either") from None
 
     @model_validator(mode="after")
     def _check_max_tokens(self) -> CompletionRequest:

@@ -47,18 +47,23 @@ class GatewayReplica:
         self._directory = DirectoryClient()
         self.core = GatewayCore(config, self._directory)
         self._closing.push_async_callback(self.core.close)
+        self._tasks: list[asyncio.Task[None]] = []
+        self._closing.callback(self._cancel_tasks)
         self._server = await self._serve()
-        self._closing.push_async_callback(self._server.stop, grace_s=5.0)
+        # Answers go on meanwhile, also when their router is stopped and another one takes them.
+        self._closing.push_async_callback(self._server.stop, grace_s=config.gateway.drain_timeout_s)
         entry = await self._serve_metrics()
         registration = keep_registered(self._directory, lambda: entry, config.network.entry_ttl_s)
-        loops = (self.core.routers.run(), registration, self._report_health())
-        self._tasks = [asyncio.create_task(loop) for loop in loops]
+        loops = (registration, self.core.routers.run(), self._report_health())
+        self._tasks += [asyncio.create_task(loop) for loop in loops]
         self._closing.push_async_callback(self._unregister)
 
     async def _serve(self) -> RunningServer:
         """The clients' server. Gateways of one node share its port: the system spreads connections over them."""
         config = self.core.config.gateway
-        server = new_server(config.max_body_bytes, [RefuseMalformed()])
+        server = new_server(
+            config.max_body_bytes, [RefuseMalformed()], max_connection_age_s=config.grpc_connection_age_s
+        )
         generation_pb2_grpc.add_GenerationServicer_to_server(GenerationServicer(self.core), server)
         return await start_server(server, [_SERVICE_NAME], bind_host(config.grpc_host), config.grpc_port)
 
@@ -71,6 +76,10 @@ class GatewayReplica:
         self._closing.push_async_callback(inner.stop)
         info = {"pid": os.getpid(), "grpc_port": self._server.port}
         return Entry("gateway", self.core.gateway_id, format_address(host, inner.port), info)
+
+    def _cancel_tasks(self) -> None:
+        for task in self._tasks:
+            task.cancel()
 
     async def _report_health(self) -> None:
         """Keeps the standard gRPC health in step with GET /health."""
@@ -85,8 +94,7 @@ class GatewayReplica:
                 task.result()
 
     async def _unregister(self) -> None:
-        for task in self._tasks:
-            task.cancel()
+        self._tasks[0].cancel()  # or the entry would come back
         await leave(self._directory, "gateway", self.core.gateway_id)
 
     async def __del__(self) -> None:

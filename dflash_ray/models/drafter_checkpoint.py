@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from dflash_ray.config import BUILTIN_DRAFTER
+from dflash_ray.core.files import replacing, write_text
 from dflash_ray.models.dflash import ContextProjector, DflashConfig, DflashNetwork
 from dflash_ray.models.drafter_config import parse_dflash_config
 from dflash_ray.models.target_checkpoint import TargetCheckpoint
@@ -138,10 +139,11 @@ def _weight_files(directory: Path, where: str) -> list[Path]:
 
 
 def save_drafter(directory: Path, config_values: dict[str, Any], weights: dict[str, Tensor]) -> None:
-    """Writes config.json and model.safetensors."""
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / "config.json").write_text(json.dumps(config_values, indent=2) + "\n")
-    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, directory / "model.safetensors")
+    """Writes model.safetensors and config.json, each whole or not at all. Raises DiskFullError."""
+    # Python's own file, which others may read as the umask says; safetensors' is its owner's alone.
+    with replacing(directory / "model.safetensors") as partial:
+        partial.write_bytes(save({name: tensor.contiguous() for name, tensor in weights.items()}))
+    write_text(directory / "config.json", json.dumps(config_values, indent=2) + "\n")
 
 
 def _check_target(config: DflashConfig, target: TargetCheckpoint, where: str) -> None:

@@ -11,6 +11,7 @@ from collections import Counter, deque
 
 from dflash_ray.config import DflashRayConfig
 from dflash_ray.core.errors import DeadlineExceededError, HandedOverError, OverloadedError, RequestError
+from dflash_ray.core.ngram import IndexingRoom
 from dflash_ray.pb import common_pb2, drafter_pb2, router_pb2, target_pb2
 from dflash_ray.router.actions import Action, CloseSequences, DropTarget, Emit, Fail, RunStep
 from dflash_ray.router.draft_rates import DraftRates
@@ -21,6 +22,7 @@ from dflash_ray.router.steps import build_step
 
 _MAX_LOSSES = 2  # groups that may die over a sequence before it runs alone, where one more ends it
 _STEP_PATIENCE = 1.5  # times the pass's own limit, after which its group should have ended itself
+_INDEXED_AT_ONCE = 2048  # tokens of long texts that one poll indexes for n-grams: some two milliseconds
 
 
 class Scheduler:
@@ -31,6 +33,7 @@ class Scheduler:
         self._uses_ngram = config.drafter.method != "none"
         self._weighs_ngrams = config.router.prefer_ngram and config.uses_features
         self._rates = DraftRates()
+        self._indexing_room = IndexingRoom(_INDEXED_AT_ONCE)
         self._is_colocated = config.drafter.placement_mode == "colocated"
         self._wants_features = config.uses_features
         self._step_timeout_s = _STEP_PATIENCE * config.target.step_timeout_s
@@ -278,6 +281,7 @@ class Scheduler:
         """Everything there is to do at `now`, in order."""
         self._give_up_waiting(now)
         self._actions += self.drafting.expire(list(self._sequences.values()), now)
+        self._indexing_room.left = _INDEXED_AT_ONCE
         if self.limits is not None:
             self._admit(now)
             if self._weighs_ngrams:
@@ -301,8 +305,8 @@ class Scheduler:
             if sequence.ngram_draft is not None or not sequence.wants_draft(self.limits.max_model_len):
                 continue
             count = sequence.num_drafts(self.limits.max_model_len)
-            if self._rates.prefers_ngram(sequence.look_up(count).match_len):
-                sequence.take_ngram(count)
+            if self._rates.prefers_ngram(sequence.look_up(count, self._indexing_room).match_len):
+                sequence.take_ngram(count, self._indexing_room)
 
     def next_deadline(self) -> float | None:
         """When `poll` has something to do even if no event comes."""
@@ -379,8 +383,9 @@ class Scheduler:
         assert limits is not None
         self._step_id += 1
         for sequence in decoding:
-            if sequence.draft is None and self._uses_ngram:
-                sequence.take_ngram(sequence.num_drafts(limits.max_model_len))
+            count = sequence.num_drafts(limits.max_model_len)
+            if sequence.draft is None and count and self._uses_ngram:
+                sequence.take_ngram(count, self._indexing_room)
         step, entries = build_step(self._step_id, limits, self._router, decoding, prefilling)
         step.close.extend(self._close_next)
         self._close_next = []

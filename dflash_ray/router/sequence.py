@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
-from dflash_ray.core.ngram import NgramDraft, NgramIndex
+from dflash_ray.core.ngram import IndexingRoom, NgramDraft, NgramIndex
 from dflash_ray.pb import common_pb2, router_pb2, target_pb2
 from dflash_ray.router.context import DrafterContext
 
@@ -85,18 +85,19 @@ class RouterSequence:
         is_idle = self.phase is Phase.DECODE and not self.in_step
         return is_idle and self.draft is None and not self.is_draft_missed and self.num_drafts(max_model_len) > 0
 
-    def look_up(self, count: int) -> NgramDraft:
-        """Prompt lookup over all tokens known, at most `count` drafts."""
+    def look_up(self, count: int, room: IndexingRoom) -> NgramDraft:
+        """Prompt lookup, at most `count` drafts; of a long text no more is indexed now than there is room for."""
         if self.ngram_draft is None:
             if self.ngram is None:
                 self.ngram = NgramIndex()
             self.ngram.extend(self.tokens[len(self.ngram) :])
+            self.ngram.catch_up(room)
             self.ngram_draft = self.ngram.propose(count)
         return self.ngram_draft
 
-    def take_ngram(self, count: int) -> None:
+    def take_ngram(self, count: int, room: IndexingRoom) -> None:
         """The n-gram's draft for the next step, or none."""
-        self.draft = self.look_up(count).tokens[:count]
+        self.draft = self.look_up(count, room).tokens[:count]
         self.drawn = None
         self.draft_source = "ngram" if self.draft else "plain"
 

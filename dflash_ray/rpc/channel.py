@@ -10,6 +10,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
+# For channels to the application's own servers: http_proxy and its like say how to reach the world outside.
+DIRECT: tuple[tuple[str, int], ...] = (("grpc.enable_http_proxy", 0),)
+
 _KEEPALIVE = (
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 5_000),
@@ -36,8 +39,8 @@ def _options(max_message_bytes: int) -> list[tuple[str, int]]:
 
 
 def open_channel(address: str, max_message_bytes: int) -> grpc.aio.Channel:
-    """A channel to an inner server at host:port; the caller closes it."""
-    return grpc.aio.insecure_channel(address, options=[*_options(max_message_bytes), *_RECONNECT])
+    """A channel to an inner server at host:port, through no proxy; the caller closes it."""
+    return grpc.aio.insecure_channel(address, options=[*DIRECT, *_options(max_message_bytes), *_RECONNECT])
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +67,18 @@ class RunningServer:
 def new_server(
     max_message_bytes: int,
     interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
+    max_connection_age_s: float | None = None,
 ) -> grpc.aio.Server:
-    """A server without services or ports; add servicers, then call `start_server`."""
+    """A server without services or ports; add servicers, then call `start_server`.
+
+    Args:
+        max_connection_age_s: a connection of this age takes no new calls, so that its client connects anew; running
+            calls end as they would have.
+    """
     # Servers of several processes may listen on one port: gateways of a node, and an old and a new one in an upgrade.
     options = [*_options(max_message_bytes), ("grpc.so_reuseport", 1)]
+    if max_connection_age_s is not None:
+        options.append(("grpc.max_connection_age_ms", int(max_connection_age_s * 1000)))
     return grpc.aio.server(options=options, interceptors=list(interceptors))
 
 
@@ -80,10 +91,11 @@ async def start_server(server: grpc.aio.Server, service_names: Sequence[str], ho
     health = HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
     reflection.enable_server_reflection((*service_names, reflection.SERVICE_NAME, "grpc.health.v1.Health"), server)
+    address = format_address(host, port)
     try:
-        bound = server.add_insecure_port(f"{host}:{port}")
+        bound = server.add_insecure_port(address)
     except RuntimeError as error:
-        raise RuntimeError(f"gRPC cannot listen on {host}:{port}; is the port in use? ({error})") from None
+        raise RuntimeError(f"gRPC cannot listen on {address}; is the port in use? ({error})") from None
     await server.start()
     running = RunningServer(server, health, tuple(service_names), bound)
     await running.set_serving(True)
@@ -93,3 +105,8 @@ async def start_server(server: grpc.aio.Server, service_names: Sequence[str], ho
 def format_address(host: str, port: int) -> str:
     """host:port, with brackets around an IPv6 host."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def local_address(host: str, port: int) -> str:
+    """Where a client on this machine reaches a server that listens on `host`; for a wildcard the loopback interface."""
+    return format_address({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), port)

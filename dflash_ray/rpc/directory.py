@@ -269,6 +269,23 @@ class KnownEntries:
         self._by_id = told if view.age_s >= self._ttl_s else self._by_id | told
 
 
+def start_directory(timeout_s: float = 60.0) -> None:
+    """Returns when the directory answers, so that processes started next find it at once.
+
+    Raises:
+        TimeoutError: it does not answer in time (ray.exceptions.GetTimeoutError).
+    """
+    ray.get(_get_or_create_actor().view.remote("router"), timeout=timeout_s)
+
+
+def stop_directory() -> None:
+    """Ends the directory actor, which outlives whoever created it; it holds nothing that outlives the application."""
+    try:
+        ray.kill(ray.get_actor(ACTOR_NAME, namespace=NAMESPACE))
+    except ValueError:
+        return
+
+
 async def leave(client: DirectoryClient, kind: Kind, entry_id: str) -> None:
     """Removes an entry; one that cannot be reached is left to expire."""
     try:

@@ -20,7 +20,7 @@ from dflash_ray.target.group import GroupStartError, TargetGroup
 
 logger = logging.getLogger(__name__)
 _MAX_FAILED_STARTS = 3
-_INHERITED_ENV = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "TOKENIZERS_PARALLELISM", "DS_ACCELERATOR")
+_INHERITED_ENV = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "TOKENIZERS_PARALLELISM", "TQDM_DISABLE", "DS_ACCELERATOR")
 
 
 class TargetReplica:

@@ -68,5 +68,6 @@ def _check_sampling(sampling: common_pb2.SamplingParams) -> None:
         raise ValueError("repetition_penalty must be above 0; 1 is off")
     if not all(map(math.isfinite, sampling.bias_values)):
         raise ValueError("bias_values must be finite numbers")
-    if sampling.num_logprobs > _MAX_LOGPROBS:
-        raise ValueError(f"num_logprobs must be at most {_MAX_LOGPROBS}")
+    for name in ("num_logprobs", "num_prompt_logprobs"):
+        if getattr(sampling, name) > _MAX_LOGPROBS:
+            raise ValueError(f"{name} must be at most {_MAX_LOGPROBS}")

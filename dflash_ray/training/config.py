@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, field_validator, model_validator
 
 from dflash_ray.config import BUILTIN_MODEL, DflashRayConfig, TrafficConfig, parse_config, read_values, validate
 
@@ -149,12 +149,27 @@ class FitSection(_Section):
     distillation_weight: float = Field(0.0, ge=0, le=1, description="share of the divergence from the target's logits")
     held_out_every_steps: int = Field(100, ge=1, description="between measurements on held-out conversations")
     checkpoint_every_s: float = Field(30.0, gt=0)
+    max_skipped_steps: int = Field(
+        10, ge=1, description="in a row, left out as their loss or gradient is not finite, that end the run"
+    )
+    changed_keys: tuple[str, ...] = Field(
+        (), description="keys such as fit.learning_rate that may differ from those that the checkpoint was made with"
+    )
     device: Literal["cpu", "cuda"] = "cpu"
     num_threads: int = Field(0, ge=0, description="torch threads; 0 leaves torch's choice")
     bf16: bool = Field(True, description="on a GPU: autocast to bfloat16; weights and optimiser stay float32")
     num_workers: int = Field(1, ge=1, description="Ray Train workers, which share the work_dir; 1 runs without Ray")
     cpus_per_worker: float = Field(1.0, gt=0)
     max_failures: int = Field(3, ge=0, description="restarts of lost Ray Train workers")
+
+    @field_validator("changed_keys")
+    @classmethod
+    def _check_changed_keys(cls, keys: tuple[str, ...]) -> tuple[str, ...]:
+        for key in keys:
+            name = key.removeprefix("fit.")
+            if name == key or name == "init_drafter" or name not in cls.model_fields:
+                raise ValueError(f"{key} is no key of `fit` that can change under way; write it as fit.learning_rate")
+        return keys
 
 
 class EvaluateSection(_Section):

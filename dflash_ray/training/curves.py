@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 
-from dflash_ray.training.files import replacing
+from dflash_ray.core.files import replacing, write_text
 
 _CURVES = ("loss", "acceptance_length")
 _PARTS = ("train", "held_out", "followed")
@@ -28,10 +28,9 @@ class Curves:
         self._file = directory / "curves.jsonl"
         self.points: list[dict[str, Any]] = []
         if self._file.exists():
-            for line in self._file.read_text().splitlines():
-                if line.endswith("}") and (point := json.loads(line))["step"] <= step:  # a kill may cut the last line
-                    self.points.append(point)
-        self._file.write_text("".join(json.dumps(point) + "\n" for point in self.points))
+            points = (_point_of(line) for line in self._file.read_text().splitlines())
+            self.points += [point for point in points if point is not None and point["step"] <= step]
+        write_text(self._file, "".join(json.dumps(point) + "\n" for point in self.points))
         self._events = SummaryWriter(str(directory / "events"), purge_step=step)
 
     def add(self, step: int, part: str, **values: float | dict[str, float]) -> None:
@@ -60,3 +59,12 @@ class Curves:
                 axis.legend()
         with replacing(self._directory / "curves.png") as partial:
             figure.savefig(partial, format="png")
+
+
+def _point_of(line: str) -> dict[str, Any] | None:
+    """A kill may cut the last line."""
+    try:
+        point: dict[str, Any] = json.loads(line)
+    except ValueError:
+        return None
+    return point

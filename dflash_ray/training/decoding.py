@@ -64,6 +64,7 @@ class Decoded:
         stats: of the passes after the prefill.
         is_stopped: whether it ended by a stop token.
         blocks: the drafted blocks that were verified, when candidates were wanted.
+        error: why the target gave the sequence up, or empty; the rest then counts for nothing.
     """
 
     token_ids: list[int]
@@ -71,6 +72,7 @@ class Decoded:
     stats: AcceptanceStats
     is_stopped: bool
     blocks: list[Candidates] = field(default_factory=list)
+    error: str = ""
 
 
 @dataclass(slots=True)
@@ -109,7 +111,8 @@ class BatchDecoder:
     def run(self, requests: Iterable[DecodeRequest], stop_ids: Sequence[int] = ()) -> Iterator[tuple[int, Decoded]]:
         """Yields each request's index and result as they finish; `stop_ids` are stop tokens besides the decoder's.
 
-        Raises ValueError when a request cannot fit the engine or the target's logits are not finite.
+        Raises ValueError when a request needs more than all pages. One that the target gives up, as it is longer than
+        the context or its logits are not finite, comes back with an error.
         """
         waiting = deque(enumerate(requests))
         running: dict[int, _Running] = {}
@@ -186,9 +189,13 @@ class BatchDecoder:
         result = output.result
         offset = 0
         finished: list[tuple[int, int]] = []
+        errors = iter(result.errors)
+        failed: list[tuple[int, str]] = []
         for i, index in enumerate(result.sequence_ids):
-            if result.statuses[i] != target_pb2.ENTRY_STATUS_OK:
-                raise ValueError(f"the target refused a sequence: {result.errors[0] if result.errors else 'no pages'}")
+            if result.statuses[i] == target_pb2.ENTRY_STATUS_FAILED:
+                failed.append((index, next(errors)))
+                continue
+            assert result.statuses[i] == target_pb2.ENTRY_STATUS_OK, "pages are promised, and sequences open until here"
             one, count = running[index], result.num_tokens[i]
             if one.is_decoding:
                 num_drafted = min(len(one.drafts), max(0, one.num_left - 1))
@@ -205,6 +212,9 @@ class BatchDecoder:
             one.drafts = list(block.candidate_ids[:: block.num_candidates])
             if one.request.num_candidates and not any(index == block.sequence_id for index, _ in finished):
                 one.blocks.append(_candidates(block))
+        for index, error in failed:
+            one = running.pop(index)
+            yield index, Decoded([], None, one.stats, False, error=error)
         for index, reason in finished:
             one = running.pop(index)
             yield (

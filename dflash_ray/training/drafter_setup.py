@@ -11,9 +11,11 @@ from dflash_ray.models.dflash import ContextProjector, DflashNetwork
 from dflash_ray.models.drafter_checkpoint import DrafterCheckpoint
 from dflash_ray.models.drafter_config import ARCHITECTURE, ARCHITECTURE_2, ARCHITECTURE_2_FACTORISED
 from dflash_ray.models.target_checkpoint import TargetCheckpoint
+from dflash_ray.models.target_logits import embedding_scale, logit_factor, norm_weight, soft_cap
 from dflash_ray.training.config import DrafterSection
 from dflash_ray.training.objective import DrafterObjective
 
+_NORM_EPS = 1e-6  # for targets whose own norms are of another kind
 _RANDOM_SCALE = 0.24  # a quarter of what keeps the size of a row: a layer adds little to its input at first
 
 
@@ -34,8 +36,8 @@ def drafter_config_values(
         "num_key_value_heads": source.num_key_value_heads,
         "head_dim": getattr(source, "head_dim", None) or source.hidden_size // source.num_attention_heads,
         "intermediate_size": source.intermediate_size,
-        "rms_norm_eps": source.rms_norm_eps,
-        "rope_parameters": {"rope_type": "default", "rope_theta": source.rope_parameters["rope_theta"]},
+        "rms_norm_eps": getattr(source, "rms_norm_eps", _NORM_EPS),
+        "rope_parameters": {"rope_type": "default", "rope_theta": _rope_theta(source.rope_parameters)},
         "vocab_size": source.vocab_size,
         "max_position_embeddings": source.max_position_embeddings,
         "hidden_act": "silu",
@@ -44,6 +46,7 @@ def drafter_config_values(
         "dflash_config": {
             "target_layer_ids": list(shape.tap_layer_ids),
             "mask_token_id": shape.mask_token_id,
+            **_scales(target),
             **({} if shape.dflash2 is None else shape.dflash2.model_dump(exclude={"factorised"})),
         },
     }
@@ -56,10 +59,25 @@ def drafter_config_values(
     return values | {key: value for key, value in optional.items() if value is not None}
 
 
+def _rope_theta(parameters: dict[str, Any]) -> float:
+    """Of full attention, where a target has others for its sliding layers."""
+    return float(parameters.get("full_attention", parameters)["rope_theta"])
+
+
+def _scales(target: TargetCheckpoint) -> dict[str, float]:
+    """What the target does to the rows of its embedding and to its head's products, where it does anything."""
+    scales = {
+        "input_embedding_scale": (embedding_scale(target), 1.0),
+        "output_multiplier": (logit_factor(target.config), 1.0),
+        "final_logit_softcapping": (soft_cap(target.config), 0.0),
+    }
+    return {key: value for key, (value, default) in scales.items() if value != default}
+
+
 def initialise_from_drafter(objective: DrafterObjective, source: DrafterCheckpoint, vocabulary: Tensor) -> None:
     """Weights of a trained drafter of the same shape; what a DFlash drafter lacks of DFlash 2 stays as it starts.
 
-    Raises ValueError when the shapes or the vocabularies of codebooks differ.
+    Raises ValueError when the shapes or the vocabularies of codebooks differ, or a weight is not finite.
     """
     parameters = objective.trainable()
     weights = {**source.build_projector().state_dict(), **source.build_network().state_dict()}
@@ -69,6 +87,9 @@ def initialise_from_drafter(objective: DrafterObjective, source: DrafterCheckpoi
     )
     if not is_same or any(not _is_of_dflash2(name) for name in missing):
         raise ValueError("fit.init_drafter: its layers, taps or codebooks are not those of `drafter`")
+    for name, tensor in weights.items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"fit.init_drafter: its {name} is not finite; give a drafter that can draft")
     ids = torch.arange(source.config.vocab_size) if source.draft_ids is None else source.draft_ids
     has_codebooks = source.config.dflash2 is not None and not source.config.dflash2.is_factorised
     if has_codebooks and not torch.equal(ids, vocabulary):
@@ -100,14 +121,30 @@ def initialise_new(
             if source_id is None:
                 _draw(layer, network.config.hidden_size)
         if all(source_id is None for _, source_id in layers):
-            network.norm.weight.fill_(1.0 / target.load_head().norm(dim=-1).mean())
+            factor = network.config.output_multiplier
+            network.norm.weight.fill_(1.0 / (factor * target.load_head().norm(dim=-1).mean()))
             return
         base = target.load_model().get_decoder()
-        for layer, source_id in layers:
-            if source_id is not None:
-                layer.load_state_dict(base.layers[source_id].state_dict(), strict=False)
-        projector.hidden_norm.weight.copy_(base.layers[shape.tap_layer_ids[num_taps // 2]].input_layernorm.weight)
-        network.norm.weight.copy_(base.norm.weight)
+        try:
+            for layer, source_id in layers:
+                if source_id is not None:
+                    _copy_layer(layer, base.layers[source_id])
+            middle = base.layers[shape.tap_layer_ids[num_taps // 2]]
+            projector.hidden_norm.weight.copy_(norm_weight(middle.input_layernorm))
+            network.norm.weight.copy_(norm_weight(base.norm))
+        except ValueError as error:
+            raise ValueError(f"drafter.init_layer_ids: {error}; give null for layers that start at random") from None
+
+
+def _copy_layer(layer: nn.Module, source: nn.Module) -> None:
+    """Weights of a target's layer. Raises ValueError when its norms are others than a drafter's."""
+    own, theirs = ({name: m for name, m in one.named_modules() if "norm" in name} for one in (layer, source))
+    if unknown := theirs.keys() - own.keys():
+        raise ValueError(f"the target's layers have {', '.join(sorted(unknown))}, which a drafter's lack")
+    if missing := {name for name in own if not name.startswith("self_attn.")} - theirs.keys():
+        raise ValueError(f"the target's layers lack {', '.join(sorted(missing))}, which a drafter's have")
+    weights = source.state_dict() | {f"{name}.weight": norm_weight(norm) for name, norm in theirs.items()}
+    layer.load_state_dict(weights, strict=False)
 
 
 def _draw(layer: nn.Module, hidden_size: int) -> None:

@@ -16,6 +16,7 @@ from scipy.stats import bootstrap
 from tqdm import tqdm
 
 from dflash_ray.config import ModelConfig
+from dflash_ray.core.files import write_text
 from dflash_ray.core.stats import AcceptanceStats, merge
 from dflash_ray.gateway.tokenizer import ChatTokenizer
 from dflash_ray.models.block_drafter import BlockDrafter
@@ -23,9 +24,9 @@ from dflash_ray.models.drafter_checkpoint import DrafterCheckpoint, resolve_draf
 from dflash_ray.models.target_checkpoint import TargetCheckpoint, resolve_target
 from dflash_ray.training.config import EvaluateSection, TrainingConfig
 from dflash_ray.training.decoding import BatchDecoder, Decoded, DecodeRequest, local_decoder
-from dflash_ray.training.files import write_text
 from dflash_ray.training.follow import GreedyAnswer, follow
-from dflash_ray.training.prompt_files import Prompt, read_prompts
+from dflash_ray.training.left_out import BadRow, LeftOut
+from dflash_ray.training.prompt_files import Prompt, read_prompts, tokens_of
 from dflash_ray.training.shards import ShardStore
 from dflash_ray.training.trees import accepted_by_tree
 
@@ -68,13 +69,17 @@ class _Measured:
     accepted_by_tree: dict[int, int]
 
 
-def evaluate(config: TrainingConfig) -> list[Result]:
+def evaluate(config: TrainingConfig, left_out: LeftOut) -> list[Result]:
     """Decodes at every temperature and block size; writes results.json and results.md. Raises ValueError."""
     section = config.evaluate
     target = resolve_target(config.target)
     drafter = resolve_drafter(section.drafter or str(config.trained_dir), target)
-    measure = _decode_prompts if section.answers is None else follow_answers
-    results = measure(config, drafter, target)
+    if section.answers is None:
+        results = _decode_prompts(config, drafter, left_out)
+    else:
+        results = follow_answers(config, drafter, target)
+    if not results:
+        raise ValueError(f"evaluate: no answer was long enough for a draft; {left_out.text or 'give other prompts'}")
     values = {
         "drafter": drafter.fingerprint,
         "target": target.fingerprint,
@@ -88,16 +93,16 @@ def evaluate(config: TrainingConfig) -> list[Result]:
     return results
 
 
-def _decode_prompts(config: TrainingConfig, drafter: DrafterCheckpoint, target: TargetCheckpoint) -> list[Result]:
+def _decode_prompts(config: TrainingConfig, drafter: DrafterCheckpoint, left_out: LeftOut) -> list[Result]:
     section = config.evaluate
     tokenizer = ChatTokenizer(ModelConfig(path=config.target))
-    prompts = _choose_prompts(config, tokenizer)
+    prompts = _choose_prompts(config, tokenizer, left_out)
     sources = [prompt.source for prompt, _ in prompts]
     results: list[Result] = []
     with local_decoder(config.target, config.engine, tokenizer.eos_ids, drafter=drafter) as decoder:
         settings = [(t, b) for t in section.temperatures for b in usable_block_sizes(section, drafter)]
         for temperature, block_size in tqdm(settings, desc="evaluate", unit="setting"):
-            measured = _decode(config, decoder, prompts, temperature, block_size)
+            measured = _decode(config, decoder, prompts, temperature, block_size, left_out)
             results += _by_category(section, sources, measured, temperature, block_size)
     return results
 
@@ -105,8 +110,7 @@ def _decode_prompts(config: TrainingConfig, drafter: DrafterCheckpoint, target: 
 def follow_answers(config: TrainingConfig, drafter: DrafterCheckpoint, target: TargetCheckpoint) -> list[Result]:
     """The acceptance over the recorded greedy answers of evaluate.answers, at every block size."""
     section = config.evaluate
-    assert section.answers is not None
-    answers = _choose_answers(section, ShardStore(section.answers), drafter, target)
+    answers = choose_answers(section, drafter.config.target_layer_ids, target)
     sources = [source for source, _ in answers]
     block_drafter = BlockDrafter(drafter, target)
     projector = drafter.build_projector()
@@ -132,24 +136,29 @@ def follow_whole_blocks(
     return {result.category: result for result in results}
 
 
-def _choose_answers(
-    section: EvaluateSection, store: ShardStore, drafter: DrafterCheckpoint, target: TargetCheckpoint
+def choose_answers(
+    section: EvaluateSection, layer_ids: tuple[int, ...], target: TargetCheckpoint
 ) -> list[tuple[str, GreedyAnswer]]:
-    """The first answers of each category, cut to max_new_tokens, with their sources."""
+    """The first of evaluate.answers of each category, cut to max_new_tokens, with their sources.
+
+    Raises ValueError when they are of another target, lack a layer of `layer_ids` or hold nothing to follow.
+    """
+    assert section.answers is not None
+    store = ShardStore(section.answers)
     if store.layout.target != target.fingerprint:
         raise ValueError(f"evaluate.answers: {section.answers} was answered by other weights")
-    if missing := set(drafter.config.target_layer_ids) - set(store.layout.layer_ids):
+    if missing := set(layer_ids) - set(store.layout.layer_ids):
         raise ValueError(f"evaluate.answers: {section.answers} lacks layers {sorted(missing)}, which the drafter taps")
     chosen: dict[str, list[GreedyAnswer]] = defaultdict(list)
     for index, conversation in enumerate(store.conversations):
         of_source = chosen[conversation.prompt.source]
         if conversation.temperature == 0 and len(of_source) < section.prompts_per_category:
             token_ids = conversation.token_ids[: conversation.prompt_len + section.max_new_tokens].tolist()
-            taps = store.taps(index, drafter.config.target_layer_ids)[: len(token_ids) - 1]
+            taps = store.taps(index, layer_ids)[: len(token_ids) - 1]
             of_source.append(GreedyAnswer(conversation.prompt_len, token_ids, taps))
     answers = [(source, answer) for source in sorted(chosen) for answer in chosen[source]]
-    if not answers:
-        raise ValueError("evaluate.answers: holds no answers at temperature 0")
+    if not any(len(answer.token_ids) - answer.prompt_len > 1 for _, answer in answers):
+        raise ValueError("evaluate.answers: holds no answers at temperature 0 that are longer than a token")
     return answers
 
 
@@ -158,18 +167,28 @@ def usable_block_sizes(section: EvaluateSection, drafter: DrafterCheckpoint) -> 
     return sorted({min(size, drafter.config.block_size) for size in section.block_sizes})
 
 
-def _choose_prompts(config: TrainingConfig, tokenizer: ChatTokenizer) -> list[tuple[Prompt, list[int]]]:
-    """The first prompts of each category with their tokens; too long ones are left out."""
+def _choose_prompts(
+    config: TrainingConfig, tokenizer: ChatTokenizer, left_out: LeftOut
+) -> list[tuple[Prompt, list[int]]]:
+    """The first prompts of each category with their tokens; those without room for an answer are left out."""
     section = config.evaluate
-    room = config.engine.max_model_len - section.max_new_tokens
+    longest = min(config.engine.max_model_len, resolve_target(config.target).config.max_position_embeddings)
+    room = longest - section.max_new_tokens
     chosen: dict[str, list[tuple[Prompt, list[int]]]] = defaultdict(list)
-    for prompt in read_prompts(section.prompts or config.prompts_dir / "held_out.jsonl"):
-        token_ids = tokenizer.encode_chat(prompt.messages)
-        if len(token_ids) <= room and len(chosen[prompt.source]) < section.prompts_per_category:
+    for prompt in read_prompts(section.prompts or config.prompts_dir / "held_out.jsonl", left_out):
+        if len(chosen[prompt.source]) == section.prompts_per_category:
+            continue
+        try:
+            token_ids = tokens_of(prompt, tokenizer)
+            if len(token_ids) > room:
+                raise BadRow("too long to leave room for evaluate.max_new_tokens")
+        except BadRow as bad:
+            left_out.add(prompt.place, bad)
+        else:
             chosen[prompt.source].append((prompt, token_ids))
     prompts = [pair for source in sorted(chosen) for pair in chosen[source]]
     if not prompts:
-        raise ValueError("evaluate.prompts: no prompt leaves room for evaluate.max_new_tokens in the context")
+        raise ValueError(f"evaluate.prompts: nothing is left; {left_out.text}")
     return prompts
 
 
@@ -179,8 +198,9 @@ def _decode(
     prompts: Sequence[tuple[Prompt, list[int]]],
     temperature: float,
     block_size: int,
+    left_out: LeftOut,
 ) -> list[_Measured]:
-    """What each prompt showed."""
+    """What each prompt showed; nothing where the target gave it up."""
     tree_nodes = config.evaluate.tree_nodes if temperature == 0 else ()
     requests = [
         DecodeRequest(
@@ -195,6 +215,11 @@ def _decode(
     ]
     done = {}
     for index, decoded in decoder.run(requests):
+        if decoded.error:
+            row = prompts[index][0].place, f"given up by the target: {decoded.error}"
+            if row not in left_out.rows:
+                left_out.add(*row)
+            decoded.stats = AcceptanceStats(block_size - 1)
         done[index] = _measure(decoded, [*prompts[index][1], *decoded.token_ids], tree_nodes)
     return [done[index] for index in range(len(prompts))]
 

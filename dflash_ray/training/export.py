@@ -9,10 +9,10 @@ from typing import Any
 
 import yaml
 
+from dflash_ray.core.files import replacing, write_text
 from dflash_ray.models.drafter_checkpoint import load_drafter
 from dflash_ray.models.target_checkpoint import resolve_target
 from dflash_ray.training.config import TrainingConfig
-from dflash_ray.training.files import write_text
 from dflash_ray.training.prompt_files import Prompt
 from dflash_ray.training.shards import ShardStore
 
@@ -25,9 +25,9 @@ def export(config: TrainingConfig) -> Path:
     output = config.export.output_dir
     drafter = load_drafter(config.trained_dir, resolve_target(config.target))
     run = json.loads((config.fit_dir / "run.json").read_text())
-    output.mkdir(parents=True, exist_ok=True)
     for name in ("config.json", "model.safetensors"):
-        shutil.copyfile(config.trained_dir / name, output / name)
+        with replacing(output / name) as partial:
+            shutil.copyfile(config.trained_dir / name, partial)
     write_text(output / "training.yaml", yaml.safe_dump(run["config"], sort_keys=False))
     write_text(output / "README.md", _model_card(config, drafter.fingerprint, run))
     return output
@@ -44,11 +44,19 @@ def _model_card(config: TrainingConfig, fingerprint: str, run: dict[str, Any]) -
         "## Data",
         _lineage(config, run),
         "## Recipe",
-        f"Seed {run['seed']}; "
+        f"{_changes(run)}Seed {run['seed']}; "
         + ", ".join(f"{name} {version}" for name, version in run["versions"].items())
         + ". Every figure is in `training.yaml`, which `dflash-ray train <step> --config training.yaml` reads.",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _changes(run: dict[str, Any]) -> str:
+    """Settings that were others at first, as sentences."""
+    return "".join(
+        f"Up to step {one['step']} {one['key']} was {one['before']}, then {one['after']}. "
+        for one in run.get("changes", [])
+    )
 
 
 def _results(config: TrainingConfig, fingerprint: str) -> str:

@@ -6,15 +6,18 @@ import json
 from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dflash_ray.models.drafter_checkpoint import load_drafter, save_drafter
+from dflash_ray.core.files import sha256_of, write_text
+from dflash_ray.models.drafter_checkpoint import DrafterCheckpoint, load_drafter, save_drafter
 from dflash_ray.models.drafter_config import parse_dflash_config
 from dflash_ray.models.target_checkpoint import TargetCheckpoint, resolve_target
 from dflash_ray.training.batches import BatchSource, draft_vocabulary
+from dflash_ray.training.checkpoints import RunError, check_finite
 from dflash_ray.training.config import TrainingConfig
 from dflash_ray.training.curves import Curves
 from dflash_ray.training.drafter_setup import (
@@ -22,10 +25,10 @@ from dflash_ray.training.drafter_setup import (
     initialise_from_drafter,
     initialise_new,
 )
-from dflash_ray.training.evaluate import ALL, follow_whole_blocks
-from dflash_ray.training.files import sha256_of, write_text
+from dflash_ray.training.evaluate import ALL, choose_answers, follow_whole_blocks
 from dflash_ray.training.losses import IGNORE
 from dflash_ray.training.objective import BlockLoss, DrafterObjective
+from dflash_ray.training.recipe import recipe_of
 from dflash_ray.training.shards import ShardStore
 from dflash_ray.training.taps import OnlineTaps, StoredTaps, TapSource
 from dflash_ray.training.trainer import Trainer
@@ -34,18 +37,18 @@ _POINT_EVERY_STEPS = 10
 _MAX_HELD_OUT = 16  # conversations that the held-out curve is measured on
 
 
-def fit(config: TrainingConfig) -> None:
-    """Trains until fit.max_steps and leaves the drafter in fit/drafter.
+def fit(config: TrainingConfig) -> int:
+    """Trains until fit.max_steps and leaves the drafter in fit/drafter. Returns the number of steps left out.
 
-    Raises ValueError when the shards do not suit the configuration, DiskFullError when a checkpoint has no room.
+    Raises ValueError when the shards or the checkpoint do not suit the configuration or training diverges,
+    DiskFullError when a checkpoint has no room.
     """
-    if config.fit.num_workers == 1:
-        fit_worker(config)
-    else:
-        _fit_on_cluster(config)
+    if config.evaluate.answers is not None:  # what is wrong with them is said now, not at their first use
+        choose_answers(config.evaluate, config.drafter.tap_layer_ids, resolve_target(config.target))
+    return fit_worker(config) if config.fit.num_workers == 1 else _fit_on_cluster(config)
 
 
-def _fit_on_cluster(config: TrainingConfig) -> None:
+def _fit_on_cluster(config: TrainingConfig) -> int:
     """The same code on every Ray Train worker; the work_dir must be on a file system that all nodes see."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
     from ray.train.torch import TorchTrainer
@@ -56,7 +59,7 @@ def _fit_on_cluster(config: TrainingConfig) -> None:
     ShardStore(*config.shard_dirs)  # what is wrong with the shards is said before workers start
     absolute = config.with_absolute_paths()
     trainer = TorchTrainer(
-        _cluster_worker,
+        _cluster_worker,  # type: ignore[arg-type] # what it returns is the result's return_value
         train_loop_config={"config": absolute.model_dump_json()},
         scaling_config=ScalingConfig(
             num_workers=section.num_workers,
@@ -71,13 +74,17 @@ def _fit_on_cluster(config: TrainingConfig) -> None:
     )
     with cluster():
         try:
-            trainer.fit()
+            result: Any = trainer.fit()
         except WorkerGroupError as error:
             failures = "; ".join(f"worker {rank}: {failure}" for rank, failure in error.worker_failures.items())
             raise ValueError(f"training failed: {failures}") from error
+    if isinstance(result.return_value, str):
+        raise RunError(result.return_value)
+    return int(result.return_value)
 
 
-def _cluster_worker(values: dict[str, str]) -> None:
+def _cluster_worker(values: dict[str, str]) -> int | str:
+    """Steps left out, or the text of what ended the run on all workers: Ray would start them again for an error."""
     from ray import train
     from ray.train.torch import prepare_model
 
@@ -85,7 +92,10 @@ def _cluster_worker(values: dict[str, str]) -> None:
     config = TrainingConfig.model_validate_json(values["config"])
     # The only buffers are frozen ones, equal everywhere.
     wrap = partial(prepare_model, parallel_strategy_kwargs={"broadcast_buffers": False})
-    fit_worker(config, wrap, context.get_world_rank(), context.get_world_size())
+    try:
+        return fit_worker(config, wrap, context.get_world_rank(), context.get_world_size())
+    except RunError as error:
+        return str(error)
 
 
 def fit_worker(
@@ -93,8 +103,8 @@ def fit_worker(
     wrap: Callable[[nn.Module], nn.Module] | None = None,
     rank: int = 0,
     world_size: int = 1,
-) -> None:
-    """One worker's whole run; rank 0 also writes checkpoints, curves and the drafter."""
+) -> int:
+    """One worker's whole run; rank 0 also writes checkpoints, curves and the drafter. Returns the steps left out."""
     if config.fit.num_threads:
         torch.set_num_threads(config.fit.num_threads)
     if config.fit.device == "cuda":
@@ -108,10 +118,12 @@ def fit_worker(
     vocabulary = draft_vocabulary(
         (store.conversations[i] for i in train), config.drafter.draft_vocab_size, target.config.vocab_size
     )
-    objective, config_values = _build_objective(config, target, vocabulary, store)
+    start = None if config.fit.init_drafter is None else load_drafter(config.fit.init_drafter, target)
+    objective, config_values = _build_objective(config, target, vocabulary, store, start)
     wrapped = wrap(objective) if wrap else objective.to(config.fit.device)
     state_file = config.fit_dir / "state.safetensors"
-    trainer = Trainer(objective, wrapped, config.fit, config.seed, state_file, rank, world_size)
+    recipe = recipe_of(config, target.fingerprint, store.fingerprint, None if start is None else start.fingerprint)
+    trainer = Trainer(objective, wrapped, config.fit, config.seed, recipe, state_file, rank, world_size)
     trainer.resume()
     t2d = torch.full((target.config.vocab_size,), IGNORE)
     t2d[vocabulary] = torch.arange(len(vocabulary))
@@ -126,8 +138,8 @@ def fit_worker(
     )
     if rank != 0:
         trainer.run(source, lambda step, result: None)
-        return
-    _record(config, store, world_size)
+        return trainer.num_skipped
+    _record(config, store, world_size, trainer.changes)
 
     def save() -> None:
         _save_trained(config, config_values, trainer.averaged, vocabulary)
@@ -138,6 +150,7 @@ def fit_worker(
     finally:
         progress.close()
     save()
+    return trainer.num_skipped
 
 
 def _split(store: ShardStore, fraction: float) -> tuple[list[int], list[int]]:
@@ -163,37 +176,43 @@ def _tap_source(config: TrainingConfig, store: ShardStore, target: TargetCheckpo
 
 
 def _build_objective(
-    config: TrainingConfig, target: TargetCheckpoint, vocabulary: Tensor, store: ShardStore
+    config: TrainingConfig,
+    target: TargetCheckpoint,
+    vocabulary: Tensor,
+    store: ShardStore,
+    start: DrafterCheckpoint | None,
 ) -> tuple[DrafterObjective, dict[str, object]]:
-    """The drafter before its first step, and its config.json."""
+    """The drafter before its first step, that of fit.init_drafter where there is one, and its config.json."""
     config.drafter.check_target(target.config.num_hidden_layers, target.config.vocab_size)
     is_reduced = len(vocabulary) < target.config.vocab_size
     values = drafter_config_values(config.drafter, target, len(vocabulary) if is_reduced else None)
     longest = max(len(conversation.token_ids) for conversation in store.conversations)
     objective = DrafterObjective(parse_dflash_config(values, "drafter"), config.fit, target, vocabulary, longest)
-    if config.fit.init_drafter is None:
+    if start is None:
         initialise_new(objective.projector, objective.network, config.drafter, target)
     else:
-        initialise_from_drafter(objective, load_drafter(config.fit.init_drafter, target), vocabulary)
+        initialise_from_drafter(objective, start, vocabulary)
     return objective, values
 
 
 def _save_trained(
     config: TrainingConfig, config_values: dict[str, object], weights: dict[str, Tensor], vocabulary: Tensor
 ) -> None:
-    """Writes averaged weights in the published layout, bfloat16."""
+    """Writes averaged weights in the published layout, bfloat16. Raises RunError for ones that are not finite."""
     tensors = {name: tensor.to("cpu", torch.bfloat16) for name, tensor in weights.items()}
+    check_finite(tensors, config.trained_dir)
     if config_values.get("draft_vocab_size") is not None:
         tensors["d2t"] = vocabulary - torch.arange(len(vocabulary))
     save_drafter(config.trained_dir, config_values, tensors)
 
 
-def _record(config: TrainingConfig, store: ShardStore, world_size: int) -> None:
-    """What the run is made of: recipe with its seeds, versions, and hashes of the shards."""
+def _record(config: TrainingConfig, store: ShardStore, world_size: int, changes: list[dict[str, Any]]) -> None:
+    """What the run is made of: recipe with its seeds, changes under way, versions, and hashes of the shards."""
     record = {
         "config": config.model_dump(mode="json"),
         "seed": config.seed,
         "num_workers": world_size,
+        "changes": changes,
         "versions": {name: version(name) for name in ("torch", "transformers", "dflash-ray")},
         "shards": {name: sha256_of(path) for name, path in store.paths.items()},
     }
@@ -224,9 +243,11 @@ class _Progress:
         self._curves = Curves(config.fit_dir, trainer.step)
         self._held_out = source.at(held_out[:_MAX_HELD_OUT], config.seed) if held_out else None
 
-    def report(self, step: int, result: BlockLoss) -> None:
+    def report(self, step: int, result: BlockLoss | None) -> None:
         self._bar.update()
-        if step % _POINT_EVERY_STEPS == 0:
+        if result is None:
+            self._bar.set_postfix(left_out=self._trainer.num_skipped)
+        elif step % _POINT_EVERY_STEPS == 0:
             self._add(step, "train", result)
             self._bar.set_postfix(loss=f"{result.loss.item():.3f}", tau=f"{result.acceptance_length():.2f}")
         if step % self._config.fit.held_out_every_steps == 0:

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dflash_ray.models.dflash import ContextProjector, DflashConfig, DflashNetwork, RmsNorm, rope_tables
+from dflash_ray.models.dflash import ContextProjector, DflashConfig, DflashNetwork, rope_tables
 from dflash_ray.models.dflash2 import CandidateSelector, FactorisedSelector, top_candidates
 from dflash_ray.models.target_checkpoint import TargetCheckpoint
+from dflash_ray.models.target_logits import TargetLogits
 from dflash_ray.training.batches import BlockBatch
 from dflash_ray.training.config import FitSection
 from dflash_ray.training.losses import IGNORE, cross_entropies, decay_weights, divergences, dpace_weights
@@ -77,9 +78,7 @@ class DrafterObjective(nn.Module):
         cos, sin = rope_tables(config, max_length + config.block_size)
         self._freeze("cos", cos)
         self._freeze("sin", sin)
-        self._final_norm: RmsNorm | None = None
-        if section.distillation_weight:
-            self._final_norm = final_norm(target)
+        self._target_logits = TargetLogits(target) if section.distillation_weight else None
 
     def _freeze(self, name: str, tensor: Tensor) -> None:
         self.register_buffer(name, tensor, persistent=False)
@@ -106,9 +105,9 @@ class DrafterObjective(nn.Module):
             weights = decay_weights(valid, self._section.loss_decay)
         else:
             weights = dpace_weights(losses, valid)
-        if self._final_norm is not None and batch.last_hidden is not None:
+        if self._target_logits is not None and batch.last_hidden is not None:
             share = self._section.distillation_weight
-            target_logits = F.linear(self._final_norm(batch.last_hidden.float()), self.head)
+            target_logits = self._target_logits(batch.last_hidden.float(), self.head)
             losses = (1 - share) * losses + share * divergences(logits, target_logits) * valid
         loss = (losses * weights).sum() / weights.sum().clamp(min=1.0)
         if self._config.dflash2 is None:
@@ -133,10 +132,3 @@ class DrafterObjective(nn.Module):
         kept = weights * counts
         loss = (losses * kept).sum() / kept.sum().clamp(min=1.0)
         return loss, ids.gather(-1, scores.argmax(-1, keepdim=True))[..., 0]
-
-
-def final_norm(target: TargetCheckpoint) -> RmsNorm:
-    """The norm between the target's last layer and its head, frozen."""
-    norm = RmsNorm(target.config.hidden_size, target.config.rms_norm_eps)
-    norm.load_state_dict({"weight": target.load_final_norm()})
-    return norm.requires_grad_(False)

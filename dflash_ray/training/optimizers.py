@@ -1,4 +1,4 @@
-"""AdamW for all weights, or Muon for the matrices and AdamW for the rest."""
+"""AdamW for all weights, or Muon for the matrices that map rows to rows and AdamW for the rest."""
 
 from __future__ import annotations
 
@@ -22,16 +22,21 @@ _RMS_OF_ADAMW = 0.2
 
 def build_optimizers(section: FitSection, parameters: Mapping[str, nn.Parameter]) -> list[torch.optim.Optimizer]:
     """The optimisers that fit.optimizer asks for; each parameter is in one of them."""
-    rest = list(parameters.values())
+    matrices = {name: p for name, p in parameters.items() if section.optimizer == "muon" and _is_map(name, p)}
+    rest = [parameter for name, parameter in parameters.items() if name not in matrices]
     optimizers: list[torch.optim.Optimizer] = []
-    if section.optimizer == "muon":
-        optimizers.append(Muon([p for p in rest if p.ndim == 2], section.learning_rate, section.weight_decay))
-        rest = [p for p in rest if p.ndim != 2]
+    if matrices:
+        optimizers.append(Muon(matrices.values(), section.learning_rate, section.weight_decay))
     if rest:
         optimizers.append(
             torch.optim.AdamW(rest, lr=section.learning_rate, betas=_ADAM_BETAS, weight_decay=section.weight_decay)
         )
     return optimizers
+
+
+def _is_map(name: str, parameter: nn.Parameter) -> bool:
+    """A codebook has two axes too, but its rows are looked up: most get no gradient, and none is part of a map."""
+    return parameter.ndim == 2 and not name.endswith("_codebook")
 
 
 class Muon(torch.optim.Optimizer):

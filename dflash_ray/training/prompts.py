@@ -13,11 +13,12 @@ from datasketch import MinHash, MinHashLSH
 from tqdm import tqdm
 
 from dflash_ray.config import ConfigError, ModelConfig
+from dflash_ray.core.files import write_text
 from dflash_ray.gateway.tokenizer import ChatTokenizer
 from dflash_ray.models.target_checkpoint import resolve_target
 from dflash_ray.training.config import SelfGeneratedSection, TrainingConfig
 from dflash_ray.training.decoding import BatchDecoder, DecodeRequest, local_decoder
-from dflash_ray.training.files import write_text
+from dflash_ray.training.left_out import LeftOut
 from dflash_ray.training.prompt_files import Prompt, read_prompts, write_prompts
 from dflash_ray.training.traffic import captured_prompts
 
@@ -27,25 +28,30 @@ _SHINGLE_CHARACTERS = 5
 _PERMUTATIONS = 64  # the estimate of a similarity is off by about 1 / sqrt(64)
 
 
-def gather_prompts(config: TrainingConfig) -> tuple[int, int]:
+def gather_prompts(config: TrainingConfig, left_out: LeftOut) -> tuple[int, int]:
     """Writes train.jsonl and held_out.jsonl. Returns the numbers of prompts to train on and held out.
 
-    Raises ConfigError when no source is configured, ValueError that names the line of a source at fault.
+    Raises ConfigError when no source is configured, ValueError when none of them holds a prompt.
     """
     section = config.prompts
     if not section.files and section.traffic is None and section.self_generated is None:
         raise ConfigError("prompts: give at least one of files, traffic and self_generated")
-    prompts = [prompt for path in section.files for prompt in _some(read_prompts(path), section.prompts_per_file)]
+    prompts = [
+        prompt for path in section.files for prompt in _some(read_prompts(path, left_out), section.prompts_per_file)
+    ]
     if section.traffic is not None:
-        prompts += captured_prompts(section.traffic)
+        prompts += captured_prompts(section.traffic, left_out)
     if section.self_generated is not None:
-        prompts += self_generated_prompts(config, section.self_generated)
+        prompts += self_generated_prompts(config, section.self_generated, left_out)
+    if not prompts:
+        raise ValueError(f"prompts: nothing is left; {left_out.text or 'the sources hold no prompt'}")
     similarity = section.near_duplicate_similarity
     kept = prompts if similarity is None else list(without_near_duplicates(prompts, similarity))
     held_out = [prompt for prompt in kept if prompt.is_held_out(section.held_out_fraction)]
     train = [prompt for prompt in kept if not prompt.is_held_out(section.held_out_fraction)]
-    write_prompts(config.prompts_dir / "train.jsonl", train)
+    # In this order a kill in between leaves nothing held out that `fit`, which splits by itself, would train on.
     write_prompts(config.prompts_dir / "held_out.jsonl", held_out)
+    write_prompts(config.prompts_dir / "train.jsonl", train)
     counts = Counter(prompt.source for prompt in kept)
     lines = [f"{source}\t{count}\n" for source, count in sorted(counts.items())]
     write_text(config.prompts_dir / "sources.tsv", "".join(lines))
@@ -75,7 +81,7 @@ def _shingles(text: str) -> list[bytes]:
     return [plain[i : i + _SHINGLE_CHARACTERS].encode() for i in range(last)]
 
 
-def self_generated_prompts(config: TrainingConfig, section: SelfGeneratedSection) -> list[Prompt]:
+def self_generated_prompts(config: TrainingConfig, section: SelfGeneratedSection, left_out: LeftOut) -> list[Prompt]:
     """User turns that the target writes after its own chat prefix (Magpie, arXiv 2406.08464), some after a stem.
 
     They are kept piece by piece, so a run that was cut off goes on with the pieces that are missing.
@@ -91,7 +97,7 @@ def self_generated_prompts(config: TrainingConfig, section: SelfGeneratedSection
             for start in tqdm(missing, desc="self-generated prompts", unit="piece"):
                 numbers = range(start, min(start + _PIECE_PROMPTS, section.num_prompts))
                 write_prompts(pieces[start], _write_piece(config.seed, section, tokenizer, decoder, numbers))
-    return [prompt for path in pieces.values() if path.stat().st_size for prompt in read_prompts(path)]
+    return [prompt for path in pieces.values() if path.stat().st_size for prompt in read_prompts(path, left_out)]
 
 
 def _write_piece(
@@ -127,6 +133,8 @@ def user_turn(tokenizer: ChatTokenizer) -> tuple[list[int], int]:
     Found by comparing chats that differ in their content alone.
     """
     one, other = (tokenizer.encode_chat([{"role": "user", "content": content}]) for content in ("0", "A"))
+    if one == other:
+        raise ValueError("target: its chat template leaves out what a user says")
     start = next(i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
     shared = next(i for i, (a, b) in enumerate(zip(one[::-1], other[::-1], strict=False)) if a != b)
     if not shared:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -11,18 +12,21 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from dflash_ray.config import ConfigError, ModelConfig
+from dflash_ray.core.files import write_text
 from dflash_ray.gateway.tokenizer import ChatTokenizer
 from dflash_ray.models.target_checkpoint import TargetCheckpoint, resolve_target
 from dflash_ray.training.config import TrainingConfig
 from dflash_ray.training.decoding import BatchDecoder, DecodeRequest, local_decoder
-from dflash_ray.training.files import write_text
-from dflash_ray.training.prompt_files import Prompt, default_source, prompt_of, read_jsonl, read_prompts
-from dflash_ray.training.shards import Answered, TapLayout, write_shard
+from dflash_ray.training.left_out import BadRow, LeftOut
+from dflash_ray.training.prompt_files import Prompt, default_source, prompt_of, read_jsonl, read_prompts, tokens_of
+from dflash_ray.training.shards import Answered, TapLayout, count_shard, write_shard
 
+_PLAN = "plan.json"
 _SHORTEST_ANSWER = 3  # two tokens train something, and one more may be drawn behind a known answer
 
 
@@ -35,7 +39,7 @@ class Task:
     answer: list[int] | None = None
 
 
-def regenerate(config: TrainingConfig) -> int:
+def regenerate(config: TrainingConfig, left_out: LeftOut) -> int:
     """Answers the prompts of `prompts`, held-out ones too (for curves). Returns the number of shards.
 
     Sources are mixed, so that the first shards are already a sample of them all.
@@ -45,15 +49,16 @@ def regenerate(config: TrainingConfig) -> int:
         prompt
         for name in ("train.jsonl", "held_out.jsonl")
         if (path := config.prompts_dir / name).is_file() and path.stat().st_size
-        for prompt in read_prompts(path)
+        for prompt in read_prompts(path, left_out)
     ]
     if not prompts:
         raise ValueError(f"{config.prompts_dir}: there are no prompts; run `dflash-ray train prompts` first")
     prompts.sort(key=lambda prompt: prompt.order)
-    return fill_shards(config, [Task(p, temperatures[p.digest % len(temperatures)]) for p in prompts])
+    tasks = [Task(p, temperatures[p.digest % len(temperatures)]) for p in prompts]
+    return fill_shards(config, tasks, left_out)
 
 
-def capture(config: TrainingConfig) -> int:
+def capture(config: TrainingConfig, left_out: LeftOut) -> int:
     """Makes shards of conversations that were answered elsewhere; the target runs for their taps alone.
 
     Returns the number of shards.
@@ -63,21 +68,32 @@ def capture(config: TrainingConfig) -> int:
     vocab_size = resolve_target(config.target).config.vocab_size
     tasks = []
     for path in config.capture.conversations:
-        for where, record in read_jsonl(path):
-            answer, temperature = record.get("response_ids"), record.get("temperature", 0.0)
-            is_answer = isinstance(answer, list) and all(isinstance(t, int) and 0 <= t < vocab_size for t in answer)
-            if not is_answer or not answer:
-                raise ValueError(f"{where}: needs response_ids, the answer's token ids, each below {vocab_size}")
-            if not isinstance(temperature, int | float):
-                raise ValueError(f"{where}: temperature must be a number")
-            tasks.append(Task(prompt_of(record, where, default_source(path)), float(temperature), answer))
-    return fill_shards(config, tasks)
+        for place, record in read_jsonl(path, left_out):
+            try:
+                tasks.append(_answered_task(record, place, default_source(path), vocab_size))
+            except BadRow as bad:
+                left_out.add(place, bad)
+    if not tasks:
+        raise ValueError(f"capture.conversations: nothing is left; {left_out.text}")
+    return fill_shards(config, tasks, left_out)
 
 
-def fill_shards(config: TrainingConfig, tasks: Sequence[Task]) -> int:
+def _answered_task(record: dict[str, Any], place: str, source: str, vocab_size: int) -> Task:
+    answer, temperature = record.get("response_ids"), record.get("temperature", 0.0)
+    is_answer = isinstance(answer, list) and all(type(t) is int and 0 <= t < vocab_size for t in answer)
+    if not is_answer or not answer:
+        raise BadRow(f"without response_ids, the answer's token ids, each below {vocab_size}")
+    is_number = isinstance(temperature, int | float) and not isinstance(temperature, bool)
+    if not is_number or not 0 <= temperature < math.inf:
+        raise BadRow("whose temperature is no number from 0 on")
+    return Task(prompt_of(record, place, source), float(temperature), answer)
+
+
+def fill_shards(config: TrainingConfig, tasks: Sequence[Task], left_out: LeftOut) -> int:
     """Writes the shards that are missing; returns how many there are then.
 
-    Raises ValueError when the directory holds shards of other tasks or settings, DiskFullError when it has no room.
+    Raises ValueError when the directory holds shards of other tasks or settings, or when nothing is left of the tasks,
+    DiskFullError when there is no room.
     """
     _claim(config, tasks)
     size = config.regenerate.shard_conversations
@@ -91,6 +107,10 @@ def fill_shards(config: TrainingConfig, tasks: Sequence[Task]) -> int:
         run = _over_cluster if config.regenerate.num_workers > 1 else _in_process
         for count in run(config, missing):
             bar.update(count)
+    if not sum([count_shard(path, left_out) for path in pieces]):
+        for path in (*pieces, config.shards_dir / _PLAN):
+            path.unlink()
+        raise ValueError(f"{config.shards_dir}: nothing is left; {left_out.text}")
     return len(pieces)
 
 
@@ -112,7 +132,7 @@ def _claim(config: TrainingConfig, tasks: Sequence[Task]) -> None:
         "dtype": config.engine.dtype,
         "prompts_and_settings": digest.hexdigest(),
     }
-    file = config.shards_dir / "plan.json"
+    file = config.shards_dir / _PLAN
     if not file.exists():
         write_text(file, json.dumps(plan, indent=2) + "\n")
     elif (old := json.loads(file.read_text())) != plan:
@@ -127,6 +147,7 @@ class ShardWorker:
         self._config = config
         self._tokenizer = ChatTokenizer(ModelConfig(path=config.target))
         target = resolve_target(config.target)
+        self._max_length = min(config.regenerate.max_length, target.config.max_position_embeddings)
         self._layout = TapLayout(target.fingerprint, _layers_to_store(config, target), target.config.hidden_size)
         self._resources = ExitStack()
 
@@ -141,18 +162,33 @@ class ShardWorker:
         self._resources.close()
 
     def write(self, path: Path, tasks: Sequence[Task]) -> None:
-        """Answers the tasks and writes them as one shard, in their order."""
-        prompts = [self._tokenizer.encode_chat(task.prompt.messages) for task in tasks]
-        longest = self._config.regenerate.max_length - _SHORTEST_ANSWER
-        fitting = [(task, prompt) for task, prompt in zip(tasks, prompts, strict=True) if len(prompt) <= longest]
+        """Answers the tasks and writes them as one shard, in their order; says in it what was left out and why."""
+        left_out = LeftOut()
+        fitting: list[tuple[Task, list[int]]] = []
+        for task in tasks:
+            try:
+                fitting.append((task, self._encode(task.prompt)))
+            except BadRow as bad:
+                left_out.add(task.prompt.place, bad)
         answered: dict[int, Answered] = {}
-        for index, answer, taps in self._answers(fitting):
+        for index, answer, taps in self._answers(fitting, left_out):
             task, prompt = fitting[index]
-            tokens = [*prompt, *answer]
-            answered[index] = Answered(task.prompt, task.temperature, len(prompt), tokens, taps)
-        write_shard(path, self._layout, [answered[index] for index in sorted(answered)])
+            if taps is not None and not torch.isfinite(taps).all():
+                left_out.add(task.prompt.place, f"on which the target overflows in {self._config.engine.dtype}")
+                continue
+            answered[index] = Answered(task.prompt, task.temperature, len(prompt), [*prompt, *answer], taps)
+        write_shard(path, self._layout, [answered[index] for index in sorted(answered)], left_out.rows)
 
-    def _answers(self, fitting: Sequence[tuple[Task, list[int]]]) -> Iterator[tuple[int, list[int], Tensor | None]]:
+    def _encode(self, prompt: Prompt) -> list[int]:
+        """Tokens up to the assistant's turn. Raises BadRow when there are too many."""
+        token_ids = tokens_of(prompt, self._tokenizer)
+        if len(token_ids) > self._max_length - _SHORTEST_ANSWER:
+            raise BadRow(f"too long for answers within {self._max_length} tokens (regenerate.max_length)")
+        return token_ids
+
+    def _answers(
+        self, fitting: Sequence[tuple[Task, list[int]]], left_out: LeftOut
+    ) -> Iterator[tuple[int, list[int], Tensor | None]]:
         """Index, answer and taps of tasks with their prompts' tokens, as they are done."""
         running: list[int] = []
         for index, (task, prompt) in enumerate(fitting):
@@ -164,6 +200,9 @@ class ShardWorker:
             return
         for number, decoded in self._decoder.run([self._request(*fitting[index]) for index in running]):
             task, prompt = fitting[running[number]]
+            if decoded.error:
+                left_out.add(task.prompt.place, f"given up by the target: {decoded.error}")
+                continue
             # A known answer is all prefill: the token drawn after it is not part of the conversation.
             answer = decoded.token_ids if task.answer is None else self._cut(task.answer, prompt)
             taps = None if decoded.taps is None else decoded.taps[: len(prompt) + len(answer) - 1]
@@ -171,14 +210,13 @@ class ShardWorker:
 
     def _cut(self, answer: list[int], prompt: list[int]) -> list[int]:
         """The part of a known answer that is kept; a place is left for the token that the engine draws after it."""
-        return answer[: self._config.regenerate.max_length - len(prompt) - 1]
+        return answer[: self._max_length - len(prompt) - 1]
 
     def _request(self, task: Task, prompt: list[int]) -> DecodeRequest:
         wants_taps = bool(self._layout.layer_ids)
         if task.answer is not None:
             return DecodeRequest([*prompt, *self._cut(task.answer, prompt)], 1, wants_taps=wants_taps)
-        section = self._config.regenerate
-        count = min(section.max_new_tokens, section.max_length - len(prompt))
+        count = min(self._config.regenerate.max_new_tokens, self._max_length - len(prompt))
         seed = task.prompt.digest ^ self._config.seed
         return DecodeRequest(prompt, count, task.temperature, seed=seed, wants_taps=wants_taps)
 

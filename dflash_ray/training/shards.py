@@ -10,10 +10,12 @@ where no layer was tapped.
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -22,11 +24,12 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from dflash_ray.training.files import replacing
+from dflash_ray.core.files import replacing
+from dflash_ray.training.left_out import LeftOut
 from dflash_ray.training.prompt_files import Prompt
 
 _MAX_OPEN_FILES = 256
-_LAYOUT_KEY = b"dflash_ray"
+_LAYOUT_KEY, _LEFT_OUT_KEY = b"dflash_ray", b"dflash_ray_left_out"
 _SCHEMA = pa.schema(
     [
         ("prompt", pa.string()),
@@ -75,9 +78,12 @@ class Conversation:
     token_ids: Tensor
 
 
-def write_shard(path: Path, layout: TapLayout, answered: Sequence[Answered]) -> None:
-    """Writes one shard. Raises DiskFullError when there is no room for it."""
-    schema = _SCHEMA.with_metadata({_LAYOUT_KEY: json.dumps(asdict(layout)).encode()})
+def write_shard(
+    path: Path, layout: TapLayout, answered: Sequence[Answered], left_out: Sequence[tuple[str, str]] = ()
+) -> None:
+    """Writes one shard, with places and reasons of what was left out of it. Raises DiskFullError."""
+    metadata = {_LAYOUT_KEY: json.dumps(asdict(layout)), _LEFT_OUT_KEY: json.dumps(list(left_out))}
+    schema = _SCHEMA.with_metadata({key: text.encode() for key, text in metadata.items()})
     # Python's own file, so that a full disk is an OSError with its number.
     with (
         replacing(path) as partial,
@@ -122,25 +128,52 @@ class ShardStore:
         self.conversations: list[Conversation] = []
         self._places: list[tuple[Path, int]] = []  # file and row group of each conversation
         for path in self.paths.values():
-            for group, row in enumerate(self._open(path).read(columns=_LIGHT_COLUMNS).to_pylist()):
+            with _naming(path):
+                rows = self._open(path).read(columns=_LIGHT_COLUMNS).to_pylist()
+            for group, row in enumerate(rows):
                 prompt = Prompt(json.loads(row["prompt"]), row["source"])
                 token_ids = torch.tensor(row["token_ids"], dtype=torch.int64)
                 self.conversations.append(Conversation(prompt, row["temperature"], row["prompt_len"], token_ids))
                 self._places.append((path, group))
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of the conversations and of what their taps are of, in whatever files they lie."""
+        digest = hashlib.sha256(json.dumps(asdict(self.layout)).encode())
+        for one in self.conversations:
+            digest.update(f"{one.prompt.digest}:{one.prompt_len}:{len(one.token_ids)}:".encode())
+            digest.update(one.token_ids.numpy().tobytes())
+        return digest.hexdigest()[:16]
+
     def taps(self, index: int, layer_ids: Sequence[int]) -> Tensor:
         """Taps of a conversation, bfloat16 [T - 1, len(layer_ids) * H]."""
         path, group = self._places[index]
-        buffer = self._open(path).read_row_group(group, columns=["taps"])["taps"][0].as_buffer()
+        with _naming(path):
+            buffer = self._open(path).read_row_group(group, columns=["taps"])["taps"][0].as_buffer()
         rows = np.frombuffer(buffer, dtype=np.int16).reshape(-1, len(self.layout.layer_ids), self.layout.hidden_size)
         at = [self.layout.layer_ids.index(layer) for layer in layer_ids]
         return torch.from_numpy(rows[:, at].reshape(len(rows), -1)).view(torch.bfloat16)
 
 
+def count_shard(path: Path, left_out: LeftOut) -> int:
+    """The number of conversations in a shard; what was left out of it is counted."""
+    file = _open(path)
+    for place, reason in json.loads((file.schema_arrow.metadata or {}).get(_LEFT_OUT_KEY, b"[]")):
+        left_out.add(place, reason)
+    return int(file.metadata.num_rows)
+
+
 def _open(path: Path) -> pq.ParquetFile:
-    try:
+    with _naming(path):
         return pq.ParquetFile(path, memory_map=True)
-    except pa.ArrowInvalid as error:
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """What pyarrow cannot read is an error that names the file."""
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path}: is not a whole shard ({error}); delete it and run `regenerate` again") from None
 
 

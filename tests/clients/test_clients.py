@@ -77,10 +77,12 @@ def test_guidellm_measures_streams(app: Application, run: Run, tmp_path: Path, t
         report = tmp_path / f"{kind.replace('/', '_')}.json"
         run(
             "guidellm", "run", "--backend", f"kind=openai_http,target={app.http_url},request_format=/v1/{kind}",
-            "--profile", "kind=concurrent,streams=2", "--constraint", "kind=max_requests,count=4",
+            "--profile", "kind=concurrent,streams=2", "--constraint", "kind=max_requests,count=6",
             "--data", f"kind=json_file,path={data}", "--tokenizer", f"kind=hf_auto,model={tokenizer_directory}",
             "--output", f"kind=json,path={report}", "--disable-console",
         )  # fmt: skip
         (benchmark,) = json.loads(report.read_text())["benchmarks"]
         totals = benchmark["metrics"]["request_totals"]
-        assert (totals["successful"], totals["errored"]) == (4, 0)
+        # It may end before it has counted its last answers.
+        assert totals["errored"] == totals["incomplete"] == 0 and totals["successful"] >= 4
+        assert all(request["output_metrics"]["text_tokens"] for request in benchmark["requests"]["successful"])

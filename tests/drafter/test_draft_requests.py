@@ -41,7 +41,7 @@ def request_of_two(rows: torch.Tensor, **columns) -> drafter_pb2.DraftRequest:
 
 
 def test_the_router_sends_each_sequences_temperature_and_seed():
-    drafting = Drafting(timeout_s=1.0, num_candidates=2)
+    drafting = Drafting(load_config(None, ["router.num_candidates=2"]))
     drafting.join(DrafterState("d", needs_features=False, max_draft_tokens=5))
     sequences = []
     rejection = common_pb2.VERIFY_MODE_REJECTION
@@ -51,7 +51,7 @@ def test_the_router_sends_each_sequences_temperature_and_seed():
             sampling=common_pb2.SamplingParams(temperature=temperature, seed=seed, mode=mode),
             stopping=common_pb2.StoppingParams(max_new_tokens=20),
         )
-        sequence = RouterSequence(i, request, [1, 2, 3, 4], draft_tokens=4, arrived_at=0.0, phase=Phase.DECODE)
+        sequence = RouterSequence(i, request, [1, 2, 3, 4], 4, wants_features=False, arrived_at=0.0, phase=Phase.DECODE)
         sequences.append(sequence)
     (action,) = drafting.request(sequences, max_model_len=100, epoch=1, now=0.0)
     assert isinstance(action, RequestDrafts)

@@ -102,8 +102,8 @@ class Running:
 
 
 @contextlib.asynccontextmanager
-async def running(models: Models, *settings: str) -> AsyncIterator[Running]:
-    """One target and two drafters behind a pipeline of the router."""
+async def running(models: Models, *settings: str, names: str = "ab", room: int | None = None) -> AsyncIterator[Running]:
+    """One target and drafters with room for so many rows behind a pipeline of the router."""
     config = load_config(None, [*SETTINGS, *settings])
     async with contextlib.AsyncExitStack() as closing:
 
@@ -116,15 +116,15 @@ async def running(models: Models, *settings: str) -> AsyncIterator[Running]:
 
         target = await serve(target_pb2_grpc.add_TargetServicer_to_server, target_servicer(models, config))
         drafters = []
-        for name in "ab":
+        for name in names:
             method = BlockDrafter(models.drafter, models.target)
             watchdog = Watchdog(600, "a draft pass")
-            servicer = DrafterServicer(name, method, config.drafter_context_tokens, watchdog, DrafterMetrics())
+            servicer = DrafterServicer(name, method, room or config.drafter_context_tokens, watchdog, DrafterMetrics())
             drafters.append(await serve(drafter_pb2_grpc.add_DrafterServicer_to_server, servicer))
         pipeline = Pipeline(config, "r", RouterMetrics())
         closing.push_async_callback(pipeline.close)
         await pipeline.connect_target(Entry("target", "t", f"127.0.0.1:{target.port}", {}), epoch=1)
-        for name, server in zip("ab", drafters, strict=True):
+        for name, server in zip(names, drafters, strict=True):
             await pipeline.connect_drafter(Entry("drafter", name, f"127.0.0.1:{server.port}", {}))
         yield Running(pipeline, drafters)
 
@@ -181,3 +181,12 @@ async def test_a_long_context_moves_to_another_drafter_by_replay(models, truth):
         assert pipeline.scheduler.drafting.num_replays > 1
         assert pipeline.scheduler.num_drafts_by_source["remote"] > NUM_NEW // 2
         assert pipeline.target_id == "t" and [pipeline.knows_drafter(name) for name in "ab"].count(True) == 1
+
+
+async def test_a_drafter_without_room_for_all_keeps_those_it_has_and_the_others_go_without(models, truth):
+    async with running(models, names="a", room=PROMPT_LEN + NUM_NEW) as app:
+        assert await asyncio.gather(*(generate(app.pipeline, prompt) for prompt in PROMPTS)) == truth
+        scheduler = app.pipeline.scheduler
+        assert scheduler.drafting.num_dropped["refused"] >= 1
+        assert scheduler.num_drafts_by_source["remote"] >= NUM_NEW // 5
+        assert app.pipeline.target_id == "t" and app.pipeline.knows_drafter("a")

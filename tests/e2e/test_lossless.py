@@ -36,74 +36,67 @@ async def generate_all(app: Application, prompts: list[list[int]], concurrency: 
         return await asyncio.gather(*(one(ids) for ids in prompts))
 
 
-async def compare_with_transformers(
-    app: Application, reference: Reference, prompts: list[list[int]], expected: list[list[int]]
-) -> Comparison:
-    comparison = Comparison()
-    for speculation in ("off", "fixed"):
-        outputs = await generate_all(app, prompts, speculation=speculation)
-        for i, (ids, want, got) in enumerate(zip(prompts, expected, outputs, strict=True)):
-            comparison.add(reference, f"{speculation} prompt {i}", ids, want, got.token_ids)
-        if speculation == "fixed":
-            assert sum(output.metrics.num_accepted_draft_tokens for output in outputs) > 0
-    return comparison
-
-
-async def compare_on_with_off(
-    app: Application, reference: Reference, prompts: list[list[int]], temperature: float
-) -> Comparison:
-    comparison = Comparison()
+async def on_as_off(app: Application, prompts: list[list[int]], temperature: float = 0.0) -> list[list[int]]:
+    """Tokens of every prompt, the same with speculation off and on: no near-tie excuses a difference on a CPU."""
     off, on = [
         await generate_all(app, prompts, speculation=speculation, temperature=temperature, seed=7)
         for speculation in ("off", "fixed")
     ]
-    for i, (ids, want, got) in enumerate(zip(prompts, off, on, strict=True)):
-        name = f"T={temperature} prompt {i}"
-        comparison.add(reference, name, ids, want.token_ids, got.token_ids, temperature, seed=7)
+    tokens = [output.token_ids for output in off]
+    assert [output.token_ids for output in on] == tokens
+    assert sum(output.metrics.num_accepted_draft_tokens for output in on) > 0
+    return tokens
+
+
+def against_transformers(
+    reference: Reference, prompts: list[list[int]], expected: list[list[int]], got: list[list[int]]
+) -> Comparison:
+    """Another engine sums in another order, so near-ties are counted apart."""
+    comparison = Comparison()
+    for i, (ids, want, tokens) in enumerate(zip(prompts, expected, got, strict=True)):
+        comparison.add(reference, f"prompt {i}", ids, want, tokens)
     return comparison
 
 
 async def test_greedy_tokens_equal_transformers_with_speculation_off_and_on(smollm2_app, reference):
     prompts = prompt_ids(reference, limit=12)
     expected = [reference.greedy(ids, MAX_NEW_TOKENS) for ids in prompts]
-    comparison = await compare_with_transformers(smollm2_app, reference, prompts, expected)
+    comparison = against_transformers(reference, prompts, expected, await on_as_off(smollm2_app, prompts))
     print(comparison)
     assert not comparison.different
-    assert comparison.equal >= len(prompts)
+    assert comparison.equal >= len(prompts) / 2
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
 async def test_seeded_text_is_the_same_with_speculation_off_and_on(smollm2_app, reference, temperature):
-    comparison = await compare_on_with_off(smollm2_app, reference, prompt_ids(reference, limit=12), temperature)
-    print(comparison)
-    assert not comparison.different
+    await on_as_off(smollm2_app, prompt_ids(reference, limit=12), temperature)
 
 
 async def test_seeded_text_does_not_depend_on_the_batch(smollm2_app, reference):
     prompts = prompt_ids(reference, limit=8)
     together = await generate_all(smollm2_app, prompts, temperature=0.8, seed=3)
     alone = await generate_all(smollm2_app, prompts, concurrency=1, temperature=0.8, seed=3)
-    comparison = Comparison()
-    for i, (ids, want, got) in enumerate(zip(prompts, alone, together, strict=True)):
-        comparison.add(reference, f"prompt {i}", ids, want.token_ids, got.token_ids, 0.8, seed=3)
-    assert not comparison.different
+    assert [output.token_ids for output in together] == [output.token_ids for output in alone]
 
 
 @pytest.fixture(scope="module")
-def expected_greedy(reference: Reference) -> list[list[int]]:
-    return [reference.greedy(ids, MAX_NEW_TOKENS) for ids in prompt_ids(reference)]
+def prompts(reference: Reference, pytestconfig: pytest.Config) -> list[list[int]]:
+    return prompt_ids(reference, limit=pytestconfig.getoption("prompts"))
+
+
+@pytest.fixture(scope="module")
+def expected_greedy(reference: Reference, prompts: list[list[int]]) -> list[list[int]]:
+    return [reference.greedy(ids, MAX_NEW_TOKENS) for ids in prompts]
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 @pytest.mark.parametrize("setup", SETUPS)
-async def test_every_setup_is_lossless_over_all_prompts(setup, reference, expected_greedy):
-    prompts = prompt_ids(reference)
+async def test_every_setup_is_lossless(setup, reference, prompts, expected_greedy):
     with application(*SETUPS[setup]) as app:
-        greedy = await compare_with_transformers(app, reference, prompts, expected_greedy)
-        print(f"{setup} greedy against transformers: {greedy}")
+        greedy = against_transformers(reference, prompts, expected_greedy, await on_as_off(app, prompts))
+        print(f"{setup}, greedy, against transformers: {greedy}")
         assert not greedy.different
+        assert greedy.equal >= len(prompts) / 2
         for temperature in (0.7, 1.0):
-            sampled = await compare_on_with_off(app, reference, prompts, temperature)
-            print(f"{setup} seeded T={temperature} on against off: {sampled}")
-            assert not sampled.different
+            await on_as_off(app, prompts, temperature)

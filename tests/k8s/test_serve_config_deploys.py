@@ -11,7 +11,7 @@ import ray
 from ray import serve
 
 from tests.applications import Client, request
-from tests.k8s.test_manifests import ray_service
+from tests.k8s.rendering import ray_service
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 RESOURCES = {"frontend": 2, "target": 1, "drafter": 3}  # what the worker groups offer together

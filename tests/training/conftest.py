@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from dflash_ray.cli import app
 from dflash_ray.training.config import TrainingConfig
+from dflash_ray.training.shards import Answered, ShardStore, write_shard
 from tests.tiny import SHAPE, save_tiny_target
 
 START, END, MASK = "<|start|>", "<|end|>", "<|mask|>"
@@ -75,6 +76,18 @@ def share(source: TrainingConfig, mine: TrainingConfig, *parts: str) -> None:
         (mine.work_dir / part).symlink_to(source.work_dir / part)
 
 
+def poison(source: ShardStore, config: TrainingConfig, every: int) -> None:
+    """Shards of the same conversations, in which every so many have taps that are not finite."""
+    answered = [
+        Answered(one.prompt, one.temperature, one.prompt_len, one.token_ids.tolist(), source.taps(i, (0, 2)).clone())
+        for i, one in enumerate(source.conversations)
+    ]
+    for one in answered[::every]:
+        assert one.taps is not None
+        one.taps[3] = torch.inf
+    write_shard(config.shards_dir / "00000.parquet", source.layout, answered)
+
+
 def recipe(target_dir: Path, work_dir: Path, **sections: dict) -> TrainingConfig:
     """A run in `work_dir`; `sections` replace single keys of the recipe's sections."""
     work_dir.mkdir(parents=True, exist_ok=True)
@@ -115,6 +128,15 @@ def run_step(step: str, recipe_file, *overrides: str) -> str:
     result = CliRunner().invoke(app, ["train", step, "--config", str(recipe_file), *options])
     assert result.exit_code == 0, result.output
     return result.output
+
+
+def last_error_of(step: str, recipe_file, *overrides: str) -> str:
+    """The last line of a step that fails, after its progress bars."""
+    options = [option for override in overrides for option in ("--set", override)]
+    result = CliRunner().invoke(app, ["train", step, "--config", str(recipe_file), *options])
+    last = result.output.splitlines()[-1]
+    assert result.exit_code == 1 and last.startswith("error: ")
+    return last
 
 
 @pytest.fixture(scope="session")

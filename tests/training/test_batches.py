@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from torch.nn import functional as F
 
 from dflash_ray.models.target_checkpoint import resolve_target
+from dflash_ray.models.target_logits import TargetLogits
 from dflash_ray.training.batches import BatchSource, draft_vocabulary
 from dflash_ray.training.fit import fit
+from dflash_ray.training.left_out import LeftOut
 from dflash_ray.training.losses import IGNORE
-from dflash_ray.training.objective import final_norm
 from dflash_ray.training.prompts import gather_prompts
 from dflash_ray.training.regenerate import regenerate
 from dflash_ray.training.shards import ShardStore
@@ -26,8 +26,8 @@ def config(target_dir, tmp_path_factory):
     directory = tmp_path_factory.mktemp("batches")
     write_prompt_file(directory / "prompts.jsonl", 12)
     config = recipe(target_dir, directory, regenerate={"with_last_layer": True}, fit={"distillation_weight": 0.5})
-    gather_prompts(config)
-    regenerate(config)
+    gather_prompts(config, LeftOut())
+    regenerate(config, LeftOut())
     return config
 
 
@@ -74,7 +74,7 @@ def test_workers_share_a_batch_without_overlap(store):
 def test_the_targets_logits_are_rebuilt_at_the_rows_that_predict_the_slots(store, config):
     target = resolve_target(config.target)
     batch = new_source(store, torch.arange(SHAPE["vocab_size"]), LAST_LAYER).at([0, 5], seed=2)
-    logits = F.linear(final_norm(target)(batch.last_hidden.float()), target.load_head())
+    logits = TargetLogits(target)(batch.last_hidden.float(), target.load_head())
     valid = batch.labels != IGNORE
     assert (logits.argmax(-1) == batch.labels)[valid].float().mean() > 0.95  # the stored rows are bfloat16
 
@@ -109,7 +109,7 @@ def test_shards_without_taps_hold_the_same_conversations_and_train_a_drafter(sto
         }
     )
     share(config, online, "prompts")
-    regenerate(online)
+    regenerate(online, LeftOut())
     light = ShardStore(online.shards_dir)
     assert light.layout.layer_ids == ()
     for one, other in zip(light.conversations, store.conversations, strict=True):

@@ -1,5 +1,7 @@
 """The batch decoder gives each sequence the tokens and hidden states that it has alone, with a drafter or without."""
 
+import json
+
 import pytest
 import torch
 
@@ -8,7 +10,12 @@ from dflash_ray.models.drafter_config import parse_dflash_config
 from dflash_ray.models.target_checkpoint import resolve_target
 from dflash_ray.training.config import EngineSection
 from dflash_ray.training.decoding import DecodeRequest, local_decoder
+from dflash_ray.training.left_out import LeftOut
+from dflash_ray.training.prompts import gather_prompts
+from dflash_ray.training.regenerate import regenerate
+from dflash_ray.training.shards import ShardStore
 from tests.drafter.published import changed, random_weights
+from tests.training.conftest import recipe
 
 PROMPTS = [[5, 17, 80, 3], [9] * 40, [44, 61], [7, 8, 9, 10, 11, 12, 13]]
 NEW_TOKENS = 20
@@ -63,3 +70,29 @@ def test_a_stop_token_ends_a_sequence(target_dir):
 def test_a_sequence_that_can_never_fit_is_refused(target_dir):
     with pytest.raises(ValueError, match="kv_cache_tokens"):
         decode(target_dir, [DecodeRequest([1] * 60, 100)])
+
+
+def test_a_sequence_that_the_target_gives_up_costs_no_other_its_tokens(target_dir):
+    good = [DecodeRequest(prompt, NEW_TOKENS) for prompt in PROMPTS]
+    expected = decode(target_dir, good)
+    results = decode(target_dir, [good[0], DecodeRequest([5] * 70, 4), *good[1:]])
+    assert "70 tokens" in results.pop(1).error
+    assert [one.token_ids for _, one in sorted(results.items())] == [
+        one.token_ids for _, one in sorted(expected.items())
+    ]
+    assert not any(one.error for one in results.values())
+
+
+def test_answers_and_prompts_end_with_the_context_of_the_target(target_dir, tmp_path):
+    """The tiny target holds 512 tokens, whatever engine.max_model_len allows."""
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps({"prompt": "ab" * count}) + "\n" for count in (3, 235, 270)))
+    sections = {"engine": {"max_model_len": 1024}, "regenerate": {"max_length": 768}}
+    config = recipe(target_dir, tmp_path, **sections, prompts={"near_duplicate_similarity": None})
+    left_out = LeftOut()
+    gather_prompts(config, left_out)
+    regenerate(config, left_out)
+    lengths = sorted(len(one.token_ids) for one in ShardStore(config.shards_dir).conversations)
+    assert len(lengths) == 2 and lengths[1] == 512
+    ((_, reason),) = left_out.rows
+    assert reason == "too long for answers within 512 tokens (regenerate.max_length)"

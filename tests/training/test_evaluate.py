@@ -67,10 +67,11 @@ def test_following_recorded_answers_counts_what_decoding_counts(pipeline, answer
     run_step("evaluate", recipe_file, *common, f"evaluate.answers={answers}")
     followed = results_of(config)
     for one, other in zip(followed, decoded, strict=True):
-        for key in ("category", "block_size", "num_prompts", "num_passes", "acceptance_length", "accepted_at"):
-            assert one[key] == other[key]
-        # Recorded taps are bfloat16: where two paths are nearly as likely, a tree may hold the other one.
-        assert one["tree_acceptance_lengths"] == pytest.approx(other["tree_acceptance_lengths"], abs=0.02)
+        assert all(one[key] == other[key] for key in ("category", "block_size", "num_prompts"))
+        # Recorded taps are bfloat16: where two drafts are nearly as likely, the other one may be drafted.
+        assert one["num_passes"] == pytest.approx(other["num_passes"], rel=0.02)
+        for key in ("acceptance_length", "accepted_at", "tree_acceptance_lengths"):
+            assert one[key] == pytest.approx(other[key], abs=0.02)
     assert followed[0]["acceptance_length"] > 1.1
 
 

@@ -7,6 +7,7 @@ import pytest
 from dflash_ray.models.drafter_checkpoint import resolve_drafter
 from dflash_ray.models.target_checkpoint import resolve_target
 from dflash_ray.training.config import load_training_config
+from dflash_ray.training.left_out import LeftOut
 from dflash_ray.training.prompt_files import read_jsonl
 
 ROOT = Path(__file__).parents[2]
@@ -17,7 +18,7 @@ COUNTS = (5641, 1024, 3662, 4864, 2048, 2304, 13824)
 @pytest.mark.parametrize(("number", "count"), enumerate(COUNTS, start=1))
 def test_the_recipes_conversations_are_whole(number, count):
     config = load_training_config(RECIPE)
-    conversations = [record for _, record in read_jsonl(ROOT / config.capture.conversations[number - 1])]
+    conversations = [record for _, record in read_jsonl(ROOT / config.capture.conversations[number - 1], LeftOut())]
     assert len(conversations) == count
     vocab_size = resolve_target(config.target).config.vocab_size
     assert all(0 <= token < vocab_size for record in conversations for token in record["response_ids"])
@@ -25,9 +26,9 @@ def test_the_recipes_conversations_are_whole(number, count):
 
 def test_no_prompt_of_the_evaluation_is_among_them():
     config = load_training_config(RECIPE)
-    evaluated = {record["prompt"] for _, record in read_jsonl(ROOT / config.evaluate.prompts)}
+    evaluated = {record["prompt"] for _, record in read_jsonl(ROOT / config.evaluate.prompts, LeftOut())}
     for path in config.capture.conversations:
-        assert not any(record.get("prompt") in evaluated for _, record in read_jsonl(ROOT / path))
+        assert not any(record.get("prompt") in evaluated for _, record in read_jsonl(ROOT / path, LeftOut()))
 
 
 def test_the_drafter_that_comes_along_has_the_recipes_shape_and_carries_it():

@@ -5,9 +5,12 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from dflash_ray.models.dflash import ContextProjector, DflashNetwork
+from dflash_ray.models.drafter_config import parse_dflash_config
 from dflash_ray.training.config import FitSection
 from dflash_ray.training.fit import fit
 from dflash_ray.training.optimizers import build_optimizers, orthogonalised
+from tests.drafter.published import DFLASH2
 from tests.training.conftest import recipe, share
 
 
@@ -35,11 +38,17 @@ def test_it_takes_the_steps_that_torchs_muon_takes():
     torch.testing.assert_close(ours - 1, theirs - 1, rtol=0.1, atol=2e-3)
 
 
-def test_matrices_are_muons_and_the_rest_is_adamws():
-    parameters = {"norm": nn.Parameter(torch.ones(4)), "fc": nn.Parameter(torch.ones(4, 8))}
-    muon, adamw = build_optimizers(FitSection(), parameters)
-    assert [p.ndim for group in muon.param_groups for p in group["params"]] == [2]
-    assert [p.ndim for group in adamw.param_groups for p in group["params"]] == [1]
+def test_matrices_are_muons_and_norms_kernels_and_codebooks_are_adamws():
+    config = parse_dflash_config(DFLASH2["causal everywhere"], "test")
+    parameters = {**dict(ContextProjector(config).named_parameters()), **dict(DflashNetwork(config).named_parameters())}
+    muon, adamw = (
+        {name for name, p in parameters.items() if any(p is q for g in one.param_groups for q in g["params"])}
+        for one in build_optimizers(FitSection(), parameters)
+    )
+    assert muon | adamw == parameters.keys() and not muon & adamw
+    assert {"fc.weight", "layers.0.mlp.up_proj.weight", "candidate_selector.hidden_projection.weight"} <= muon
+    codebooks = {f"candidate_selector.{name}_codebook" for name in ("predecessor", "successor")}
+    assert codebooks | {"norm.weight", "layers.0.mlp_conv.base_kernel"} <= adamw
     assert len(build_optimizers(FitSection(optimizer="adamw"), parameters)) == 1
 
 

@@ -8,6 +8,7 @@ import torch
 from dflash_ray.models.block_drafter import BlockDrafter
 from dflash_ray.models.drafter_checkpoint import resolve_drafter
 from dflash_ray.models.target_checkpoint import resolve_target
+from dflash_ray.training.left_out import LeftOut
 from dflash_ray.training.prompt_files import read_prompts
 from dflash_ray.training.shards import Conversation, ShardStore
 from tests.training.conftest import run_step, save_recipe
@@ -42,7 +43,7 @@ def test_results_cover_categories_temperatures_and_the_drafters_own_block_size(p
 def test_no_prompt_is_on_both_sides_of_the_split(pipeline):
     config, _, _ = pipeline
     train, held_out = (
-        {prompt.text for prompt in read_prompts(config.prompts_dir / name)}
+        {prompt.text for prompt in read_prompts(config.prompts_dir / name, LeftOut())}
         for name in ("train.jsonl", "held_out.jsonl")
     )
     assert train and held_out and not train & held_out

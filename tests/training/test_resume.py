@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from dflash_ray.training.fit import fit
+from dflash_ray.training.left_out import LeftOut
 from dflash_ray.training.prompts import gather_prompts
 from dflash_ray.training.regenerate import regenerate
 from dflash_ray.training.shards import ShardStore
@@ -37,10 +38,10 @@ def kill_when_there_is(file: Path, step: str, recipe_file: Path) -> None:
 def test_a_killed_regenerate_goes_on_to_the_same_shards(pipeline, target_dir, tmp_path):
     uninterrupted, _, _ = pipeline
     config = recipe(target_dir, tmp_path)
-    gather_prompts(config)
+    gather_prompts(config, LeftOut())
     kill_when_there_is(config.shards_dir / "00000.parquet", "regenerate", save_recipe(config, tmp_path / "recipe.yaml"))
     before = {path: path.stat().st_mtime_ns for path in config.shards_dir.glob("*.parquet")}
-    regenerate(config)
+    regenerate(config, LeftOut())
     store, whole = ShardStore(config.shards_dir), ShardStore(uninterrupted.shards_dir)
     assert 0 < len(before) < len(store.paths)
     assert all(path.stat().st_mtime_ns == written for path, written in before.items())

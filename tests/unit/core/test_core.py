@@ -3,7 +3,6 @@
 import pytest
 
 from dflash_ray.config import ConfigError, load_config
-from dflash_ray.core.ngram import NgramDraft, NgramIndex
 from dflash_ray.core.stats import AcceptanceStats, merge
 
 
@@ -36,15 +35,6 @@ def test_acceptance_counts_the_targets_own_token():
     assert stats.acceptance_length == 3.0 and stats.acceptance_rate == 0.5
     assert stats.histogram == [1, 0, 1, 0, 1] and stats.accepted_per_position() == [2, 2, 1, 1]
     assert merge([stats, stats]).num_steps == 6
-
-
-def test_ngrams_propose_what_followed_the_latest_occurrence():
-    index = NgramIndex()
-    index.extend([1, 2, 3, 9, 1, 2, 3, 8, 5, 1, 2])
-    assert index.propose(3) == NgramDraft([3, 8, 5], match_len=2)
-    assert index.propose_after(3, 2) == NgramDraft([8, 5], match_len=3)
-    index.extend([77])
-    assert index.propose(3) == NgramDraft([], match_len=0)
 
 
 def test_a_bare_off_is_a_policy_though_yaml_reads_it_as_false(tmp_path):

@@ -4,6 +4,7 @@ import asyncio
 import json
 import logging
 
+import openai
 import pytest
 
 from dflash_ray.core.errors import OverloadedError, RequestError, UnavailableError
@@ -133,6 +134,19 @@ async def test_an_answers_own_message_comes_back_as_history():
 async def test_a_message_that_cannot_be_read_is_refused_by_name(message, param):
     response, _ = await post({"messages": [message]})
     assert (response.status_code, response.json()["error"]["param"]) == (400, param)
+
+
+@pytest.mark.parametrize("prompt", [5, {}, [1.5], [1, "a"], ["a", 1], [[1], ["a"]], [[[1]]]], ids=str)
+async def test_what_is_no_prompt_is_refused_in_words_that_a_client_knows(prompt):
+    response, _ = await post({"prompt": prompt}, COMPLETIONS)
+    assert response.json()["error"]["message"] == "prompt: must be text, token ids, or a list of either"
+
+
+async def test_messages_of_errors_are_free_of_our_classes():
+    for body in ({"stream_options": 5}, {"stop": [""]}, {"speculation": 5}, {"messages": 5}, {"messages": ["x"]}):
+        response, _ = await post({"messages": HELLO} | body)
+        message = response.json()["error"]["message"]
+        assert response.status_code == 400 and "Value error" not in message and "instance" not in message
 
 
 async def test_completions_take_max_completion_tokens():
@@ -434,3 +448,30 @@ async def test_echo_without_log_probabilities_is_the_prompt_and_the_answer():
         assert not app.router.requests[0].sampling.HasField("num_prompt_logprobs")
         refused = await app.http.post(COMPLETIONS, json={"prompt": "x", "max_tokens": 0})
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "max_tokens")
+
+
+async def test_the_openai_package_reads_over_comments_and_raises_what_a_stream_ends_with():
+    async def respond(request):
+        yield router_pb2.TokenChunk()
+        await asyncio.sleep(0.15)
+        async for part in says(WORDS)(request):
+            yield part
+
+    async with gateway(respond, "gateway.keepalive_s=0.05") as app:
+        client = openai.AsyncOpenAI(base_url=f"{app.http_url}/v1", api_key="none", max_retries=0)
+        async with client:
+            stream = await client.chat.completions.create(model="", messages=HELLO, stream=True)
+            assert "".join([part.choices[0].delta.content async for part in stream]) == WORDS
+            with pytest.raises(openai.NotFoundError) as raised:
+                await client.chat.completions.create(model="gpt-9", messages=HELLO, stream=True)
+            assert raised.value.code == "model_not_found"
+
+    async def breaks(request):
+        yield router_pb2.TokenChunk()
+        yield chunk(504)
+        raise RequestError("broken")
+
+    async with gateway(breaks) as app, openai.AsyncOpenAI(base_url=f"{app.http_url}/v1", api_key="none") as client:
+        stream = await client.chat.completions.create(model="", messages=HELLO, stream=True)
+        with pytest.raises(openai.APIError, match="broken"):
+            _ = [part async for part in stream]

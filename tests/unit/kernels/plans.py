@@ -80,10 +80,14 @@ def assert_same(
     """Equal to the bit but for log-probabilities, which are sums of floats."""
     assert torch.equal(got[1], want[1])
     for mine, other in zip(got[0], want[0], strict=True):
-        for name in ("accepted_rows", "tokens", "is_flagged", "finish", "kv_len", "top_ids"):
+        for name in ("accepted_rows", "tokens", "is_flagged", "finish", "kv_len"):
             assert getattr(mine, name) == getattr(other, name), name
-        for name in ("chosen_logprobs", "top_logprobs"):
-            one, two = torch.tensor(getattr(mine, name)), torch.tensor(getattr(other, name))
+        assert (mine.logprobs is None) == (other.logprobs is None)
+        if mine.logprobs is None or other.logprobs is None:
+            continue
+        assert mine.logprobs.top_ids == other.logprobs.top_ids
+        for name in ("chosen", "top_logprobs"):
+            one, two = torch.tensor(getattr(mine.logprobs, name)), torch.tensor(getattr(other.logprobs, name))
             assert torch.allclose(one, two, atol=1e-4, equal_nan=True), name
 
 

@@ -154,6 +154,9 @@ class Watched:
     def verify(self, hidden, plan):
         return self._runner.verify(hidden, plan)
 
+    def score(self, hidden, batch):
+        return self._runner.score(hidden, batch)
+
     def num_alive(self) -> int:
         gc.collect()
         return sum(array() is not None for array in self._arrays)

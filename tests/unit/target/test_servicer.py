@@ -84,6 +84,7 @@ async def test_a_malformed_step_gets_a_status_that_names_the_column_and_the_grou
         ({"bias_token_ids": [1], "bias_values": []}, "bias_values"),
         ({"bias_token_ids": [1], "bias_values": [float("nan")]}, "bias_values"),
         ({"num_logprobs": 100_000}, "num_logprobs"),
+        ({"num_prompt_logprobs": 100_000}, "num_prompt_logprobs"),
         ({"tokens": [1, VOCAB]}, "token_ids"),
         ({"tokens": [1] * 257}, "257 tokens"),
     ],

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-from safetensors import SafetensorError
 
 
 class DiskFullError(ValueError):
@@ -19,14 +18,17 @@ class DiskFullError(ValueError):
 def replacing(path: Path) -> Iterator[Path]:
     """A path to write to that takes the place of `path` when the block ends without an error.
 
+    The bytes are on the disk before the name is, so a machine that stops leaves the old file or the new one.
     Raises DiskFullError when the block fails for want of room.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     try:
         yield partial
+        with partial.open("rb") as stream:
+            os.fsync(stream.fileno())
         partial.replace(path)
-    except (OSError, SafetensorError) as error:
+    except Exception as error:
         if not _is_disk_full(error):
             raise
         partial.unlink(missing_ok=True)
@@ -35,8 +37,8 @@ def replacing(path: Path) -> Iterator[Path]:
         ) from error
 
 
-def _is_disk_full(error: OSError | SafetensorError) -> bool:
-    """safetensors passes the operating system's error on as text."""
+def _is_disk_full(error: Exception) -> bool:
+    """safetensors passes the operating system's error on as text, in an error of its own."""
     return getattr(error, "errno", None) == errno.ENOSPC or f"os error {errno.ENOSPC}" in str(error)
 
 
