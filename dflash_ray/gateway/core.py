@@ -38,7 +38,7 @@ class GatewayCore:
         self.requests = RequestBuilder(config, self.tokenizer, self.traffic)
         self.unknown_fields = UnknownFields()
         self.routers = Routers(directory, config.network)
-        self._metrics_page = MetricsPage(directory, config.network, ("gateway", self.gateway_id), self.metrics.render)
+        self.metrics_page = MetricsPage(directory, config.network, ("gateway", self.gateway_id), self.metrics.render)
         self.generator = Generator(
             self.routers,
             self.tokenizer,
@@ -63,4 +63,4 @@ class GatewayCore:
 
     async def render_metrics(self) -> str:
         """Metrics of every process of the application."""
-        return await self._metrics_page.collect()
+        return await self.metrics_page.collect()

@@ -54,7 +54,7 @@ class GatewayReplica:
         self._closing.push_async_callback(self._server.stop, grace_s=config.gateway.drain_timeout_s)
         entry = await self._serve_metrics()
         registration = keep_registered(self._directory, lambda: entry, config.network.entry_ttl_s)
-        loops = (registration, self.core.routers.run(), self._report_health())
+        loops = (registration, self.core.routers.run(), self.core.metrics_page.run(), self._report_health())
         self._tasks += [asyncio.create_task(loop) for loop in loops]
         self._closing.push_async_callback(self._unregister)
 

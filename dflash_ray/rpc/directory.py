@@ -235,7 +235,8 @@ def _get_or_create_actor() -> Any:
 class KnownEntries:
     """The processes of one kind as a reader remembers them.
 
-    None is forgotten because the directory is away, or because it has just started and not heard of everyone yet.
+    None is forgotten because the directory is away, or because it has just started and not heard of everyone yet. A
+    reader has to ask once in a TTL for that: what it remembers from before says nothing of who is there now.
     """
 
     def __init__(self, directory: DirectoryClient, kind: Kind, ttl_s: float) -> None:
@@ -243,6 +244,7 @@ class KnownEntries:
         self._kind = kind
         self._ttl_s = ttl_s
         self._by_id: dict[str, Entry] = {}
+        self._asked_at = -math.inf
         self._is_away = False
 
     @property
@@ -252,6 +254,8 @@ class KnownEntries:
 
     async def refresh(self) -> list[Entry]:
         """Asks the directory, and returns what is known then."""
+        now = time.monotonic()
+        is_old, self._asked_at = now - self._asked_at > self._ttl_s, now
         try:
             view = await self._directory.view(self._kind)
         except ConnectionError as error:
@@ -260,6 +264,8 @@ class KnownEntries:
             self._is_away = True
             return self.entries
         self._is_away = False
+        if is_old:
+            self._by_id = {}
         self.update(view)
         return self.entries
 

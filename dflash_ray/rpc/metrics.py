@@ -58,12 +58,22 @@ class MetricsPage:
         self._render = render
         self._max_message_bytes = network.max_message_bytes
         self._timeout_s = timeout_s
+        self._poll_s = network.entry_ttl_s / 3
         self._last: dict[str, str] = {}
+
+    async def run(self) -> None:
+        """Remembers who is there until cancelled, however seldom the page is asked for."""
+        while True:
+            await self._refresh()
+            await asyncio.sleep(self._poll_s)
+
+    async def _refresh(self) -> list[Entry]:
+        known = await asyncio.gather(*(known.refresh() for known in self._known))
+        return [entry for entries in known for entry in entries if (entry.kind, entry.id) != self._own]
 
     async def collect(self) -> str:
         """The page as of now."""
-        known = await asyncio.gather(*(known.refresh() for known in self._known))
-        others = [entry for entries in known for entry in entries if (entry.kind, entry.id) != self._own]
+        others = await self._refresh()
         answers = await asyncio.gather(*(_collect(entry, self._max_message_bytes, self._timeout_s) for entry in others))
         texts = {_name(*self._own): self._render()}
         for entry, answer in zip(others, answers, strict=True):

@@ -106,19 +106,29 @@ def test_leases_of_targets_that_are_gone_are_forgotten():
 
 async def test_nobody_is_forgotten_because_the_directory_is_away_or_has_just_started():
     directory = LocalDirectory()
-    known = KnownEntries(directory, "router", ttl_s=0.4)
-    await directory.register(Entry("router", "a", "host:1"), ttl_s=0.4)
+    known = KnownEntries(directory, "router", ttl_s=2.0)
+    await directory.register(Entry("router", "a", "host:1"), ttl_s=2.0)
     assert [entry.id for entry in await known.refresh()] == ["a"]
     directory.is_away = True
     assert [entry.id for entry in await known.refresh()] == ["a"]
     directory.restart()
     assert [entry.id for entry in await known.refresh()] == ["a"]
-    await directory.register(Entry("router", "b", "host:2"), ttl_s=0.4)
+    await directory.register(Entry("router", "b", "host:2"), ttl_s=2.0)
     assert [entry.id for entry in await known.refresh()] == ["a", "b"]
     async with asyncio.timeout(10):  # those that have not come within a TTL are gone
         while [entry.id for entry in await known.refresh()] != ["b"]:
-            await directory.register(Entry("router", "b", "host:2"), ttl_s=0.4)
+            await directory.register(Entry("router", "b", "host:2"), ttl_s=2.0)
             await asyncio.sleep(0.02)
+
+
+async def test_a_reader_that_has_not_asked_for_a_while_does_not_take_the_dead_for_living():
+    directory = LocalDirectory()
+    known = KnownEntries(directory, "gateway", ttl_s=0.1)
+    await directory.register(Entry("gateway", "dead", "host:1"), ttl_s=600)
+    assert [entry.id for entry in await known.refresh()] == ["dead"]
+    await asyncio.sleep(0.2)
+    directory.restart()
+    assert await known.refresh() == []
 
 
 async def test_an_entry_is_registered_again_as_soon_as_it_changes():
