@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from dflash_ray.models.packed_linear import PackedLinear
+from dflash_ray.models.target_logits import logit_factor, soft_cap
 
 _TOLERANCE = 0.02  # of the largest logit; bfloat16 rounds to 0.004, a factor that is left out shows as much more
 
@@ -28,15 +29,14 @@ class VocabParallelHead:
         layer = model.get_output_embeddings()
         weight, bias = (_part(tensor, self._own, device) for tensor in (layer.weight, getattr(layer, "bias", None)))
         self._linear = PackedLinear(weight, bias)
-        self._factor = _factor(config)
-        self._softcap = getattr(config, "final_logit_softcapping", None)
+        self._factor, self._cap = logit_factor(config), soft_cap(config)
         self._check(model, device)
 
     def __call__(self, hidden: Tensor) -> Tensor:
         logits = self._linear(hidden)
         if self._factor != 1.0:
             logits = logits * self._factor
-        return self._softcap * torch.tanh(logits / self._softcap) if self._softcap else logits
+        return self._cap * torch.tanh(logits / self._cap) if self._cap else logits
 
     @torch.inference_mode()
     def _check(self, model: Any, device: str) -> None:
@@ -57,13 +57,6 @@ class VocabParallelHead:
 
 def _part(tensor: Tensor | None, rows: slice, device: str) -> Any:
     return None if tensor is None else tensor[rows].detach().clone().to(device)
-
-
-def _factor(config: Any) -> float:
-    """Granite divides by logits_scaling, Cohere multiplies by logit_scale."""
-    divisor = getattr(config, "logits_scaling", None)
-    factor = getattr(config, "logit_scale", None)
-    return (1.0 if factor is None else float(factor)) / (1.0 if divisor is None else float(divisor))
 
 
 def _own_logits(model: Any, hidden: Tensor) -> Tensor:

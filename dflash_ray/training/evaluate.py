@@ -172,7 +172,7 @@ def _choose_prompts(
 ) -> list[tuple[Prompt, list[int]]]:
     """The first prompts of each category with their tokens; those without room for an answer are left out."""
     section = config.evaluate
-    longest = min(config.engine.max_model_len, resolve_target(config.target).config.max_position_embeddings)
+    longest = min(config.engine.max_model_len, tokenizer.context_length or config.engine.max_model_len)
     room = longest - section.max_new_tokens
     chosen: dict[str, list[tuple[Prompt, list[int]]]] = defaultdict(list)
     for prompt in read_prompts(section.prompts or config.prompts_dir / "held_out.jsonl", left_out):

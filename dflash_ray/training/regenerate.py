@@ -147,7 +147,8 @@ class ShardWorker:
         self._config = config
         self._tokenizer = ChatTokenizer(ModelConfig(path=config.target))
         target = resolve_target(config.target)
-        self._max_length = min(config.regenerate.max_length, target.config.max_position_embeddings)
+        longest = config.regenerate.max_length
+        self._max_length = min(longest, self._tokenizer.context_length or longest)
         self._layout = TapLayout(target.fingerprint, _layers_to_store(config, target), target.config.hidden_size)
         self._resources = ExitStack()
 

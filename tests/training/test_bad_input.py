@@ -101,7 +101,7 @@ def write_rows(directory, *rows: dict):
         ({"prompt": None}, "without `prompt`"),
         ({"prompt": "a" * 200}, "too long for answers within 96 tokens (regenerate.max_length)"),
         ({"prompt": "hi@"}, "given up by the target: the target's logits are not finite"),
-        ({"messages": SYSTEM_FIRST}, "without tokens: the chat template refuses these messages: no system turns here"),
+        ({"messages": SYSTEM_FIRST}, "without tokens: messages: the chat template refuses these messages: no system turns here"),
     ],
 )
 def test_a_conversation_that_cannot_be_captured_is_left_out_and_named(row, reason, target_dir, tmp_path):
@@ -139,7 +139,7 @@ def test_prompts_that_the_template_refuses_are_left_out_of_answers_and_evaluatio
     recipe_file = save_recipe(config, tmp_path / "recipe.yaml")
     run_step("prompts", recipe_file, f"prompts.files=[{file}]")
     output = run_step("regenerate", recipe_file)
-    refused = "1 without tokens: the chat template refuses these messages: no system turns here"
+    refused = "1 without tokens: messages: the chat template refuses these messages: no system turns here"
     given_up = "1 given up by the target: the target's logits are not finite"
     assert "\nleft out 2 rows: " in output
     assert all(f"{reason} ({config.prompts_dir}" in output for reason in (refused, given_up))
@@ -157,7 +157,7 @@ def test_shards_of_which_nothing_is_left_end_the_step_and_are_not_kept(target_di
     recipe_file = save_recipe(config, tmp_path / "recipe.yaml")
     file = write_rows(tmp_path, GOOD | {"messages": SYSTEM_FIRST})
     text = last_error_of("capture", recipe_file, f"capture.conversations=[{file}]")
-    assert "nothing is left; left out 1 row: 1 without tokens: the chat template refuses" in text
+    assert "nothing is left; left out 1 row: 1 without tokens: messages: the chat template refuses" in text
     assert not list(config.shards_dir.iterdir())
     write_rows(tmp_path, {"prompt": "hi"})
     text = error_of("capture", recipe_file, f"capture.conversations=[{file}]")
