@@ -12,6 +12,9 @@ from dflash_ray.pb import common_pb2
 
 MAX_WAITING_BYTES = 8 * 1024 * 1024  # of one sequence; what is over it is fetched when the drafter has taken the rest
 
+_MAX_LOSSES = 2
+_MAX_REFUSALS = 4
+
 
 @dataclass(slots=True)
 class DrafterContext:
@@ -24,6 +27,7 @@ class DrafterContext:
         is_replaying: the target was asked for the rows after `end`.
         lacked_at: computed rows of the sequence when the target could give none; it is asked when there are more.
         num_losses: drafters that died over a request with this sequence in it.
+        num_refusals: times that a drafter had no room for it.
     """
 
     drafter_id: str | None = None
@@ -33,6 +37,12 @@ class DrafterContext:
     is_replaying: bool = False
     lacked_at: int = 0
     num_losses: int = 0
+    num_refusals: int = 0
+
+    @property
+    def may_be_drafted_for(self) -> bool:
+        """Whether another drafter is worth a try: each costs a replay of the whole context."""
+        return self.num_losses < _MAX_LOSSES and self.num_refusals < _MAX_REFUSALS
 
     @property
     def end(self) -> int:

@@ -25,7 +25,6 @@ _EAGER_ROWS = 128  # context rows that are worth a request of their own, without
 _ROWS_A_TIMEOUT = 64  # context rows for which a drafter gets its time once more
 _MAX_CONTEXT_BYTES = 4 * 1024 * 1024  # of features in one request
 _MAX_CONTEXT_TOKENS = 32 * 1024  # of one sequence in one request to a drafter that reads tokens
-_MAX_LOSSES = 2  # drafters that may die over a sequence before it goes without
 
 
 @dataclass(slots=True)
@@ -129,7 +128,7 @@ class Drafting:
             held_by = sequence.context.drafter_id
             if held_by is not None:
                 by_drafter[held_by].append(sequence)
-            elif sequence.draft_tokens and sequence.context.num_losses < _MAX_LOSSES:
+            elif sequence.draft_tokens and sequence.context.may_be_drafted_for:
                 lone.append(sequence)
         free = [drafter_id for drafter_id, drafter in self._drafters.items() if drafter.aside_until <= now]
         for sequence in lone if free else ():
@@ -236,6 +235,7 @@ class Drafting:
                 continue
             sequence.miss_draft()
             if missing.is_refused:
+                sequence.context.num_refusals += 1
                 sequence.leave_drafter()
                 drafter.aside_until = max(drafter.aside_until, now + _FULL_PAUSE_S)
                 self.num_dropped["refused"] += 1

@@ -101,7 +101,10 @@ def write_rows(directory, *rows: dict):
         ({"prompt": None}, "without `prompt`"),
         ({"prompt": "a" * 200}, "too long for answers within 96 tokens (regenerate.max_length)"),
         ({"prompt": "hi@"}, "given up by the target: the target's logits are not finite"),
-        ({"messages": SYSTEM_FIRST}, "without tokens: messages: the chat template refuses these messages: no system turns here"),
+        (
+            {"messages": SYSTEM_FIRST},
+            "without tokens: messages: the chat template refuses these messages: no system turns here",
+        ),
     ],
 )
 def test_a_conversation_that_cannot_be_captured_is_left_out_and_named(row, reason, target_dir, tmp_path):

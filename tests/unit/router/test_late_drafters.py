@@ -106,6 +106,16 @@ def test_a_drafter_without_room_is_not_asked_again_for_a_while():
     assert sequence.context.drafter_id is None
     scene.finish_step()
     assert scene.scheduler.drafting.num_dropped["refused"] == 1 and scene.drafters["a"].request is None
+    while sequence.sequence_id not in scene.finished:  # and in the end not at all
+        scene.now += 5.0
+        scene.pump()
+        while scene.replays:
+            scene.replay()
+        if scene.drafters["a"].request is not None:
+            scene.answer("a")
+        if scene.step is not None:
+            scene.finish_step()
+    assert scene.scheduler.drafting.num_dropped["refused"] == 4
 
 
 def test_features_of_a_long_prompt_reach_the_drafter_while_it_is_prefilled():
