@@ -37,6 +37,7 @@ def test_the_drafter_that_comes_along_has_the_recipes_shape_and_carries_it():
     drafter = resolve_drafter("builtin:smollm2-135m-dflash", resolve_target(config.target))
     assert drafter.config.block_size == config.drafter.block_size
     assert drafter.config.target_layer_ids == config.drafter.tap_layer_ids
+    assert drafter.config.windows == (config.drafter.sliding_window,) * len(config.drafter.init_layer_ids)
     assert drafter.draft_ids is not None and len(drafter.draft_ids) == config.drafter.draft_vocab_size
     carried = ROOT / "dflash_ray" / "assets" / "smollm2-135m-dflash" / "training.yaml"
     assert load_training_config(carried) == config
