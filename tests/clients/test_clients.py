@@ -72,7 +72,9 @@ def test_lm_eval_reads_generated_answers(app: Application, run: Run, tmp_path: P
 
 def test_guidellm_measures_streams(app: Application, run: Run, tmp_path: Path, tokenizer_directory: Path) -> None:
     data = tmp_path / "prompts.jsonl"
-    data.write_text("".join(json.dumps({"prompt": f"Name {n} animals."}) + "\n" for n in range(3, 9)))
+    # Without a number of tokens it asks for none, and an answer that repeats itself goes on to the end of the context.
+    rows = [{"prompt": f"Name {n} animals.", "output_tokens_count": 24} for n in range(3, 9)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     for kind in ("chat/completions", "completions"):
         report = tmp_path / f"{kind.replace('/', '_')}.json"
         run(
