@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dflash_ray.pb import common_pb2, drafter_pb2, target_pb2
+from dflash_ray.pb import common_pb2, drafter_pb2, router_pb2, target_pb2
 from dflash_ray.router.limits import TargetLimits
 
 VOCAB = 50
@@ -23,6 +23,15 @@ def answer(prompt: list[int], max_new_tokens: int) -> list[int]:
         if tokens[-1] == STOP_TOKEN:
             break
     return tokens[len(prompt) :]
+
+
+def token_request(prompt: list[int], max_new: int, draft_tokens: int) -> router_pb2.GenerateTokensRequest:
+    return router_pb2.GenerateTokensRequest(
+        token_ids=prompt,
+        prompt_len=len(prompt),
+        stopping=common_pb2.StoppingParams(max_new_tokens=max_new),
+        speculation=router_pb2.Speculation(policy=router_pb2.SPECULATION_POLICY_FIXED, draft_tokens=draft_tokens),
+    )
 
 
 def features(sequence_id: int, start: int, num_rows: int) -> common_pb2.ContextFeatures:

@@ -9,7 +9,7 @@ features by replay.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from dflash_ray.config import DflashRayConfig
@@ -84,7 +84,7 @@ class Drafting:
         """A drafter said hello."""
         self._drafters[drafter.drafter_id] = drafter
 
-    def lose(self, drafter_id: str, sequences: Sequence[RouterSequence]) -> None:
+    def lose(self, drafter_id: str, sequences: Collection[RouterSequence]) -> None:
         """A drafter's stream broke: its sequences look for another one, unless they seem to be what breaks drafters."""
         drafter = self._drafters.pop(drafter_id, None)
         if drafter is None:
@@ -242,7 +242,7 @@ class Drafting:
             else:
                 sequence.context.restart(missing.have_len)
 
-    def expire(self, sequences: Sequence[RouterSequence], now: float) -> list[Action]:
+    def expire(self, sequences: Collection[RouterSequence], now: float) -> list[Action]:
         """Goes on without drafts that are late; leaves drafters that are late all the time or do not answer at all."""
         for sequence in sequences:
             if sequence.draft_deadline is not None and sequence.draft_deadline <= now:
@@ -265,7 +265,7 @@ class Drafting:
                 actions.append(DropDrafter(drafter.drafter_id))
         return actions
 
-    def _leave(self, drafter: DrafterState, sequences: Sequence[RouterSequence], now: float) -> None:
+    def _leave(self, drafter: DrafterState, sequences: Collection[RouterSequence], now: float) -> None:
         """Puts a drafter aside; what it holds is closed there with the first request that it gets again."""
         drafter.num_misses = 0
         drafter.aside_until = now + drafter.back_off_s

@@ -114,7 +114,7 @@ class Fleet:
                 for pipeline in self.led:
                     if pipeline.target_id == target_id:
                         pipeline.hand_over("another router leads the target group")
-                        await pipeline.disconnect_target()
+                        pipeline.disconnect_target()
             await asyncio.sleep(self._config.router.lease_ttl_s / _LEASE_RENEWALS)
 
     async def _keep_connections(self) -> None:
@@ -185,7 +185,7 @@ class Fleet:
         if pipeline not in self.pipelines:
             self.pipelines.append(pipeline)
         if not self._leases.holds(entry.id, epoch):
-            await pipeline.disconnect_target()
+            pipeline.disconnect_target()
 
     def _defers(self, target_id: str) -> bool:
         """Whether a router with fewer groups is to have this one: it is left free for a lease TTL."""
@@ -213,6 +213,6 @@ class Fleet:
         pipelines, self.pipelines = self.pipelines, []
         for pipeline in pipelines:
             pipeline.hand_over("this router is being stopped")
-            await pipeline.disconnect_target()
+            pipeline.disconnect_target()
             await pipeline.close()
         await asyncio.gather(*(self._leases.give_back(target_id) for target_id in self._leases.target_ids))

@@ -95,12 +95,8 @@ class Pipeline:
         self.scheduler.hand_over(reason)
         self._pump()
 
-    async def disconnect_target(self) -> None:
-        """Leaves the group, as when its directory entry is gone."""
-        if self._target is not None:
-            self._drop_target()
-
-    def _drop_target(self) -> None:
+    def disconnect_target(self) -> None:
+        """Leaves the group, as when its directory entry is gone or it does not answer."""
         stream = self._target
         if stream is not None:
             self._close(stream)
@@ -216,9 +212,13 @@ class Pipeline:
     def _pump(self) -> None:
         """Does everything there is to do now."""
         now = time.monotonic()
-        while actions := self.scheduler.poll(now):  # dropping a stream is an event of its own
+        has_events = True
+        while has_events:
+            actions = self.scheduler.poll(now)
             for action in actions:
                 self._perform(action, now)
+            # What was a dropped drafter's looks for another one.
+            has_events = any(isinstance(action, DropDrafter) for action in actions)
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -242,7 +242,7 @@ class Pipeline:
                 self._drafters[drafter_id].send(drafter_pb2.DrafterRequest(draft=request))
             case DropTarget():
                 logger.error("a step was not answered in time; the target group is left")
-                self._drop_target()
+                self.disconnect_target()
             case DropDrafter(drafter_id):
                 logger.error("a drafter did not answer in time; it is left", extra={"drafter_id": drafter_id})
                 self._drop_drafter(drafter_id)

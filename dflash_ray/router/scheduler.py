@@ -117,7 +117,6 @@ class Scheduler:
         self.limits = None
         self._step = None
         self._lost_at = now
-        self._close_next.clear()
         for sequence in entries:
             if sequence.sequence_id not in self._sequences or not sequence.in_step:
                 continue  # cancelled or preempted meanwhile
@@ -262,7 +261,7 @@ class Scheduler:
             self._closes_since_step = True
 
     def drafter_lost(self, drafter_id: str) -> None:
-        self.drafting.lose(drafter_id, list(self._sequences.values()))
+        self.drafting.lose(drafter_id, self._sequences.values())
 
     def drafts_done(self, drafter_id: str, reply: drafter_pb2.DraftReply, now: float) -> None:
         epoch = self.limits.epoch if self.limits is not None else None
@@ -280,7 +279,7 @@ class Scheduler:
     def poll(self, now: float) -> list[Action]:
         """Everything there is to do at `now`, in order."""
         self._give_up_waiting(now)
-        self._actions += self.drafting.expire(list(self._sequences.values()), now)
+        self._actions += self.drafting.expire(self._sequences.values(), now)
         self._indexing_room.left = _INDEXED_AT_ONCE
         if self.limits is not None:
             self._admit(now)

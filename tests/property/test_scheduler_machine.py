@@ -5,7 +5,6 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from dflash_ray.config import load_config
-from dflash_ray.pb import common_pb2, router_pb2
 from dflash_ray.router.actions import (
     CloseSequences,
     DropDrafter,
@@ -18,7 +17,7 @@ from dflash_ray.router.actions import (
 )
 from dflash_ray.router.drafting import DrafterState
 from dflash_ray.router.scheduler import Scheduler
-from tests.toy import VOCAB, ToyDrafter, ToyTarget, answer
+from tests.toy import VOCAB, ToyDrafter, ToyTarget, answer, token_request
 
 PROMPTS = st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=30)
 ARRIVALS = st.tuples(PROMPTS, st.integers(1, 25), st.integers(0, 5))
@@ -92,15 +91,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(arrivals=st.lists(ARRIVALS, min_size=1, max_size=6))
     def arrive(self, arrivals):
         for prompt, max_new, draft_tokens in arrivals:
-            request = router_pb2.GenerateTokensRequest(
-                token_ids=prompt,
-                prompt_len=len(prompt),
-                stopping=common_pb2.StoppingParams(max_new_tokens=max_new),
-                speculation=router_pb2.Speculation(
-                    policy=router_pb2.SPECULATION_POLICY_FIXED, draft_tokens=draft_tokens
-                ),
-            )
-            sequence = self.scheduler.arrive(request, self.now)
+            sequence = self.scheduler.arrive(token_request(prompt, max_new, draft_tokens), self.now)
             self.alive[sequence.sequence_id] = (sequence, prompt, max_new, [])
             self.pump()
 

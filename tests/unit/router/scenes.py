@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dflash_ray.config import load_config
-from dflash_ray.pb import common_pb2, router_pb2, target_pb2
+from dflash_ray.pb import target_pb2
 from dflash_ray.router.actions import CloseSequences, Emit, Fail, Replay, RequestDrafts, RunStep
 from dflash_ray.router.drafting import DrafterState
 from dflash_ray.router.scheduler import Scheduler
 from dflash_ray.router.sequence import RouterSequence
-from tests.toy import ToyDrafter, ToyTarget
+from tests.toy import ToyDrafter, ToyTarget, token_request
 
 
 class Scene:
@@ -31,13 +31,7 @@ class Scene:
             self.scheduler.drafting.join(DrafterState(name, True, 7))
 
     def arrive(self, prompt: list[int], max_new: int = 8, draft_tokens: int = 0) -> RouterSequence:
-        request = router_pb2.GenerateTokensRequest(
-            token_ids=prompt,
-            prompt_len=len(prompt),
-            stopping=common_pb2.StoppingParams(max_new_tokens=max_new),
-            speculation=router_pb2.Speculation(policy=router_pb2.SPECULATION_POLICY_FIXED, draft_tokens=draft_tokens),
-        )
-        sequence = self.scheduler.arrive(request, self.now)
+        sequence = self.scheduler.arrive(token_request(prompt, max_new, draft_tokens), self.now)
         self.emitted[sequence.sequence_id] = []
         return sequence
 

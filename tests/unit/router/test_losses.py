@@ -1,5 +1,6 @@
 """A request over which groups die ends by itself, and takes nobody with it."""
 
+from dflash_ray.router.actions import DropTarget
 from tests.unit.router.scenes import Scene
 
 
@@ -35,8 +36,6 @@ def test_a_loss_without_a_step_in_flight_counts_against_nobody():
 
 
 def test_a_step_without_an_answer_ends_the_stream():
-    from dflash_ray.router.actions import DropTarget
-
     scene = Scene("target.step_timeout_s=10")
     scene.arrive([1, 2, 3])
     scene.pump()
