@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 import ray
 
-from dflash_ray.commands.client import console, fail
+from dflash_ray.commands.terminal import console, fail
 from dflash_ray.rpc.channel import format_address
 
 _POLL_S = 2.0

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from collections.abc import Sequence as Columns
+from contextlib import contextmanager
 
 from torch import Tensor
 
@@ -36,21 +38,23 @@ class ColocatedDrafter:
 
     def extend(self, sequence_id: int, start: int, features: Tensor, token_ids: Columns[int]) -> None:
         """Features [n, H] and tokens of positions start, start + 1, ..."""
-        try:
+        with self._as_advice("the colocated drafter failed; a sequence is decoded without it"):
             self._contexts.extend(sequence_id, start, features, token_ids)
-        except Exception:
-            if self._raises:
-                raise
-            logger.exception("the colocated drafter failed; a sequence is decoded without it")
 
     def close(self, sequence_id: int) -> None:
         """Forgets a sequence; unknown ones are ignored."""
-        try:
+        with self._as_advice("the colocated drafter failed to close a session"):
             self._contexts.close(sequence_id)
+
+    @contextmanager
+    def _as_advice(self, fault: str) -> Iterator[None]:
+        """What goes wrong inside is logged as `fault`, and decoding goes on."""
+        try:
+            yield
         except Exception:
             if self._raises:
                 raise
-            logger.exception("the colocated drafter failed to close a session")
+            logger.exception(fault)
 
     def draft(
         self, sequences: Columns[Sequence], counts: Columns[int], num_candidates: int, epoch: int
@@ -65,7 +69,8 @@ class ColocatedDrafter:
         ]
         if not ready:
             return []
-        try:
+        blocks: list[common_pb2.DraftBlock] = []
+        with self._as_advice("the colocated drafter failed; its sequences are decoded without it"):
             proposals = self._contexts.propose(
                 [sequence.sequence_id for sequence, _ in ready],
                 [sequence.tokens[-1] for sequence, _ in ready],
@@ -73,12 +78,6 @@ class ColocatedDrafter:
                 num_candidates,
                 [sequence.draw() for sequence, _ in ready],
             )
-            return [
-                to_block(sequence.sequence_id, epoch, sequence.committed_len, proposal)
-                for (sequence, _), proposal in zip(ready, proposals, strict=True)
-            ]
-        except Exception:
-            if self._raises:
-                raise
-            logger.exception("the colocated drafter failed; its sequences are decoded without it")
-            return []
+            for (sequence, _), proposal in zip(ready, proposals, strict=True):
+                blocks.append(to_block(sequence.sequence_id, epoch, sequence.committed_len, proposal))
+        return blocks
