@@ -255,7 +255,7 @@ class DflashRayConfig(_Section):
 
     def sequence_limit(self, model_context: int | None) -> int:
         """Tokens that a sequence may have: at most what the model takes, and what the KV cache of a group holds."""
-        limits = [self.model.max_model_len, self.target.num_pages * self.target.page_size]
+        limits = [self.model.max_model_len, self.target.kv_cache_rows]
         return min(limits if model_context is None else [*limits, model_context])
 
     @property
