@@ -20,11 +20,11 @@ from dflash_ray.models.drafter_checkpoint import resolve_drafter
 from dflash_ray.models.target_checkpoint import resolve_target
 from dflash_ray.pb import common_pb2, target_pb2
 from dflash_ray.sampling.shards import SingleShard
-from dflash_ray.target.engine import Engine
-from dflash_ray.target.feature_store import FeatureStore
-from dflash_ray.target.model import RankModel
-from dflash_ray.target.runner import GroupRunner
-from dflash_ray.target.tensor_parallel import StepChannel, create_store, init_process_group
+from dflash_ray.target_group.engine import Engine
+from dflash_ray.target_group.feature_store import FeatureStore
+from dflash_ray.target_group.model import RankModel
+from dflash_ray.target_group.runner import GroupRunner
+from dflash_ray.target_group.tensor_parallel import StepChannel, create_store, init_process_group
 
 LONG, RUNNING, PROMPT, NEW = 0, 64, 8, 4
 

@@ -16,9 +16,9 @@ import torch
 
 from dflash_ray.config import BUILTIN_DRAFTER, BUILTIN_MODEL, ModelConfig
 from dflash_ray.core.stats import merge
-from dflash_ray.gateway.tokenizer import ChatTokenizer
 from dflash_ray.models.drafter_checkpoint import resolve_drafter
 from dflash_ray.models.target_checkpoint import resolve_target
+from dflash_ray.text.tokenizer import ChatTokenizer
 from dflash_ray.training.config import EngineSection
 from dflash_ray.training.decoding import DecodeRequest, local_decoder
 

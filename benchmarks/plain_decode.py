@@ -14,9 +14,9 @@ import torch
 
 from dflash_ray.config import load_config
 from dflash_ray.models.target_checkpoint import resolve_target
-from dflash_ray.target.batch import StepBatch
-from dflash_ray.target.model import RankModel
-from dflash_ray.target.tensor_parallel import create_store, init_process_group
+from dflash_ray.target_group.batch import StepBatch
+from dflash_ray.target_group.model import RankModel
+from dflash_ray.target_group.tensor_parallel import create_store, init_process_group
 
 CONTEXT, TOKENS, ROUNDS = 128, 24, 5
 ROWS = (1, 2, 4, 5, 8)

@@ -24,7 +24,7 @@ from dflash_ray.gateway.service import GatewayReplica
 from dflash_ray.router.service import RouterReplica
 from dflash_ray.rpc.channel import format_address
 from dflash_ray.rpc.directory import NAMESPACE, start_directory, stop_directory
-from dflash_ray.target.service import TargetReplica, target_placement
+from dflash_ray.target_group.service import TargetReplica, target_placement
 
 APPLICATION_NAME = "dflash_ray"
 

@@ -19,11 +19,11 @@ from dflash_ray.core.errors import RequestError
 from dflash_ray.gateway.core import GatewayCore
 from dflash_ray.gateway.grpc_api import GenerationServicer
 from dflash_ray.gateway.http_api import build_http_app
-from dflash_ray.gateway.tokenizer import ChatTokenizer
 from dflash_ray.pb import common_pb2, generation_pb2_grpc, router_pb2, router_pb2_grpc
 from dflash_ray.rpc.channel import new_server
 from dflash_ray.rpc.directory import DirectoryClient, Entry
 from dflash_ray.rpc.malformed import RefuseMalformed
+from dflash_ray.text.tokenizer import ChatTokenizer
 
 
 @functools.cache  # the embedded model's takes seconds to read

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from dflash_ray.core.stats import AcceptanceStats, merge
 from dflash_ray.gateway.detokenizer import Detokenizer, StopStrings
 from dflash_ray.gateway.requests import GenerationRequest
-from dflash_ray.gateway.tokenizer import ChatTokenizer
 from dflash_ray.pb import common_pb2, router_pb2
+from dflash_ray.text.tokenizer import ChatTokenizer
 
 STOP = common_pb2.FINISH_REASON_STOP
 

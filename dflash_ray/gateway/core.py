@@ -15,11 +15,11 @@ from dflash_ray.gateway.bodies import UnknownFields
 from dflash_ray.gateway.generation import Generator
 from dflash_ray.gateway.requests import RequestBuilder
 from dflash_ray.gateway.routers import Routers
-from dflash_ray.gateway.tokenizer import ChatTokenizer
 from dflash_ray.gateway.traffic import TrafficRecorder
 from dflash_ray.observability.metrics import GatewayMetrics
 from dflash_ray.rpc.directory import DirectoryClient
 from dflash_ray.rpc.metrics import MetricsPage
+from dflash_ray.text.tokenizer import ChatTokenizer
 
 Result = TypeVar("Result")
 _NUM_THREADS = 8  # a few large bodies at a time leave room for small ones

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dflash_ray.gateway.tokenizer import ChatTokenizer
+from dflash_ray.text.tokenizer import ChatTokenizer
 
 _REPLACEMENT = "\ufffd"
 _MAX_UNSURE = 3  # bytes of an incomplete character, each of which may be shown as a replacement

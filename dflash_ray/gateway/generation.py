@@ -12,9 +12,9 @@ from dflash_ray.gateway.choice import Choice, ChoiceDelta
 from dflash_ray.gateway.requests import GenerationRequest
 from dflash_ray.gateway.resumption import ResumedCall
 from dflash_ray.gateway.routers import Routers
-from dflash_ray.gateway.tokenizer import ChatTokenizer
 from dflash_ray.observability.metrics import GatewayMetrics
 from dflash_ray.pb import common_pb2
+from dflash_ray.text.tokenizer import ChatTokenizer
 
 
 class Generator:

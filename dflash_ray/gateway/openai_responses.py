@@ -13,8 +13,8 @@ from dflash_ray.gateway.choice import ChoiceDelta
 from dflash_ray.gateway.openai_logprobs import TokenLogprob, chat_logprobs, completion_logprobs, rows
 from dflash_ray.gateway.openai_types import ChatCompletionRequest, CompletionRequest
 from dflash_ray.gateway.requests import GenerationRequest
-from dflash_ray.gateway.tokenizer import ChatTokenizer
 from dflash_ray.pb import common_pb2
+from dflash_ray.text.tokenizer import ChatTokenizer
 
 Kind = Literal["chat", "completion"]
 

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import logging
 import os
-import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 from dflash_ray.config import ConfigError, TrafficConfig
+from dflash_ray.text.redaction import forget_old_files, redaction
 
 logger = logging.getLogger(__name__)
-
-_BLANK = "[redacted]"
 
 
 class TrafficRecorder:
@@ -58,32 +54,3 @@ class TrafficRecorder:
                 stream.write(line)
         except Exception as error:  # a hook may raise anything; its text might hold the prompt
             logger.warning("a prompt was not recorded: %s", type(error).__name__)
-
-
-def forget_old_files(directory: Path, oldest: float) -> None:
-    """Deletes files that were last appended to before `oldest`: nothing in them is younger."""
-    for path in directory.glob("*.jsonl"):
-        if path.stat().st_mtime < oldest:
-            path.unlink(missing_ok=True)
-
-
-def redaction(config: TrafficConfig, where: str) -> Callable[[str], str]:
-    """The configured patterns and then the hook, as one function. Raises ConfigError; `where` holds the key."""
-    patterns = [re.compile(pattern) for pattern in config.redact_patterns]
-    hook = _load_hook(config.redact_hook, where) if config.redact_hook else str
-
-    def redact(text: str) -> str:
-        for pattern in patterns:
-            text = pattern.sub(_BLANK, text)
-        return hook(text)
-
-    return redact
-
-
-def _load_hook(path: str, where: str) -> Callable[[str], str]:
-    module, _, name = path.partition(":")
-    try:
-        hook: Callable[[str], str] = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"{where}.redact_hook: {path} is not module:function ({error})") from None
-    return hook

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dflash_ray.training.losses import IGNORE
 from dflash_ray.training.shards import Conversation, ShardStore
-from dflash_ray.training.taps import TapSource
+from dflash_ray.training.tap_sources import TapSource
 
 _SEED_STRIDE = 1 << 20  # more than there are conversations, so that no two draws share a seed
 _POOL_BATCHES = 8  # batches that are drawn at once to find conversations of similar length

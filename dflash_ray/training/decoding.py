@@ -22,11 +22,11 @@ from dflash_ray.models.drafter_checkpoint import DrafterCheckpoint
 from dflash_ray.models.target_checkpoint import TargetCheckpoint, resolve_target
 from dflash_ray.pb import common_pb2, target_pb2
 from dflash_ray.sampling.shards import SingleShard
-from dflash_ray.target.colocated import ColocatedDrafter
-from dflash_ray.target.engine import Engine, StepOutput
-from dflash_ray.target.model import RankModel
-from dflash_ray.target.runner import GroupRunner
-from dflash_ray.target.tensor_parallel import StepChannel, create_store, init_process_group
+from dflash_ray.target_group.colocated import ColocatedDrafter
+from dflash_ray.target_group.engine import Engine, StepOutput
+from dflash_ray.target_group.model import RankModel
+from dflash_ray.target_group.runner import GroupRunner
+from dflash_ray.target_group.tensor_parallel import StepChannel, create_store, init_process_group
 from dflash_ray.training.config import EngineSection
 from dflash_ray.training.trees import Candidates
 

@@ -18,10 +18,10 @@ from tqdm import tqdm
 from dflash_ray.config import ModelConfig
 from dflash_ray.core.files import write_text
 from dflash_ray.core.stats import AcceptanceStats, merge
-from dflash_ray.gateway.tokenizer import ChatTokenizer
 from dflash_ray.models.block_drafter import BlockDrafter
 from dflash_ray.models.drafter_checkpoint import DrafterCheckpoint, resolve_drafter
 from dflash_ray.models.target_checkpoint import TargetCheckpoint, resolve_target
+from dflash_ray.text.tokenizer import ChatTokenizer
 from dflash_ray.training.config import EvaluateSection, TrainingConfig
 from dflash_ray.training.decoding import BatchDecoder, Decoded, DecodeRequest, local_decoder
 from dflash_ray.training.follow import GreedyAnswer, follow

@@ -30,7 +30,7 @@ from dflash_ray.training.losses import IGNORE
 from dflash_ray.training.objective import BlockLoss, DrafterObjective
 from dflash_ray.training.recipe import recipe_of
 from dflash_ray.training.shards import ShardStore
-from dflash_ray.training.taps import OnlineTaps, StoredTaps, TapSource
+from dflash_ray.training.tap_sources import OnlineTaps, StoredTaps, TapSource
 from dflash_ray.training.trainer import Trainer
 
 _POINT_EVERY_STEPS = 10

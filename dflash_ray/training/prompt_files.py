@@ -17,7 +17,7 @@ from typing import Any
 
 from dflash_ray.core.errors import RequestError
 from dflash_ray.core.files import write_text
-from dflash_ray.gateway.tokenizer import ChatTokenizer
+from dflash_ray.text.tokenizer import ChatTokenizer
 from dflash_ray.training.left_out import BadRow, LeftOut
 
 Messages = list[dict[str, str]]

@@ -18,8 +18,8 @@ from tqdm import tqdm
 
 from dflash_ray.config import ConfigError, ModelConfig
 from dflash_ray.core.files import write_text
-from dflash_ray.gateway.tokenizer import ChatTokenizer
 from dflash_ray.models.target_checkpoint import TargetCheckpoint, resolve_target
+from dflash_ray.text.tokenizer import ChatTokenizer
 from dflash_ray.training.config import TrainingConfig
 from dflash_ray.training.decoding import BatchDecoder, DecodeRequest, local_decoder
 from dflash_ray.training.left_out import BadRow, LeftOut

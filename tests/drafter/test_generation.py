@@ -12,11 +12,11 @@ from dflash_ray.models.block_drafter import BlockDrafter
 from dflash_ray.models.drafter_checkpoint import load_drafter, save_drafter
 from dflash_ray.pb import common_pb2, target_pb2
 from dflash_ray.sampling.shards import SingleShard
-from dflash_ray.target.colocated import ColocatedDrafter
-from dflash_ray.target.engine import Engine
-from dflash_ray.target.model import RankModel
-from dflash_ray.target.runner import GroupRunner
-from dflash_ray.target.tensor_parallel import StepChannel, create_store, init_process_group
+from dflash_ray.target_group.colocated import ColocatedDrafter
+from dflash_ray.target_group.engine import Engine
+from dflash_ray.target_group.model import RankModel
+from dflash_ray.target_group.runner import GroupRunner
+from dflash_ray.target_group.tensor_parallel import StepChannel, create_store, init_process_group
 from tests.drafter.parity import load_reference
 from tests.drafter.published import BLOCK, MASK, VOCAB, changed, dflash2, random_weights, sliding
 

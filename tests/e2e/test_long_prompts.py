@@ -24,12 +24,12 @@ from dflash_ray.router.pipeline import Pipeline
 from dflash_ray.rpc.channel import RunningServer, new_server, start_server
 from dflash_ray.rpc.directory import Entry
 from dflash_ray.sampling.shards import SingleShard
-from dflash_ray.target.engine import Engine
-from dflash_ray.target.feature_store import FeatureStore
-from dflash_ray.target.model import RankModel
-from dflash_ray.target.runner import GroupRunner
-from dflash_ray.target.servicer import TargetInfo, TargetServicer
-from dflash_ray.target.tensor_parallel import StepChannel, create_store, init_process_group
+from dflash_ray.target_group.engine import Engine
+from dflash_ray.target_group.feature_store import FeatureStore
+from dflash_ray.target_group.model import RankModel
+from dflash_ray.target_group.runner import GroupRunner
+from dflash_ray.target_group.servicer import TargetInfo, TargetServicer
+from dflash_ray.target_group.tensor_parallel import StepChannel, create_store, init_process_group
 from tests.drafter.published import changed, random_weights
 from tests.tiny import save_tiny_target
 

@@ -12,7 +12,7 @@ from dflash_ray.training.losses import IGNORE
 from dflash_ray.training.prompts import gather_prompts
 from dflash_ray.training.regenerate import regenerate
 from dflash_ray.training.shards import ShardStore
-from dflash_ray.training.taps import OnlineTaps, StoredTaps
+from dflash_ray.training.tap_sources import OnlineTaps, StoredTaps
 from tests.tiny import SHAPE
 from tests.training.conftest import recipe, share, write_prompt_file
 

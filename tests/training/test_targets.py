@@ -17,7 +17,7 @@ from dflash_ray.training.left_out import LeftOut
 from dflash_ray.training.prompts import gather_prompts
 from dflash_ray.training.regenerate import regenerate
 from dflash_ray.training.shards import ShardStore
-from dflash_ray.training.taps import OnlineTaps
+from dflash_ray.training.tap_sources import OnlineTaps
 from tests.tiny import SHAPE, save_tiny_target
 from tests.training.conftest import recipe, save_tokenizer, write_prompt_file
 

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from dflash_ray.config import ModelConfig
 from dflash_ray.gateway.choice import Choice
 from dflash_ray.gateway.requests import GenerationRequest
-from dflash_ray.gateway.tokenizer import ChatTokenizer
 from dflash_ray.pb import common_pb2, router_pb2
+from dflash_ray.text.tokenizer import ChatTokenizer
 
 EOS = 2
 STOP, LENGTH = common_pb2.FINISH_REASON_STOP, common_pb2.FINISH_REASON_LENGTH

@@ -10,8 +10,8 @@ import pytest
 from pydantic import ValidationError
 
 from dflash_ray.gateway.openai_types import ChatCompletionRequest, CompletionRequest, DetokenizeBody
-from dflash_ray.gateway.tokenizer import ChatTokenizer
 from dflash_ray.pb import generation_pb2, generation_pb2_grpc
+from dflash_ray.text.tokenizer import ChatTokenizer
 from tests.gateways import gateway, says
 
 LINE = "The quick brown fox jumps over the lazy dog. 12345 é日本 <b>x</b>\n"

@@ -10,8 +10,8 @@ from dflash_ray.config import DflashRayConfig, parse_config
 from dflash_ray.core.errors import InvalidRequestError
 from dflash_ray.gateway.openai_types import ChatCompletionRequest, CompletionRequest
 from dflash_ray.gateway.requests import RequestBuilder
-from dflash_ray.gateway.tokenizer import ChatTokenizer
 from dflash_ray.pb import generation_pb2
+from dflash_ray.text.tokenizer import ChatTokenizer
 from tests.tiny_tokenizers import LLAMA3, save_tokenizer
 
 MESSAGES = [{"role": "user", "content": "hi"}]

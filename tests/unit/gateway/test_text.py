@@ -6,8 +6,8 @@ from hypothesis import given, settings
 
 from dflash_ray.config import ModelConfig
 from dflash_ray.gateway.detokenizer import Detokenizer, StopStrings
-from dflash_ray.gateway.tokenizer import ChatTokenizer
 from dflash_ray.models.target_checkpoint import resolve_target
+from dflash_ray.text.tokenizer import ChatTokenizer
 from tests.applications import PROMPTS
 
 

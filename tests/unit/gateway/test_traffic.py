@@ -12,9 +12,9 @@ from dflash_ray.config import ConfigError, DflashRayConfig, TrafficConfig, load_
 from dflash_ray.core.errors import InvalidRequestError
 from dflash_ray.gateway.openai_types import ChatCompletionRequest
 from dflash_ray.gateway.requests import RequestBuilder
-from dflash_ray.gateway.tokenizer import ChatTokenizer
 from dflash_ray.gateway.traffic import TrafficRecorder
 from dflash_ray.pb import generation_pb2
+from dflash_ray.text.tokenizer import ChatTokenizer
 
 CONFIG = load_config(None, [])
 MODEL = CONFIG.model.served_name

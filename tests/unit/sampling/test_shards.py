@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dflash_ray.sampling.shards import ProcessGroupShards
-from dflash_ray.target.tensor_parallel import create_store, join_store
+from dflash_ray.target_group.tensor_parallel import create_store, join_store
 
 SIZE = 2
 

@@ -16,7 +16,7 @@ from typing import Any
 from dflash_ray.config import DflashRayConfig
 from dflash_ray.observability.logs import configure_logging
 from dflash_ray.rpc.directory import DirectoryClient, Entry, keep_registered, leave
-from dflash_ray.target.group import GroupStartError, TargetGroup
+from dflash_ray.target_group.group import GroupStartError, TargetGroup
 
 logger = logging.getLogger(__name__)
 _MAX_FAILED_STARTS = 3

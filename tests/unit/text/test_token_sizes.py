@@ -7,8 +7,8 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizer
 
 from dflash_ray.config import ModelConfig
 from dflash_ray.core.errors import InvalidRequestError
-from dflash_ray.gateway.token_sizes import token_sizes
-from dflash_ray.gateway.tokenizer import ChatTokenizer
+from dflash_ray.text.token_sizes import token_sizes
+from dflash_ray.text.tokenizer import ChatTokenizer
 from tests.tiny_tokenizers import save_tokenizer
 
 PARTS = [

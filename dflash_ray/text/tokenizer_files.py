@@ -16,8 +16,8 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer
 
 from dflash_ray.config import BUILTIN_MODEL
-from dflash_ray.gateway.gguf_tokenizer import load_gguf
 from dflash_ray.models.context_length import context_length
+from dflash_ray.text.gguf_tokenizer import load_gguf
 
 # Bounds as requests have them; -1 is off for top_k.
 _SAMPLING_DEFAULTS = {

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from dflash_ray.target.head import VocabParallelHead
+from dflash_ray.target_group.head import VocabParallelHead
 from tests.tiny import CONFIGS, SHAPE
 
 

@@ -4,7 +4,7 @@ import json
 import shutil
 
 from dflash_ray.models.target_checkpoint import resolve_target
-from dflash_ray.target.worker import model_fingerprint
+from dflash_ray.target_group.worker import model_fingerprint
 from tests.tiny import save_tiny_target
 
 

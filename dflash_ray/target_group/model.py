@@ -11,12 +11,12 @@ from dflash_ray.config import DflashRayConfig
 from dflash_ray.models.context_length import context_length
 from dflash_ray.models.taps import tap_layers
 from dflash_ray.models.target_checkpoint import TargetCheckpoint
-from dflash_ray.target.attention import IMPLEMENTATION, PagedStep, register
-from dflash_ray.target.batch import StepBatch
-from dflash_ray.target.head import VocabParallelHead
-from dflash_ray.target.linears import lean
-from dflash_ray.target.paged_cache import PagedCache
-from dflash_ray.target.tensor_parallel import shard
+from dflash_ray.target_group.attention import IMPLEMENTATION, PagedStep, register
+from dflash_ray.target_group.batch import StepBatch
+from dflash_ray.target_group.head import VocabParallelHead
+from dflash_ray.target_group.linears import lean
+from dflash_ray.target_group.paged_cache import PagedCache
+from dflash_ray.target_group.tensor_parallel import shard
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from dflash_ray.config import ModelConfig
-from dflash_ray.gateway.tokenizer import ChatTokenizer
+from dflash_ray.text.tokenizer import ChatTokenizer
 from tests.tiny_tokenizers import QWEN3, SPECIALS, save_tokenizer
 
 TEXTS = st.lists(st.sampled_from(["the user", "in", " ", "  ", "\n", "12", "3", "hi", "é", "'s", "<think>"])).map(

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from dflash_ray.pb import common_pb2, target_pb2
-from dflash_ray.target.engine import Engine
-from tests.unit.target.conftest import CONFIG
+from dflash_ray.target_group.engine import Engine
+from tests.unit.target_group.conftest import CONFIG
 
 VOCAB = 96
 OK, STALE, UNKNOWN, NO_PAGES, FAILED = (

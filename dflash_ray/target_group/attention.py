@@ -14,8 +14,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from dflash_ray.kernels import ops
 from dflash_ray.kernels.padded import PaddedStep
-from dflash_ray.target.batch import StepBatch
-from dflash_ray.target.paged_cache import PagedCache
+from dflash_ray.target_group.batch import StepBatch
+from dflash_ray.target_group.paged_cache import PagedCache
 
 IMPLEMENTATION = "ragged_paged"  # transformers takes a name with "flash" in it for its own flash attention
 

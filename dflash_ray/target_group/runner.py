@@ -7,9 +7,9 @@ from dflash_ray.sampling.logprobs import Logprobs, token_logprobs
 from dflash_ray.sampling.plan import SequencePlan, pack_plan, unpack_plan
 from dflash_ray.sampling.shards import ShardGroup
 from dflash_ray.sampling.verify import SequenceOutcome, verify
-from dflash_ray.target.batch import StepBatch
-from dflash_ray.target.model import RankModel, StepHidden
-from dflash_ray.target.tensor_parallel import StepChannel
+from dflash_ray.target_group.batch import StepBatch
+from dflash_ray.target_group.model import RankModel, StepHidden
+from dflash_ray.target_group.tensor_parallel import StepChannel
 
 _SCORED_AT_ONCE = 128  # rows of logits, each as long as the vocabulary
 

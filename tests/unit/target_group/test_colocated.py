@@ -10,14 +10,14 @@ from dflash_ray.models.drafter_checkpoint import DrafterCheckpoint
 from dflash_ray.models.drafter_config import parse_dflash_config
 from dflash_ray.pb import target_pb2
 from dflash_ray.sampling.shards import SingleShard
-from dflash_ray.target.colocated import ColocatedDrafter
-from dflash_ray.target.engine import Engine
-from dflash_ray.target.model import RankModel
-from dflash_ray.target.runner import GroupRunner
-from dflash_ray.target.tensor_parallel import StepChannel
+from dflash_ray.target_group.colocated import ColocatedDrafter
+from dflash_ray.target_group.engine import Engine
+from dflash_ray.target_group.model import RankModel
+from dflash_ray.target_group.runner import GroupRunner
+from dflash_ray.target_group.tensor_parallel import StepChannel
 from tests.drafter.published import changed, random_weights
-from tests.unit.target.conftest import CONFIG
-from tests.unit.target.test_engine import OK, PROMPT, VOCAB, opening, verify_step
+from tests.unit.target_group.conftest import CONFIG
+from tests.unit.target_group.test_engine import OK, PROMPT, VOCAB, opening, verify_step
 
 NUM_NEW = 24
 

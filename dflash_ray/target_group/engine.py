@@ -19,13 +19,13 @@ from dflash_ray.pb import common_pb2, target_pb2
 from dflash_ray.sampling.logprobs import Logprobs
 from dflash_ray.sampling.plan import SequencePlan
 from dflash_ray.sampling.verify import SequenceOutcome
-from dflash_ray.target.batch import StepBatch
-from dflash_ray.target.colocated import ColocatedDrafter
-from dflash_ray.target.feature_store import FeatureStore
-from dflash_ray.target.model import StepHidden
-from dflash_ray.target.page_allocator import PageAllocator
-from dflash_ray.target.sequences import Draft, Sequence, drafts_of
-from dflash_ray.target.step_check import check_sequence
+from dflash_ray.target_group.batch import StepBatch
+from dflash_ray.target_group.colocated import ColocatedDrafter
+from dflash_ray.target_group.feature_store import FeatureStore
+from dflash_ray.target_group.model import StepHidden
+from dflash_ray.target_group.page_allocator import PageAllocator
+from dflash_ray.target_group.sequences import Draft, Sequence, drafts_of
+from dflash_ray.target_group.step_check import check_sequence
 
 OK = target_pb2.ENTRY_STATUS_OK
 _FINISH_REASONS = (

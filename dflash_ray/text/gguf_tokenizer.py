@@ -11,7 +11,7 @@ from gguf import GGUFReader
 from tokenizers import AddedToken, Tokenizer, pre_tokenizers, processors
 from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS, convert_gguf_tokenizer
 
-from dflash_ray.gateway.token_sizes import byte_alphabet
+from dflash_ray.text.token_sizes import byte_alphabet
 
 _CONTROL_TOKEN, _USER_DEFINED_TOKEN = 3, 4  # token types in the metadata
 _BYTE_LEVEL, _SENTENCEPIECE = "gpt2", "llama"

@@ -13,7 +13,7 @@ from ray.util.placement_group import PlacementGroup, get_current_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from dflash_ray.config import DflashRayConfig
-from dflash_ray.target.worker import RankPlace, TargetRank
+from dflash_ray.target_group.worker import RankPlace, TargetRank
 
 logger = logging.getLogger(__name__)
 _PING_PERIOD_S = 5.0

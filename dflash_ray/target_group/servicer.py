@@ -17,8 +17,8 @@ from dflash_ray.core.protocol import PROTOCOL_VERSION
 from dflash_ray.core.watchdog import Watchdog
 from dflash_ray.observability.metrics import TargetMetrics
 from dflash_ray.pb import target_pb2, target_pb2_grpc
-from dflash_ray.target.engine import Engine, StepOutput
-from dflash_ray.target.step_check import check_step
+from dflash_ray.target_group.engine import Engine, StepOutput
+from dflash_ray.target_group.step_check import check_step
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")

@@ -9,8 +9,8 @@ from dflash_ray.core.protocol import PROTOCOL_VERSION
 from dflash_ray.core.watchdog import Watchdog
 from dflash_ray.observability.metrics import TargetMetrics
 from dflash_ray.pb import target_pb2, target_pb2_grpc
-from dflash_ray.target.servicer import TargetInfo, TargetServicer
-from tests.unit.target.test_engine import FAILED, OK, VOCAB, new_engine, opening
+from dflash_ray.target_group.servicer import TargetInfo, TargetServicer
+from tests.unit.target_group.test_engine import FAILED, OK, VOCAB, new_engine, opening
 
 MAX_BATCH_TOKENS = 32
 INFO = TargetInfo("t", "model", "", VOCAB, 16, 256, 8, 32, MAX_BATCH_TOKENS, 1, 0)

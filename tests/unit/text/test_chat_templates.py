@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from dflash_ray.config import ModelConfig
 from dflash_ray.core.errors import InvalidRequestError
-from dflash_ray.gateway.tokenizer import ChatTokenizer
+from dflash_ray.text.tokenizer import ChatTokenizer
 from tests.tiny_tokenizers import DEEPSEEK, LLAMA3, QWEN3, SPECIALS, save_tokenizer
 
 TEMPLATES = {"qwen3": QWEN3, "llama3": LLAMA3, "deepseek": DEEPSEEK}

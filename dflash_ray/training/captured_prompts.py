@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from dflash_ray.config import ConfigError, TrafficConfig
-from dflash_ray.gateway.traffic import forget_old_files, redaction
+from dflash_ray.text.redaction import forget_old_files, redaction
 from dflash_ray.training.left_out import BadRow, LeftOut
 from dflash_ray.training.prompt_files import Prompt, prompt_of, read_jsonl
 

@@ -6,11 +6,11 @@ import torch
 
 from dflash_ray.kernels.padded import PaddedStep
 from dflash_ray.models.target_checkpoint import resolve_target
-from dflash_ray.target.attention import PagedStep
-from dflash_ray.target.batch import StepBatch
-from dflash_ray.target.model import RankModel
+from dflash_ray.target_group.attention import PagedStep
+from dflash_ray.target_group.batch import StepBatch
+from dflash_ray.target_group.model import RankModel
 from tests.tiny import save_tiny_target
-from tests.unit.target.conftest import CONFIG
+from tests.unit.target_group.conftest import CONFIG
 
 PAGE = CONFIG.target.page_size
 
@@ -71,7 +71,7 @@ def test_attention_in_padded_products_equals_transformers(rank_model, tokens, ex
             super().__init__(batch, cache, device)
             self.padded = PaddedStep(batch.entry_lens, batch.context_lens, batch.page_counts, batch.pages, PAGE, device)
 
-    monkeypatch.setattr("dflash_ray.target.model.PagedStep", Padded)
+    monkeypatch.setattr("dflash_ray.target_group.model.PagedStep", Padded)
     first, second = [37, 3, 200, 11, 90, 4, 55, 56, 1, 0], list(range(20, 30))
     logits(rank_model, (tokens[:20], 0, first), (tokens[:7], 0, second))
     got = logits(rank_model, (tokens[20:25], 20, first), (tokens[7:8], 7, second))

@@ -13,9 +13,9 @@ from tokenizers import AddedToken
 
 from dflash_ray.config import ModelConfig
 from dflash_ray.core.errors import InvalidRequestError
-from dflash_ray.gateway.chat_template import ChatTemplate, text_pattern
-from dflash_ray.gateway.token_sizes import token_sizes
-from dflash_ray.gateway.tokenizer_files import TokenizerFiles, load_tokenizer_files
+from dflash_ray.text.chat_template import ChatTemplate, text_pattern
+from dflash_ray.text.token_sizes import token_sizes
+from dflash_ray.text.tokenizer_files import TokenizerFiles, load_tokenizer_files
 
 _LONG = 4096  # tokens; decoding that many is left to a call that lets other threads run meanwhile
 

@@ -11,14 +11,14 @@ from dflash_ray.models.context_features import FEATURE_PIECE_BYTES, rows_of
 from dflash_ray.models.target_checkpoint import resolve_target
 from dflash_ray.pb import common_pb2, target_pb2
 from dflash_ray.sampling.shards import SingleShard
-from dflash_ray.target.engine import Engine
-from dflash_ray.target.feature_store import FeatureStore
-from dflash_ray.target.model import RankModel, StepHidden
-from dflash_ray.target.runner import GroupRunner
-from dflash_ray.target.tensor_parallel import StepChannel
+from dflash_ray.target_group.engine import Engine
+from dflash_ray.target_group.feature_store import FeatureStore
+from dflash_ray.target_group.model import RankModel, StepHidden
+from dflash_ray.target_group.runner import GroupRunner
+from dflash_ray.target_group.tensor_parallel import StepChannel
 from tests.tiny import save_tiny_target
-from tests.unit.target.conftest import CONFIG
-from tests.unit.target.test_engine import PROMPT, VOCAB, garbage, opening, oracle, run, verify_step
+from tests.unit.target_group.conftest import CONFIG
+from tests.unit.target_group.test_engine import PROMPT, VOCAB, garbage, opening, oracle, run, verify_step
 
 LAYERS = (0, 2)
 WIDTH = 2 * 48

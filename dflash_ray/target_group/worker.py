@@ -26,13 +26,13 @@ from dflash_ray.rpc.metrics import SERVICE_NAME as METRICS_SERVICE_NAME
 from dflash_ray.rpc.metrics import add_metrics_service
 from dflash_ray.rpc.node import bind_host
 from dflash_ray.sampling.shards import ProcessGroupShards, ShardGroup, SingleShard
-from dflash_ray.target.colocated import ColocatedDrafter
-from dflash_ray.target.engine import Engine
-from dflash_ray.target.feature_store import FeatureStore
-from dflash_ray.target.model import RankModel
-from dflash_ray.target.runner import GroupRunner
-from dflash_ray.target.servicer import TargetInfo, TargetServicer
-from dflash_ray.target.tensor_parallel import StepChannel, create_store, init_process_group, join_store
+from dflash_ray.target_group.colocated import ColocatedDrafter
+from dflash_ray.target_group.engine import Engine
+from dflash_ray.target_group.feature_store import FeatureStore
+from dflash_ray.target_group.model import RankModel
+from dflash_ray.target_group.runner import GroupRunner
+from dflash_ray.target_group.servicer import TargetInfo, TargetServicer
+from dflash_ray.target_group.tensor_parallel import StepChannel, create_store, init_process_group, join_store
 
 logger = logging.getLogger(__name__)
 _NOT_OF_THE_MODEL = ("_name_or_path", "transformers_version")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dflash_ray.models.draft_contexts import DraftContexts, DraftMethod, to_block
 from dflash_ray.pb import common_pb2
-from dflash_ray.target.sequences import Sequence
+from dflash_ray.target_group.sequences import Sequence
 
 logger = logging.getLogger(__name__)
 
