@@ -37,7 +37,7 @@ from dflash_ray.text.tokenizer import ChatTokenizer
 # What lies between a verdict and the next pass, in order; the others run beside it.
 CRITICAL = (
     "target commit", "target features", "target codec", "router features", "router codec", "router scheduling",
-    "drafter features", "drafter codec", "target batch", "target columns", "target to ranks", "rank",
+    "drafter", "target batch", "target columns", "target to ranks", "rank",
 )  # fmt: skip
 ASIDE = ("router chunks", "gateway")
 WIRES = (
@@ -84,7 +84,7 @@ class Loop:
         self._gateway = Gateway(case, self.clock, texts)
         self._router = Router(case, self.clock, texts.tokenizer.vocab_size)
         self._target = Target(case, self.clock, texts, channel)
-        self._drafter = Drafter(self.clock, texts)
+        self.drafter = Drafter(case, self.clock, texts)
         self._router.take_requests(self._gateway.requests)
 
     def step(self) -> int:
@@ -99,7 +99,7 @@ class Loop:
             self._router.take_from_target(result)
         for name, message in self._router.to_drafters():
             self.wires["router to drafters"] += len(message)
-            reply = self._drafter.take(message)
+            reply = self.drafter.take(message)
             self.wires["drafters to router"] += len(reply)
             self._router.take_from_drafter(name, reply)
         messages = self._router.to_gateway()
@@ -119,7 +119,8 @@ async def measure(case: Case, steps: int, channel: StepChannel | None = None) ->
         loop = Loop(case, channel)
         while loop.step() < case.sequences:
             pass  # prompts are prefilled
-        loop.step()
+    loop.drafter.start()
+    loop.step()
     gc.collect()
     gc.freeze()  # what stands is not looked through again: each process would only have its own part
     parts: list[Counter[str]] = []

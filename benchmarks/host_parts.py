@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -20,13 +21,15 @@ import numpy as np
 import torch
 
 from dflash_ray.config import DflashRayConfig
+from dflash_ray.drafter.sessions import DraftSessions
 from dflash_ray.gateway.choice import Choice
 from dflash_ray.gateway.generation import Generator
 from dflash_ray.gateway.openai_responses import ResponseWriter
 from dflash_ray.gateway.openai_types import ChatCompletionRequest
 from dflash_ray.gateway.requests import GenerationRequest
 from dflash_ray.kernels.columns import CommitColumn, OutcomeColumn
-from dflash_ray.models.context_features import rows_of
+from dflash_ray.models.block_drafter import DraftProposal
+from dflash_ray.models.dflash2 import Draw
 from dflash_ray.observability.metrics import GatewayMetrics, RouterMetrics
 from dflash_ray.pb import common_pb2, drafter_pb2, router_pb2, target_pb2
 from dflash_ray.router import scheduler
@@ -45,10 +48,10 @@ from dflash_ray.target_group.step_check import check_step
 from dflash_ray.target_group.tensor_parallel import StepChannel
 from dflash_ray.text.tokenizer import ChatTokenizer
 
+FINGERPRINT = "canned"
 DRAFTS = 7
 KEPT_DRAFTS = 2
 WORDS = 1000  # distinct tokens of all texts
-ROOM = 2048  # tokens that a text may grow by
 CHUNK = 65_536  # rows of a prefill pass
 SEQUENCES_A_DRAFTER = 128
 PAGE = 16
@@ -57,7 +60,12 @@ STORE_ROWS = 4096  # of the feature store that all slots share: its writes count
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """What runs: sequences of `context` tokens, each with DRAFTS drafts a step; features of `width` values."""
+    """What runs: sequences of `context` tokens, each with DRAFTS drafts a step; features of `width` values.
+
+    Attributes:
+        prompt_width: of the prompts' features; narrow ones make the start, which is not counted, short.
+        room: tokens that a text may grow by.
+    """
 
     sequences: int
     context: int
@@ -65,6 +73,8 @@ class Case:
     tp: int = 1
     width: int = 4096
     dtype: str = "bfloat16"
+    prompt_width: int = 1
+    room: int = 2048
 
     @property
     def name(self) -> str:
@@ -74,7 +84,7 @@ class Case:
 
     def config(self) -> DflashRayConfig:
         """Nothing waits for a clock, and one pass takes what there is."""
-        tokens = self.context + ROOM
+        tokens = self.context + self.room
         return DflashRayConfig.model_validate(
             {
                 "model": {"max_model_len": tokens},
@@ -129,7 +139,12 @@ class Texts:
 
     def __post_init__(self) -> None:
         words = [token for token in range(self.tokenizer.vocab_size) if self._is_word(token)][:WORDS]
-        drawn = np.random.default_rng(0).integers(0, len(words), (self.case.sequences, self.case.context + ROOM))
+        generator = np.random.default_rng(0)
+        shape = self.case.sequences, self.case.context + self.case.room
+        drawn = generator.integers(0, WORDS, shape)
+        # The first ones differ, so that every prompt of 1,000 tokens has all words in its history.
+        every_word = generator.permuted(np.tile(np.arange(WORDS), (shape[0], 1)), axis=1)
+        drawn[:, :WORDS] = every_word[:, : shape[1]]
         self.tokens = np.array(words)[drawn]
 
     def _is_word(self, token: int) -> bool:
@@ -145,7 +160,9 @@ class Texts:
             request_id=f"{index:032}",
             prompt_ids=self.tokens[index, : self.case.context].tolist(),
             sampling=sampling,
-            stopping=common_pb2.StoppingParams(max_new_tokens=ROOM - 8, stop_token_ids=self.tokenizer.eos_ids),
+            stopping=common_pb2.StoppingParams(
+                max_new_tokens=self.case.room - 2 * (DRAFTS + 1), stop_token_ids=self.tokenizer.eos_ids
+            ),
             speculation=router_pb2.Speculation(),
             eos_ids=self.tokenizer.eos_ids,
         )
@@ -256,6 +273,7 @@ class CannedRunner:
         self._clock = clock
         self._texts = texts.tokens
         self._channel = channel
+        self._prompt_width = case.prompt_width
         self._features = torch.zeros(case.sequences * (DRAFTS + 1), case.width, dtype=getattr(torch, case.dtype))
 
     def forward(self, batch: StepBatch, plan: list[SequencePlan]) -> StepHidden:
@@ -263,9 +281,11 @@ class CannedRunner:
         if self._channel is not None:
             self._channel.send(batch.pack(), pack_plan(plan))
         self._clock.to(None)
-        is_prefill = len(batch.feature_rows) > len(self._features)
-        # A prompt's features are one value wide: they are part of the start, which is not counted.
-        features = torch.zeros(len(batch.feature_rows), 1) if is_prefill else self._features[: len(batch.feature_rows)]
+        num_rows = len(batch.feature_rows)
+        if max(batch.entry_lens) > DRAFTS + 1:
+            features = torch.zeros(1, self._prompt_width, dtype=self._features.dtype).expand(num_rows, -1)
+        else:
+            features = self._features[:num_rows]
         return StepHidden(torch.empty(0), features)
 
     def verify(self, hidden: StepHidden, plan: list[SequencePlan]) -> list[SequenceOutcome]:
@@ -306,7 +326,7 @@ class Target:
         target = case.config().target
         self._clock = clock
         self._max_batch_tokens = target.max_batch_tokens
-        self._engine = Engine(
+        self.engine = Engine(
             CannedRunner(case, clock, texts, channel),
             target.num_pages,
             target.page_size,
@@ -321,7 +341,7 @@ class Target:
         request = target_pb2.TargetRequest.FromString(data)
         check_step(request.step, self._max_batch_tokens)
         self._clock.to("target batch")
-        output = self._engine.step(request.step)
+        output = self.engine.step(request.step)
         self._clock.to("target features")
         answers = [target_pb2.TargetResponse(features=piece).SerializeToString() for piece in output.features]
         self._clock.to("target codec")
@@ -330,40 +350,63 @@ class Target:
         return answers
 
 
-class Drafter:
-    """The drafters' ends of their streams; its drafts are canned."""
+class CannedDrafts:
+    """A draft method whose sessions are as long as they should be, and whose drafts are the texts."""
 
-    def __init__(self, clock: Clock, texts: Texts) -> None:
+    name, fingerprint, max_draft_tokens = "canned", FINGERPRINT, DRAFTS
+
+    def __init__(self, case: Case, clock: Clock, texts: Texts) -> None:
+        self.feature_width = case.prompt_width
         self._clock = clock
         self._texts = texts.tokens
+        self._lens: dict[int, int] = {}
+
+    def open(self, session: int) -> None:
+        self._lens[session] = 0
+
+    def close(self, session: int) -> None:
+        del self._lens[session]
+
+    def extend(self, session: int, start: int, features: torch.Tensor | None, token_ids: Sequence[int]) -> None:
+        self._lens[session] = start + len(token_ids)
+
+    def propose(
+        self,
+        sessions: list[int],
+        anchor_ids: list[int],
+        num_draft_tokens: list[int],
+        num_candidates: int,
+        draws: Sequence[Draw],
+    ) -> list[DraftProposal]:
+        self._clock.to(None)
+        proposals = []
+        for session, count, draw in zip(sessions, num_draft_tokens, draws, strict=True):
+            start = self._lens[session] + 1
+            drafts = self._texts[draw.seed, start : start + count]
+            proposals.append(DraftProposal(torch.from_numpy(drafts)[:, None], torch.zeros(count, 1)))
+        self._clock.to("drafter")
+        return proposals
+
+
+class Drafter:
+    """The drafters' sessions and codec."""
+
+    def __init__(self, case: Case, clock: Clock, texts: Texts) -> None:
+        self._clock = clock
+        self._method = CannedDrafts(case, clock, texts)
+        self._width = case.width
+        self._sessions = DraftSessions(self._method, 2**40)
+
+    def start(self) -> None:
+        """Prompts are over: features have their width from here on."""
+        self._method.feature_width = self._width
 
     def take(self, data: bytes) -> bytes:
-        self._clock.to("drafter features")
-        request = drafter_pb2.DrafterRequest.FromString(data).draft
-        for part in request.contexts:
-            rows_of(part)
-        self._clock.to(None)
-        blocks = [self._block(request, i) for i in range(len(request.sequence_ids))]
-        self._clock.to("drafter codec")
-        reply = drafter_pb2.DraftReply(request_id=request.request_id)
-        for block in blocks:
-            reply.blocks.add(**block)
-        answer = drafter_pb2.DrafterResponse(drafts=reply).SerializeToString()
+        self._clock.to("drafter")
+        request = drafter_pb2.DrafterRequest.FromString(data)
+        answer = drafter_pb2.DrafterResponse(drafts=self._sessions.answer(0, request.draft)).SerializeToString()
         self._clock.to(None)
         return answer
-
-    def _block(self, request: drafter_pb2.DraftRequest, i: int) -> dict[str, Any]:
-        start = request.committed_lens[i]
-        count = request.num_draft_tokens[i]
-        return {
-            "sequence_id": request.sequence_ids[i],
-            "epoch": request.epochs[i],
-            "committed_len": start,
-            "num_slots": count,
-            "num_candidates": 1,
-            "candidate_ids": self._texts[request.seeds[i], start : start + count].tolist(),
-            "log_probs": [0.0] * count,
-        }
 
 
 class Gateway:
