@@ -20,7 +20,6 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import grpc
 import torch
 from host_parts import DRAFTS, FINGERPRINT, CannedDrafts, Case, Clock, Target, Texts
 from rich.console import Console
