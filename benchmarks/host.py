@@ -84,8 +84,16 @@ class Loop:
         self._gateway = Gateway(case, self.clock, texts)
         self._router = Router(case, self.clock, texts.tokenizer.vocab_size)
         self._target = Target(case, self.clock, texts, channel)
-        self.drafter = Drafter(case, self.clock, texts)
+        self._drafter = Drafter(case, self.clock, texts)
         self._router.take_requests(self._gateway.requests)
+
+    def start(self) -> None:
+        """Prompts are over: what is under way arrives, then everything is as it is counted."""
+        for _ in range(3):
+            self.step()
+        self._target.start()
+        self._drafter.start()
+        self.step()
 
     def step(self) -> int:
         """One pass and everything up to the next one; the requests that got tokens."""
@@ -99,7 +107,7 @@ class Loop:
             self._router.take_from_target(result)
         for name, message in self._router.to_drafters():
             self.wires["router to drafters"] += len(message)
-            reply = self.drafter.take(message)
+            reply = self._drafter.take(message)
             self.wires["drafters to router"] += len(reply)
             self._router.take_from_drafter(name, reply)
         messages = self._router.to_gateway()
@@ -119,8 +127,7 @@ async def measure(case: Case, steps: int, channel: StepChannel | None = None) ->
         loop = Loop(case, channel)
         while loop.step() < case.sequences:
             pass  # prompts are prefilled
-    loop.drafter.start()
-    loop.step()
+        loop.start()
     gc.collect()
     gc.freeze()  # what stands is not looked through again: each process would only have its own part
     parts: list[Counter[str]] = []

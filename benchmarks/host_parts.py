@@ -274,6 +274,7 @@ class CannedRunner:
         self._texts = texts.tokens
         self._channel = channel
         self._prompt_width = case.prompt_width
+        self.is_starting = case.prompt_width != case.width
         self._features = torch.zeros(case.sequences * (DRAFTS + 1), case.width, dtype=getattr(torch, case.dtype))
 
     def forward(self, batch: StepBatch, plan: list[SequencePlan]) -> StepHidden:
@@ -282,8 +283,8 @@ class CannedRunner:
             self._channel.send(batch.pack(), pack_plan(plan))
         self._clock.to(None)
         num_rows = len(batch.feature_rows)
-        if max(batch.entry_lens) > DRAFTS + 1:
-            features = torch.zeros(1, self._prompt_width, dtype=self._features.dtype).expand(num_rows, -1)
+        if num_rows > len(self._features) or self.is_starting:
+            features = self._features[:1, : self._prompt_width].expand(num_rows, -1)
         else:
             features = self._features[:num_rows]
         return StepHidden(torch.empty(0), features)
@@ -326,14 +327,19 @@ class Target:
         target = case.config().target
         self._clock = clock
         self._max_batch_tokens = target.max_batch_tokens
+        self._runner = CannedRunner(case, clock, texts, channel)
         self.engine = Engine(
-            CannedRunner(case, clock, texts, channel),
+            self._runner,
             target.num_pages,
             target.page_size,
             case.config().model.max_model_len,
             texts.tokenizer.vocab_size,
             features=_RingStore(STORE_ROWS, case.width, getattr(torch, case.dtype)),
         )
+
+    def start(self) -> None:
+        """Prompts are over: features have their width from here on."""
+        self._runner.is_starting = False
 
     def take(self, data: bytes) -> list[bytes]:
         """The answers to a message: features, then the result."""
@@ -398,7 +404,7 @@ class Drafter:
         self._sessions = DraftSessions(self._method, 2**40)
 
     def start(self) -> None:
-        """Prompts are over: features have their width from here on."""
+        """As the target's."""
         self._method.feature_width = self._width
 
     def take(self, data: bytes) -> bytes:
