@@ -58,7 +58,9 @@ def follow(
         num_candidates: of each slot that are kept in the blocks; 0 for no blocks.
     """
     for start in range(0, len(answers), _TOGETHER):
-        together = [_begin(projector, answer, stop_ids, num_draft_tokens) for answer in answers[start : start + _TOGETHER]]
+        together = [
+            _begin(projector, answer, stop_ids, num_draft_tokens) for answer in answers[start : start + _TOGETHER]
+        ]
         _run(drafter, together, num_draft_tokens, num_candidates)
         for one in together:
             yield Decoded(one.answer.token_ids[one.answer.prompt_len :], None, one.stats, one.is_stopped, one.blocks)

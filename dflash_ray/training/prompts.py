@@ -16,11 +16,11 @@ from dflash_ray.config import ConfigError, ModelConfig
 from dflash_ray.core.files import write_text
 from dflash_ray.models.target_checkpoint import resolve_target
 from dflash_ray.text.tokenizer import ChatTokenizer
-from dflash_ray.training.recorded_prompts import recorded_prompts
 from dflash_ray.training.config import SelfGeneratedSection, TrainingConfig
 from dflash_ray.training.decoding import BatchDecoder, DecodeRequest, local_decoder
 from dflash_ray.training.left_out import LeftOut
 from dflash_ray.training.prompt_files import Prompt, read_prompts, write_prompts
+from dflash_ray.training.recorded_prompts import recorded_prompts
 
 _PIECE_PROMPTS = 128  # a run that was cut off loses at most these
 _SEED_STRIDE = 1_000_003

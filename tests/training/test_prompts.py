@@ -9,11 +9,11 @@ import pytest
 
 from dflash_ray.config import ConfigError, ModelConfig, TrafficConfig
 from dflash_ray.text.tokenizer import ChatTokenizer
-from dflash_ray.training.recorded_prompts import recorded_prompts
 from dflash_ray.training.config import SelfGeneratedSection
 from dflash_ray.training.left_out import LeftOut
 from dflash_ray.training.prompt_files import Prompt, read_prompts
 from dflash_ray.training.prompts import gather_prompts, self_generated_prompts, user_turn, without_near_duplicates
+from dflash_ray.training.recorded_prompts import recorded_prompts
 from tests.training.conftest import END, recipe, run_step, save_recipe, write_prompt_file
 
 GOOD_LINE = '{"prompt": "hello"}\n'
