@@ -65,7 +65,9 @@ class Figures:
 
     @property
     def critical(self) -> float:
-        return sum(self.ms.get(part, 0.0) for part in CRITICAL)
+        """Rank 0 makes its columns while the others unpack theirs."""
+        hidden = min(self.ms.get("rank", 0.0), self.ms["target columns"])
+        return sum(self.ms.get(part, 0.0) for part in CRITICAL) - hidden
 
     @property
     def total(self) -> float:
