@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from collections.abc import Sequence as Columns
 from contextlib import contextmanager
 
-from torch import Tensor
-
-from dflash_ray.models.draft_contexts import DraftContexts, DraftMethod, to_block
-from dflash_ray.pb import common_pb2
-from dflash_ray.target_group.sequences import Sequence
+from dflash_ray.models.draft_contexts import DraftContexts, DraftMethod
+from dflash_ray.target_group.slots import NO_SLOT, SlotTable
+from dflash_ray.target_group.step import ColocatedDraft, Ids, Ints, StepFeatures
 
 logger = logging.getLogger(__name__)
 
@@ -36,10 +33,15 @@ class ColocatedDrafter:
     def __len__(self) -> int:
         return len(self._contexts)
 
-    def extend(self, sequence_id: int, start: int, features: Tensor, token_ids: Columns[int]) -> None:
-        """Features [n, H] and tokens of positions start, start + 1, ..."""
-        with self._as_advice("the colocated drafter failed; a sequence is decoded without it"):
-            self._contexts.extend(sequence_id, start, features, token_ids)
+    def extend(self, features: StepFeatures) -> None:
+        """Takes the features of a pass."""
+        columns = (features.sequence_ids, features.starts, features.num_rows, features.first_rows)
+        at = 0
+        for sequence_id, start, count, first in zip(*(column.tolist() for column in columns), strict=True):
+            with self._as_advice("the colocated drafter failed; a sequence is decoded without it"):
+                rows, token_ids = features.rows[first : first + count], features.token_ids[at : at + count]
+                self._contexts.extend(sequence_id, start, rows, token_ids.tolist())
+            at += count
 
     def close(self, sequence_id: int) -> None:
         """Forgets a sequence; unknown ones are ignored."""
@@ -56,28 +58,30 @@ class ColocatedDrafter:
                 raise
             logger.exception(fault)
 
-    def draft(
-        self, sequences: Columns[Sequence], counts: Columns[int], num_candidates: int, epoch: int
-    ) -> list[common_pb2.DraftBlock]:
-        """Blocks for those of `sequences` that only lack the anchor's row and whose context is whole."""
+    def draft(self, table: SlotTable, sequence_ids: Ids, counts: Ints, num_candidates: int) -> list[ColocatedDraft]:
+        """At most so many tokens for each sequence that only lacks the anchor's row and whose context is whole."""
         ready = [
-            (sequence, min(count, self.max_draft_tokens))
-            for sequence, count in zip(sequences, counts, strict=True)
-            if count
-            and sequence.kv_len == sequence.committed_len - 1
-            and self._contexts.context_len(sequence.sequence_id) == sequence.kv_len
+            (sequence_id, slot, min(count, self.max_draft_tokens))
+            for sequence_id, slot, count in zip(
+                sequence_ids.tolist(), table.slots(sequence_ids).tolist(), counts.tolist(), strict=True
+            )
+            if slot != NO_SLOT
+            and count
+            and table.kv_lens[slot] == table.committed_lens[slot] - 1
+            and self._contexts.context_len(sequence_id) == table.kv_lens[slot]
         ]
         if not ready:
             return []
-        blocks: list[common_pb2.DraftBlock] = []
+        drafts: list[ColocatedDraft] = []
         with self._as_advice("the colocated drafter failed; its sequences are decoded without it"):
+            lens = [int(table.committed_lens[slot]) for _, slot, _ in ready]
             proposals = self._contexts.propose(
-                [sequence.sequence_id for sequence, _ in ready],
-                [sequence.tokens[-1] for sequence, _ in ready],
-                [count for _, count in ready],
+                [sequence_id for sequence_id, _, _ in ready],
+                [int(table.tokens[slot, length - 1]) for (_, slot, _), length in zip(ready, lens, strict=True)],
+                [count for _, _, count in ready],
                 num_candidates,
-                [sequence.draw() for sequence, _ in ready],
+                table.draws(slot for _, slot, _ in ready),
             )
-            for (sequence, _), proposal in zip(ready, proposals, strict=True):
-                blocks.append(to_block(sequence.sequence_id, epoch, sequence.committed_len, proposal))
-        return blocks
+            for (sequence_id, _, _), length, proposal in zip(ready, lens, proposals, strict=True):
+                drafts.append(ColocatedDraft(sequence_id, length, proposal))
+        return drafts

@@ -29,7 +29,7 @@ from dflash_ray.target_group.feature_store import FeatureStore
 from dflash_ray.target_group.model import RankModel
 from dflash_ray.target_group.runner import GroupRunner
 from dflash_ray.target_group.servicer import TargetInfo, TargetServicer
-from dflash_ray.target_group.tensor_parallel import StepChannel, create_store, init_process_group
+from dflash_ray.target_group.tensor_parallel import create_store, init_process_group
 from tests.drafter.published import changed, random_weights
 from tests.tiny import save_tiny_target
 
@@ -76,7 +76,7 @@ def target_servicer(models: Models, config: DflashRayConfig) -> TargetServicer:
     sizes = {"page_size": config.target.page_size, "num_pages": config.target.num_pages}
     limits = {"max_model_len": rank.max_model_len, "vocab_size": rank.vocab_size}
     engine = Engine(
-        GroupRunner(rank, StepChannel("cpu"), SingleShard()),
+        GroupRunner(rank, SingleShard()),
         **sizes,
         **limits,
         features=FeatureStore(config.target.kv_cache_rows, HIDDEN, torch.float32),

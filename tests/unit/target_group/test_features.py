@@ -9,16 +9,17 @@ import torch
 
 from dflash_ray.models.context_features import FEATURE_PIECE_BYTES, rows_of
 from dflash_ray.models.target_checkpoint import resolve_target
-from dflash_ray.pb import common_pb2, target_pb2
+from dflash_ray.pb import common_pb2
 from dflash_ray.sampling.shards import SingleShard
+from dflash_ray.target_group.codec import encode_features
 from dflash_ray.target_group.engine import Engine
 from dflash_ray.target_group.feature_store import FeatureStore
 from dflash_ray.target_group.model import RankModel, StepHidden
 from dflash_ray.target_group.runner import GroupRunner
-from dflash_ray.target_group.tensor_parallel import StepChannel
+from dflash_ray.target_group.step import Opening, StepOutput
+from tests.steps import PROMPT, garbage, opening, oracle, run, step_of, tokens_of, verify_step
 from tests.tiny import save_tiny_target
 from tests.unit.target_group.conftest import CONFIG
-from tests.unit.target_group.test_engine import PROMPT, VOCAB, garbage, opening, oracle, run, verify_step
 
 LAYERS = (0, 2)
 WIDTH = 2 * 48
@@ -27,43 +28,44 @@ WIDTH = 2 * 48
 def runner_with_taps(target, dtype: str = "float32", projector: torch.nn.Module | None = None) -> GroupRunner:
     config = CONFIG.model_copy(update={"model": CONFIG.model.model_copy(update={"dtype": dtype})})
     rank = RankModel(target, config, 0, 1, projector or torch.nn.Identity(), LAYERS)
-    return GroupRunner(rank, StepChannel("cpu"), SingleShard())
+    return GroupRunner(rank, SingleShard())
 
 
 def new_engine(
     runner, num_pages: int = CONFIG.target.num_pages, width: int = WIDTH, dtype: torch.dtype = torch.float32
 ) -> tuple[Engine, FeatureStore]:
     store = FeatureStore(num_pages * CONFIG.target.page_size, width, dtype)
-    return Engine(runner, num_pages, CONFIG.target.page_size, 256, VOCAB, features=store), store
+    return Engine(runner, num_pages, CONFIG.target.page_size, 256, features=store), store
 
 
-def wanting_features(*args, **kwargs) -> target_pb2.OpenSequence:
-    message = opening(*args, **kwargs)
-    message.wants_features = True
-    return message
+def wanting_features(*args, **kwargs) -> Opening:
+    return opening(*args, **kwargs, wants_features=True)
 
 
-def generate(engine: Engine, message: target_pb2.OpenSequence, draft_of=garbage, num_steps: int = 12, chunk: int = 3):
+def pieces_of(output: StepOutput) -> list[common_pb2.ContextFeatures]:
+    return [] if output.features is None else list(encode_features(output.features))
+
+
+def generate(engine: Engine, start: Opening, draft_of=garbage, num_steps: int = 12, chunk: int = 3):
     """Runs a sequence for some steps; returns its tokens, its pieces, and leaves it open."""
-    tokens, pieces = list(message.token_ids), []
-    step = target_pb2.Step(open=[message])
-    for _ in range(0, len(message.token_ids), chunk):
-        step.prefill_ids.append(message.sequence_id)
-        step.prefill_lens.append(chunk)
-        output = engine.step(step)
-        pieces += output.features
-        step = target_pb2.Step()
-    tokens += output.result.token_ids
+    tokens, pieces, at = start.token_ids.tolist(), [], start.sequence_id
+    opened = [start]
+    for _ in range(0, len(start.token_ids), chunk):
+        output = engine.step(step_of(opened, {at: chunk}))
+        pieces += pieces_of(output)
+        opened = []
+    tokens += output.token_ids.tolist()
     for _ in range(num_steps):
-        output = engine.step(verify_step({message.sequence_id: tokens}, {message.sequence_id: draft_of(tokens)[:3]}))
-        pieces += output.features
-        tokens += output.result.token_ids
+        output = engine.step(verify_step({at: tokens}, {at: draft_of(tokens)[:3]}))
+        pieces += pieces_of(output)
+        tokens += output.token_ids.tolist()
     return tokens, pieces
 
 
 def replay(engine: Engine, sequence_id: int, start: int = 0) -> list[common_pb2.ContextFeatures]:
     pieces = []
-    while (piece := engine.replay(sequence_id, start)).num_rows:
+    while (found := engine.replay(sequence_id, start)) is not None:
+        (piece,) = encode_features(found)
         assert piece.start == start
         pieces.append(piece)
         start += piece.num_rows
@@ -120,39 +122,39 @@ def test_every_message_with_features_is_bounded(process_group, tiny_target):
 
 def test_there_is_nothing_to_replay_of_sequences_that_are_unknown_or_want_no_features(process_group, tiny_target):
     engine, _ = new_engine(runner_with_taps(tiny_target))
-    assert not engine.replay(1, 0).num_rows
+    assert engine.replay(1, 0) is None
     _, pieces = generate(engine, opening(1))
-    assert not pieces and not engine.replay(1, 0).num_rows
+    assert not pieces and engine.replay(1, 0) is None
     tokens, _ = generate(engine, wanting_features(2))
-    assert engine.replay(2, len(tokens) - 2).num_rows == 1
-    assert not engine.replay(2, len(tokens) - 1).num_rows
+    assert engine.replay(2, len(tokens) - 2).num_rows.tolist() == [1]
+    assert engine.replay(2, len(tokens) - 1) is None
     engine.close([2])
-    assert not engine.replay(2, 0).num_rows
+    assert engine.replay(2, 0) is None
 
 
 def test_nothing_is_kept_where_nothing_replays(process_group, tiny_target):
-    engine = Engine(runner_with_taps(tiny_target), 64, CONFIG.target.page_size, 256, VOCAB)
+    engine = Engine(runner_with_taps(tiny_target), 64, CONFIG.target.page_size, 256)
     _, pieces = generate(engine, wanting_features())
-    assert pieces and not engine.replay(1, 0).num_rows
+    assert pieces and engine.replay(1, 0) is None
 
 
 class Watched:
     """A runner that knows which of the arrays behind its steps' features are still held by someone."""
 
     def __init__(self, runner: GroupRunner) -> None:
-        self._runner = runner
+        self._runner, self.device = runner, runner.device
         self._arrays: list[weakref.ref] = []
 
-    def forward(self, batch, plan) -> StepHidden:
-        hidden = self._runner.forward(batch, plan)
+    def forward(self, batch) -> StepHidden:
+        hidden = self._runner.forward(batch)
         if hidden.features is None:
             return hidden
         array = hidden.features.numpy().copy()
         self._arrays.append(weakref.ref(array))
         return StepHidden(hidden.sampled, torch.from_numpy(array))
 
-    def verify(self, hidden, plan):
-        return self._runner.verify(hidden, plan)
+    def verify(self, hidden, columns):
+        return self._runner.verify(hidden, columns)
 
     def score(self, hidden, batch):
         return self._runner.score(hidden, batch)
@@ -168,14 +170,16 @@ def test_many_short_sequences_beside_a_long_one_leave_no_memory_behind(process_g
     long_tokens, pieces = generate(engine, wanting_features(1, max_new=200), num_steps=0)
     size = store.num_bytes
     for short in range(2, 42):
-        step = verify_step({1: long_tokens}, {1: []})
-        step.open.append(wanting_features(short))
-        step.prefill_ids.append(short)
-        step.prefill_lens.append(len(PROMPT))
-        step.close.append(short - 1 if short > 2 else 0)
+        step = verify_step(
+            {1: long_tokens},
+            {1: []},
+            open=[wanting_features(short)],
+            prefill={short: len(PROMPT)},
+            close=[short - 1] if short > 2 else [],
+        )
         output = engine.step(step)
-        pieces += [piece for piece in output.features if piece.sequence_id == 1]
-        long_tokens.append(output.result.token_ids[1])
+        pieces += [piece for piece in pieces_of(output) if piece.sequence_id == 1]
+        long_tokens += tokens_of(output)[1]
     del output
     assert watched.num_alive() == 0
     assert store.num_bytes == size == CONFIG.target.kv_cache_rows * WIDTH * 4

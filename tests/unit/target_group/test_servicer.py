@@ -8,12 +8,24 @@ import pytest
 from dflash_ray.core.protocol import PROTOCOL_VERSION
 from dflash_ray.core.watchdog import Watchdog
 from dflash_ray.observability.metrics import TargetMetrics
-from dflash_ray.pb import target_pb2, target_pb2_grpc
+from dflash_ray.pb import common_pb2, target_pb2, target_pb2_grpc
 from dflash_ray.target_group.servicer import TargetInfo, TargetServicer
-from tests.unit.target_group.test_engine import FAILED, OK, VOCAB, new_engine, opening
+from tests.steps import PROMPT, VOCAB
+from tests.unit.target_group.test_engine import FAILED, OK, new_engine
 
 MAX_BATCH_TOKENS = 32
 INFO = TargetInfo("t", "model", "", VOCAB, 16, 256, 8, 32, MAX_BATCH_TOKENS, 1, 0)
+
+
+def opening(sequence_id=1, tokens=PROMPT, stops=(), min_new=0, **sampling) -> target_pb2.OpenSequence:
+    values = {"top_p": 1.0, "repetition_penalty": 1.0, "seed": 11} | sampling
+    return target_pb2.OpenSequence(
+        sequence_id=sequence_id,
+        token_ids=tokens,
+        prompt_len=len(tokens),
+        sampling=common_pb2.SamplingParams(**values),
+        stopping=common_pb2.StoppingParams(max_new_tokens=40, min_new_tokens=min_new, stop_token_ids=stops),
+    )
 
 
 @pytest.fixture
