@@ -6,6 +6,8 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
+
 from dflash_ray.models.draft_contexts import DraftContexts, DraftMethod
 from dflash_ray.target_group.slots import NO_SLOT, SlotTable
 from dflash_ray.target_group.step import ColocatedDraft, Ids, Ints, StepFeatures
@@ -60,28 +62,20 @@ class ColocatedDrafter:
 
     def draft(self, table: SlotTable, sequence_ids: Ids, counts: Ints, num_candidates: int) -> list[ColocatedDraft]:
         """At most so many tokens for each sequence that only lacks the anchor's row and whose context is whole."""
-        ready = [
-            (sequence_id, slot, min(count, self.max_draft_tokens))
-            for sequence_id, slot, count in zip(
-                sequence_ids.tolist(), table.slots(sequence_ids).tolist(), counts.tolist(), strict=True
-            )
-            if slot != NO_SLOT
-            and count
-            and table.kv_lens[slot] == table.committed_lens[slot] - 1
-            and self._contexts.context_len(sequence_id) == table.kv_lens[slot]
-        ]
+        slots = table.slots(sequence_ids)
+        is_ready = (slots != NO_SLOT) & (counts > 0) & (table.kv_lens[slots] == table.committed_lens[slots] - 1)
+        is_ready &= [self._contexts.context_len(at) for at in sequence_ids.tolist()] == table.kv_lens[slots]
+        ready, slots = sequence_ids[is_ready].tolist(), slots[is_ready]
+        lens = table.committed_lens[slots]
         if not ready:
             return []
-        drafts: list[ColocatedDraft] = []
         with self._as_advice("the colocated drafter failed; its sequences are decoded without it"):
-            lens = [int(table.committed_lens[slot]) for _, slot, _ in ready]
             proposals = self._contexts.propose(
-                [sequence_id for sequence_id, _, _ in ready],
-                [int(table.tokens[slot, length - 1]) for (_, slot, _), length in zip(ready, lens, strict=True)],
-                [count for _, _, count in ready],
+                ready,
+                table.tokens[slots, lens - 1].tolist(),
+                np.minimum(counts[is_ready], self.max_draft_tokens).tolist(),
                 num_candidates,
-                table.draws(slot for _, slot, _ in ready),
+                table.draws(slots.tolist()),
             )
-            for (sequence_id, _, _), length, proposal in zip(ready, lens, proposals, strict=True):
-                drafts.append(ColocatedDraft(sequence_id, length, proposal))
-        return drafts
+            return list(map(ColocatedDraft, ready, lens.tolist(), proposals))
+        return []

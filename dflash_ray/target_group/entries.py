@@ -81,9 +81,16 @@ def _fail_misfits(step: StepInput, entries: Entries) -> None:
 
 def _reserve(table: SlotTable, allocator: PageAllocator, entries: Entries) -> None:
     """Gets the pages that the entries' rows need."""
-    held = table.page_counts[np.maximum(entries.slots, 0)]
+    held = table.page_counts[entries.slots]
     needed = -(-(entries.starts + entries.counts) // table.page_size) - held
-    for index in np.flatnonzero((needed > 0) & (entries.statuses == EntryStatus.OK)).tolist():
+    growing = np.flatnonzero((needed > 0) & (entries.statuses == EntryStatus.OK))
+    if needed[growing].sum() <= allocator.num_free:
+        # Nobody goes without, so the order does not matter: those that take a page more, as decoding does, go together.
+        is_next = (needed[growing] == 1) & (held[growing] > 0)
+        slots = entries.slots[growing[is_next]]
+        table.add_page(slots, allocator.allocate_next(table.pages[slots, table.page_counts[slots] - 1]))
+        growing = growing[~is_next]
+    for index in growing.tolist():
         slot, count = int(entries.slots[index]), int(held[index])
         last = int(table.pages[slot, count - 1]) if count else None
         pages = allocator.allocate(int(needed[index]), last)

@@ -101,6 +101,11 @@ class SlotTable:
         self.pages[slot, count : count + len(pages)] = pages
         self.page_counts[slot] += len(pages)
 
+    def add_page(self, slots: Ints, pages: Ints) -> None:
+        """One page more behind each of n slots'."""
+        self.pages[slots, self.page_counts[slots]] = pages
+        self.page_counts[slots] += 1
+
     def commit(self, slots: Ints, num_tokens: Ints, token_ids: Ints) -> None:
         """Appends tokens: `num_tokens` [n] for each of n slots, `token_ids` one slot after the other."""
         slot_of = np.repeat(slots, num_tokens)
