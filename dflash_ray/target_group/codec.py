@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
-from dflash_ray.models.context_features import to_pieces
-from dflash_ray.models.draft_contexts import to_block
+from dflash_ray.core.draft_blocks import to_message
 from dflash_ray.pb import common_pb2, target_pb2
 from dflash_ray.sampling.logprobs import Logprobs
 from dflash_ray.sampling.parameters import COUPLED, NO_LOGPROBS, REJECTION, SamplingParams
-from dflash_ray.target_group.step import Drafts, Ids, Ints, Opening, StepFeatures, StepInput, StepOutput
+from dflash_ray.target_group.step import Drafts, Ids, Ints, Opening, StepInput, StepOutput
 
 _MODES = {common_pb2.VERIFY_MODE_REJECTION: REJECTION}
 
@@ -82,7 +81,7 @@ def _decode_opening(message: target_pb2.OpenSequence) -> Opening:
 
 
 def encode_result(output: StepOutput) -> target_pb2.StepResult:
-    """The result of a step; its features travel beside it."""
+    """The result of a step."""
     return target_pb2.StepResult(
         step_id=output.step_id,
         sequence_ids=output.sequence_ids.tolist(),
@@ -93,10 +92,7 @@ def encode_result(output: StepOutput) -> target_pb2.StepResult:
         token_ids=output.token_ids.tolist(),
         finish_reasons=output.finishes.tolist(),
         logprobs=map(_encode_logprobs, output.logprobs),
-        colocated_drafts=(
-            to_block(draft.sequence_id, output.epoch, draft.committed_len, draft.proposal)
-            for draft in output.colocated_drafts
-        ),
+        colocated_drafts=to_message(output.epoch, output.colocated_drafts) if output.colocated_drafts else None,
         free_pages=output.free_pages,
         timings=target_pb2.StepTimings(
             forward_ns=output.forward_ns, verify_ns=output.verify_ns, draft_ns=output.draft_ns
@@ -109,16 +105,6 @@ def encode_result(output: StepOutput) -> target_pb2.StepResult:
             for part in output.prompt_logprobs
         ),
     )
-
-
-def encode_features(features: StepFeatures) -> Iterator[common_pb2.ContextFeatures]:
-    """Messages of bounded size, a sequence's in the order of its rows."""
-    columns = (features.sequence_ids, features.starts, features.num_rows, features.first_rows)
-    at = 0
-    for sequence_id, start, count, first in zip(*(column.tolist() for column in columns), strict=True):
-        token_ids = features.token_ids[at : at + count].tolist()
-        yield from to_pieces(sequence_id, start, features.rows[first : first + count], token_ids)
-        at += count
 
 
 def _encode_logprobs(logprobs: Logprobs) -> common_pb2.TokenLogprobs:

@@ -8,9 +8,10 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from dflash_ray.models.draft_contexts import DraftContexts, DraftMethod
+from dflash_ray.core.draft_blocks import DraftBlock
+from dflash_ray.models.draft_contexts import DraftContexts, DraftMethod, to_block
 from dflash_ray.target_group.slots import NO_SLOT, SlotTable
-from dflash_ray.target_group.step import ColocatedDraft, Ids, Ints, StepFeatures
+from dflash_ray.target_group.step import Ids, Ints, StepFeatures
 
 logger = logging.getLogger(__name__)
 
@@ -35,15 +36,13 @@ class ColocatedDrafter:
     def __len__(self) -> int:
         return len(self._contexts)
 
-    def extend(self, features: StepFeatures) -> None:
-        """Takes the features of a pass."""
+    def extend(self, table: SlotTable, features: StepFeatures) -> None:
+        """Takes the features of a pass that was committed."""
         columns = (features.sequence_ids, features.starts, features.num_rows, features.first_rows)
-        at = 0
         for sequence_id, start, count, first in zip(*(column.tolist() for column in columns), strict=True):
             with self._as_advice("the colocated drafter failed; a sequence is decoded without it"):
-                rows, token_ids = features.rows[first : first + count], features.token_ids[at : at + count]
-                self._contexts.extend(sequence_id, start, rows, token_ids.tolist())
-            at += count
+                token_ids = table.tokens[table.slot_of[sequence_id], start : start + count].tolist()
+                self._contexts.extend(sequence_id, start, features.rows[first : first + count], token_ids)
 
     def close(self, sequence_id: int) -> None:
         """Forgets a sequence; unknown ones are ignored."""
@@ -60,7 +59,7 @@ class ColocatedDrafter:
                 raise
             logger.exception(fault)
 
-    def draft(self, table: SlotTable, sequence_ids: Ids, counts: Ints, num_candidates: int) -> list[ColocatedDraft]:
+    def draft(self, table: SlotTable, sequence_ids: Ids, counts: Ints, num_candidates: int) -> list[DraftBlock]:
         """At most so many tokens for each sequence that only lacks the anchor's row and whose context is whole."""
         slots = table.slots(sequence_ids)
         is_ready = (slots != NO_SLOT) & (counts > 0) & (table.kv_lens[slots] == table.committed_lens[slots] - 1)
@@ -77,5 +76,5 @@ class ColocatedDrafter:
                 num_candidates,
                 table.draws(slots.tolist()),
             )
-            return list(map(ColocatedDraft, ready, lens.tolist(), proposals))
+            return list(map(to_block, ready, lens.tolist(), proposals))
         return []

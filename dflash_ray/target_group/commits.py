@@ -69,6 +69,5 @@ def kept_features(
         num_rows=num_rows,
         first_rows=np.cumsum(counts) - counts,
         rows=features,
-        token_ids=table.tokens[slot_of, positions].astype(np.int64),
     )
     return kept, table.cache_rows(slot_of, positions)

@@ -52,7 +52,7 @@ class Engine:
 
     Args:
         drafter: colocated drafter that gets this group's features, which then leave in no step's output.
-        features: where features are kept for replays; None where nothing replays.
+        features: where features are kept for remote drafters; None where there are none.
         lead: on the rank that leads a group of several.
 
     Attributes:
@@ -136,22 +136,16 @@ class Engine:
         output.draft_ns = time.perf_counter_ns() - verified
         return output
 
-    def replay(self, sequence_id: int, start: int) -> StepFeatures | None:
-        """One piece of the context features from `start` on; None when they, or the sequence, are unknown."""
-        table, store = self._table, self._features
-        slot = table.slot_of.get(sequence_id, NO_SLOT)
-        if slot == NO_SLOT or store is None or not table.wants_features[slot] or start >= table.kv_lens[slot]:
-            return None
-        positions = np.arange(start, min(int(table.kv_lens[slot]), start + store.rows_per_piece))
-        slot_of = np.full(len(positions), slot)
-        return StepFeatures(
-            sequence_ids=np.array([sequence_id], dtype=np.uint64),
-            starts=np.array([start]),
-            num_rows=np.array([len(positions)]),
-            first_rows=np.zeros(1, dtype=np.int64),
-            rows=store.get(table.cache_rows(slot_of, positions)),
-            token_ids=table.tokens[slot_of, positions].astype(np.int64),
-        )
+    def read_features(self, sequence_ids: Sequence[int], starts: Sequence[int], counts: Sequence[int]) -> Tensor:
+        """Context features [sum of counts, H] of computed rows; of sequences that are closed meanwhile, anything.
+
+        May be called from another thread than the step's.
+        """
+        assert self._features is not None
+        num_rows = np.array(counts)
+        slot_of = np.repeat(self._table.slots(np.array(sequence_ids, dtype=np.uint64)), num_rows)
+        positions = np.arange(len(slot_of)) + np.repeat(starts - np.cumsum(num_rows) + num_rows, num_rows)
+        return self._features.get(self._table.cache_rows(slot_of, positions))
 
     def _change(self, step: StepInput) -> None:
         """Closes and opens the sequences that the step names."""
@@ -204,11 +198,11 @@ class Engine:
         )
 
     def _take_features(self, rows: Rows, done: Commit, sequence_ids: Ids, features: Tensor) -> StepFeatures | None:
-        """Features [F, H] of a pass go to the colocated drafter, or are stored and leave with the output."""
+        """Features [F, H] of a pass go to the colocated drafter, or are stored and told of by the output."""
         on_host = features if self._drafter is not None else features.cpu()
         kept, cache_rows = kept_features(self._table, rows, done, sequence_ids, on_host)
         if self._drafter is not None:
-            self._drafter.extend(kept)
+            self._drafter.extend(self._table, kept)
             return None
         if self._features is not None:
             self._features.put(cache_rows, kept)

@@ -17,10 +17,11 @@ import grpc
 from dflash_ray.core.protocol import PROTOCOL_VERSION
 from dflash_ray.core.watchdog import Watchdog
 from dflash_ray.observability.metrics import TargetMetrics
-from dflash_ray.pb import common_pb2, target_pb2, target_pb2_grpc
-from dflash_ray.target_group.codec import decode_step, encode_features, encode_result
+from dflash_ray.pb import target_pb2, target_pb2_grpc
+from dflash_ray.target_group.codec import decode_step, encode_result
 from dflash_ray.target_group.engine import Engine
-from dflash_ray.target_group.step import StepFeatures, StepOutput
+from dflash_ray.target_group.feature_streams import FeatureStreams
+from dflash_ray.target_group.step import StepOutput
 from dflash_ray.target_group.step_check import StepLimits, check_step
 
 logger = logging.getLogger(__name__)
@@ -77,14 +78,12 @@ def _done() -> asyncio.Future[None]:
     return future
 
 
-def _encode_replay(replay: target_pb2.ReplayFeatures, features: StepFeatures | None) -> target_pb2.TargetResponse:
-    empty = common_pb2.ContextFeatures(sequence_id=replay.sequence_id, start=replay.start)
-    piece = empty if features is None else next(encode_features(features))
-    return target_pb2.TargetResponse(replay=target_pb2.FeaturesReplay(features=piece))
-
-
 class TargetServicer(target_pb2_grpc.TargetServicer):
-    """One stream at a time leads the group: the one with the highest lease epoch."""
+    """One stream at a time leads the group: the one with the highest lease epoch.
+
+    Args:
+        features: what drafters are served; None where the group keeps no features.
+    """
 
     def __init__(
         self,
@@ -93,7 +92,9 @@ class TargetServicer(target_pb2_grpc.TargetServicer):
         compute: ThreadPoolExecutor,
         watchdog: Watchdog,
         metrics: TargetMetrics,
+        features: FeatureStreams | None = None,
     ) -> None:
+        self._features = features
         self._engine = engine
         self._watchdog = watchdog
         self._info = info
@@ -119,7 +120,21 @@ class TargetServicer(target_pb2_grpc.TargetServicer):
         finally:
             reader.cancel()
             # Not awaited: the handler may be ending by cancellation, and the thread keeps the order of its work.
-            self._compute.submit(self._engine.close, list(self._opened.pop(stream.epoch, ())))
+            opened = list(self._opened.pop(stream.epoch, ()))
+            self._end_features(opened)
+            self._compute.submit(self._engine.close, opened)
+
+    async def Features(
+        self, request_iterator: AsyncIterator[target_pb2.FeaturesRequest], context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[target_pb2.FeaturesResponse]:
+        if self._features is None:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "this group has no features for remote drafters")
+        async for response in self._features.serve(request_iterator, context):
+            yield response
+
+    def _end_features(self, sequence_ids: Iterable[int]) -> None:
+        if self._features is not None:
+            self._features.close(sequence_ids)
 
     async def _read(self, requests: AsyncIterator[target_pb2.TargetRequest], stream: _Stream) -> None:
         """Puts the answers to a stream's messages into its queue, in order; nothing follows a refusal."""
@@ -145,13 +160,10 @@ class TargetServicer(target_pb2_grpc.TargetServicer):
             )
         if kind == "step":
             return await self._step(request.step, stream)
-        if kind == "close":
-            sequence_ids = list(request.close.sequence_ids)
-            self._opened[stream.epoch].difference_update(sequence_ids)
-            return _Answer(self._run(lambda: self._engine.close(sequence_ids)), lambda _: [])
-        replay = request.replay
-        work = self._run(lambda: self._engine.replay(replay.sequence_id, replay.start))
-        return _Answer(work, lambda features: [_encode_replay(replay, features)])
+        sequence_ids = list(request.close.sequence_ids)
+        self._opened[stream.epoch].difference_update(sequence_ids)
+        self._end_features(sequence_ids)
+        return _Answer(self._run(lambda: self._engine.close(sequence_ids)), lambda _: [])
 
     def _greet(self, hello: target_pb2.TargetHello, stream: _Stream) -> _Answer:
         if hello.protocol_version != PROTOCOL_VERSION:
@@ -163,6 +175,8 @@ class TargetServicer(target_pb2_grpc.TargetServicer):
         # Sequences of the router that led before end here; it learns so from its next message.
         for epoch in list(self._opened):
             self._compute.submit(self._engine.close, list(self._opened.pop(epoch)))
+        if self._features is not None:
+            self._features.lead(hello.epoch)
         self._epoch = stream.epoch = hello.epoch
         self._opened[hello.epoch] = set()
         logger.info("router leads this group", extra={"router_id": hello.router_id, "epoch": hello.epoch})
@@ -182,14 +196,17 @@ class TargetServicer(target_pb2_grpc.TargetServicer):
             opened = self._opened[stream.epoch]
             opened.difference_update(step.close.tolist())
             opened.update(opening.sequence_id for opening in step.open)
+        if self._features is not None:
+            self._features.receive(message)
         work = self._run(lambda: self._engine.step(step))
         work.add_done_callback(lambda _: stream.room.release())
         return _Answer(work, lambda output: self._encode(output, received))
 
     def _encode(self, output: StepOutput, received: int) -> Iterator[target_pb2.TargetResponse]:
-        if output.features is not None:
-            for piece in encode_features(output.features):
-                yield target_pb2.TargetResponse(features=piece)
+        if self._features is not None and output.features is not None:
+            kept = output.features
+            ends = (kept.starts + kept.num_rows).tolist()
+            self._features.publish(output.step_id, kept.sequence_ids.tolist(), ends)
         result = encode_result(output)
         timings = result.timings
         timings.total_ns = time.perf_counter_ns() - received

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dflash_ray.models.block_drafter import DraftProposal
+from dflash_ray.core.draft_blocks import DraftBlock
 from dflash_ray.sampling.logprobs import Logprobs
 from dflash_ray.sampling.parameters import SamplingParams
 
@@ -122,13 +122,12 @@ class StepInput:
 
 @dataclass(frozen=True, slots=True)
 class StepFeatures:
-    """Context features of the rows that a step kept, S sequences one after the other.
+    """Context features of the rows that a step kept, of S sequences.
 
     Attributes:
         sequence_ids, starts, num_rows: [S] positions start ... start + num_rows - 1 of the sequence.
         first_rows: [S] where its rows begin in `rows`.
         rows: [n, H], among them rows that were not kept; nothing writes to them later.
-        token_ids: of the kept rows' positions, one sequence after the other.
     """
 
     sequence_ids: Ids
@@ -136,16 +135,6 @@ class StepFeatures:
     num_rows: Ints
     first_rows: Ints
     rows: Tensor
-    token_ids: Ints
-
-
-@dataclass(frozen=True, slots=True)
-class ColocatedDraft:
-    """A block of the colocated drafter, for the committed length that the step left."""
-
-    sequence_id: int
-    committed_len: int
-    proposal: DraftProposal
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +173,7 @@ class StepOutput:
     prompt_logprobs: list[PromptLogprobs]
     free_pages: int
     features: StepFeatures | None = None
-    colocated_drafts: list[ColocatedDraft] = field(default_factory=list)
+    colocated_drafts: list[DraftBlock] = field(default_factory=list)
     forward_ns: int = 0
     verify_ns: int = 0
     draft_ns: int = 0

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dflash_ray.core.draft_blocks import DraftBlock
 from dflash_ray.core.stats import AcceptanceStats
 from dflash_ray.kernels.columns import Finish
 from dflash_ray.models.block_drafter import BlockDrafter
@@ -28,7 +29,6 @@ from dflash_ray.target_group.engine import Engine
 from dflash_ray.target_group.model import RankModel
 from dflash_ray.target_group.runner import GroupRunner
 from dflash_ray.target_group.step import (
-    ColocatedDraft,
     Drafts,
     EntryStatus,
     Opening,
@@ -219,13 +219,13 @@ class BatchDecoder:
             offset += count
             if finish:
                 finished[index] = finish
-        for draft in output.colocated_drafts:
-            one = running[draft.sequence_id]
+        for block in output.colocated_drafts:
+            one = running[block.sequence_id]
             if not one.is_decoding:  # the prompt lacks its last token alone, which needs no verification
                 continue
-            one.drafts = draft.proposal.candidate_ids[:, 0].tolist()
-            if one.request.num_candidates and draft.sequence_id not in finished:
-                one.blocks.append(_candidates(draft))
+            one.drafts = block.draft_ids
+            if one.request.num_candidates and block.sequence_id not in finished:
+                one.blocks.append(_candidates(block))
         for index, error in failed.items():
             one = running.pop(index)
             yield index, Decoded([], None, one.stats, False, error=error)
@@ -257,9 +257,8 @@ def _take_taps(features: StepFeatures, running: dict[int, _Running]) -> None:
         running[index].taps.append(features.rows[first : first + count].to(torch.bfloat16, copy=True))
 
 
-def _candidates(draft: ColocatedDraft) -> Candidates:
-    proposal = draft.proposal
-    return Candidates(draft.committed_len, proposal.candidate_ids.cpu().numpy(), proposal.logprobs.cpu().numpy())
+def _candidates(block: DraftBlock) -> Candidates:
+    return Candidates(block.committed_len, block.candidate_ids.astype(np.int64), block.log_probs)
 
 
 def _opening(index: int, request: DecodeRequest, stop_ids: list[int]) -> Opening:

@@ -94,7 +94,7 @@ def decode(engine: Engine, prompt: list[int], drafts_from: int = 0, **sampling) 
         tokens += output.token_ids.tolist()
         if output.finishes[0]:
             return tokens, produced
-        drafts = output.colocated_drafts[0].proposal.candidate_ids[:, 0].tolist() if len(tokens) >= drafts_from else []
+        drafts = output.colocated_drafts[0].draft_ids if len(tokens) >= drafts_from else []
         drafts = drafts[: NUM_NEW - len(tokens) - 1]
         num_wanted = min(BLOCK - 1, max(1, NUM_NEW - len(tokens) - 2))
         step = verify_step({1: [*prompt, *tokens]}, {1: drafts}, draft={1: num_wanted})

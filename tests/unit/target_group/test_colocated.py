@@ -89,7 +89,7 @@ def generate(engine: Engine, ids: tuple[int, ...] = (1, 2)) -> tuple[dict[int, l
             num_drafts[block.sequence_id] += 1
             if block.sequence_id in drafts:
                 left = len(PROMPT) + 1 + NUM_NEW - len(tokens[block.sequence_id]) - 1
-                drafts[block.sequence_id] = block.proposal.candidate_ids.flatten().tolist()[: max(0, left)]
+                drafts[block.sequence_id] = block.draft_ids[: max(0, left)]
         step = verify_step(tokens, drafts, draft=dict.fromkeys(running, 4))
     engine.close(ids)
     engine.allocator.check_integrity()
