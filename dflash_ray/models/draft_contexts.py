@@ -159,7 +159,7 @@ def to_block(sequence_id: int, committed_len: int, proposal: DraftProposal) -> D
     return DraftBlock(
         sequence_id,
         committed_len,
-        proposal.candidate_ids.numpy().astype(np.uint32),
-        proposal.logprobs.float().numpy(),
+        proposal.candidate_ids.cpu().numpy().astype(np.uint32),
+        proposal.logprobs.float().cpu().numpy(),
         proposal.is_drawn,
     )
