@@ -106,15 +106,17 @@ class Engine:
         entries = find_entries(self._table, self.allocator, step)
         running = entries.running()
         rows = rows_of(self._table, entries, running)
-        hidden = verdict = columns = None
+        hidden = verdict = None
         scores = Logprobs()
         if len(running):
             batch, drawing = build_batch(self._table, rows, drafts_of(step.drafts, running - entries.num_prefills))
-            columns = columns_of(drawing, self._table.sampling, self._runner.device) if len(drawing.slots) else None
             hidden = self._runner.forward(batch)
         forwarded = time.perf_counter_ns()
         if hidden is not None:
-            verdict = self._runner.verify(hidden, columns) if columns is not None else None
+            if len(drawing.slots):
+                # Made while a device is at the pass.
+                columns = columns_of(drawing, self._table.sampling, self._runner.device)
+                verdict = self._runner.verify(hidden, columns)
             scores = self._runner.score(hidden, batch)
         verified = time.perf_counter_ns()
         prompt_logprobs = self._prompt_logprobs(rows, entries.sequence_ids[running], scores)
