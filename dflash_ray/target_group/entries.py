@@ -84,6 +84,8 @@ def _reserve(table: SlotTable, allocator: PageAllocator, entries: Entries) -> No
     held = table.page_counts[entries.slots]
     needed = -(-(entries.starts + entries.counts) // table.page_size) - held
     growing = np.flatnonzero((needed > 0) & (entries.statuses == EntryStatus.OK))
+    if not len(growing):
+        return
     if needed[growing].sum() <= allocator.num_free:
         # Nobody goes without, so the order does not matter: those that take a page more, as decoding does, go together.
         is_next = (needed[growing] == 1) & (held[growing] > 0)
