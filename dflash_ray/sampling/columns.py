@@ -99,7 +99,7 @@ def columns_of(rows: DrawRows, table: SamplingTable, device: torch.device) -> Pl
     needs = Need(int(np.bitwise_or.reduce(table.needs[rows.slots], initial=0)))
     ids, values = table.ids.reshape(-1), table.values.reshape(-1)
     if device.type != "cpu":
-        ids, values = _without_gaps(ints, ids, values)
+        ids, values = without_gaps(ints, ids, values)
     draft_ids, draft_probs = _no_ids().reshape(0, 0), _no_probs().reshape(0, 0)
     if needs & Need.REJECTION:
         draft_ids, draft_probs = _drafts(rows, lines, offsets, sequence_of)
@@ -149,7 +149,7 @@ def _drafts(
     return ids, probs
 
 
-def _without_gaps(ints: Ints, ids: Ints, values: NDArray[np.float32]) -> tuple[Ints, NDArray[np.float32]]:
+def without_gaps(ints: Ints, ids: Ints, values: NDArray[np.float32]) -> tuple[Ints, NDArray[np.float32]]:
     """The ranges of `ids` and `values` that `ints` names, one after the other, which `ints` names then."""
     places = np.array(RANGES)
     begins, lens = ints[:, places].reshape(-1), ints[:, places + 1].reshape(-1)

@@ -154,10 +154,7 @@ class TargetServicer(target_pb2_grpc.TargetServicer):
         kind = request.WhichOneof("message")
         if kind == "hello":
             return self._greet(request.hello, stream)
-        if stream.epoch == 0 or stream.epoch < self._epoch:
-            raise _Refusal(
-                f"epoch {stream.epoch} does not lead this group (now {self._epoch}): say hello with a new lease"
-            )
+        self._check_lead(stream)
         if kind == "step":
             return await self._step(request.step, stream)
         sequence_ids = list(request.close.sequence_ids)
@@ -183,6 +180,12 @@ class TargetServicer(target_pb2_grpc.TargetServicer):
         reply = target_pb2.TargetHelloReply(protocol_version=PROTOCOL_VERSION, **asdict(self._info))
         return _Answer(_done(), lambda _: [target_pb2.TargetResponse(hello=reply)])
 
+    def _check_lead(self, stream: _Stream) -> None:
+        if stream.epoch == 0 or stream.epoch < self._epoch:
+            raise _Refusal(
+                f"epoch {stream.epoch} does not lead this group (now {self._epoch}): say hello with a new lease"
+            )
+
     async def _step(self, message: target_pb2.Step, stream: _Stream) -> _Answer:
         """Decodes and checks a step while another one runs, and hands it on when at most one is before it."""
         received = time.perf_counter_ns()
@@ -192,10 +195,10 @@ class TargetServicer(target_pb2_grpc.TargetServicer):
         except ValueError as error:
             raise _Refusal(str(error), grpc.StatusCode.INVALID_ARGUMENT) from error
         await stream.room.acquire()
-        if stream.epoch in self._opened:
-            opened = self._opened[stream.epoch]
-            opened.difference_update(step.close.tolist())
-            opened.update(opening.sequence_id for opening in step.open)
+        self._check_lead(stream)  # another router may have said hello meanwhile
+        opened = self._opened[stream.epoch]
+        opened.difference_update(step.close.tolist())
+        opened.update(opening.sequence_id for opening in step.open)
         if self._features is not None:
             self._features.receive(message)
         work = self._run(lambda: self._engine.step(step))

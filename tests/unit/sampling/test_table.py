@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
-import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from dflash_ray.kernels import build, reference_verify, verify_ops
 from dflash_ray.kernels.columns import IntColumn
-from dflash_ray.sampling.columns import DrawRows, PlanColumns, columns_of
+from dflash_ray.sampling.columns import DrawRows, PlanColumns, columns_of, without_gaps
 from dflash_ray.sampling.parameters import COUPLED, NO_LOGPROBS, REJECTION, SamplingParams
-from dflash_ray.sampling.table import RANGES, Need, SamplingTable
+from dflash_ray.sampling.table import RANGES, SamplingTable
 from tests.plans import SequencePlan, to_columns
 
 VOCAB = 50
@@ -224,36 +222,10 @@ def test_other_devices_get_the_ranges_without_what_lies_between_them():
         table.open(slot, params, np.array([7, 8]), 2, 5, 40, np.arange(slot, 9))
     rows = DrawRows(np.array([3, 1]), np.array([1, 1]), np.array([5, 5]), np.array([8, 8]), np.array([-1, -1]))
     here, there = columns_of(rows, table, CPU), columns_of(rows, table, torch.device("meta"))
-    assert there.tensors.ids.shape == (2 * (1 + 2 + 2) + 6 + 8,) and here.tensors.ids.shape == (4 * 32,)
-    assert there.needs == here.needs == Need.COUNTS | Need.ADJUSTMENT
-
-
-@pytest.mark.skipif(not build.is_loaded_for("cpu"), reason="no C++ compiler: there is only one implementation")
-@given(data=st.data())
-@settings(deadline=None, max_examples=50)
-def test_the_compiled_count_is_the_references(data):
-    slots = data.draw(st.lists(st.integers(0, 3), unique=True, min_size=1))
-    parts = [data.draw(TOKENS) for _ in slots]
-    arguments = []
-    for _ in range(2):
-        ids, ints = torch.zeros(4, 64, dtype=torch.int64), torch.zeros(4, len(IntColumn), dtype=torch.int64)
-        ids[:, 3:6] = torch.tensor([2, 9, 30])
-        ints[:, IntColumn.HISTORY_AT], ints[:, IntColumn.HISTORY_LEN] = torch.arange(4) * 64 + 3, 3
-        arguments.append((ids, torch.ones(4, 64), ints))
-    step = (torch.tensor(slots), torch.tensor([len(part) for part in parts]))
-    tokens = torch.tensor([token for part in parts for token in part], dtype=torch.int64)
-    verify_ops.count_history(*arguments[0], *step, tokens)
-    reference_verify.count_history(*arguments[1], *step, tokens)
-    for mine, theirs in zip(*arguments, strict=True):
-        assert torch.equal(mine, theirs)
-
-
-def test_a_history_without_room_behind_it_is_refused():
-    if not build.is_loaded_for("cpu"):
-        pytest.skip("no C++ compiler")
-    ints = torch.zeros(1, len(IntColumn), dtype=torch.int64)
-    one = torch.zeros(1, dtype=torch.int64)
-    with pytest.raises(RuntimeError, match="no room behind the history of slot 0"):
-        verify_ops.count_history(
-            torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, 1), ints, one, one + 2, torch.zeros(2).long()
-        )
+    assert here.tensors.ids.shape == (4 * 32,)
+    # One bias, two stop tokens that are banned as well, and the tokens from the slot's number on.
+    assert there.tensors.ids.shape == there.tensors.values.shape == (2 * (1 + 2 + 2) + 6 + 8,)
+    ints = here.tensors.ints.numpy().copy()
+    ids, values = without_gaps(ints, here.tensors.ids.numpy(), here.tensors.values.numpy())
+    tensors = here.tensors._replace(ints=torch.tensor(ints), ids=torch.tensor(ids), values=torch.tensor(values))
+    assert ranges_of(replace(here, tensors=tensors)) == ranges_of(here)

@@ -228,3 +228,19 @@ async def test_a_router_whose_epoch_is_over_is_refused(stub):
     await old.write(target_pb2.TargetRequest(step=verify_message(8)))
     with pytest.raises(grpc.aio.AioRpcError, match="does not lead this group"):
         await old.read()
+
+
+async def test_a_step_that_waits_when_another_router_takes_over_is_never_run(stub, compute, engine):
+    old = await lead(stub, 1)
+    compute.is_open.clear()
+    for at in range(4):
+        step = target_pb2.Step(open=[opening(at)], prefill_ids=[at], prefill_lens=[7])
+        await old.write(target_pb2.TargetRequest(step=step))
+    await until(lambda: compute.num_handed == 2)
+    new = await lead(stub, 2)
+    compute.is_open.set()
+    assert [list((await old.read()).result.statuses) for _ in range(2)] == [[OK], [OK]]
+    with pytest.raises(grpc.aio.AioRpcError, match="does not lead this group"):
+        await old.read()
+    result = await run(new, target_pb2.Step(open=[opening(9)], prefill_ids=[9], prefill_lens=[7]))
+    assert list(result.statuses) == [OK] and engine.num_sequences == 1
