@@ -165,7 +165,7 @@ class Slots(RuleBasedStateMachine):
         plan, drafts = [], []
         for slot in slots:
             chain = data.draw(st.lists(st.integers(0, VOCAB - 1), max_size=4))
-            count = data.draw(st.sampled_from([0, 1, 3]))
+            count = data.draw(st.sampled_from([0, 1, 3])) if chain else 0
             others = [(token + i) % VOCAB for token in chain for i in range(count)]
             probs = data.draw(st.lists(st.floats(0, 1, width=32), min_size=len(others), max_size=len(others)))
             drawn = {"num_candidates": count, "candidate_ids": others, "candidate_probs": probs}
