@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, Future
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,6 +23,9 @@ import torch
 from numpy.typing import NDArray
 
 from dflash_ray.config import DflashRayConfig
+from dflash_ray.core.watchdog import Watchdog
+from dflash_ray.drafter.arrivals import Arrival, Arrivals
+from dflash_ray.drafter.drafts import Drafts
 from dflash_ray.drafter.sessions import DraftSessions
 from dflash_ray.gateway.choice import Choice
 from dflash_ray.gateway.generation import Generator
@@ -30,11 +34,12 @@ from dflash_ray.gateway.openai_types import ChatCompletionRequest
 from dflash_ray.gateway.requests import GenerationRequest
 from dflash_ray.kernels.columns import IntColumn
 from dflash_ray.models.block_drafter import DraftProposal
+from dflash_ray.models.context_features import rows_of
 from dflash_ray.models.dflash2 import Draw
 from dflash_ray.observability.metrics import GatewayMetrics, RouterMetrics
 from dflash_ray.pb import common_pb2, drafter_pb2, router_pb2, target_pb2
 from dflash_ray.router import scheduler
-from dflash_ray.router.drafting import DrafterState
+from dflash_ray.router.draft_requests import DrafterState
 from dflash_ray.router.limits import TargetLimits
 from dflash_ray.router.pipeline import Pipeline, to_chunk
 from dflash_ray.sampling.columns import PlanColumns
@@ -44,6 +49,7 @@ from dflash_ray.target_group.batch import StepBatch
 from dflash_ray.target_group.codec import decode_step, encode_result
 from dflash_ray.target_group.engine import Engine
 from dflash_ray.target_group.feature_store import FeatureStore
+from dflash_ray.target_group.feature_streams import FeatureStreams, _push, _Stream, _Wanted
 from dflash_ray.target_group.model import StepHidden
 from dflash_ray.target_group.step import StepFeatures, StepInput
 from dflash_ray.target_group.step_channel import StepChannel
@@ -210,6 +216,7 @@ class Router:
         self._pipeline.scheduler.target_ready(limits, time.monotonic())
         for name in self._drafters:
             self._pipeline.scheduler.drafting.join(DrafterState(name, True, DRAFTS))
+        self.drafter_names = list(self._drafters)
         self.indexes: dict[int, int] = {}  # sequence id -> number of the request
 
     def take_requests(self, messages: list[bytes]) -> None:
@@ -221,10 +228,9 @@ class Router:
         self._pipeline._pump()
 
     def take_from_target(self, data: bytes) -> None:
-        is_features = data[:1] == b"\x22"  # of the field `features`
-        self._clock.to("router features" if is_features else "router codec")
+        self._clock.to("router codec")
         message = target_pb2.TargetResponse.FromString(data)
-        self._clock.to("router features" if is_features else "router scheduling")
+        self._clock.to("router scheduling")
         self._pipeline._on_target_message(message)
         self._clock.to(None)
 
@@ -242,7 +248,7 @@ class Router:
         return messages
 
     def to_drafters(self) -> list[tuple[str, bytes]]:
-        self._clock.to("router features")
+        self._clock.to("router codec")
         messages = [
             (name, message.SerializeToString()) for name, out in self._drafters.items() for message in out.take()
         ]
@@ -262,11 +268,21 @@ class Router:
 
 
 class _RingStore(FeatureStore):
-    """Writes what the engine writes, into few rows that all slots share; rows of prompts are not kept."""
+    """Writes and reads what it is told to, in few rows that all slots share; rows of prompts are not kept."""
+
+    def __init__(self, case: Case) -> None:
+        super().__init__(STORE_ROWS, case.width, getattr(torch, case.dtype))
+        self._narrow = torch.zeros(1, case.prompt_width, dtype=self._rows.dtype)
+        self.is_starting = case.prompt_width != case.width
 
     def put(self, slots: NDArray[np.int64], features: StepFeatures) -> None:
         if features.rows.shape[1] == self._rows.shape[1]:
             super().put(slots % STORE_ROWS, features)
+
+    def get(self, slots: NDArray[np.int64]) -> torch.Tensor:
+        if self.is_starting:
+            return self._narrow.expand(len(slots), -1)
+        return super().get(slots % STORE_ROWS)
 
 
 class CannedRunner:
@@ -345,25 +361,34 @@ class Target:
             config.target.max_batch_tokens, config.model.max_model_len or 0, texts.tokenizer.vocab_size
         )
         self._runner = CannedRunner(case, clock, texts)
-        store = _RingStore(STORE_ROWS, case.width, getattr(torch, case.dtype))
-        self.engine = _engine(case, self._runner, store, None if channel is None else _Lead(channel, clock))
+        self._store = _RingStore(case)
+        self.engine = _engine(case, self._runner, self._store, None if channel is None else _Lead(channel, clock))
+        self.features = FeatureStreams(self.engine.read_features, self._store.rows_per_piece, "target", FINGERPRINT)
+        self.features.lead(1)
 
     def start(self) -> None:
         """Prompts are over: features have their width from here on."""
-        self._runner.is_starting = False
+        self._runner.is_starting = self._store.is_starting = False
 
-    def take(self, data: bytes) -> list[bytes]:
-        """The answers to a message: features, then the result."""
+    def take(self, data: bytes) -> bytes:
+        """The result of a step, whose features are there for the drafters then."""
         self._clock.to("target codec")
         request = target_pb2.TargetRequest.FromString(data)
         step = decode_step(request.step)
         check_step(step, self._limits)
+        self._clock.to("target features")
+        self.features.receive(request.step)
         self._clock.to("target batch")
         output = self.engine.step(step)
+        self._clock.to("target features")
+        kept = output.features
+        if kept is not None:
+            ends = (kept.starts + kept.num_rows).tolist()
+            self.features.publish(output.step_id, kept.sequence_ids.tolist(), ends)
         self._clock.to("target codec")
-        answer = target_pb2.TargetResponse(result=encode_result(output)).SerializeToString()
+        result = target_pb2.TargetResponse(result=encode_result(output)).SerializeToString()
         self._clock.to(None)
-        return [answer]
+        return result
 
 
 class CannedDrafts:
@@ -384,7 +409,7 @@ class CannedDrafts:
         del self._lens[session]
 
     def extend(self, session: int, start: int, features: torch.Tensor | None, token_ids: Sequence[int]) -> None:
-        self._lens[session] = start + len(token_ids)
+        self._lens[session] = start + (len(token_ids) if features is None else len(features))
 
     def propose(
         self,
@@ -404,23 +429,96 @@ class CannedDrafts:
         return proposals
 
 
-class Drafter:
-    """The drafters' sessions and codec."""
+class _AtOnce(Executor):
+    """Runs what it is given where it is given."""
 
-    def __init__(self, case: Case, clock: Clock, texts: Texts) -> None:
+    def submit(self, work: Callable[..., Any], /, *arguments: Any, **named: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_result(work(*arguments, **named))
+        return future
+
+
+class _Source:
+    """A drafter's stream of features without a socket, both ends of it."""
+
+    def __init__(self, target: Target, arrivals: Arrivals, method: CannedDrafts) -> None:
+        self._streams = target.features
+        self._stream = _Stream()
+        self._streams._streams.add(self._stream)
+        self._arrivals = arrivals
+        self._method = method
+        self._by_number: dict[int, Arrival] = {}
+
+    def open(self, address: str, stream: int) -> _Source:
+        return self
+
+    def subscribe(self, epoch: int, step_id: int, wanted: list[tuple[Arrival, int]]) -> None:
+        for arrival, sequence_id in wanted:
+            arrival.is_coming = True
+            number = len(self._by_number)
+            self._by_number[number] = arrival
+            self._streams._subscribe(self._stream, number, _Wanted(epoch, step_id, sequence_id, arrival.end))
+
+    def unsubscribe(self, arrivals: list[Arrival]) -> None:
+        """Nothing here is ever opened twice."""
+
+    async def close(self) -> None:
+        self._stream.subscriptions.clear()
+
+    def give(self) -> Iterator[bytes]:
+        """The target's end: what is there to send."""
+        while parts := self._streams._pick(self._stream):
+            message = self._streams._message(*[list(column) for column in zip(*parts, strict=True)])
+            for subscription, _, start, count in parts:
+                subscription.at = start + count
+                _push(subscription)
+            yield target_pb2.FeaturesResponse(features=message).SerializeToString()
+
+    def take(self, data: bytes) -> None:
+        """The drafter's end."""
+        features = target_pb2.FeaturesResponse.FromString(data).features
+        rows = rows_of(features, self._method.feature_width)
+        at = 0
+        for number, start, count in zip(features.subscription_ids, features.starts, features.num_rows, strict=True):
+            self._arrivals.put(self._by_number[number], start, rows[at : at + count])
+            at += count
+
+
+class Drafter:
+    """A drafter's sessions, its codec, and its stream of features."""
+
+    def __init__(self, case: Case, clock: Clock, texts: Texts, target: Target) -> None:
         self._clock = clock
         self._method = CannedDrafts(case, clock, texts)
         self._width = case.width
-        self._sessions = DraftSessions(self._method, 2**40)
+        arrivals = Arrivals()
+        self._source = _Source(target, arrivals, self._method)
+        sessions, watchdog = DraftSessions(self._method, 2**40), Watchdog(1e6, "a draft")
+        self._drafts = Drafts(sessions, arrivals, self._source, watchdog, lambda start, end: None)  # type: ignore[arg-type]
+        self._drafts._compute = _AtOnce()  # type: ignore[assignment]
+        self.close = self._drafts.close
 
     def start(self) -> None:
         """As the target's."""
         self._method.feature_width = self._width
 
-    def take(self, data: bytes) -> bytes:
+    def features(self) -> list[bytes]:
+        """Messages of the target for this drafter."""
+        self._clock.to("target features")
+        messages = list(self._source.give())
+        self._clock.to(None)
+        return messages
+
+    def take_features(self, data: bytes) -> None:
+        self._clock.to("drafter features")
+        self._source.take(data)
+        self._clock.to(None)
+
+    async def take(self, data: bytes) -> bytes:
         self._clock.to("drafter")
         request = drafter_pb2.DrafterRequest.FromString(data)
-        answer = drafter_pb2.DrafterResponse(drafts=self._sessions.answer(0, request.draft)).SerializeToString()
+        reply = await self._drafts.answer(0, request.draft)
+        answer = drafter_pb2.DrafterResponse(drafts=reply).SerializeToString()
         self._clock.to(None)
         return answer
 

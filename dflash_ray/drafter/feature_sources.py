@@ -50,7 +50,7 @@ class FeatureSource:
         for arrival, sequence_id in wanted:
             number = next(self._numbers)
             self._by_number[number], self._number_of[arrival] = arrival, number
-            arrival.is_coming = True
+            arrival.is_coming, arrival.is_behind = True, False
             message.subscription_ids.append(number)
             message.sequence_ids.append(sequence_id)
             message.starts.append(arrival.end)
