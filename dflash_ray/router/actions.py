@@ -24,16 +24,8 @@ class CloseSequences:
 
 
 @dataclass(frozen=True, slots=True)
-class Replay:
-    """Ask the target for one piece of context features again, from row `start` on."""
-
-    sequence_id: int
-    start: int
-
-
-@dataclass(frozen=True, slots=True)
 class RequestDrafts:
-    """Send contexts and proposals to a drafter; one request is in flight at a time for each."""
+    """Tell a drafter what to open and to draft; one request is in flight at a time for each."""
 
     drafter_id: str
     request: drafter_pb2.DraftRequest
@@ -76,4 +68,4 @@ class Fail:
     error: RequestError
 
 
-Action = RunStep | CloseSequences | Replay | RequestDrafts | DropTarget | DropDrafter | Emit | Fail
+Action = RunStep | CloseSequences | RequestDrafts | DropTarget | DropDrafter | Emit | Fail

@@ -1,69 +1,40 @@
-"""Who drafts for which sequence, and what each drafter must be sent. Sans-IO, a part of the scheduler.
+"""Who drafts for which sequence. Sans-IO, a part of the scheduler.
 
 The ladder of a step: the sequence's drafter, n-gram lookup, plain decoding. A drafter has one request in flight; what
-its sequences want meanwhile goes with the next one. A draft that is late is skipped and its drafter keeps the sequence;
-a drafter that was late several times in a row is left, and its sequences move to another one, which gets their context
-features by replay.
+its sequences want meanwhile goes with the next one. It fetches their context features from the target itself. A draft
+that is late is skipped and its drafter keeps the sequence; a drafter that was late several times in a row is left, and
+its sequences move to another one, which fetches their features anew.
+
+Nothing here looks at all sequences: a drafter has sets of those that it serves, must still open, and is to draft for.
+Entries of the last two are checked when they are used, since sequences move on in the meantime.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable
 
 from dflash_ray.config import DflashRayConfig
-from dflash_ray.pb import common_pb2, drafter_pb2
-from dflash_ray.router.actions import Action, DropDrafter, Replay, RequestDrafts
-from dflash_ray.router.context import MAX_WAITING_BYTES
+from dflash_ray.core.draft_blocks import blocks_of
+from dflash_ray.pb import drafter_pb2
+from dflash_ray.router.actions import Action, DropDrafter, RequestDrafts
+from dflash_ray.router.draft_requests import (
+    FIRST_BACK_OFF_S,
+    DrafterState,
+    InFlight,
+    Sequences,
+    add_opened,
+    add_proposals,
+    add_tokens,
+)
+from dflash_ray.router.limits import TargetLimits
 from dflash_ray.router.sequence import RouterSequence
 
-_FIRST_BACK_OFF_S = 0.5
 _MAX_BACK_OFF_S = 10.0
 _FULL_PAUSE_S = 1.0  # before a drafter that had no room is offered another sequence
-_EAGER_ROWS = 128  # context rows that are worth a request of their own, without a draft
+_MAX_LOST = 1  # times in a row that a drafter opens a sequence again whose rows were lost
 _ROWS_A_TIMEOUT = 64  # context rows for which a drafter gets its time once more
-_MAX_CONTEXT_BYTES = 4 * 1024 * 1024  # of features in one request
-_MAX_CONTEXT_TOKENS = 32 * 1024  # of one sequence in one request to a drafter that reads tokens
-
-
-@dataclass(slots=True)
-class _InFlight:
-    """The one request that a drafter works on.
-
-    Attributes:
-        deadline: when the next miss is counted.
-        is_late: a miss was counted.
-        is_given_up: a sequence went on without waiting for its answer; no other one waits for it either.
-    """
-
-    request_id: int
-    sequence_ids: frozenset[int]
-    sent_at: float
-    patience_s: float
-    deadline: float
-    is_late: bool = False
-    is_given_up: bool = False
-
-
-@dataclass(slots=True)
-class DrafterState:
-    """A connected drafter.
-
-    Attributes:
-        num_misses: times in a row that its time was over before it answered.
-        aside_until: no sequence goes there before.
-        closed: sequences that it need not keep, told with the next request.
-    """
-
-    drafter_id: str
-    needs_features: bool
-    max_draft_tokens: int
-    num_misses: int = 0
-    aside_until: float = 0.0
-    back_off_s: float = _FIRST_BACK_OFF_S
-    closed: list[int] = field(default_factory=list)
-    in_flight: _InFlight | None = None
+_WAIT_SHARE = 0.5  # of a draft's time, in which a drafter may wait for rows
 
 
 class Drafting:
@@ -74,8 +45,9 @@ class Drafting:
         self._max_misses = config.router.max_missed_drafts
         self._hang_s = config.drafter.step_timeout_s
         self._num_candidates = config.router.num_candidates
-        self._max_context_bytes = min(_MAX_CONTEXT_BYTES, config.network.max_message_bytes // 2)
         self._drafters: dict[str, DrafterState] = {}
+        self._lone: Sequences = {}  # on the target, and without a drafter
+        self._waiting: Sequences = {}  # for a draft, by their deadlines; entries without one are over
         self._next_request_id = 1
         self.num_dropped: Counter[str] = Counter()
         self.num_replays = 0
@@ -84,173 +56,189 @@ class Drafting:
         """A drafter said hello."""
         self._drafters[drafter.drafter_id] = drafter
 
-    def lose(self, drafter_id: str, sequences: Collection[RouterSequence]) -> None:
+    def lose(self, drafter_id: str) -> None:
         """A drafter's stream broke: its sequences look for another one, unless they seem to be what breaks drafters."""
         drafter = self._drafters.pop(drafter_id, None)
         if drafter is None:
             return
-        at_work = drafter.in_flight.sequence_ids if drafter.in_flight is not None else frozenset()
-        for sequence in sequences:
-            if sequence.context.drafter_id == drafter_id:
-                sequence.context.num_losses += sequence.sequence_id in at_work
-                sequence.leave_drafter()
+        in_flight = drafter.in_flight
+        for sequence in list(drafter.sequences.values()):
+            if in_flight is not None:
+                at_work = sequence.sequence_id in in_flight.committed_lens or sequence.sequence_id in in_flight.opened
+                sequence.context.num_losses += at_work
+            self._leave(sequence)
+
+    def add(self, sequence: RouterSequence) -> None:
+        """The step that opens a sequence on the target is sent."""
+        if not sequence.draft_tokens:
+            return
+        drafter = self._drafters.get(sequence.context.drafter_id or "")
+        if drafter is None:
+            self._lone[sequence.sequence_id] = sequence
+        else:
+            drafter.to_open[sequence.sequence_id] = sequence
 
     def close(self, sequence: RouterSequence) -> None:
         """The sequence is over; its drafter is told with the next request."""
+        self._waiting.pop(sequence.sequence_id, None)
+        self._lone.pop(sequence.sequence_id, None)
         drafter = self._drafters.get(sequence.context.drafter_id or "")
         if drafter is not None:
+            drafter.forget(sequence.sequence_id)
             drafter.closed.append(sequence.sequence_id)
 
-    def request(self, running: Sequence[RouterSequence], max_model_len: int, epoch: int, now: float) -> list[Action]:
-        """What to ask of target and idle drafters, so that every sequence gets its draft."""
+    def request(self, idle: Iterable[RouterSequence], limits: TargetLimits, step_id: int, now: float) -> list[Action]:
+        """What to ask of drafters.
+
+        Args:
+            idle: sequences that have come to want a draft.
+            step_id: the last step sent.
+        """
+        self._assign(now)
+        for sequence in idle:
+            drafter = self._drafters.get(sequence.context.drafter_id or "")
+            if drafter is not None:
+                drafter.wanting[sequence.sequence_id] = sequence
+                if drafter.in_flight is None or not drafter.in_flight.is_given_up:
+                    self._wait(sequence, now)
         actions: list[Action] = []
-        for drafter, sequences in self._assigned(running, now):
-            if drafter.needs_features:
-                actions += self._replays(sequences)
-            wanting = [s for s in sequences if s.wants_draft(max_model_len)]
-            if drafter.in_flight is None:
-                actions += self._next_request(drafter, sequences, wanting, max_model_len, epoch, now)
-            elif not drafter.in_flight.is_given_up:
-                for sequence in wanting:
-                    if self._is_whole(drafter, sequence) and sequence.draft_deadline is None:
-                        sequence.draft_deadline = now + self._timeout_s
+        for drafter in self._drafters.values():
+            if drafter.in_flight is None and (drafter.closed or drafter.to_open or drafter.wanting):
+                actions += self._next_request(drafter, limits, step_id, now)
         return actions
 
-    def _assigned(
-        self, running: Sequence[RouterSequence], now: float
-    ) -> list[tuple[DrafterState, list[RouterSequence]]]:
-        """All drafters with their sequences; sequences without one go to the least loaded that takes any."""
-        if not self._drafters:
-            return []
-        by_drafter: dict[str, list[RouterSequence]] = {drafter_id: [] for drafter_id in self._drafters}
-        lone = []
-        for sequence in running:
-            held_by = sequence.context.drafter_id
-            if held_by is not None:
-                by_drafter[held_by].append(sequence)
-            elif sequence.draft_tokens and sequence.context.may_be_drafted_for:
-                lone.append(sequence)
-        free = [drafter_id for drafter_id, drafter in self._drafters.items() if drafter.aside_until <= now]
-        for sequence in lone if free else ():
-            sequence.context.drafter_id = min(free, key=lambda drafter_id: len(by_drafter[drafter_id]))
-            by_drafter[sequence.context.drafter_id].append(sequence)
-        return [(drafter, by_drafter[drafter_id]) for drafter_id, drafter in self._drafters.items()]
+    def _assign(self, now: float) -> None:
+        """Gives sequences without a drafter to the least loaded that takes any."""
+        free = [drafter for drafter in self._drafters.values() if drafter.aside_until <= now] if self._lone else []
+        if not free:
+            return
+        lone, self._lone = self._lone, {}
+        for sequence_id, sequence in lone.items():
+            if sequence.is_open and sequence.context.may_be_drafted_for:
+                drafter = min(free, key=lambda drafter: len(drafter.sequences))
+                sequence.context.drafter_id = drafter.drafter_id
+                drafter.sequences[sequence_id] = drafter.to_open[sequence_id] = sequence
 
-    def _replays(self, sequences: list[RouterSequence]) -> list[Action]:
-        """Asks for rows that the target has computed and that did not find their way here."""
-        actions: list[Action] = []
-        for sequence in sequences:
-            context = sequence.context
-            is_behind = sequence.is_open and max(context.end, context.lacked_at) < sequence.num_computed
-            if is_behind and not context.is_replaying and context.num_bytes < MAX_WAITING_BYTES // 2:
-                context.is_replaying = True
-                self.num_replays += 1
-                actions.append(Replay(sequence.sequence_id, context.end))
-        return actions
+    def _wait(self, sequence: RouterSequence, now: float) -> None:
+        if sequence.draft_deadline is None:
+            sequence.draft_deadline = now + self._timeout_s
+            self._waiting.pop(sequence.sequence_id, None)
+            self._waiting[sequence.sequence_id] = sequence
 
-    def _is_whole(self, drafter: DrafterState, sequence: RouterSequence) -> bool:
-        """Whether the next request can bring the drafter's context up to the anchor."""
-        if not drafter.needs_features:
-            return sequence.committed_len - sequence.context.sent_rows <= _MAX_CONTEXT_TOKENS
-        context = sequence.context
-        return context.end == sequence.committed_len - 1 and context.num_bytes <= self._max_context_bytes
-
-    def _next_request(
-        self,
-        drafter: DrafterState,
-        sequences: list[RouterSequence],
-        wanting: list[RouterSequence],
-        max_model_len: int,
-        epoch: int,
-        now: float,
-    ) -> list[Action]:
-        """Contexts and proposals for an idle drafter: those who wait for a draft first, then rows of long prompts."""
+    def _next_request(self, drafter: DrafterState, limits: TargetLimits, step_id: int, now: float) -> list[Action]:
+        """What an idle drafter is to close, to open, and to draft."""
         request = drafter_pb2.DraftRequest(
-            request_id=self._next_request_id, close=drafter.closed, num_candidates=self._num_candidates
+            request_id=self._next_request_id,
+            epoch=limits.epoch,
+            close=drafter.closed,
+            max_wait_ms=int(1000 * _WAIT_SHARE * self._timeout_s),
+            num_candidates=self._num_candidates,
         )
-        room = self._max_context_bytes
+        wanting = [s for s in drafter.wanting.values() if s.wants_draft(limits.max_model_len)]
+        lacking = sum(s.committed_len - 1 - s.context.held_rows for s in wanting)
+        drafter.wanting, drafter.closed = {}, []
+        if drafter.needs_features:
+            add_opened(request, self._take_opened(drafter), limits.address, step_id)
+        else:
+            wanting = self._bring_tokens(request, drafter, wanting)
         for sequence in wanting:
-            room -= _add_context(request, drafter, sequence, room)
-            if sequence.context.sent_rows == sequence.committed_len - 1:
-                self._add_proposal(request, drafter, sequence, max_model_len, epoch)
-                sequence.draft_deadline = sequence.draft_deadline or now + self._timeout_s
-        for sequence in sequences:
-            if drafter.needs_features and sequence.context.end - sequence.context.sent_rows >= _EAGER_ROWS:
-                room -= _add_context(request, drafter, sequence, room)
-        if not (request.close or request.contexts or request.sequence_ids):
+            self._wait(sequence, now)
+        add_proposals(request, wanting, limits.max_model_len, drafter.max_draft_tokens)
+        if not (request.close or request.open or request.token_sequence_ids or request.sequence_ids):
             return []
-        num_rows = sum(part.num_rows for part in request.contexts)
-        patience_s = self._timeout_s * (1 + num_rows / _ROWS_A_TIMEOUT)
-        involved = frozenset([*request.sequence_ids, *(part.sequence_id for part in request.contexts)])
-        drafter.in_flight = _InFlight(request.request_id, involved, now, patience_s, now + patience_s)
-        drafter.closed = []
+        patience_s = self._timeout_s * (1 + lacking / _ROWS_A_TIMEOUT)
+        committed_lens = {sequence.sequence_id: sequence.committed_len for sequence in wanting}
+        drafter.in_flight = InFlight(
+            request.request_id, committed_lens, frozenset(request.open), now, patience_s, now + patience_s
+        )
         self._next_request_id += 1
         return [RequestDrafts(drafter.drafter_id, request)]
 
-    def _add_proposal(
-        self,
-        request: drafter_pb2.DraftRequest,
-        drafter: DrafterState,
-        sequence: RouterSequence,
-        max_model_len: int,
-        epoch: int,
-    ) -> None:
-        request.sequence_ids.append(sequence.sequence_id)
-        request.epochs.append(epoch)
-        request.committed_lens.append(sequence.committed_len)
-        request.anchor_token_ids.append(sequence.tokens[-1])
-        request.temperatures.append(sequence.request.sampling.temperature)
-        request.seeds.append(sequence.request.sampling.seed)
-        request.wants_distributions.append(sequence.request.sampling.mode == common_pb2.VERIFY_MODE_REJECTION)
-        request.num_draft_tokens.append(min(sequence.num_drafts(max_model_len), drafter.max_draft_tokens))
+    def _take_opened(self, drafter: DrafterState) -> list[RouterSequence]:
+        """The sequences that a drafter is told to open now."""
+        opened = [s for s in drafter.to_open.values() if s.is_open and not s.context.is_open]
+        drafter.to_open = {}
+        for sequence in opened:
+            self.num_replays += sequence.context.is_moved
+            sequence.context.is_open, sequence.context.is_moved = True, False
+        return opened
 
-    def answer(
-        self,
-        drafter_id: str,
-        reply: drafter_pb2.DraftReply,
-        sequences: dict[int, RouterSequence],
-        epoch: int | None,
-        now: float,
-    ) -> None:
+    def _bring_tokens(
+        self, request: drafter_pb2.DraftRequest, drafter: DrafterState, wanting: list[RouterSequence]
+    ) -> list[RouterSequence]:
+        """Adds tokens for a drafter that reads them; returns the sequences of which it has all then."""
+        drafter.to_open = {}
+        whole = []
+        for sequence in wanting:
+            if add_tokens(request, sequence):
+                whole.append(sequence)
+            else:  # the next request goes on with them, and no step waits for it
+                sequence.draft_deadline = None
+                drafter.wanting[sequence.sequence_id] = sequence
+        return whole
+
+    def answer(self, drafter_id: str, reply: drafter_pb2.DraftReply, epoch: int | None, now: float) -> None:
         """Takes a drafter's drafts; those for another past are dropped."""
         drafter = self._drafters.get(drafter_id)
         if drafter is None or drafter.in_flight is None or drafter.in_flight.request_id != reply.request_id:
             return
-        if not drafter.in_flight.is_late:
+        in_flight, drafter.in_flight = drafter.in_flight, None
+        if not in_flight.is_late:
             drafter.num_misses = 0
-            drafter.back_off_s = _FIRST_BACK_OFF_S
-        drafter.in_flight = None
-        for block in reply.blocks:
-            sequence = sequences.get(block.sequence_id)
-            if sequence is None or block.epoch != epoch or block.committed_len != sequence.committed_len:
+            drafter.back_off_s = FIRST_BACK_OFF_S
+        for block in blocks_of(reply.blocks):
+            sequence = drafter.sequences.get(block.sequence_id)
+            if sequence is None or reply.blocks.epoch != epoch or block.committed_len != sequence.committed_len:
                 self.num_dropped["stale"] += 1
-            elif sequence.draft_deadline is None:
+                continue
+            sequence.context.held_rows, sequence.context.num_lost = block.committed_len - 1, 0
+            if sequence.draft_deadline is None:
                 self.num_dropped["late"] += 1
             else:
                 sequence.take_draft(block, "remote")
                 sequence.draft_deadline = None
-        for missing in reply.missing:
-            sequence = sequences.get(missing.sequence_id)
-            if sequence is None or sequence.context.drafter_id != drafter_id:
-                continue
-            sequence.miss_draft()
-            if missing.is_refused:
-                sequence.context.num_refusals += 1
-                sequence.leave_drafter()
-                drafter.aside_until = max(drafter.aside_until, now + _FULL_PAUSE_S)
-                self.num_dropped["refused"] += 1
-            else:
-                sequence.context.restart(missing.have_len)
+        columns = (reply.missing_ids, reply.have_lens, reply.missing_reasons)
+        for sequence_id, have_len, reason in zip(*columns, strict=True):
+            sequence = drafter.sequences.get(sequence_id)
+            if sequence is not None:
+                if in_flight.committed_lens.get(sequence_id) == sequence.committed_len:
+                    sequence.miss_draft()
+                self._miss(drafter, sequence, have_len, reason, now)
 
-    def expire(self, sequences: Collection[RouterSequence], now: float) -> list[Action]:
+    def _miss(
+        self,
+        drafter: DrafterState,
+        sequence: RouterSequence,
+        have_len: int,
+        reason: drafter_pb2.MissingReason,
+        now: float,
+    ) -> None:
+        """A drafter lacks rows of a sequence."""
+        context = sequence.context
+        if reason in (drafter_pb2.MISSING_REASON_COMING, drafter_pb2.MISSING_REASON_LOST):
+            context.held_rows = have_len
+        if reason == drafter_pb2.MISSING_REASON_LOST and drafter.needs_features:
+            if not context.is_open:
+                return  # the target has opened it anew meanwhile: it is in `to_open`
+            context.is_open, context.is_moved = False, True
+            context.num_lost += 1
+        is_lost_again = context.num_lost > _MAX_LOST
+        if reason == drafter_pb2.MISSING_REASON_REFUSED or is_lost_again:
+            context.num_refusals += 1
+            self._leave(sequence)
+            drafter.aside_until = max(drafter.aside_until, now + _FULL_PAUSE_S)
+            self.num_dropped["lost" if is_lost_again else "refused"] += 1
+        elif reason == drafter_pb2.MISSING_REASON_LOST and drafter.needs_features:
+            drafter.to_open[sequence.sequence_id] = sequence
+
+    def expire(self, now: float) -> list[Action]:
         """Goes on without drafts that are late; leaves drafters that are late all the time or do not answer at all."""
-        for sequence in sequences:
-            if sequence.draft_deadline is not None and sequence.draft_deadline <= now:
-                sequence.miss_draft()
-                self.num_dropped["timeout"] += 1
-                drafter = self._drafters.get(sequence.context.drafter_id or "")
-                if drafter is not None and drafter.in_flight is not None:
-                    drafter.in_flight.is_given_up = True
+        while (first := self._first_waiting()) is not None and (first.draft_deadline or 0.0) <= now:
+            first.miss_draft()
+            self.num_dropped["timeout"] += 1
+            drafter = self._drafters.get(first.context.drafter_id or "")
+            if drafter is not None and drafter.in_flight is not None:
+                drafter.in_flight.is_given_up = True
         actions: list[Action] = []
         for drafter in self._drafters.values():
             in_flight = drafter.in_flight
@@ -260,36 +248,41 @@ class Drafting:
             in_flight.deadline = now + in_flight.patience_s
             drafter.num_misses += 1
             if drafter.num_misses >= self._max_misses:
-                self._leave(drafter, sequences, now)
+                self._put_aside(drafter, now)
             if now - in_flight.sent_at >= self._hang_s:
                 actions.append(DropDrafter(drafter.drafter_id))
         return actions
 
-    def _leave(self, drafter: DrafterState, sequences: Collection[RouterSequence], now: float) -> None:
-        """Puts a drafter aside; what it holds is closed there with the first request that it gets again."""
+    def _first_waiting(self) -> RouterSequence | None:
+        """Who has waited longest for a draft."""
+        while self._waiting:
+            sequence_id, sequence = next(iter(self._waiting.items()))
+            if sequence.draft_deadline is not None:
+                return sequence
+            del self._waiting[sequence_id]
+        return None
+
+    def _put_aside(self, drafter: DrafterState, now: float) -> None:
+        """Leaves a drafter for a while; what it holds is closed there with the first request that it gets again."""
         drafter.num_misses = 0
         drafter.aside_until = now + drafter.back_off_s
         drafter.back_off_s = min(_MAX_BACK_OFF_S, 2 * drafter.back_off_s)
-        for sequence in sequences:
-            if sequence.context.drafter_id == drafter.drafter_id:
-                drafter.closed.append(sequence.sequence_id)
-                sequence.leave_drafter()
+        drafter.closed.extend(drafter.sequences)
+        for sequence in list(drafter.sequences.values()):
+            self._leave(sequence)
+
+    def _leave(self, sequence: RouterSequence) -> None:
+        """The sequence's drafter serves it no more; another one may."""
+        drafter = self._drafters.get(sequence.context.drafter_id or "")
+        if drafter is not None:
+            drafter.forget(sequence.sequence_id)
+        sequence.leave_drafter()
+        self._lone[sequence.sequence_id] = sequence
 
     def next_deadline(self) -> float | None:
-        """When a drafter's time is over."""
-        return min((d.in_flight.deadline for d in self._drafters.values() if d.in_flight is not None), default=None)
-
-
-def _add_context(request: drafter_pb2.DraftRequest, drafter: DrafterState, sequence: RouterSequence, room: int) -> int:
-    """Adds the next rows of a sequence's context, at most `room` bytes of features; returns the bytes added."""
-    if drafter.needs_features:
-        parts = sequence.context.give(room)
-        request.contexts.extend(parts)
-        return sum(len(part.data) for part in parts)
-    start = sequence.context.sent_rows
-    stop = min(sequence.committed_len - 1, start + _MAX_CONTEXT_TOKENS)
-    if start < stop:
-        tokens = sequence.tokens[start:stop]
-        request.contexts.add(sequence_id=sequence.sequence_id, start=start, num_rows=stop - start, token_ids=tokens)
-        sequence.context.sent_rows = stop
-    return 0
+        """When a draft's or a drafter's time is over."""
+        deadlines = [d.in_flight.deadline for d in self._drafters.values() if d.in_flight is not None]
+        first = self._first_waiting()
+        if first is not None and first.draft_deadline is not None:
+            deadlines.append(first.draft_deadline)
+        return min(deadlines, default=None)

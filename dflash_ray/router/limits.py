@@ -10,7 +10,7 @@ from dflash_ray.pb import router_pb2
 
 @dataclass(frozen=True, slots=True)
 class TargetLimits:
-    """What the target group said in its hello, and the lease's epoch."""
+    """What the target group said in its hello, the lease's epoch, and where drafters find the group."""
 
     epoch: int
     max_model_len: int
@@ -19,6 +19,7 @@ class TargetLimits:
     num_pages: int
     max_batch_tokens: int
     colocated_draft_tokens: int = 0
+    address: str = ""
 
     def pages(self, tokens: int) -> int:
         """KV pages of so many rows."""

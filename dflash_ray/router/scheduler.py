@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter, deque
 
 from dflash_ray.config import DflashRayConfig
+from dflash_ray.core.draft_blocks import blocks_of
 from dflash_ray.core.errors import DeadlineExceededError, HandedOverError, OverloadedError, RequestError
 from dflash_ray.core.ngram import IndexingRoom
 from dflash_ray.pb import common_pb2, drafter_pb2, router_pb2, target_pb2
@@ -44,6 +45,7 @@ class Scheduler:
         self._waiting: deque[RouterSequence] = deque()
         self._running: list[RouterSequence] = []
         self._close_next: list[int] = []
+        self._idle: list[RouterSequence] = []  # that have got tokens since drafters were asked
         self._actions: list[Action] = []
         self._next_id = 1
         self._step_id = 0
@@ -129,12 +131,6 @@ class Scheduler:
         self._running.clear()
         self._close_next.clear()
 
-    def features(self, part: common_pb2.ContextFeatures) -> None:
-        """Context features of the step in flight, before its result."""
-        sequence = self._sequences.get(part.sequence_id)
-        if sequence is not None and sequence.is_open:
-            sequence.context.take(part)
-
     def step_done(self, result: target_pb2.StepResult, now: float) -> None:
         """Takes the tokens of a step."""
         entries = self._step or {}
@@ -167,6 +163,8 @@ class Scheduler:
                     self._fail(sequence, _internal_error(fault))
                     continue
                 self._emit(sequence, tokens, token_logprobs, result.finish_reasons[i], decode_pass)
+                if sequence.phase is Phase.DECODE and not result.finish_reasons[i]:
+                    self._idle.append(sequence)
             elif result.statuses[i] == target_pb2.ENTRY_STATUS_NO_PAGES:
                 lacks_pages = True
             elif result.statuses[i] == target_pb2.ENTRY_STATUS_FAILED:
@@ -175,7 +173,7 @@ class Scheduler:
                 self._requeue(sequence)
         if lacks_pages:
             self._free_pages()
-        for block in result.colocated_drafts:
+        for block in blocks_of(result.colocated_drafts):
             drafted = self._sequences.get(block.sequence_id)
             if drafted is not None and drafted.committed_len == block.committed_len:
                 drafted.take_draft(block, "colocated")
@@ -261,34 +259,23 @@ class Scheduler:
             self._closes_since_step = True
 
     def drafter_lost(self, drafter_id: str) -> None:
-        self.drafting.lose(drafter_id, self._sequences.values())
+        self.drafting.lose(drafter_id)
 
     def drafts_done(self, drafter_id: str, reply: drafter_pb2.DraftReply, now: float) -> None:
         epoch = self.limits.epoch if self.limits is not None else None
-        self.drafting.answer(drafter_id, reply, self._sequences, epoch, now)
-
-    def replayed(self, part: common_pb2.ContextFeatures) -> None:
-        """Context features that were asked for again."""
-        sequence = self._sequences.get(part.sequence_id)
-        if sequence is not None and sequence.context.is_replaying:
-            sequence.context.is_replaying = False
-            sequence.context.take(part)
-            if not part.num_rows:
-                sequence.context.lacked_at = sequence.num_computed
+        self.drafting.answer(drafter_id, reply, epoch, now)
 
     def poll(self, now: float) -> list[Action]:
         """Everything there is to do at `now`, in order."""
         self._give_up_waiting(now)
-        self._actions += self.drafting.expire(self._sequences.values(), now)
+        self._actions += self.drafting.expire(now)
         self._indexing_room.left = _INDEXED_AT_ONCE
         if self.limits is not None:
             self._admit(now)
-            if self._weighs_ngrams:
-                self._prefer_ngrams()
-            if not self._is_colocated:
-                self._actions += self.drafting.request(self._running, self.limits.max_model_len, self.limits.epoch, now)
+            self._request_drafts(now)
             if self._step is None:
                 self._start_step(now)
+                self._request_drafts(now)  # those that the step opens
             elif now >= self._step_deadline:
                 self._actions.append(DropTarget())
             if self._close_next:  # no step takes them along
@@ -297,22 +284,28 @@ class Scheduler:
         actions, self._actions = self._actions, []
         return actions
 
-    def _prefer_ngrams(self) -> None:
-        """Gives sequences whose tokens have just come an n-gram in a drafter's place, where that promises more."""
+    def _request_drafts(self, now: float) -> None:
+        """Asks drafters for what the sequences want that have got tokens since."""
         assert self.limits is not None
-        for sequence in self._running:
-            if sequence.ngram_draft is not None or not sequence.wants_draft(self.limits.max_model_len):
-                continue
-            count = sequence.num_drafts(self.limits.max_model_len)
-            if self._rates.prefers_ngram(sequence.look_up(count, self._indexing_room).match_len):
-                sequence.take_ngram(count, self._indexing_room)
+        idle, self._idle = self._idle, []
+        idle = [s for s in idle if s.sequence_id in self._sequences and s.wants_draft(self.limits.max_model_len)]
+        if self._weighs_ngrams:
+            idle = [sequence for sequence in idle if not self._prefers_ngram(sequence, self.limits.max_model_len)]
+        if not self._is_colocated:
+            self._actions += self.drafting.request(idle, self.limits, self._step_id, now)
+
+    def _prefers_ngram(self, sequence: RouterSequence, max_model_len: int) -> bool:
+        """Gives a sequence an n-gram in a drafter's place, where that promises more."""
+        count = sequence.num_drafts(max_model_len)
+        if not self._rates.prefers_ngram(sequence.look_up(count, self._indexing_room).match_len):
+            return False
+        sequence.take_ngram(count, self._indexing_room)
+        return True
 
     def next_deadline(self) -> float | None:
         """When `poll` has something to do even if no event comes."""
-        deadlines = [s.draft_deadline for s in self._running if s.draft_deadline is not None]
-        drafter_deadline = self.drafting.next_deadline()
-        if drafter_deadline is not None:
-            deadlines.append(drafter_deadline)
+        draft_deadline = self.drafting.next_deadline()
+        deadlines = [] if draft_deadline is None else [draft_deadline]
         if self._step is not None:
             deadlines.append(self._step_deadline)
         if self._lost_at is not None and self._waiting:
@@ -386,6 +379,8 @@ class Scheduler:
             if sequence.draft is None and count and self._uses_ngram:
                 sequence.take_ngram(count, self._indexing_room)
         step, entries = build_step(self._step_id, limits, self._router, decoding, prefilling)
+        for message in step.open:
+            self.drafting.add(self._sequences[message.sequence_id])
         step.close.extend(self._close_next)
         self._close_next = []
         self._closes_since_step = False

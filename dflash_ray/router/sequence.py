@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
+from dflash_ray.core.draft_blocks import DraftBlock
 from dflash_ray.core.ngram import IndexingRoom, NgramDraft, NgramIndex
-from dflash_ray.pb import common_pb2, router_pb2, target_pb2
+from dflash_ray.pb import router_pb2, target_pb2
 from dflash_ray.router.context import DrafterContext
 
 
@@ -30,7 +31,7 @@ class RouterSequence:
         num_prefilled: rows that the target says it has computed, while in PREFILL.
         num_losses: target groups that were lost with a step in flight that had this sequence in it.
         last_step: number of the last step with this sequence in it; who waited longest comes first.
-        context: what its drafter holds.
+        context: who drafts for it.
         draft: drafts for the next step, None while there are none.
         is_draft_missed: the next step goes on without a drafter's draft.
         drawn: the block they come from, when its drafts were drawn from its probabilities.
@@ -54,7 +55,7 @@ class RouterSequence:
     context: DrafterContext = field(default_factory=DrafterContext)
     is_draft_missed: bool = False
     draft: list[int] | None = None
-    drawn: common_pb2.DraftBlock | None = None
+    drawn: DraftBlock | None = None
     draft_source: str = "plain"
     draft_deadline: float | None = None
     ngram: NgramIndex | None = None
@@ -115,11 +116,11 @@ class RouterSequence:
         self.rows_in_step = 0
         self.num_prefilled = 0
         self.forget_draft()
-        self.context.clear()
+        self.context.is_open = False
 
-    def take_draft(self, block: common_pb2.DraftBlock, source: str) -> None:
+    def take_draft(self, block: DraftBlock, source: str) -> None:
         """A draft for the next step."""
-        self.draft = list(block.candidate_ids[:: block.num_candidates])
+        self.draft = block.draft_ids
         self.drawn = block if block.is_drawn else None
         self.draft_source = source
 

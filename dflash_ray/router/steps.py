@@ -65,11 +65,10 @@ def _add_chain(step: target_pb2.Step, sequence: RouterSequence, count: int, voca
     step.num_drafts.append(len(sequence.draft))
     step.draft_token_ids.extend(sequence.draft)
     step.draft_parents.extend(range(len(sequence.draft)))
-    num_candidates = sequence.drawn.num_candidates if sequence.drawn is not None else 0
-    step.num_draft_candidates.append(num_candidates)
+    step.num_draft_candidates.append(sequence.drawn.candidate_ids.shape[1] if sequence.drawn is not None else 0)
     if sequence.drawn is not None:
-        step.draft_candidate_ids.extend(sequence.drawn.candidate_ids[: num_candidates * len(sequence.draft)])
-        step.draft_log_probs.extend(sequence.drawn.log_probs[: num_candidates * len(sequence.draft)])
+        step.draft_candidate_ids.extend(sequence.drawn.candidate_ids[: len(sequence.draft)].ravel().tolist())
+        step.draft_log_probs.extend(sequence.drawn.log_probs[: len(sequence.draft)].ravel().tolist())
 
 
 def _add_chunk(step: target_pb2.Step, sequence: RouterSequence, count: int) -> None:

@@ -11,11 +11,10 @@ from dflash_ray.router.actions import (
     DropTarget,
     Emit,
     Fail,
-    Replay,
     RequestDrafts,
     RunStep,
 )
-from dflash_ray.router.drafting import DrafterState
+from dflash_ray.router.draft_requests import DrafterState
 from dflash_ray.router.scheduler import Scheduler
 from tests.toy import VOCAB, ToyDrafter, ToyTarget, answer, token_request
 
@@ -42,7 +41,6 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.step = None
         self.closes: list[int] = []
         self.drafters: dict[str, ToyDrafter] = {}
-        self.replays: list[Replay] = []
         self.alive: dict[int, tuple] = {}  # sequence id -> (sequence, prompt, max new tokens, emitted tokens)
         self.scheduler.target_ready(self.target.limits, self.now)
         self.pump()
@@ -65,8 +63,6 @@ class SchedulerMachine(RuleBasedStateMachine):
                 self.target.close(ids)
             case RequestDrafts(drafter_id, request):
                 self.drafters[drafter_id].take(request)
-            case Replay():
-                self.replays.append(action)
             case DropTarget():
                 self.lose_target()
             case DropDrafter(drafter_id):
@@ -107,9 +103,6 @@ class SchedulerMachine(RuleBasedStateMachine):
     def finish_step(self):
         step, self.step = self.step, None
         result = self.target.step(step)
-        for part in self.target.features:
-            self.scheduler.features(part)
-            self.pump()
         self.target.close(self.closes)
         self.closes = []
         self.scheduler.step_done(result, self.now)
@@ -131,16 +124,22 @@ class SchedulerMachine(RuleBasedStateMachine):
                 return answer(prompt, at + count)[at:]
             return [(sequence_id * 7 + k) % VOCAB for k in range(count)]
 
-        reply = self.drafters[name].answer(draft)
-        for block in reply.blocks:
-            block.committed_len -= kind == "stale"
+        reply = self.drafters[name].answer(draft, self.target)
+        if kind == "stale":
+            reply.blocks.committed_lens[:] = [length - 1 for length in reply.blocks.committed_lens]
         self.scheduler.drafts_done(name, reply, self.now)
         self.pump()
 
     @precondition(lambda self: self.drafters)
     @rule(data=st.data())
     def drafter_forgets(self, data):
-        self.drafters[data.draw(st.sampled_from(sorted(self.drafters)))].sessions.clear()
+        self.drafters[data.draw(st.sampled_from(sorted(self.drafters)))].forget()
+
+    @precondition(lambda self: self.drafters)
+    @rule(data=st.data(), lag=st.integers(0, 3), is_cut_off=st.booleans())
+    def rows_come_late_or_not_at_all(self, data, lag, is_cut_off):
+        drafter = self.drafters[data.draw(st.sampled_from(sorted(self.drafters)))]
+        drafter.lag, drafter.is_cut_off = lag, is_cut_off
 
     @rule(rounds=st.integers(1, 12), kind=st.sampled_from(["right", "garbage"]))
     def everything_runs(self, rounds, kind):
@@ -148,17 +147,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             for name, drafter in list(self.drafters.items()):
                 if drafter.request is not None:
                     self.let_answer(name, kind)
-            while self.replays:
-                self.replay_arrives()
             if self.step is not None:
                 self.finish_step()
-
-    @precondition(lambda self: self.replays)
-    @rule()
-    def replay_arrives(self):
-        replay = self.replays.pop(0)
-        self.scheduler.replayed(self.target.replay(replay.sequence_id, replay.start))
-        self.pump()
 
     @rule(name=st.sampled_from(["a", "b"]), num_rows=st.sampled_from([20, 10_000]))
     def drafter_joins(self, name, num_rows):
@@ -190,7 +180,6 @@ class SchedulerMachine(RuleBasedStateMachine):
     def lose_target(self):
         self.step = None
         self.closes.clear()
-        self.replays.clear()
         self.scheduler.target_lost(self.now)
         self.pump()
         self.target = ToyTarget(num_pages=self.target.limits.num_pages, max_batch_tokens=MAX_BATCH_TOKENS)
