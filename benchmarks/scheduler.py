@@ -15,10 +15,12 @@ import random
 import time
 from typing import Any
 
+import numpy as np
+
 from dflash_ray.config import load_config
 from dflash_ray.pb import common_pb2, drafter_pb2, router_pb2, target_pb2
 from dflash_ray.router.actions import Emit, RequestDrafts, RunStep
-from dflash_ray.router.drafting import DrafterState
+from dflash_ray.router.draft_requests import DrafterState
 from dflash_ray.router.limits import TargetLimits
 from dflash_ray.router.scheduler import Scheduler
 
@@ -71,7 +73,7 @@ class Bench:
         self.clock = clock
         self.scheduler = Scheduler(config)
         num_pages = num_sequences * 4 * CONTEXT // PAGE_SIZE
-        limits = TargetLimits(1, 4096, VOCAB, PAGE_SIZE, num_pages, rows + 4096)
+        limits = TargetLimits(1, 4096, VOCAB, PAGE_SIZE, num_pages, rows + 4096, feature_fingerprint="f")
         self.scheduler.target_ready(limits, 0.0)
         self.scheduler.drafting.join(DrafterState("d", needs_features=True, max_draft_tokens=NUM_DRAFTS))
         self.free_pages = num_pages
@@ -141,10 +143,8 @@ class Bench:
                 start = self.prefilled[sequence_id]
                 self.prefilled[sequence_id] = start + rows
                 count = int(self.prefilled[sequence_id] == self.lens[sequence_id])
-                self.features(sequence_id, start, rows)
             else:
                 count = accepted + 1
-                self.features(sequence_id, self.lens[sequence_id] - 1, count)
             is_over = drafts is not None and (
                 self.random.random() < self.turnover or self.lens[sequence_id] + count >= CONTEXT + 3000
             )
@@ -160,21 +160,22 @@ class Bench:
         self.num_finished += num_ended
         return target_pb2.TargetResponse(result=result).SerializeToString(), num_ended
 
-    def features(self, sequence_id: int, start: int, rows: int) -> None:
-        """Not counted: they don't concern the scheduler."""
-        self.scheduler.features(
-            common_pb2.ContextFeatures(sequence_id=sequence_id, start=start, num_rows=rows, data=b"0" * 8)
-        )
-
     def drafter_answers(self, request: drafter_pb2.DraftRequest) -> bytes:
         reply = drafter_pb2.DraftReply(request_id=request.request_id)
-        for i, sequence_id in enumerate(request.sequence_ids):
-            count = request.num_draft_tokens[i]
-            reply.blocks.add(
-                sequence_id=sequence_id, epoch=1, committed_len=request.committed_lens[i], num_slots=count,
-                num_candidates=1, candidate_ids=[self.random.randrange(NUM_WORDS) for _ in range(count)],
-                log_probs=[-0.1] * count,
-            )  # fmt: skip
+        counts = list(request.num_draft_tokens)
+        ids = [self.random.randrange(NUM_WORDS) for _ in range(sum(counts))]
+        reply.blocks.CopyFrom(
+            common_pb2.DraftBlocks(
+                epoch=request.epoch,
+                sequence_ids=request.sequence_ids,
+                committed_lens=request.committed_lens,
+                num_slots=counts,
+                num_candidates=[1] * len(counts),
+                candidate_ids=np.array(ids, np.uint32).tobytes(),
+                log_probs=np.zeros(len(ids), np.float32).tobytes(),
+                is_drawn=[False] * len(counts),
+            )
+        )
         return drafter_pb2.DrafterResponse(drafts=reply).SerializeToString()
 
 

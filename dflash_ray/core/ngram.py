@@ -74,7 +74,7 @@ class NgramTable:
 
     def catch_up(self, rows: Ints, lens: Ints, room: IndexingRoom) -> None:
         """Indexes a step's new tokens of rows with `lens` tokens, and whole texts as far as there is room."""
-        high = self._high[rows]
+        high = np.maximum(self._high[rows], (lens - self._window) * (self._high[rows] > 0))
         num_new = lens - high
         has_outgrown = (lens > 1 << self._row_bits[rows].astype(np.int64)) & (
             self._row_bits[rows] < self._bucket_bits

@@ -2,6 +2,9 @@
 
 import numpy as np
 
+import numpy as np
+import pytest
+
 from dflash_ray.config import load_config
 from dflash_ray.core.draft_blocks import DraftBlock, to_message
 from dflash_ray.pb import common_pb2, drafter_pb2, router_pb2, target_pb2
@@ -11,7 +14,7 @@ from dflash_ray.router.draft_requests import DrafterState
 from dflash_ray.router.limits import TargetLimits
 from dflash_ray.router.scheduler import Scheduler
 
-LIMITS = TargetLimits(1, 4096, 1000, 16, 512, 512)
+LIMITS = TargetLimits(1, 4096, 1000, 16, 512, 512, feature_fingerprint="f")
 CYCLE = [11, 12, 13, 14, 15, 16, 17]
 
 
@@ -93,13 +96,23 @@ def test_a_drafter_is_asked_every_time_where_ngrams_are_not_preferred():
 
 
 def test_whoever_was_right_more_often_drafts():
-    rates = DraftRates()
-    assert rates.prefers_ngram(5) and not rates.prefers_ngram(0)
-    for _ in range(200):
-        rates.saw_drafter(True)
-    assert not any(rates.prefers_ngram(size) for size in range(6))
-    for _ in range(400):
-        rates.saw_drafter(False)
-        rates.saw_ngram(3, False)
-    rates.saw_drafter(True)
-    assert rates.prefers_ngram(2) and not rates.prefers_ngram(3)
+    rates, sizes = DraftRates(), np.arange(6)
+    assert rates.prefers_ngrams(sizes)[[0, 5]].tolist() == [False, True]
+    rates.saw_drafters(np.ones(200, np.bool_))
+    assert not rates.prefers_ngrams(sizes).any()
+    rates.saw_drafters(np.zeros(400, np.bool_))
+    rates.saw_ngrams(np.full(400, 3), np.zeros(400, np.bool_))
+    rates.saw_drafters(np.ones(1, np.bool_))
+    assert rates.prefers_ngrams(sizes)[[2, 3]].tolist() == [True, False]
+
+
+def test_rates_are_the_same_one_observation_at_a_time_and_all_at_once():
+    together, apart = DraftRates(), DraftRates()
+    is_right = np.array([True, False, False, True, True])
+    sizes = np.array([2, 3, 2, 3, 2])
+    together.saw_ngrams(sizes, is_right)
+    together.saw_drafters(is_right)
+    for i in range(5):
+        apart.saw_ngrams(sizes[i : i + 1], is_right[i : i + 1])
+        apart.saw_drafters(is_right[i : i + 1])
+    assert together._ngram == pytest.approx(apart._ngram) and together._drafter == pytest.approx(apart._drafter)
