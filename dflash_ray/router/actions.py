@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dflash_ray.core.errors import RequestError
-from dflash_ray.pb import common_pb2, drafter_pb2, router_pb2, target_pb2
+from dflash_ray.core.stats import DecodePass
+from dflash_ray.pb import common_pb2, drafter_pb2, target_pb2
 from dflash_ray.router.sequence import RouterSequence
 
 
@@ -64,7 +65,7 @@ class Emit:
     token_ids: list[int]
     logprobs: common_pb2.TokenLogprobs | None
     finish_reason: common_pb2.FinishReason
-    decode_pass: router_pb2.DecodePass | None = None
+    decode_pass: DecodePass | None = None
     prompt_logprobs: common_pb2.PromptLogprobs | None = None
 
 

@@ -1,4 +1,4 @@
-"""The I/O around one target group: streams in and out of the scheduler, one queue of tokens for each request.
+"""The I/O around one target group: streams in and out of the scheduler, and tokens to those who wait for them.
 
 Every event is put into the scheduler at once, and what it asks for is done at once; a timer wakes it at its next
 deadline. Nothing here decides anything.
@@ -9,11 +9,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import Callable
+from typing import Protocol
 
 from dflash_ray.config import DflashRayConfig
+from dflash_ray.core.errors import RequestError
 from dflash_ray.observability.metrics import RouterMetrics
-from dflash_ray.pb import common_pb2, drafter_pb2, router_pb2, target_pb2
+from dflash_ray.pb import drafter_pb2, router_pb2, target_pb2
 from dflash_ray.router.actions import (
     Action,
     CloseSequences,
@@ -36,6 +38,16 @@ from dflash_ray.rpc.directory import Entry
 logger = logging.getLogger(__name__)
 
 
+class Listener(Protocol):
+    """Whoever started a request."""
+
+    def emit(self, emit: Emit) -> None:
+        """New tokens; with a finish reason nothing follows."""
+
+    def fail(self, error: RequestError) -> None:
+        """The request ends with an error."""
+
+
 class Pipeline:
     """Requests, one target stream, and a stream to every drafter that fits."""
 
@@ -51,7 +63,8 @@ class Pipeline:
         self._target: Stream | None = None
         self._feature_fingerprint = ""
         self._drafters: dict[str, Stream] = {}
-        self._queues: dict[int, asyncio.Queue[Emit | Fail]] = {}
+        self._listeners: dict[int, Listener] = {}
+        self._is_pump_due = False
         self._timer: asyncio.TimerHandle | None = None
         self._sent_at: dict[str, float] = {}
         self._step_done_at: float | None = None
@@ -175,25 +188,24 @@ class Pipeline:
             del self._sent_at[key]
         self.scheduler.drafter_lost(drafter_id)
 
-    async def generate(self, request: router_pb2.GenerateTokensRequest) -> AsyncGenerator[Emit, None]:
-        """Tokens of a request as they are committed. Raises RequestError; leaving early frees the sequence."""
+    def start(self, request: router_pb2.GenerateTokensRequest, listener: Listener) -> RouterSequence:
+        """Takes a request, whose tokens go to the listener. Raises RequestError."""
         sequence = self.scheduler.arrive(request, time.monotonic())
-        queue: asyncio.Queue[Emit | Fail] = asyncio.Queue()
-        self._queues[sequence.sequence_id] = queue
-        self._pump()
-        try:
-            yield Emit(sequence, [], None, common_pb2.FINISH_REASON_UNSPECIFIED)  # it has been taken
-            while True:
-                item = await queue.get()
-                if isinstance(item, Fail):
-                    raise item.error
-                yield item
-                if item.finish_reason:
-                    return
-        finally:
-            self._queues.pop(sequence.sequence_id, None)
+        self._listeners[sequence.sequence_id] = listener
+        self._pump_soon()
+        return sequence
+
+    def cancel(self, sequence: RouterSequence) -> None:
+        """Frees a sequence that nobody listens to any more; one that has ended is passed over."""
+        if self._listeners.pop(sequence.sequence_id, None) is not None:
             self.scheduler.cancel(sequence)
-            self._pump()
+            self._pump_soon()
+
+    def _pump_soon(self) -> None:
+        """One pump for all requests that come and go in a turn of the event loop."""
+        if not self._is_pump_due:
+            self._is_pump_due = True
+            asyncio.get_running_loop().call_soon(self._wake)
 
     def check_health(self) -> None:
         """Raises what has left this pipeline in a state that nothing here puts right."""
@@ -211,6 +223,7 @@ class Pipeline:
 
     def _pump(self) -> None:
         """Does everything there is to do now."""
+        self._is_pump_due = False
         now = time.monotonic()
         has_events = True
         while has_events:
@@ -228,6 +241,12 @@ class Pipeline:
 
     def _perform(self, action: Action, now: float) -> None:
         match action:
+            case Emit(sequence):
+                listener = self._listeners.get(sequence.sequence_id)
+                if listener is not None:
+                    if action.finish_reason:
+                        del self._listeners[sequence.sequence_id]
+                    listener.emit(action)
             case RunStep(step):
                 self._sent_at["step"] = now
                 self._observe_step(step, now)
@@ -246,12 +265,12 @@ class Pipeline:
             case DropDrafter(drafter_id):
                 logger.error("a drafter did not answer in time; it is left", extra={"drafter_id": drafter_id})
                 self._drop_drafter(drafter_id)
-            case Emit(sequence) | Fail(sequence):
-                if isinstance(action, Fail) and action.error.__cause__ is not None:
-                    logger.error("a sequence failed", exc_info=action.error.__cause__)
-                queue = self._queues.get(sequence.sequence_id)
-                if queue is not None:
-                    queue.put_nowait(action)
+            case Fail(sequence, error):
+                if error.__cause__ is not None:
+                    logger.error("a sequence failed", exc_info=error.__cause__)
+                listener = self._listeners.pop(sequence.sequence_id, None)
+                if listener is not None:
+                    listener.fail(error)
 
     def _send(self, request: target_pb2.TargetRequest) -> None:
         if self._target is not None:
@@ -293,21 +312,3 @@ class Pipeline:
             self._timer.cancel()
         for stream in (*self._drafters.values(), *([self._target] if self._target else [])):
             await stream.close()
-
-
-def to_chunk(sequence: RouterSequence, emit: Emit, now: float) -> router_pb2.TokenChunk:
-    """A request's chunk for the wire; the last one carries its timings."""
-    chunk = router_pb2.TokenChunk(
-        token_ids=emit.token_ids,
-        logprobs=emit.logprobs,
-        finish_reason=emit.finish_reason,
-        decode_pass=emit.decode_pass,
-        prompt_logprobs=emit.prompt_logprobs,
-    )
-    if emit.finish_reason:
-        decoding_since = sequence.decoding_since or now
-        chunk.timings.queue_ns = int(max(0.0, sequence.admitted_at - sequence.arrived_at) * 1e9)
-        chunk.timings.prefill_ns = int(max(0.0, decoding_since - sequence.admitted_at) * 1e9)
-        chunk.timings.decode_ns = int(max(0.0, now - decoding_since) * 1e9)
-        chunk.timings.num_preemptions = sequence.num_preemptions
-    return chunk

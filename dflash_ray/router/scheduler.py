@@ -12,6 +12,7 @@ from collections import Counter, deque
 from dflash_ray.config import DflashRayConfig
 from dflash_ray.core.errors import DeadlineExceededError, HandedOverError, OverloadedError, RequestError
 from dflash_ray.core.ngram import IndexingRoom
+from dflash_ray.core.stats import DecodePass
 from dflash_ray.pb import common_pb2, drafter_pb2, router_pb2, target_pb2
 from dflash_ray.router.actions import Action, CloseSequences, DropTarget, Emit, Fail, RunStep
 from dflash_ray.router.draft_rates import DraftRates
@@ -180,12 +181,10 @@ class Scheduler:
             if drafted is not None and drafted.committed_len == block.committed_len:
                 drafted.take_draft(block, "colocated")
 
-    def _advance(
-        self, sequence: RouterSequence, tokens: list[int], num_accepted: int, now: float
-    ) -> router_pb2.DecodePass | None:
+    def _advance(self, sequence: RouterSequence, tokens: list[int], num_accepted: int, now: float) -> DecodePass | None:
         decode_pass = None
         if sequence.phase is Phase.DECODE:
-            decode_pass = router_pb2.DecodePass(
+            decode_pass = DecodePass(
                 num_drafts=len(sequence.draft or ()),
                 num_accepted_drafts=num_accepted,
                 num_spec_tokens=sequence.draft_tokens,
@@ -214,7 +213,7 @@ class Scheduler:
         tokens: list[int],
         logprobs: common_pb2.TokenLogprobs | None,
         finish_reason: common_pb2.FinishReason,
-        decode_pass: router_pb2.DecodePass | None,
+        decode_pass: DecodePass | None,
     ) -> None:
         if tokens:
             self._actions.append(Emit(sequence, tokens, logprobs, finish_reason, decode_pass))
