@@ -32,7 +32,7 @@ from dflash_ray.router.draft_requests import (
 )
 from dflash_ray.router.limits import TargetLimits
 from dflash_ray.router.sequence import RouterSequence
-from dflash_ray.router.slot_table import NEVER, DraftSource, SlotTable
+from dflash_ray.router.slot_table import NEVER, REMOTE, SlotTable
 
 _MAX_BACK_OFF_S = 10.0
 _FULL_PAUSE_S = 1.0  # before a drafter that had no room is offered another sequence
@@ -209,9 +209,7 @@ class Drafting:
             context.is_open, context.was_open, context.is_moved = True, True, False
         return opened
 
-    def answer(
-        self, drafter_id: str, reply: drafter_pb2.DraftReply, limits: TargetLimits | None, now: float
-    ) -> None:
+    def answer(self, drafter_id: str, reply: drafter_pb2.DraftReply, limits: TargetLimits | None, now: float) -> None:
         """Takes a drafter's drafts; those for another past are dropped."""
         drafter = self._drafters.get(drafter_id)
         if drafter is None or drafter.in_flight is None or drafter.in_flight.request_id != reply.request_id:
@@ -251,7 +249,7 @@ class Drafting:
         table.num_lost[slots[is_right]] = 0
         is_awaited = is_right & (table.draft_deadlines[slots] < NEVER)
         self._drop("late", num_right - int(is_awaited.sum()))
-        table.take_blocks(slots, blocks, is_awaited, DraftSource.REMOTE, limits.vocab_size)
+        table.take_blocks(slots, blocks, is_awaited, REMOTE, limits.vocab_size)
 
     def _miss(
         self,

@@ -7,7 +7,7 @@ import numpy as np
 from dflash_ray.core.arrays import Flags, Ints, Tokens
 from dflash_ray.core.ngram import IndexingRoom, NgramTable
 from dflash_ray.router.draft_rates import DraftRates
-from dflash_ray.router.slot_table import MAX_DRAFTS, DraftSource, SlotTable
+from dflash_ray.router.slot_table import MAX_DRAFTS, NGRAM, PLAIN, REMOTE, SlotTable
 
 _INDEXED_AT_ONCE = 2048  # tokens of long texts after which one poll indexes no further text; some half a millisecond
 _NOT_LOOKED_UP = -1
@@ -61,7 +61,7 @@ class NgramDrafts:
         table = self._table
         table.drafts[slots] = self._drafts[slots]
         table.draft_lens[slots] = np.minimum(self._lens[slots], counts)
-        table.draft_sources[slots] = np.where(table.draft_lens[slots] > 0, DraftSource.NGRAM, DraftSource.PLAIN)
+        table.draft_sources[slots] = np.where(table.draft_lens[slots] > 0, NGRAM, PLAIN)
 
     def judge(self, slots: Ints, first_tokens: Tokens) -> None:
         """Takes note of whose first draft was the token that came, before it is committed."""
@@ -71,7 +71,7 @@ class NgramDrafts:
         if len(looked_up):
             is_right = self._drafts[looked_up, 0] == first_tokens[has_ngram]
             self._rates.saw_ngrams(self._match_lens[looked_up], is_right)
-        is_drafters = (table.draft_lens[slots] > 0) & (table.draft_sources[slots] >= DraftSource.REMOTE)
+        is_drafters = (table.draft_lens[slots] > 0) & (table.draft_sources[slots] >= REMOTE)
         drafted = slots[is_drafters]
         if len(drafted):
             self._rates.saw_drafters(table.drafts[drafted, 0] == first_tokens[is_drafters])
