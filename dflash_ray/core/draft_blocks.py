@@ -103,9 +103,9 @@ class BlockColumns:
         """The draft of each slot, of one block after the other."""
         counts = self.num_slots[blocks]
         within = spans(np.zeros_like(counts), counts)
-        return self.candidate_ids[
-            np.repeat(self.starts[blocks], counts) + within * np.repeat(self.num_candidates[blocks], counts)
-        ]
+        strides = np.repeat(self.num_candidates[blocks], counts)
+        drafts: Tokens = self.candidate_ids[np.repeat(self.starts[blocks], counts) + within * strides]
+        return drafts
 
     def block(self, i: int) -> DraftBlock:
         """One of them."""

@@ -1,4 +1,4 @@
-"""N-gram drafts of the sequences that have slots, and what they are worth beside a drafter's. A part of the scheduler."""
+"""N-gram drafts of the sequences on the target, and what they are worth beside a drafter's. A part of the scheduler."""
 
 from __future__ import annotations
 

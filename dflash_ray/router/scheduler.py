@@ -10,8 +10,8 @@ to ask again if nothing else happens.
 
 A sequence that waits is in the queue; all others have a slot, and everything that changes with a step is in the columns
 of `SlotTable`. `steps.py` shares out the rows of a step, `in_flight.py` has the steps at the target and says whose turn
-it is, `drafting.py` asks drafters, `ngram_drafts.py` looks n-grams up, `draft_lengths.py` says how many drafts a step is
-worth. docs/architecture.md has the invariants.
+it is, `drafting.py` asks drafters, `ngram_drafts.py` looks n-grams up, `draft_lengths.py` says how many drafts a step
+is worth. docs/architecture.md has the invariants.
 """
 
 from __future__ import annotations
@@ -163,9 +163,9 @@ class Scheduler:
                 self._actions.append(Emit.one(self._sequences[part.sequence_id], prompt_logprobs=part))
         is_current = step.is_current(self._table)
         self._table.step_ids[step.slots[is_current]] = 0
-        self._advance(step, outcome, np.flatnonzero(is_current & outcome.is_ok))
+        self._advance(step, outcome, (is_current & outcome.is_ok).nonzero()[0])
         lacks_pages = False
-        for entry in np.flatnonzero(is_current & ~outcome.is_ok).tolist():
+        for entry in (is_current & ~outcome.is_ok).nonzero()[0].tolist():
             sequence = self._table.sequence(int(step.slots[entry]))
             if outcome.statuses[entry] == target_pb2.ENTRY_STATUS_NO_PAGES:
                 lacks_pages = True
@@ -190,7 +190,7 @@ class Scheduler:
         token_ids = outcome.tokens_of(entries)
         is_chunk = entries < step.num_chunks
         has_tokens = counts > 0
-        first_tokens = token_ids[(np.cumsum(counts) - counts)[has_tokens]]
+        first_tokens = token_ids[(counts.cumsum() - counts)[has_tokens]]
         self._ngrams.judge(slots[has_tokens & ~is_chunk], first_tokens[~is_chunk[has_tokens]])
         table.num_prefilled[slots] += step.rows[entries]
         table.start_decoding(slots[is_chunk & has_tokens])
@@ -342,12 +342,12 @@ class Scheduler:
         """Pages that prompts on the target will still take."""
         if not self._table.num_in_phase[PREFILL]:
             return 0
-        slots = np.flatnonzero(self._table.phases == PREFILL)
+        slots = (self._table.phases == PREFILL).nonzero()[0]
         pages = -(-(self._table.committed_lens[slots] + 1) // limits.page_size)
         return int((pages - -(-self._table.num_prefilled[slots] // limits.page_size)).sum())
 
     def _request_drafts(self, limits: TargetLimits, now: float) -> None:
-        """Takes n-grams where they promise more, and asks drafters for what else the slots want that have got tokens."""
+        """Takes n-grams where they promise more, and asks drafters for what else slots want that have got tokens."""
         idle = np.concatenate(self._idle) if self._idle else np.zeros(0, np.int64)
         self._idle.clear()
         if len(idle):
