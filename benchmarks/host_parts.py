@@ -7,7 +7,6 @@ keeps two of seven drafts and adds a token.
 
 from __future__ import annotations
 
-import json
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -21,21 +20,25 @@ import numpy as np
 import torch
 
 from dflash_ray.config import DflashRayConfig
+from dflash_ray.core.errors import RequestError
 from dflash_ray.drafter.sessions import DraftSessions
 from dflash_ray.gateway.choice import Choice
-from dflash_ray.gateway.generation import Generator
+from dflash_ray.gateway.generation import _Progress
 from dflash_ray.gateway.openai_responses import ResponseWriter
 from dflash_ray.gateway.openai_types import ChatCompletionRequest
 from dflash_ray.gateway.requests import GenerationRequest
+from dflash_ray.gateway.token_chunks import unpack
 from dflash_ray.kernels.columns import CommitColumn, OutcomeColumn
 from dflash_ray.models.block_drafter import DraftProposal
 from dflash_ray.models.dflash2 import Draw
 from dflash_ray.observability.metrics import GatewayMetrics, RouterMetrics
 from dflash_ray.pb import common_pb2, drafter_pb2, router_pb2, target_pb2
 from dflash_ray.router import scheduler
+from dflash_ray.router.actions import Emit
 from dflash_ray.router.drafting import DrafterState
 from dflash_ray.router.limits import TargetLimits
-from dflash_ray.router.pipeline import Pipeline, to_chunk
+from dflash_ray.router.outbox import Outbox
+from dflash_ray.router.pipeline import Pipeline
 from dflash_ray.sampling.columns import to_columns
 from dflash_ray.sampling.logprobs import Logprobs
 from dflash_ray.sampling.plan import SequencePlan, pack_plan, unpack_plan
@@ -195,7 +198,7 @@ class Router:
     def __init__(self, case: Case, clock: Clock, vocab_size: int) -> None:
         config = case.config()
         self._clock = clock
-        self._target, self._gateways = _Outbox(), _Outbox()
+        self._target, self._gateway = _Outbox(), Outbox()
         self._pipeline = Pipeline(config, "router", RouterMetrics())
         self._pipeline._target = self._target
         self._drafters = {f"drafter{i}": _Outbox() for i in range(case.num_drafters)}
@@ -207,14 +210,11 @@ class Router:
         self._pipeline.scheduler.target_ready(limits, time.monotonic())
         for name in self._drafters:
             self._pipeline.scheduler.drafting.join(DrafterState(name, True, DRAFTS))
-        self.indexes: dict[int, int] = {}  # sequence id -> number of the request
 
     def take_requests(self, messages: list[bytes]) -> None:
         for index, message in enumerate(messages):
             request = router_pb2.GenerateTokensRequest.FromString(message)
-            sequence = self._pipeline.scheduler.arrive(request, time.monotonic())
-            self._pipeline._queues[sequence.sequence_id] = self._gateways
-            self.indexes[sequence.sequence_id] = index
+            self._pipeline.start(request, _Call(index, self._gateway))
         self._pipeline._pump()
 
     def take_from_target(self, data: bytes) -> None:
@@ -246,16 +246,27 @@ class Router:
         self._clock.to(None)
         return messages
 
-    def to_gateway(self) -> list[tuple[int, bytes]]:
-        """Messages with the numbers of the requests that they are for."""
+    def to_gateway(self) -> list[bytes]:
         self._clock.to("router chunks")
-        now = time.monotonic()
-        emits = self._gateways.take()
-        messages = [to_chunk(emit.sequence, emit, now).SerializeToString() for emit in emits]
+        messages = []
+        while (message := self._gateway.pop()) is not None:
+            messages.append(message.SerializeToString())
         self._clock.to(None)
-        return [
-            (self.indexes[emit.sequence.sequence_id], message) for emit, message in zip(emits, messages, strict=True)
-        ]
+        return messages
+
+
+class _Call:
+    """A request in the gateway's stream, under its number."""
+
+    def __init__(self, index: int, outbox: Outbox) -> None:
+        self._index = index
+        self._outbox = outbox
+
+    def emit(self, emit: Emit) -> None:
+        self._outbox.add(self._index, emit)
+
+    def fail(self, error: RequestError) -> None:
+        raise error
 
 
 class _RingStore(FeatureStore):
@@ -428,7 +439,7 @@ class Gateway:
             ResponseWriter("chat", request.request_id, "model", texts.tokenizer, body, [request])
             for request in self._requests
         ]
-        self._metrics = Generator(None, texts.tokenizer, GatewayMetrics(), "model", 1.0, 1.0)  # type: ignore[arg-type]
+        self._progress = [_Progress(GatewayMetrics(), "model") for _ in self._requests]
 
     @cached_property
     def requests(self) -> list[bytes]:
@@ -445,20 +456,20 @@ class Gateway:
             for request in self._requests
         ]
 
-    def take(self, messages: list[tuple[int, bytes]]) -> int:
-        """The bytes that clients get."""
+    def take(self, messages: list[bytes]) -> tuple[int, int]:
+        """Requests that got tokens, and the bytes that clients get."""
         self._clock.to("gateway")
-        size = 0
-        for index, data in messages:
-            chunk = router_pb2.TokenChunk.FromString(data)
-            choice = self._choices[index]
-            before = choice.num_tokens
-            delta = choice.take(chunk)
-            self._metrics._observe(len(delta.token_ids), before, 0.01, 0.01)
-            for event in self._writers[index].chunks(delta):
-                size += len(f"data: {json.dumps(event, ensure_ascii=False, separators=(',', ':'))}\n\n".encode())
+        count = size = 0
+        for data in messages:
+            for index, chunk in unpack(router_pb2.RouterResponse.FromString(data).progress):
+                if isinstance(chunk, RequestError):
+                    raise chunk
+                delta = self._choices[index].take(chunk)
+                self._progress[index].observe(delta)
+                count += 1
+                size += len(self._writers[index].events(delta).encode())
         self._clock.to(None)
-        return size
+        return count, size
 
 
 def follow(channel: StepChannel, clock: Clock) -> bool:

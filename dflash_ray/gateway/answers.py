@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from typing import Any
 
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
@@ -15,7 +13,7 @@ from dflash_ray.core.errors import RequestError
 from dflash_ray.gateway.choice import ChoiceDelta
 from dflash_ray.gateway.core import GatewayCore
 from dflash_ray.gateway.mailbox import Mailbox
-from dflash_ray.gateway.openai_responses import Kind, ResponseWriter, error_object
+from dflash_ray.gateway.openai_responses import Kind, ResponseWriter, error_object, event
 from dflash_ray.gateway.openai_types import ChatCompletionRequest, CompletionRequest
 from dflash_ray.gateway.requests import GenerationRequest
 
@@ -116,20 +114,16 @@ async def _events(
                 elif events := _text(writer, batch):
                     yield events
         for chunk in writer.last_chunks():
-            yield _event(chunk)
+            yield event(chunk)
     except RequestError as error:
-        yield _event(error_object(error))
+        yield event(error_object(error))
         return
     except Exception:
         logger.exception("a stream ends with a fault of ours")
-        yield _event(error_object(RequestError("internal error; the server's log says more")))
+        yield event(error_object(RequestError("internal error; the server's log says more")))
         return
     yield "data: [DONE]\n\n"
 
 
 def _text(writer: ResponseWriter, deltas: Sequence[ChoiceDelta]) -> str:
-    return "".join(_event(chunk) for delta in deltas for chunk in writer.chunks(delta))
-
-
-def _event(values: dict[str, Any]) -> str:
-    return f"data: {json.dumps(values, ensure_ascii=False, separators=(',', ':'))}\n\n"
+    return "".join([writer.events(delta) for delta in deltas])
