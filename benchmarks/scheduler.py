@@ -110,7 +110,7 @@ class Bench:
                     case Emit():
                         self.num_emitted += len(action.token_ids)
                         self.outbox.add(action)
-                        self.outbox.next_message().SerializeToString()
+                        self.outbox.pop().SerializeToString()
 
     def run_step(self) -> None:
         """A step and the drafts that follow it."""

@@ -134,17 +134,16 @@ class Outbox:
 
     async def take(self) -> router_pb2.RouterResponse | None:
         """The next message, as soon as there is an entry; None when all are taken and none will come."""
-        while True:
+        while (message := self.pop()) is None and not self._is_closed:
             await self._has_news.wait()
-            message = self.next_message()
-            if message is not None or self._is_closed:
-                return message
+        return message
 
-    def next_message(self) -> router_pb2.RouterResponse | None:
-        """As `take`, of what is there; None when nothing is."""
-        columns = self._columns.popleft()
-        if not self._columns:
-            self._columns.append(_Columns())
-            if not self._is_closed:
-                self._has_news.clear()
+    def pop(self) -> router_pb2.RouterResponse | None:
+        """The next message; None while there is no entry."""
+        columns = self._columns[0]
+        if len(self._columns) > 1:
+            self._columns.popleft()
+        else:
+            self._columns[0] = _Columns()
+            self._has_news.clear()
         return columns.message() if columns.call_ids else None
