@@ -36,12 +36,12 @@ from dflash_ray.text.tokenizer import ChatTokenizer
 
 # What lies between a verdict and the next pass, in order; the others run beside it.
 CRITICAL = (
-    "target commit", "target features", "target codec", "router features", "router codec", "router scheduling",
-    "drafter", "target batch", "target columns", "target to ranks", "rank",
+    "target commit", "target codec", "router codec", "router scheduling", "drafter", "target batch", "target columns",
+    "target to ranks", "rank",
 )  # fmt: skip
-ASIDE = ("router chunks", "gateway")
+ASIDE = ("target features", "drafter features", "router chunks", "gateway")
 WIRES = (
-    "router to target", "target to router", "target to router, features", "router to drafters", "drafters to router",
+    "router to target", "target to router", "target to drafters", "router to drafters", "drafters to router",
     "router to gateway", "gateway to clients",
 )  # fmt: skip
 QUICK = Case(4, 64, width=64)
@@ -86,30 +86,36 @@ class Loop:
         self._gateway = Gateway(case, self.clock, texts)
         self._router = Router(case, self.clock, texts.tokenizer.vocab_size)
         self._target = Target(case, self.clock, texts, channel)
-        self._drafter = Drafter(case, self.clock, texts)
+        self._drafters = {name: Drafter(case, self.clock, texts, self._target) for name in self._router.drafter_names}
         self._router.take_requests(self._gateway.requests)
 
-    def start(self) -> None:
+    async def start(self) -> None:
         """Prompts are over: what is under way arrives, then everything is as it is counted."""
         for _ in range(3):
-            self.step()
+            await self.step()
         self._target.start()
-        self._drafter.start()
-        self.step()
+        for drafter in self._drafters.values():
+            drafter.start()
+        await self.step()
 
-    def step(self) -> int:
+    async def close(self) -> None:
+        for drafter in self._drafters.values():
+            await drafter.close()
+
+    async def step(self) -> int:
         """One pass and everything up to the next one; the requests that got tokens."""
         for message in self._router.to_target():
             self.wires["router to target"] += len(message)
-            *features, result = self._target.take(message)
-            for part in features:
-                self.wires["target to router, features"] += len(part)
-                self._router.take_from_target(part)
+            result = self._target.take(message)
             self.wires["target to router"] += len(result)
             self._router.take_from_target(result)
+        for drafter in self._drafters.values():
+            for part in drafter.features():
+                self.wires["target to drafters"] += len(part)
+                drafter.take_features(part)
         for name, message in self._router.to_drafters():
             self.wires["router to drafters"] += len(message)
-            reply = self._drafter.take(message)
+            reply = await self._drafters[name].take(message)
             self.wires["drafters to router"] += len(reply)
             self._router.take_from_drafter(name, reply)
         messages = self._router.to_gateway()
@@ -128,9 +134,9 @@ async def measure(case: Case, steps: int, channel: StepChannel | None = None) ->
     """The case's figures; runs in an event loop because the pipeline sets timers."""
     with indexed_at_once():
         loop = Loop(case, channel)
-        while loop.step() < case.sequences:
+        while await loop.step() < case.sequences:
             pass  # prompts are prefilled
-        loop.start()
+        await loop.start()
     gc.collect()
     gc.freeze()  # what stands is not looked through again: each process would only have its own part
     parts: list[Counter[str]] = []
@@ -138,11 +144,12 @@ async def measure(case: Case, steps: int, channel: StepChannel | None = None) ->
     for _ in range(steps):
         loop.clock.ns.clear()
         loop.wires.clear()
-        if loop.step() != case.sequences:
+        if await loop.step() != case.sequences:
             raise RuntimeError(f"{case.name}: a step did not reach every request")
         parts.append(loop.clock.ns.copy())
         wires.append(loop.wires.copy())
     gc.unfreeze()
+    await loop.close()
     return Figures(
         case,
         {name: median(step[name] for step in parts) / 1e6 for name in parts[0]},

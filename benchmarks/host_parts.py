@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, Future
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -21,6 +22,9 @@ import torch
 
 from dflash_ray.config import DflashRayConfig
 from dflash_ray.core.errors import RequestError
+from dflash_ray.core.watchdog import Watchdog
+from dflash_ray.drafter.arrivals import Arrival, Arrivals
+from dflash_ray.drafter.drafts import Drafts
 from dflash_ray.drafter.sessions import DraftSessions
 from dflash_ray.gateway.choice import Choice
 from dflash_ray.gateway.generation import _Progress
@@ -30,12 +34,13 @@ from dflash_ray.gateway.requests import GenerationRequest
 from dflash_ray.gateway.token_chunks import unpack
 from dflash_ray.kernels.columns import CommitColumn, OutcomeColumn
 from dflash_ray.models.block_drafter import DraftProposal
+from dflash_ray.models.context_features import rows_of
 from dflash_ray.models.dflash2 import Draw
 from dflash_ray.observability.metrics import GatewayMetrics, RouterMetrics
 from dflash_ray.pb import common_pb2, drafter_pb2, router_pb2, target_pb2
-from dflash_ray.router import scheduler
+from dflash_ray.router import ngram_drafts
 from dflash_ray.router.actions import Emit
-from dflash_ray.router.drafting import DrafterState
+from dflash_ray.router.draft_requests import DrafterState
 from dflash_ray.router.limits import TargetLimits
 from dflash_ray.router.outbox import Outbox
 from dflash_ray.router.pipeline import Pipeline
@@ -46,6 +51,7 @@ from dflash_ray.sampling.verify import SequenceOutcome, _to_outcome
 from dflash_ray.target_group.batch import StepBatch
 from dflash_ray.target_group.engine import Engine
 from dflash_ray.target_group.feature_store import FeatureStore
+from dflash_ray.target_group.feature_streams import FeatureStreams, _push, _Stream, _Wanted
 from dflash_ray.target_group.model import StepHidden
 from dflash_ray.target_group.step_check import check_step
 from dflash_ray.target_group.tensor_parallel import StepChannel
@@ -173,7 +179,7 @@ class Texts:
 
 def indexed_at_once() -> AbstractContextManager[object]:
     """While it lasts a poll indexes all texts for n-grams, as they are once a server has run for a while."""
-    return patch.object(scheduler, "_INDEXED_AT_ONCE", 2**31)
+    return patch.object(ngram_drafts, "_INDEXED_AT_ONCE", 2**31)
 
 
 class _Outbox:
@@ -199,29 +205,37 @@ class Router:
         config = case.config()
         self._clock = clock
         self._target, self._gateway = _Outbox(), Outbox()
+        self._receiver = _GatewayStream(self._gateway)
         self._pipeline = Pipeline(config, "router", RouterMetrics())
         self._pipeline._target = self._target
         self._drafters = {f"drafter{i}": _Outbox() for i in range(case.num_drafters)}
         self._pipeline._drafters.update(self._drafters)
         target = config.target
         limits = TargetLimits(
-            1, config.model.max_model_len, vocab_size, target.page_size, target.num_pages, target.max_batch_tokens
+            1,
+            config.model.max_model_len,
+            vocab_size,
+            target.page_size,
+            target.num_pages,
+            target.max_batch_tokens,
+            feature_fingerprint="canned",
         )
         self._pipeline.scheduler.target_ready(limits, time.monotonic())
         for name in self._drafters:
             self._pipeline.scheduler.drafting.join(DrafterState(name, True, DRAFTS))
+        self.drafter_names = list(self._drafters)
+        self.indexes: dict[int, int] = {}  # sequence id -> number of the request
 
     def take_requests(self, messages: list[bytes]) -> None:
         for index, message in enumerate(messages):
             request = router_pb2.GenerateTokensRequest.FromString(message)
-            self._pipeline.start(request, _Call(index, self._gateway))
+            self._pipeline.start(request, self._receiver, index)
         self._pipeline._pump()
 
     def take_from_target(self, data: bytes) -> None:
-        is_features = data[:1] == b"\x22"  # of the field `features`
-        self._clock.to("router features" if is_features else "router codec")
+        self._clock.to("router codec")
         message = target_pb2.TargetResponse.FromString(data)
-        self._clock.to("router features" if is_features else "router scheduling")
+        self._clock.to("router scheduling")
         self._pipeline._on_target_message(message)
         self._clock.to(None)
 
@@ -239,7 +253,7 @@ class Router:
         return messages
 
     def to_drafters(self) -> list[tuple[str, bytes]]:
-        self._clock.to("router features")
+        self._clock.to("router codec")
         messages = [
             (name, message.SerializeToString()) for name, out in self._drafters.items() for message in out.take()
         ]
@@ -255,26 +269,34 @@ class Router:
         return messages
 
 
-class _Call:
-    """A request in the gateway's stream, under its number."""
+class _GatewayStream:
+    """The requests' stream, of which each is a call under its own number."""
 
-    def __init__(self, index: int, outbox: Outbox) -> None:
-        self._index = index
-        self._outbox = outbox
+    number = 1
 
-    def emit(self, emit: Emit) -> None:
-        self._outbox.add(self._index, emit)
+    def __init__(self, outbox: Outbox) -> None:
+        self.emit: Callable[[Emit], None] = outbox.add
 
-    def fail(self, error: RequestError) -> None:
+    def fail(self, call_id: int, error: RequestError) -> None:
         raise error
 
 
 class _RingStore(FeatureStore):
-    """Writes what the engine writes, into few rows that all slots share; rows of prompts are not kept."""
+    """Writes and reads what it is told to, in few rows that all slots share; rows of prompts are not kept."""
+
+    def __init__(self, case: Case) -> None:
+        super().__init__(STORE_ROWS, case.width, getattr(torch, case.dtype))
+        self._narrow = torch.zeros(1, case.prompt_width, dtype=self._rows.dtype)
+        self.is_starting = case.prompt_width != case.width
 
     def put(self, slots: list[int], features: torch.Tensor) -> None:
         if features.shape[1] == self._rows.shape[1]:
             super().put([slot % STORE_ROWS for slot in slots], features)
+
+    def get(self, slots: list[int]) -> torch.Tensor:
+        if self.is_starting:
+            return self._narrow.expand(len(slots), -1)
+        return super().get([slot % STORE_ROWS for slot in slots])
 
 
 class CannedRunner:
@@ -339,32 +361,40 @@ class Target:
         self._clock = clock
         self._max_batch_tokens = target.max_batch_tokens
         self._runner = CannedRunner(case, clock, texts, channel)
+        self._store = _RingStore(case)
         self.engine = Engine(
             self._runner,
             target.num_pages,
             target.page_size,
             case.config().model.max_model_len,
             texts.tokenizer.vocab_size,
-            features=_RingStore(STORE_ROWS, case.width, getattr(torch, case.dtype)),
+            features=self._store,
         )
+        self.features = FeatureStreams(self.engine.read_features, self._store.rows_per_piece, "target", FINGERPRINT)
+        self.features.lead(1)
 
     def start(self) -> None:
         """Prompts are over: features have their width from here on."""
-        self._runner.is_starting = False
+        self._runner.is_starting = self._store.is_starting = False
 
-    def take(self, data: bytes) -> list[bytes]:
-        """The answers to a message: features, then the result."""
+    def take(self, data: bytes) -> bytes:
+        """The result of a step, whose features are there for the drafters then."""
         self._clock.to("target codec")
         request = target_pb2.TargetRequest.FromString(data)
         check_step(request.step, self._max_batch_tokens)
+        self._clock.to("target features")
+        self.features.receive(request.step)
         self._clock.to("target batch")
         output = self.engine.step(request.step)
         self._clock.to("target features")
-        answers = [target_pb2.TargetResponse(features=piece).SerializeToString() for piece in output.features]
+        kept = output.features
+        if kept is not None:
+            ends = [start + count for start, count in zip(kept.starts, kept.num_rows, strict=True)]
+            self.features.publish(request.step.step_id, kept.sequence_ids, ends)
         self._clock.to("target codec")
-        answers.append(target_pb2.TargetResponse(result=output.result).SerializeToString())
+        result = target_pb2.TargetResponse(result=output.result).SerializeToString()
         self._clock.to(None)
-        return answers
+        return result
 
 
 class CannedDrafts:
@@ -385,7 +415,7 @@ class CannedDrafts:
         del self._lens[session]
 
     def extend(self, session: int, start: int, features: torch.Tensor | None, token_ids: Sequence[int]) -> None:
-        self._lens[session] = start + len(token_ids)
+        self._lens[session] = start + (len(token_ids) if features is None else len(features))
 
     def propose(
         self,
@@ -405,23 +435,96 @@ class CannedDrafts:
         return proposals
 
 
-class Drafter:
-    """The drafters' sessions and codec."""
+class _AtOnce(Executor):
+    """Runs what it is given where it is given."""
 
-    def __init__(self, case: Case, clock: Clock, texts: Texts) -> None:
+    def submit(self, work: Callable[..., Any], /, *arguments: Any, **named: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_result(work(*arguments, **named))
+        return future
+
+
+class _Source:
+    """A drafter's stream of features without a socket, both ends of it."""
+
+    def __init__(self, target: Target, arrivals: Arrivals, method: CannedDrafts) -> None:
+        self._streams = target.features
+        self._stream = _Stream()
+        self._streams._streams.add(self._stream)
+        self._arrivals = arrivals
+        self._method = method
+        self._by_number: dict[int, Arrival] = {}
+
+    def open(self, address: str, stream: int) -> _Source:
+        return self
+
+    def subscribe(self, epoch: int, step_id: int, wanted: list[tuple[Arrival, int]]) -> None:
+        for arrival, sequence_id in wanted:
+            arrival.is_coming = True
+            number = len(self._by_number)
+            self._by_number[number] = arrival
+            self._streams._subscribe(self._stream, number, _Wanted(epoch, step_id, sequence_id, arrival.end))
+
+    def unsubscribe(self, arrivals: list[Arrival]) -> None:
+        """Nothing here is ever opened twice."""
+
+    async def close(self) -> None:
+        self._stream.subscriptions.clear()
+
+    def give(self) -> Iterator[bytes]:
+        """The target's end: what is there to send."""
+        while parts := self._streams._pick(self._stream):
+            message = self._streams._message(*[list(column) for column in zip(*parts, strict=True)])
+            for subscription, _, start, count in parts:
+                subscription.at = start + count
+                _push(subscription)
+            yield target_pb2.FeaturesResponse(features=message).SerializeToString()
+
+    def take(self, data: bytes) -> None:
+        """The drafter's end."""
+        features = target_pb2.FeaturesResponse.FromString(data).features
+        rows = rows_of(features, self._method.feature_width)
+        at = 0
+        for number, start, count in zip(features.subscription_ids, features.starts, features.num_rows, strict=True):
+            self._arrivals.put(self._by_number[number], start, rows[at : at + count])
+            at += count
+
+
+class Drafter:
+    """A drafter's sessions, its codec, and its stream of features."""
+
+    def __init__(self, case: Case, clock: Clock, texts: Texts, target: Target) -> None:
         self._clock = clock
         self._method = CannedDrafts(case, clock, texts)
         self._width = case.width
-        self._sessions = DraftSessions(self._method, 2**40)
+        arrivals = Arrivals()
+        self._source = _Source(target, arrivals, self._method)
+        sessions, watchdog = DraftSessions(self._method, 2**40), Watchdog(1e6, "a draft")
+        self._drafts = Drafts(sessions, arrivals, self._source, watchdog, lambda start, end: None)  # type: ignore[arg-type]
+        self._drafts._compute = _AtOnce()  # type: ignore[assignment]
+        self.close = self._drafts.close
 
     def start(self) -> None:
         """As the target's."""
         self._method.feature_width = self._width
 
-    def take(self, data: bytes) -> bytes:
+    def features(self) -> list[bytes]:
+        """Messages of the target for this drafter."""
+        self._clock.to("target features")
+        messages = list(self._source.give())
+        self._clock.to(None)
+        return messages
+
+    def take_features(self, data: bytes) -> None:
+        self._clock.to("drafter features")
+        self._source.take(data)
+        self._clock.to(None)
+
+    async def take(self, data: bytes) -> bytes:
         self._clock.to("drafter")
         request = drafter_pb2.DrafterRequest.FromString(data)
-        answer = drafter_pb2.DrafterResponse(drafts=self._sessions.answer(0, request.draft)).SerializeToString()
+        reply = await self._drafts.answer(0, request.draft)
+        answer = drafter_pb2.DrafterResponse(drafts=reply).SerializeToString()
         self._clock.to(None)
         return answer
 
