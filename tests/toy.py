@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from dflash_ray.core.arrays import packed, unpacked
 from dflash_ray.core.draft_blocks import DraftBlock, to_message
 from dflash_ray.pb import common_pb2, drafter_pb2, router_pb2, target_pb2
 from dflash_ray.router.actions import Emit
@@ -37,6 +38,11 @@ def token_request(prompt: list[int], max_new: int, draft_tokens: int) -> router_
     )
 
 
+def tokens_of(data: bytes) -> list[int]:
+    """What travelled as packed token ids."""
+    return unpacked("token_ids", data).tolist()
+
+
 class ToyTarget:
     """Pages, statuses and tokens as the contract says; no model behind it."""
 
@@ -65,7 +71,7 @@ class ToyTarget:
             self._entry(result, sequence_id, length, None)
         offset = 0
         for sequence_id, base, count in zip(step.verify_ids, step.base_lens, step.num_drafts, strict=True):
-            drafts = list(step.draft_token_ids[offset : offset + count])
+            drafts = tokens_of(step.draft_token_ids)[offset : offset + count]
             offset += count
             self._entry(result, sequence_id, base, drafts)
         result.free_pages = self.limits.num_pages - self.used_pages
@@ -97,7 +103,7 @@ class ToyTarget:
         result.statuses.append(status)
         result.num_accepted_drafts.append(min(accepted, len(kept)))
         result.num_tokens.append(len(kept))
-        result.token_ids.extend(kept)
+        result.token_ids += packed(np.array(kept, np.uint32))
         result.finish_reasons.append(reason)
         result.committed_lens.append(len(sequence["tokens"]) if sequence else 0)
 

@@ -194,31 +194,28 @@ class SlotTable:
         lacks &= (self.draft_lens[slots] == NO_DRAFT) & ~self.is_draft_missed[slots]
         return lacks
 
-    def take_drafts(self, slots: Ints, lens: Ints, token_ids: Tokens, source: int, vocab_size: int) -> None:
-        """lens[i] drafts for slots[i], `token_ids` of one after the other.
+    def take_blocks(self, slots: Ints, blocks: BlockColumns, is_taken: Flags, source: int, vocab_size: int) -> None:
+        """The drafts of the blocks that are taken; slots[i] is block i's.
 
         A draft that the target does not have ends its chain before it; what is beyond MAX_DRAFTS is left out.
         """
-        columns = spans(np.zeros_like(lens), lens)
-        rows = np.repeat(np.arange(len(slots)), lens)
-        if len(columns) and (int(columns.max()) >= MAX_DRAFTS or int(token_ids.max()) >= vocab_size):
-            lens = np.minimum(lens, MAX_DRAFTS)
-            is_wrong = token_ids >= vocab_size
-            np.minimum.at(lens, rows[is_wrong], columns[is_wrong])
-            is_kept = columns < lens[rows]
-            columns, rows, token_ids = columns[is_kept], rows[is_kept], token_ids[is_kept]
-        self.drafts[slots[rows], columns] = token_ids
+        taken = is_taken.nonzero()[0]
+        slots = slots[taken]
+        width = min(MAX_DRAFTS, int(blocks.num_slots[taken].max(initial=0)))
+        lens = np.minimum(blocks.num_slots[taken], width)
+        if width:
+            places, is_there = blocks.draft_places(taken, width)
+            token_ids = blocks.candidate_ids[places]
+            is_wrong = is_there & (token_ids >= vocab_size)
+            if is_wrong.any():
+                lens = np.where(is_wrong.any(axis=1), is_wrong.argmax(axis=1), lens)
+            self.drafts[slots, :width] = token_ids
         self.draft_lens[slots] = lens
         self.draft_sources[slots] = source
         self.draft_deadlines[slots] = NEVER
         self.is_asking[slots] = False
-
-    def take_blocks(self, slots: Ints, blocks: BlockColumns, is_taken: Flags, source: int, vocab_size: int) -> None:
-        """As `take_drafts`, of the blocks that are taken; slots[i] is block i's."""
-        taken = is_taken.nonzero()[0]
-        self.take_drafts(slots[taken], blocks.num_slots[taken], blocks.drafts(taken), source, vocab_size)
-        for i in taken[blocks.is_drawn[taken]].tolist():
-            self.drawn[int(slots[i])] = blocks.block(i)
+        for place in blocks.is_drawn[taken].nonzero()[0].tolist():
+            self.drawn[int(slots[place])] = blocks.block(int(taken[place]))
 
     def leave_drafter(self, slot: int) -> None:
         """No drafter holds anything of it."""

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from dflash_ray.config import load_config
+from dflash_ray.core.arrays import packed
 from dflash_ray.core.draft_blocks import DraftBlock, to_message
 from dflash_ray.pb import common_pb2, drafter_pb2, router_pb2, target_pb2
 from dflash_ray.router.actions import RequestDrafts, RunStep
@@ -11,6 +12,7 @@ from dflash_ray.router.draft_rates import DraftRates
 from dflash_ray.router.draft_requests import DrafterState
 from dflash_ray.router.limits import TargetLimits
 from dflash_ray.router.scheduler import Scheduler
+from tests.toy import tokens_of
 
 LIMITS = TargetLimits(1, 4096, 1000, 16, 512, 512, feature_fingerprint="f")
 CYCLE = [11, 12, 13, 14, 15, 16, 17]
@@ -28,7 +30,7 @@ class CyclingTarget:
         return self.says.get(position, CYCLE[position % len(CYCLE)])
 
     def step(self, step: target_pb2.Step) -> target_pb2.StepResult:
-        drafts, new = list(step.draft_token_ids), []
+        drafts, new = tokens_of(step.draft_token_ids), []
         for draft in [*drafts, None]:
             new.append(self.next_token(len(self.tokens) + len(new)))
             if new[-1] != draft:
@@ -39,7 +41,7 @@ class CyclingTarget:
         result.statuses.append(target_pb2.ENTRY_STATUS_OK)
         result.num_accepted_drafts.append(len(new) - 1)
         result.num_tokens.append(len(new))
-        result.token_ids.extend(new)
+        result.token_ids = packed(np.array(new))
         result.finish_reasons.append(common_pb2.FINISH_REASON_UNSPECIFIED)
         self.kv_len += rows
         self.tokens += new
