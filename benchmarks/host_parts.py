@@ -401,7 +401,7 @@ class Target:
         kept = output.features
         if kept is not None:
             ends = (kept.starts + kept.num_rows).tolist()
-            self.features.publish(output.step_id, kept.sequence_ids.tolist(), ends)
+            self.features.publish(1, output.step_id, kept.sequence_ids.tolist(), ends)
         self._clock.to("target codec")
         result = target_pb2.TargetResponse(result=encode_result(output)).SerializeToString()
         self._clock.to(None)

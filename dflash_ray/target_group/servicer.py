@@ -203,13 +203,13 @@ class TargetServicer(target_pb2_grpc.TargetServicer):
             self._features.receive(message)
         work = self._run(lambda: self._engine.step(step))
         work.add_done_callback(lambda _: stream.room.release())
-        return _Answer(work, lambda output: self._encode(output, received))
+        return _Answer(work, lambda output: self._encode(output, stream.epoch, received))
 
-    def _encode(self, output: StepOutput, received: int) -> Iterator[target_pb2.TargetResponse]:
+    def _encode(self, output: StepOutput, epoch: int, received: int) -> Iterator[target_pb2.TargetResponse]:
         if self._features is not None and output.features is not None:
             kept = output.features
             ends = (kept.starts + kept.num_rows).tolist()
-            self._features.publish(output.step_id, kept.sequence_ids.tolist(), ends)
+            self._features.publish(epoch, output.step_id, kept.sequence_ids.tolist(), ends)
         result = encode_result(output)
         timings = result.timings
         timings.total_ns = time.perf_counter_ns() - received
