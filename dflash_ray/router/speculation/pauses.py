@@ -1,0 +1,91 @@
+"""When plain steps are measured, when speculation rests, and when it is tried again."""
+
+from __future__ import annotations
+
+from dflash_ray.router.speculation.records import Reason
+
+_PROBE_SHARE = 0.01  # of all time
+_MOST_PROBES = 6.0  # plain steps that may be saved up; as many may be spent at the start
+_LEAST_PROBE = 0.1  # of a step; where a plain step loses next to nothing, one in ten is one
+_PLAIN_TIMES = 3  # of a batch that are needed before anything is speculated in it
+_TRIAL_STEPS = 3
+_FIRST_PAUSE = 24  # steps without drafts before a trial, doubled with each trial in vain
+_LONGEST_PAUSE = 4096
+_SETTLED = 8
+_CONFIRMED = 32  # steps with drafts after which the next pause is short again
+
+
+class Pauses:
+    """Counts steps; knows nothing of what they do."""
+
+    def __init__(self) -> None:
+        self._probes = _MOST_PROBES
+        self._num_steps = 0
+        self._quiet = 0  # steps without drafters' drafts that no rest forbade
+        self._pause = _FIRST_PAUSE
+        self._trial_left = 0
+        self._rest_until = 0
+        self._num_gains = 0  # steps with drafts since the last pause
+
+    @property
+    def is_resting(self) -> bool:
+        return self._num_steps < self._rest_until
+
+    @property
+    def is_trial_due(self) -> bool:
+        return self._trial_left > 0 or self._quiet >= self._pause
+
+    def no_hope(self) -> None:
+        """Not even what a trial hopes for would pay: the next one is due a pause later."""
+        self._quiet = 0
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether nothing has paid for a while: the choice is then made anew in every fourth step only."""
+        return self._quiet > _SETTLED and self._quiet % 4 != 0 and not self.is_trial_due
+
+    def is_cold(self, num_plain: int) -> bool:
+        """Whether the step must be plain because too few like it were timed; it counts as a probe."""
+        return num_plain < _PLAIN_TIMES and self._spend(1.0)
+
+    def probes(self, gain: float) -> bool:
+        """Whether the step is to be plain to be timed, where it loses `gain` over plain decoding."""
+        return self._spend(max(_LEAST_PROBE, 1.0 - 1.0 / gain))
+
+    def _spend(self, cost: float) -> bool:
+        if self._probes < cost:
+            return False
+        self._probes -= cost
+        return True
+
+    def rest(self) -> None:
+        """The allowed loss is spent."""
+        self._rest_until = self._num_steps + self._pause
+        if self._num_gains:
+            self._lengthen()
+
+    def _lengthen(self) -> None:
+        self._pause = min(_LONGEST_PAUSE, 2 * self._pause)
+        self._num_gains = 0
+
+    def step_done(self, reason: Reason, is_drafted: bool, loss: float) -> None:
+        """A step went as it was planned.
+
+        Args:
+            is_drafted: a drafter was asked.
+            loss: of the last steps against plain decoding.
+        """
+        self._num_steps += 1
+        self._probes = min(_MOST_PROBES, self._probes + _PROBE_SHARE)
+        if reason == Reason.TRIAL:
+            self._trial_left = (self._trial_left or _TRIAL_STEPS) - 1
+            if self._trial_left == 0:
+                self._quiet = 0
+                self._lengthen()
+        elif reason == Reason.GAIN and is_drafted:
+            self._quiet = 0
+            self._num_gains += 1
+            if self._num_gains >= _CONFIRMED and loss <= 0.0:
+                self._pause = _FIRST_PAUSE
+        elif reason in (Reason.GAIN, Reason.NO_GAIN):
+            self._quiet += 1
