@@ -144,11 +144,11 @@ class SpeculationController:
         room = self.ledger.room(plain)
         most_slots = int(draft_room.max(initial=0))
 
-        def best(drafts: Floats, most: float, hoped: float) -> tuple[float, float, Ints]:
+        def best(drafts: Floats, most: float) -> tuple[float, float, Ints]:
             """Tokens a second in `most` seconds a step and in any, and what to ask for the former."""
             options = worths(drafts, ngrams, max(0, max_rows))
             asked, slots = num_fixed + options.num_drafted, fixed_slots + most_slots * options.num_drafted
-            waits = np.minimum(hoped, self.costs.wait_seconds(asked, slots, batch.is_split, usual))
+            waits = self.costs.wait_seconds(asked, slots, batch.is_split, usual)
             seconds = self.costs.pass_seconds(batch, options.rows) + waits[:, None]
             rates = (batch.num_sequences + options.gains) / seconds
             rates[:, 0] = 0.0  # without a draft's row it is a plain step
@@ -159,14 +159,14 @@ class SpeculationController:
                 asks = self._spare(asks, drafts, int(options.rows[column]), batch, float(seconds[level, column]))
             return float(allowed[level, column]), float(rates.max()), asks
 
-        rate, unbound, asks = best(drafts, plain + room, np.inf)
+        rate, unbound, asks = best(drafts, plain + room)
         if rate >= promised:
             if not batch.prefill_rows and self._pauses.probes(rate / plain_rate):
                 return Reason.PROBE, None, np.inf
             return Reason.GAIN, asks, plain + room
         if self._pauses.is_trial_due:
             hope = np.maximum(drafts, _cut(_HOPE[None], draft_room))
-            rate, _, asks = best(hope, plain + _TRIAL_ROOM * room, usual / 3)
+            rate, _, asks = best(hope, plain + _TRIAL_ROOM * room)
             if rate >= promised and asks.any():
                 return Reason.TRIAL, asks, plain + room
             self._pauses.no_hope()

@@ -16,6 +16,7 @@ _LATENESS_WEIGHT = 0.4
 _LATENESS_FADE = 0.01  # with each step that waits for no draft
 _MOST_LATENESS = 20.0
 _LATE = 1.5
+_FORGOTTEN_AFTER = 1024  # steps that wait for no draft: drafters may be quicker by then, and nobody would know
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +51,8 @@ class CostModel:
         # Terms: 1, rows, sequences, thousand context tokens, rows of prompts.
         self._passes = PassTimes([1.0, 0.04, 0.01, 0.01, 0.01], [1.0, 1.0, 1.0, 0.0, 0.0])
         # Terms: 1, sequences drafted for, slots of all of them.
-        self._waits = {is_split: PassTimes([1.0, 0.1, 0.01], [1.0, 1.0, 4.0]) for is_split in (False, True)}
+        self._waits = _unknown_waits()
+        self._undrafted = 0  # steps since a draft was waited for
         self._lateness = 1.0  # of the last drafts, over what was usual: drafters that hang must not be waited for twice
         self._host: deque[float] = deque(maxlen=KEPT)  # from a result to the next pass where no draft is waited for
 
@@ -76,7 +78,11 @@ class CostModel:
         if num_drafted == 0:
             self._host.append(seconds)
             self._lateness += _LATENESS_FADE * (1.0 - self._lateness)
+            self._undrafted += 1
+            if self._undrafted % _FORGOTTEN_AFTER == 0:
+                self._waits = _unknown_waits()
         else:
+            self._undrafted = 0
             if self._waits[is_split].is_known:
                 usual = self._usual_wait(np.array([num_drafted]), np.array([num_slots]), is_split)[0]
                 late = seconds / float(usual)
@@ -121,6 +127,10 @@ class CostModel:
         self._waits[False].seed(
             (0, num_drafted, [1.0, num_drafted, num_slots], seconds) for num_drafted, num_slots, seconds in waits
         )
+
+
+def _unknown_waits() -> dict[bool, PassTimes]:
+    return {is_split: PassTimes([1.0, 0.1, 0.01], [1.0, 1.0, 4.0]) for is_split in (False, True)}
 
 
 def _group(batch: Batch) -> int:

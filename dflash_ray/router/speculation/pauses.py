@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dflash_ray.router.speculation.records import Reason
 
-_PROBE_SHARE = 0.01  # of all time
-_MOST_PROBES = 6.0  # plain steps that may be saved up; as many may be spent at the start
+_COLD_SHARE = 0.004  # of all steps may be plain because such a batch is new,
+_MOST_COLD = 6.0  # and so many at the start
+_PROBE_SHARE = 0.006  # of all time may be lost by plain steps where drafts promise more
 _LEAST_PROBE = 0.1  # of a step; where a plain step loses next to nothing, one in ten is one
 _PLAIN_TIMES = 3  # of a batch that are needed before anything is speculated in it
 _TRIAL_STEPS = 3
@@ -19,7 +20,8 @@ class Pauses:
     """Counts steps; knows nothing of what they do."""
 
     def __init__(self) -> None:
-        self._probes = _MOST_PROBES
+        self._cold = _MOST_COLD
+        self._probes = 0.0
         self._num_steps = 0
         self._quiet = 0  # steps without drafters' drafts that no rest forbade
         self._pause = _FIRST_PAUSE
@@ -45,14 +47,15 @@ class Pauses:
         return self._quiet > _SETTLED and self._quiet % 4 != 0 and not self.is_trial_due
 
     def is_cold(self, num_plain: int) -> bool:
-        """Whether the step must be plain because too few like it were timed; it counts as a probe."""
-        return num_plain < _PLAIN_TIMES and self._spend(1.0)
+        """Whether the step must be plain because too few like it were timed; then it counts as one."""
+        if num_plain >= _PLAIN_TIMES or self._cold < 1.0:
+            return False
+        self._cold -= 1.0
+        return True
 
     def probes(self, gain: float) -> bool:
-        """Whether the step is to be plain to be timed, where it loses `gain` over plain decoding."""
-        return self._spend(max(_LEAST_PROBE, 1.0 - 1.0 / gain))
-
-    def _spend(self, cost: float) -> bool:
+        """Whether the step is to be plain to be timed, where drafts promise `gain` times as much."""
+        cost = max(_LEAST_PROBE, 1.0 - 1.0 / gain)
         if self._probes < cost:
             return False
         self._probes -= cost
@@ -76,7 +79,8 @@ class Pauses:
             loss: of the last steps against plain decoding.
         """
         self._num_steps += 1
-        self._probes = min(_MOST_PROBES, self._probes + _PROBE_SHARE)
+        self._cold = min(_MOST_COLD, self._cold + _COLD_SHARE)
+        self._probes = min(1.0, self._probes + _PROBE_SHARE)
         if reason == Reason.TRIAL:
             self._trial_left = (self._trial_left or _TRIAL_STEPS) - 1
             if self._trial_left == 0:

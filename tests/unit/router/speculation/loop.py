@@ -53,7 +53,7 @@ class Loop:
     controller: SpeculationController = field(init=False)
     seconds: list[float] = field(default_factory=list)
     plain: list[float] = field(default_factory=list)  # what plain decoding takes for the same tokens
-    rows: list[int] = field(default_factory=list)
+    counts: list[np.ndarray] = field(default_factory=list)  # rows of drafts, by step and sequence
 
     def __post_init__(self) -> None:
         self.controller = SpeculationController(max(8, self.num_sequences))
@@ -97,10 +97,14 @@ class Loop:
         self.now += self.noisy(seconds)
         self.controller.step_done(accepted, self.now)
         self.lens += 1 + accepted
-        self.rows.append(int(counts.sum()))
+        self.counts.append(counts)
         self.seconds.append(wait + seconds)
         self.plain.append(self.machine.pass_seconds(count) * (1 + accepted.mean()))
         assert self.now > began
+
+    @property
+    def rows(self) -> list[int]:
+        return [int(counts.sum()) for counts in self.counts]
 
     def speedup(self, last: int) -> float:
         return sum(self.plain[-last:]) / sum(self.seconds[-last:])
