@@ -21,12 +21,11 @@ from dflash_ray.router.actions import (
     DropTarget,
     Emit,
     Fail,
-    Replay,
     RequestDrafts,
     RunStep,
 )
 from dflash_ray.router.attempts import FinalError
-from dflash_ray.router.drafting import DrafterState
+from dflash_ray.router.draft_requests import DrafterState
 from dflash_ray.router.limits import TargetLimits
 from dflash_ray.router.scheduler import Scheduler
 from dflash_ray.router.sequence import RouterSequence
@@ -83,6 +82,7 @@ class Pipeline:
             num_pages=hello.num_pages,
             max_batch_tokens=hello.max_batch_tokens,
             colocated_draft_tokens=hello.colocated_draft_tokens,
+            address=entry.address,
         )
         self._streams.add(stream)
         stream.start(self._on_target_message, lambda: self._on_target_end(stream))
@@ -110,17 +110,11 @@ class Pipeline:
         task.add_done_callback(self._closing.discard)
 
     def _on_target_message(self, message: target_pb2.TargetResponse) -> None:
-        match message.WhichOneof("message"):
-            case "features":
-                self.scheduler.features(message.features)
-            case "replay":
-                self.scheduler.replayed(message.replay.features)
-            case "result":
-                now = time.monotonic()
-                self._metrics.step_round_trip.observe(now - self._sent_at.pop("step", now))
-                self._step_done_at = now
-                self._record_acceptance(message.result)
-                self.scheduler.step_done(message.result, now)
+        now = time.monotonic()
+        self._metrics.step_round_trip.observe(now - self._sent_at.pop("step", now))
+        self._step_done_at = now
+        self._record_acceptance(message.result)
+        self.scheduler.step_done(message.result, now)
         self._pump()
 
     def _on_target_end(self, stream: Stream) -> None:
@@ -234,9 +228,6 @@ class Pipeline:
                 self._send(target_pb2.TargetRequest(step=step))
             case CloseSequences(ids):
                 self._send(target_pb2.TargetRequest(close=target_pb2.CloseSequences(sequence_ids=ids)))
-            case Replay(sequence_id, start):
-                replay = target_pb2.ReplayFeatures(sequence_id=sequence_id, start=start)
-                self._send(target_pb2.TargetRequest(replay=replay))
             case RequestDrafts(drafter_id, request):
                 self._sent_at[f"{drafter_id}/{request.request_id}"] = now
                 self._drafters[drafter_id].send(drafter_pb2.DrafterRequest(draft=request))

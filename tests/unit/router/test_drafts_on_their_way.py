@@ -1,11 +1,13 @@
 """What the router makes of a drafter's block on its way to the target."""
 
+import numpy as np
 import pytest
 
 from dflash_ray.config import load_config
+from dflash_ray.core.draft_blocks import DraftBlock, to_message
 from dflash_ray.pb import common_pb2, drafter_pb2, router_pb2, target_pb2
 from dflash_ray.router.actions import RequestDrafts, RunStep
-from dflash_ray.router.drafting import DrafterState
+from dflash_ray.router.draft_requests import DrafterState
 from dflash_ray.router.scheduler import Scheduler
 from tests.toy import VOCAB, ToyTarget
 
@@ -28,16 +30,14 @@ def step_with(drafts: list[int], *, is_drawn: bool, max_new_tokens: int = 20) ->
     scheduler.step_done(target.step(prefill), 0.0)
     (wanted,) = [action.request for action in scheduler.poll(0.0) if isinstance(action, RequestDrafts)]
     reply = drafter_pb2.DraftReply(request_id=wanted.request_id)
-    reply.blocks.add(
-        sequence_id=wanted.sequence_ids[0],
-        epoch=wanted.epochs[0],
-        committed_len=wanted.committed_lens[0],
-        num_slots=len(drafts),
-        num_candidates=NUM_CANDIDATES,
-        candidate_ids=[token for draft in drafts for token in (draft, draft + 1)],
-        log_probs=[-0.5 * slot for slot in range(len(drafts) * NUM_CANDIDATES)],
-        is_drawn=is_drawn,
+    block = DraftBlock(
+        wanted.sequence_ids[0],
+        wanted.committed_lens[0],
+        np.array([[draft, draft + 1] for draft in drafts], dtype=np.uint32),
+        -0.5 * np.arange(len(drafts) * NUM_CANDIDATES, dtype=np.float32).reshape(-1, NUM_CANDIDATES),
+        is_drawn,
     )
+    reply.blocks.CopyFrom(to_message(wanted.epoch, [block]))
     scheduler.drafts_done("d", reply, 0.0)
     (step,) = [action.step for action in scheduler.poll(0.0) if isinstance(action, RunStep)]
     return step

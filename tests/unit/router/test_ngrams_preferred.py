@@ -1,14 +1,20 @@
 """An n-gram takes a drafter's place where it is right more often, and the drafter misses no context by it."""
 
+import numpy as np
+
+import numpy as np
+import pytest
+
 from dflash_ray.config import load_config
+from dflash_ray.core.draft_blocks import DraftBlock, to_message
 from dflash_ray.pb import common_pb2, drafter_pb2, router_pb2, target_pb2
 from dflash_ray.router.actions import RequestDrafts, RunStep
 from dflash_ray.router.draft_rates import DraftRates
-from dflash_ray.router.drafting import DrafterState
+from dflash_ray.router.draft_requests import DrafterState
 from dflash_ray.router.limits import TargetLimits
 from dflash_ray.router.scheduler import Scheduler
 
-LIMITS = TargetLimits(1, 4096, 1000, 16, 512, 512)
+LIMITS = TargetLimits(1, 4096, 1000, 16, 512, 512, feature_fingerprint="f")
 CYCLE = [11, 12, 13, 14, 15, 16, 17]
 
 
@@ -37,7 +43,6 @@ class CyclingTarget:
         result.num_tokens.append(len(new))
         result.token_ids.extend(new)
         result.finish_reasons.append(common_pb2.FINISH_REASON_UNSPECIFIED)
-        self.features = common_pb2.ContextFeatures(sequence_id=1, start=self.kv_len, num_rows=rows)
         self.kv_len += rows
         self.tokens += new
         return result
@@ -58,62 +63,56 @@ def run(prompt: list[int], num_steps: int, says: dict[int, int] | None = None, *
             if isinstance(action, RequestDrafts):
                 requests.append(action.request)
                 reply = drafter_pb2.DraftReply(request_id=action.request.request_id)
-                for committed_len in action.request.committed_lens:
-                    reply.blocks.add(
-                        sequence_id=1, epoch=1, committed_len=committed_len, num_slots=1,
-                        num_candidates=1, candidate_ids=[999],
-                    )  # fmt: skip
+                wrong, log_probs = np.array([[999]], dtype=np.uint32), np.zeros((1, 1), dtype=np.float32)
+                lengths = action.request.committed_lens
+                reply.blocks.CopyFrom(to_message(1, [DraftBlock(1, length, wrong, log_probs) for length in lengths]))
                 scheduler.drafts_done("d", reply, 0.0)
             elif isinstance(action, RunStep):
                 steps.append(action.step)
                 result = target.step(action.step)
-                scheduler.features(target.features)
                 scheduler.step_done(result, 0.0)
     return scheduler, steps, requests, target.tokens
 
 
-def rows_of(requests: list[drafter_pb2.DraftRequest]) -> list[tuple[int, int]]:
-    return [(part.start, part.num_rows) for request in requests for part in request.contexts]
-
-
 def test_a_text_that_repeats_is_drafted_without_the_drafter():
     scheduler, steps, requests, tokens = run(CYCLE * 2, 20)
-    assert not requests
+    assert not any(request.sequence_ids for request in requests)
     assert all(step.num_drafts[0] == 3 for step in steps[1:])
     assert scheduler.num_drafts_by_source == {"ngram": 19}
     assert tokens == (CYCLE * 20)[: len(tokens)] and len(tokens) == 14 + 1 + 19 * 4
 
 
-def test_the_drafter_gets_the_rows_of_the_steps_that_went_without_it():
-    novel = {position: 500 + position for position in (60, 61, 62)}
-    _, _, requests, tokens = run(CYCLE * 2, 30, novel)
-    assert requests and len(tokens) > 70
-    at = 0
-    for start, count in rows_of(requests):
-        assert start == at
-        at += count
-    assert at == requests[-1].committed_lens[0] - 1
-
-
-def test_rows_for_the_drafter_are_not_piled_up_without_end():
+def test_a_drafter_that_is_asked_for_nothing_is_told_once_where_the_rows_are():
     _, _, requests, tokens = run(CYCLE * 2, 200)
-    sent = [sum(part.num_rows for part in request.contexts) for request in requests]
-    assert len(tokens) > 700 and len(sent) >= 2 and max(sent) < 256 + 8
+    assert len(tokens) > 700
+    assert [(list(request.open), list(request.sequence_ids)) for request in requests] == [([1], [])]
 
 
 def test_a_drafter_is_asked_every_time_where_ngrams_are_not_preferred():
     scheduler, _, requests, _ = run(CYCLE * 2, 10, {}, "router.prefer_ngram=false")
-    assert len(requests) == 9 and scheduler.num_drafts_by_source == {"remote": 9}
+    assert sum(len(request.sequence_ids) for request in requests) == 9 and scheduler.num_drafts_by_source == {
+        "remote": 9
+    }
 
 
 def test_whoever_was_right_more_often_drafts():
-    rates = DraftRates()
-    assert rates.prefers_ngram(5) and not rates.prefers_ngram(0)
-    for _ in range(200):
-        rates.saw_drafter(True)
-    assert not any(rates.prefers_ngram(size) for size in range(6))
-    for _ in range(400):
-        rates.saw_drafter(False)
-        rates.saw_ngram(3, False)
-    rates.saw_drafter(True)
-    assert rates.prefers_ngram(2) and not rates.prefers_ngram(3)
+    rates, sizes = DraftRates(), np.arange(6)
+    assert rates.prefers_ngrams(sizes)[[0, 5]].tolist() == [False, True]
+    rates.saw_drafters(np.ones(200, np.bool_))
+    assert not rates.prefers_ngrams(sizes).any()
+    rates.saw_drafters(np.zeros(400, np.bool_))
+    rates.saw_ngrams(np.full(400, 3), np.zeros(400, np.bool_))
+    rates.saw_drafters(np.ones(1, np.bool_))
+    assert rates.prefers_ngrams(sizes)[[2, 3]].tolist() == [True, False]
+
+
+def test_rates_are_the_same_one_observation_at_a_time_and_all_at_once():
+    together, apart = DraftRates(), DraftRates()
+    is_right = np.array([True, False, False, True, True])
+    sizes = np.array([2, 3, 2, 3, 2])
+    together.saw_ngrams(sizes, is_right)
+    together.saw_drafters(is_right)
+    for i in range(5):
+        apart.saw_ngrams(sizes[i : i + 1], is_right[i : i + 1])
+        apart.saw_drafters(is_right[i : i + 1])
+    assert together._ngram == pytest.approx(apart._ngram) and together._drafter == pytest.approx(apart._drafter)

@@ -1,0 +1,25 @@
+"""Types of arrays that many modules share, and what is done to them in more than one."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import numpy as np
+import numpy.typing as npt
+
+Ints = npt.NDArray[np.int64]
+Tokens = npt.NDArray[np.uint32]
+Flags = npt.NDArray[np.bool_]
+Floats = npt.NDArray[np.float64]
+
+
+def spans(starts: Ints, counts: Ints) -> Ints:
+    """The numbers starts[i], starts[i] + 1, ... of which there are counts[i], for one i after the other."""
+    ends = np.cumsum(counts)
+    total = int(ends[-1]) if len(ends) else 0
+    return np.arange(total) + np.repeat(starts - ends + counts, counts)
+
+
+def column(field: Collection[int]) -> Ints:
+    """A repeated field of integers as an array."""
+    return np.fromiter(field, np.int64, len(field))
