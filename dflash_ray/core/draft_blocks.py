@@ -99,11 +99,12 @@ class BlockColumns:
             np.frombuffer(message.log_probs, dtype=_LOG_PROBS),
         )
 
-    def drafts(self, blocks: Ints) -> Tokens:
-        """The draft of each slot, of one block after the other."""
+    def drafts(self, blocks: Ints) -> tuple[Tokens, NDArray[np.float32]]:
+        """The draft of each slot and its log-probability, of one block after the other."""
         counts = self.num_slots[blocks]
         within = spans(np.zeros_like(counts), counts)
-        return self.candidate_ids[np.repeat(self.starts[blocks], counts) + within * np.repeat(self.num_candidates[blocks], counts)]
+        places = np.repeat(self.starts[blocks], counts) + within * np.repeat(self.num_candidates[blocks], counts)
+        return self.candidate_ids[places], self.log_probs[places]
 
     def block(self, i: int) -> DraftBlock:
         """One of them."""

@@ -41,6 +41,8 @@ class TargetLimits:
         if len(token_ids) >= self.max_model_len:
             raise prompt_too_long(len(token_ids), self.max_model_len, "prompt")
         if self.pages(len(token_ids) + 1) > self.num_pages:
-            raise InvalidRequestError(f"has {len(token_ids)} tokens, more than the KV cache holds; shorten it", "prompt")
+            raise InvalidRequestError(
+                f"has {len(token_ids)} tokens, more than the KV cache holds; shorten it", "prompt"
+            )
         if int(token_ids.max()) >= self.vocab_size:
             raise InvalidRequestError(f"token ids must be below {self.vocab_size}", "prompt")

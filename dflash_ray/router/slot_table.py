@@ -60,7 +60,9 @@ class SlotTable:
         draft_tokens: drafts wanted a step; 0 is plain decoding.
         draft_lens: drafts for the next step, NO_DRAFT while none have come.
         drafts: [num_slots, MAX_DRAFTS] their tokens.
+        draft_log_probs: [num_slots, MAX_DRAFTS] their drafter's own log-probabilities; nan where there are none.
         draft_sources: a `DraftSource`.
+        num_asked: drafts that its drafter is asked for in this step; 0 when it is not asked.
         draft_deadlines: when the next step goes on without a drafter's draft; NEVER when none is waited for.
         is_draft_missed: the next step goes on without a drafter's draft.
         drawn: the block a draft comes from, by slot, when it was drawn from its probabilities.
@@ -91,7 +93,9 @@ class SlotTable:
         self.draft_tokens = np.zeros(num_slots, np.int64)
         self.draft_lens = np.full(num_slots, NO_DRAFT, np.int64)
         self.drafts = np.zeros((num_slots, MAX_DRAFTS), np.uint32)
+        self.draft_log_probs = np.full((num_slots, MAX_DRAFTS), np.nan, np.float32)
         self.draft_sources = np.zeros(num_slots, np.int64)
+        self.num_asked = np.zeros(num_slots, np.int64)
         self.draft_deadlines = np.full(num_slots, NEVER)
         self.is_draft_missed = np.zeros(num_slots, np.bool_)
         self.drafters = np.full(num_slots, NO_DRAFTER, np.int64)
@@ -194,31 +198,35 @@ class SlotTable:
         is_idle = (self.phases[slots] == Phase.DECODE) & (self.step_ids[slots] == 0)
         return is_idle & (self.draft_lens[slots] == NO_DRAFT) & ~self.is_draft_missed[slots]
 
-    def take_drafts(self, slots: Ints, lens: Ints, token_ids: Tokens, source: DraftSource, vocab_size: int) -> None:
-        """lens[i] drafts for slots[i], `token_ids` of one after the other.
+    def take_blocks(
+        self, slots: Ints, blocks: BlockColumns, is_taken: Flags, source: DraftSource, vocab_size: int
+    ) -> None:
+        """The drafts of the blocks that are taken; slots[i] is block i's.
 
         A draft that the target does not have ends its chain before it; what is beyond MAX_DRAFTS is left out.
         """
+        taken = np.flatnonzero(is_taken)
+        of_blocks, lens = slots[taken], blocks.num_slots[taken]
+        token_ids, log_probs = blocks.drafts(taken)
         columns = spans(np.zeros_like(lens), lens)
-        rows = np.repeat(np.arange(len(slots)), lens)
+        rows = np.repeat(np.arange(len(taken)), lens)
         if len(columns) and (int(columns.max()) >= MAX_DRAFTS or int(token_ids.max()) >= vocab_size):
             lens = np.minimum(lens, MAX_DRAFTS)
             is_wrong = token_ids >= vocab_size
             np.minimum.at(lens, rows[is_wrong], columns[is_wrong])
             is_kept = columns < lens[rows]
-            columns, rows, token_ids = columns[is_kept], rows[is_kept], token_ids[is_kept]
-        self.drafts[slots[rows], columns] = token_ids
-        self.draft_lens[slots] = lens
-        self.draft_sources[slots] = source
-        self.draft_deadlines[slots] = NEVER
-        self.is_asking[slots] = False
-
-    def take_blocks(
-        self, slots: Ints, blocks: BlockColumns, is_taken: Flags, source: DraftSource, vocab_size: int
-    ) -> None:
-        """As `take_drafts`, of the blocks that are taken; slots[i] is block i's."""
-        taken = np.flatnonzero(is_taken)
-        self.take_drafts(slots[taken], blocks.num_slots[taken], blocks.drafts(taken), source, vocab_size)
+            columns, rows, token_ids, log_probs = (
+                columns[is_kept],
+                rows[is_kept],
+                token_ids[is_kept],
+                log_probs[is_kept],
+            )
+        self.drafts[of_blocks[rows], columns] = token_ids
+        self.draft_log_probs[of_blocks[rows], columns] = log_probs
+        self.draft_lens[of_blocks] = lens
+        self.draft_sources[of_blocks] = source
+        self.draft_deadlines[of_blocks] = NEVER
+        self.is_asking[of_blocks] = False
         for i in taken[blocks.is_drawn[taken]].tolist():
             self.drawn[int(slots[i])] = blocks.block(i)
 
@@ -238,7 +246,9 @@ class SlotTable:
     def forget_drafts(self, slots: Ints) -> None:
         """Nothing is known of a draft for the tokens that there are now."""
         self.draft_lens[slots] = NO_DRAFT
+        self.draft_log_probs[slots] = np.nan
         self.draft_sources[slots] = DraftSource.PLAIN
+        self.num_asked[slots] = 0
         self.draft_deadlines[slots] = NEVER
         self.is_draft_missed[slots] = False
         self.is_asking[slots] = False

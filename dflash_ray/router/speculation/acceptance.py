@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from dflash_ray.core.arrays import Flags, Ints
 from dflash_ray.core.ngram import MAX_NGRAM, MIN_NGRAM
-from dflash_ray.router.speculation.records import Bools, Floats, Ints
+from dflash_ray.router.speculation.records import Floats
 
 _FADE = 0.85  # of a sequence's older observations, with each newer one of that slot
 _SHARED_FADE = 0.99  # of all sequences together
@@ -116,7 +117,7 @@ class Acceptance:
         self._shared_seen[:width] = self._shared_seen[:width] * fade + num_judged
         self._saw_bins(slots, judged & ~np.isnan(log_probs), right, log_probs)
 
-    def _saw_bins(self, slots: Ints, judged: Bools, right: Bools, log_probs: Floats) -> None:
+    def _saw_bins(self, slots: Ints, judged: Flags, right: Flags, log_probs: Floats) -> None:
         rows, columns = np.nonzero(judged)
         if not len(rows):
             return
@@ -151,7 +152,7 @@ class Acceptance:
         self._right[slots] *= _FORGET
         self._seen[slots] *= _FORGET
 
-    def _judge_forecast(self, judged: Bools, right: Bools, expected: Floats) -> None:
+    def _judge_forecast(self, judged: Flags, right: Flags, expected: Floats) -> None:
         """Keeps the account of how often drafts with such a chance were accepted."""
         chances = expected[judged]
         bins = np.minimum((chances * _RELIABILITY_BINS).astype(int), _RELIABILITY_BINS - 1)
@@ -167,7 +168,7 @@ class Acceptance:
         return float(np.abs(expected - accepted).sum() / max(1.0, judged.sum()))
 
 
-def _verdicts(counts: Ints, accepted: Ints, width: int) -> tuple[Bools, Bools]:
+def _verdicts(counts: Ints, accepted: Ints, width: int) -> tuple[Flags, Flags]:
     """Which drafts [n, width] were judged, and which of them were right."""
     index = np.arange(width)
     right = index < np.minimum(accepted, counts)[:, None]

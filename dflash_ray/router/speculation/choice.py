@@ -12,7 +12,8 @@ from functools import lru_cache
 
 import numpy as np
 
-from dflash_ray.router.speculation.records import Bools, Floats, Ints
+from dflash_ray.core.arrays import Flags, Ints
+from dflash_ray.router.speculation.records import Floats
 
 _BINS = 64  # of worth, from 1 downwards
 _BINS_PER_E = 10.0
@@ -129,7 +130,7 @@ def share(survival: Floats, num_rows: int) -> Ints:
     return counts
 
 
-def is_drafted(worths: Worths, level: int) -> Bools:
+def is_drafted(worths: Worths, level: int) -> Flags:
     """Of each sequence, whether its drafter is asked."""
-    is_asked: Bools = worths.rank < worths.num_drafted[level]
+    is_asked: Flags = worths.rank < worths.num_drafted[level]
     return is_asked

@@ -10,21 +10,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from dflash_ray.core.arrays import Flags, Ints
 from dflash_ray.router.speculation.acceptance import Acceptance
 from dflash_ray.router.speculation.choice import best_rows, is_drafted, share, worths
 from dflash_ray.router.speculation.cost_model import Batch, CostModel
 from dflash_ray.router.speculation.ledger import Ledger
 from dflash_ray.router.speculation.pauses import Pauses
-from dflash_ray.router.speculation.records import (
-    MOST_DRAFTS,
-    Bools,
-    Candidates,
-    Floats,
-    Ints,
-    Policy,
-    Reason,
-    SpeculationCounts,
-)
+from dflash_ray.router.speculation.records import MOST_DRAFTS, Candidates, Floats, Policy, Reason, SpeculationCounts
 
 _LEAST_GAIN = 1.02  # promised over plain decoding before anything is speculated,
 _DOUBT = 1.0  # and so many standard errors of the plain time
@@ -60,8 +52,8 @@ class _Step:
     outlook: _Outlook
     slots: Ints
     counts: Ints
-    from_ngram: Bools
-    is_free: Bools  # whose drafts were chosen here
+    from_ngram: Flags
+    is_free: Flags  # whose drafts were chosen here
     log_probs: Floats
     match_lens: Ints
     tokens: float  # expected
@@ -76,10 +68,12 @@ class SpeculationController:
     Args:
         num_slots: sequences at a time.
         prefers_ngram: whether n-grams may take a drafter's place.
+        is_colocated: the drafter drafts behind a step's pass, inside the step.
     """
 
-    def __init__(self, num_slots: int, prefers_ngram: bool = True) -> None:
+    def __init__(self, num_slots: int, prefers_ngram: bool = True, is_colocated: bool = False) -> None:
         self._prefers_ngram = prefers_ngram
+        self._is_colocated = is_colocated
         self._policies = np.zeros(num_slots, np.int64)
         self._limits = np.zeros(num_slots, np.int64)
         self.acceptance = Acceptance(num_slots, MOST_DRAFTS)
@@ -87,6 +81,7 @@ class SpeculationController:
         self.ledger = Ledger()
         self.counts = SpeculationCounts()
         self._outlooks: dict[int, _Outlook] = {}
+        self._cut: _Step | None = None
         self._steps: deque[_Step] = deque()
         self._last_result = 0.0
         self._pauses = Pauses()
@@ -94,8 +89,13 @@ class SpeculationController:
     def open(self, slot: int, policy: Policy, draft_tokens: int) -> None:
         """A sequence has the slot, with at most so many drafts a step."""
         self._policies[slot] = policy if draft_tokens else Policy.OFF
-        self._limits[slot] = min(draft_tokens, MOST_DRAFTS)
+        self._limits[slot] = draft_tokens
         self.acceptance.open(slot)
+
+    @property
+    def expects_drafts(self) -> bool:
+        """Whether drafters should have the rows of adaptive sequences, because drafts may soon be asked for."""
+        return self._pauses.expects_drafts
 
     def plan(self, candidates: Candidates, batch: Batch, max_rows: int, now: float, cohort: int = 0) -> Ints:
         """Drafts that each sequence's drafter is to be asked for, 0 where it is not.
@@ -116,7 +116,7 @@ class SpeculationController:
             asks[ngrams.sum(axis=1) > drafts.sum(axis=1)] = 0
         is_free = policies == Policy.ADAPTIVE
         if not is_free.any():
-            self._outlooks[cohort] = _Outlook(Reason.FIXED, int(np.count_nonzero(asks)), int(asks.sum()), np.inf, now)
+            self._look_out(cohort, _Outlook(Reason.FIXED, int(np.count_nonzero(asks)), int(asks.sum()), np.inf, now))
             return asks
         drafts[~is_free] = 0.0
         ngrams[~is_free] = 0.0
@@ -124,8 +124,21 @@ class SpeculationController:
         around = replace(batch, num_rows=batch.num_rows + min(fixed_rows, max_rows))
         reason, drafted, most = self._choose(drafts, ngrams, draft_room, around, max_rows - fixed_rows, asks)
         asks = np.where(is_free, 0 if drafted is None else drafted, asks)
-        self._outlooks[cohort] = _Outlook(reason, int(np.count_nonzero(asks)), int(asks.sum()), most, now)
+        self._look_out(cohort, _Outlook(reason, int(np.count_nonzero(asks)), int(asks.sum()), most, now))
         return asks
+
+    def _look_out(self, cohort: int, outlook: _Outlook) -> None:
+        """Keeps what a step is planned to be; sequences that join it meanwhile are added to it."""
+        before = self._outlooks.get(cohort)
+        if before is not None:
+            decisive = outlook if before.reason in _PLAIN else before
+            outlook = replace(
+                decisive,
+                num_asked=before.num_asked + outlook.num_asked,
+                num_slots=before.num_slots + outlook.num_slots,
+                planned_at=before.planned_at,
+            )
+        self._outlooks[cohort] = outlook
 
     def _choose(
         self, drafts: Floats, ngrams: Floats, draft_room: Ints, batch: Batch, max_rows: int, fixed: Ints
@@ -160,6 +173,8 @@ class SpeculationController:
             return float(allowed[level, column]), float(rates.max()), asks
 
         rate, unbound, asks = best(drafts, plain + room)
+        if rate >= promised and asks.any() and not self._may_draft():
+            return Reason.NO_GAIN, None, np.inf
         if rate >= promised:
             if not batch.prefill_rows and self._pauses.probes(rate / plain_rate):
                 return Reason.PROBE, None, np.inf
@@ -168,8 +183,10 @@ class SpeculationController:
             hope = np.maximum(drafts, _cut(_HOPE[None], draft_room))
             rate, _, asks = best(hope, plain + _TRIAL_ROOM * room)
             if rate >= promised and asks.any():
-                return Reason.TRIAL, asks, plain + room
-            self._pauses.no_hope()
+                if self._may_draft():
+                    return Reason.TRIAL, asks, plain + room
+            else:
+                self._pauses.no_hope()
         if unbound >= promised:
             self._pauses.rest()
             return Reason.REST, None, np.inf
@@ -191,7 +208,7 @@ class SpeculationController:
         batch: Batch,
         max_rows: int,
         cohort: int = 0,
-    ) -> tuple[Ints, Bools]:
+    ) -> tuple[Ints, Flags]:
         """How many drafts each sequence verifies in the step that is about to be sent, and whether its n-gram's.
 
         Args:
@@ -219,10 +236,9 @@ class SpeculationController:
             num_rows, tokens = self._rows(survival, batch, max_rows - int(counts.sum()), outlook)
             counts = np.where(is_free, share(survival, num_rows), counts)
             from_ngram = np.where(is_free, is_better, from_ngram)
-        step = _Step(
+        self._cut = _Step(
             batch, outlook, slots, counts, from_ngram, is_free, log_probs, candidates.match_lens, tokens
         )  # fmt: skip
-        self._steps.append(step)
         return counts, from_ngram
 
     def _rows(self, survival: Floats, batch: Batch, max_rows: int, outlook: _Outlook) -> tuple[int, float]:
@@ -235,25 +251,36 @@ class SpeculationController:
         best = int(np.argmax(rates))
         return int(rows[best]), batch.num_sequences + float(gains[best])
 
-    def step_started(self, counts: Ints, now: float, asked_inside: tuple[int, int] = (0, 0)) -> None:
+    def step_started(
+        self, batch: Batch, is_in: Flags, counts: Ints, now: float, asked_inside: tuple[int, int] = (0, 0)
+    ) -> None:
         """The step of the last `cut` was sent.
 
         Args:
-            counts: rows of drafts that it has in the end, in the order of the cut's sequences.
+            batch: it, without any drafts.
+            is_in: whether each of the cut's sequences is in it; the others found no room.
+            counts: drafts that it verifies of each.
             asked_inside: sequences and slots that a colocated drafter drafts for behind the pass.
         """
-        step = self._steps[-1]
-        step.counts, step.sent_at, step.asked_inside = counts, now, asked_inside
+        step, self._cut = self._cut or _nothing(batch), None
+        fixed_rows = int(counts[~step.is_free].sum())
+        step.batch = replace(batch, num_rows=batch.num_rows + fixed_rows)
+        step.slots, step.counts, step.from_ngram = step.slots[is_in], counts[is_in], step.from_ngram[is_in]
+        step.is_free, step.log_probs = step.is_free[is_in], step.log_probs[is_in]
+        step.match_lens, step.asked_inside = step.match_lens[is_in], asked_inside
+        step.sent_at = now
         step.wait = max(0.0, now - max(self._last_result, step.outlook.planned_at))
+        self._steps.append(step)
 
     def step_done(self, accepted: Ints, now: float, draft_seconds: float = 0.0) -> None:
         """The oldest step in flight was answered.
 
         Args:
-            accepted: drafts of each sequence that were kept, in the order of the cut; -1 where there is no verdict.
+            accepted: [num_slots] drafts that were kept; -1 where there is no verdict.
             draft_seconds: of a colocated drafter.
         """
         step = self._steps.popleft()
+        accepted = accepted[step.slots]
         busy = max(1e-6, now - max(step.sent_at, self._last_result) - draft_seconds)
         self._last_result = now
         if not len(step.slots):
@@ -266,6 +293,7 @@ class SpeculationController:
 
     def steps_lost(self) -> None:
         """The target's stream broke: steps in flight will not be answered."""
+        self._cut = None
         self._steps.clear()
         self._outlooks.clear()
 
@@ -273,7 +301,7 @@ class SpeculationController:
         has_verdict = (accepted >= 0) & (step.counts > 0)
         remote = np.flatnonzero(has_verdict & ~step.from_ngram)
         if len(remote):
-            width = int(step.counts[remote].max())
+            width = min(MOST_DRAFTS, int(step.counts[remote].max()))
             self.acceptance.saw_drafts(
                 step.slots[remote], step.counts[remote], accepted[remote], step.log_probs[remote, :width]
             )
@@ -287,7 +315,7 @@ class SpeculationController:
     def _learn_costs(self, step: _Step, busy: float, draft_seconds: float) -> None:
         outlook, batch = step.outlook, step.batch
         self.costs.saw_pass(batch, self._free_rows(step), busy)
-        num_asked, num_slots = step.asked_inside if draft_seconds else (outlook.num_asked, outlook.num_slots)
+        num_asked, num_slots = step.asked_inside if self._is_colocated else (outlook.num_asked, outlook.num_slots)
         self.costs.saw_wait(num_asked, num_slots, batch.is_split, step.wait + draft_seconds)
 
     def _free_rows(self, step: _Step) -> int:
@@ -311,6 +339,9 @@ class SpeculationController:
         else:
             self.ledger.add(plain, plain)
 
+    def _may_draft(self) -> bool:
+        return self._is_colocated or self._pauses.may_draft()
+
     def _plain_reason(self, batch: Batch) -> Reason | None:
         """Why the step must be plain, if it must."""
         if not self.costs.is_known:
@@ -325,6 +356,8 @@ class SpeculationController:
 
 
 _NONE = np.zeros(1, np.int64)
+_NO_SLOTS = np.zeros(0, np.int64)
+_NO_FLAGS = np.zeros(0, np.bool_)
 _HOPE = np.cumprod(np.full(MOST_DRAFTS, _TRIAL_RATE))
 _NO_OUTLOOK = _Outlook(Reason.FIXED, 0, 0, np.inf, 0.0)
 
@@ -332,3 +365,9 @@ _NO_OUTLOOK = _Outlook(Reason.FIXED, 0, 0, np.inf, 0.0)
 def _cut(survival: Floats, lens: Ints) -> Floats:
     """Zero behind the end of each sequence's drafts."""
     return np.where(np.arange(survival.shape[1]) < lens[:, None], survival, 0.0)
+
+
+def _nothing(batch: Batch) -> _Step:
+    """A step in which nothing decodes."""
+    log_probs = np.zeros((0, MOST_DRAFTS))
+    return _Step(batch, _NO_OUTLOOK, _NO_SLOTS, _NO_SLOTS, _NO_FLAGS, _NO_FLAGS, log_probs, _NO_SLOTS, 0.0)

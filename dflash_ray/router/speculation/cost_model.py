@@ -9,8 +9,9 @@ from statistics import median
 
 import numpy as np
 
+from dflash_ray.core.arrays import Ints
 from dflash_ray.router.speculation.pass_times import KEPT, PassTimes, bucket
-from dflash_ray.router.speculation.records import Floats, Ints
+from dflash_ray.router.speculation.records import Floats
 
 _LATENESS_WEIGHT = 0.4
 _LATENESS_FADE = 0.01  # with each step that waits for no draft

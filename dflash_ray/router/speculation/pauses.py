@@ -13,6 +13,8 @@ _TRIAL_STEPS = 3
 _FIRST_PAUSE = 24  # steps without drafts before a trial, doubled with each trial in vain
 _LONGEST_PAUSE = 4096
 _SETTLED = 8
+_EXPECTED_FOR = 64  # steps without drafts, after which drafters need not have the rows of the sequences
+_NOTICE = 12  # steps that drafters are given to get them again
 _CONFIRMED = 32  # steps with drafts after which the next pause is short again
 
 
@@ -28,10 +30,24 @@ class Pauses:
         self._trial_left = 0
         self._rest_until = 0
         self._num_gains = 0  # steps with drafts since the last pause
+        self._drafted_at = 0
+        self._ready_at = 0
 
     @property
     def is_resting(self) -> bool:
         return self._num_steps < self._rest_until
+
+    @property
+    def expects_drafts(self) -> bool:
+        """Whether drafts were asked for lately, or are about to be."""
+        return self._num_steps < self._drafted_at + _EXPECTED_FOR
+
+    def may_draft(self) -> bool:
+        """Whether drafters have the rows of the sequences; if they don't, they are to get them from now on."""
+        if not self.expects_drafts:
+            self._drafted_at = self._num_steps
+            self._ready_at = self._num_steps + _NOTICE
+        return self._num_steps >= self._ready_at
 
     @property
     def is_trial_due(self) -> bool:
@@ -79,6 +95,8 @@ class Pauses:
             loss: of the last steps against plain decoding.
         """
         self._num_steps += 1
+        if is_drafted:
+            self._drafted_at = self._num_steps
         self._cold = min(_MOST_COLD, self._cold + _COLD_SHARE)
         self._probes = min(1.0, self._probes + _PROBE_SHARE)
         if reason == Reason.TRIAL:

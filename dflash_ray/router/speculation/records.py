@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dflash_ray.core.arrays import Ints
+
 Floats = NDArray[np.floating[Any]]
-Ints = NDArray[np.int64]
-Bools = NDArray[np.bool_]
+
 
 MOST_DRAFTS = 15  # of a sequence in a step, where a request names no number
 

@@ -91,7 +91,7 @@ class Loop:
         log_probs[index < lens[:, None]] = np.log(sure)[index < lens[:, None]]
         counts, _ = self.controller.cut(candidates, lens, log_probs, batch, 1000)
         assert (counts <= lens).all()
-        self.controller.step_started(counts, self.now)
+        self.controller.step_started(batch, np.ones(count, bool), counts, self.now)
         accepted = np.minimum(np.cumprod(right, axis=1).sum(axis=1), counts)
         seconds = self.machine.pass_seconds(count + int(counts.sum()))
         self.now += self.noisy(seconds)

@@ -119,7 +119,7 @@ def run_step(controller, wanted, batch, now, draft_lens=None, accepted=None):
     lens = asks if draft_lens is None else np.array(draft_lens)
     log_probs = np.full((len(asks), MOST_DRAFTS), np.nan)
     counts, from_ngram = controller.cut(wanted, lens, log_probs, batch, 100)
-    controller.step_started(counts, now)
+    controller.step_started(batch, np.ones(len(asks), bool), counts, now)
     done = now + 0.030 + 0.001 * (batch.num_rows + int(counts.sum()))
     controller.step_done(np.zeros(len(asks), np.int64) if accepted is None else np.array(accepted), done)
     return asks, counts, from_ngram, done
