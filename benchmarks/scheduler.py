@@ -217,7 +217,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--profile", action="store_true")
     args = parser.parse_args()
-    print(f"{'sequences':>9} {'turnover':>8} {'n-gram':>6} {'mean ms':>8} {'median':>7} {'max':>7} {'tokens':>7} {'ended':>6}")
+    print(
+        f"{'sequences':>9} {'turnover':>8} {'n-gram':>6} {'mean ms':>8} {'median':>7} {'max':>7} {'tokens':>7} {'ended':>6}"
+    )
     for num_sequences in args.sequences:
         for turnover in args.turnover:
             for ngram in (False,) if args.no_ngram else (True, False):

@@ -39,9 +39,7 @@ class ToyTarget:
     """Pages, statuses and tokens as the contract says; no model behind it."""
 
     def __init__(self, num_pages: int = 64, page_size: int = 4, max_batch_tokens: int = 64) -> None:
-        self.limits = TargetLimits(
-            1, 200, VOCAB, page_size, num_pages, max_batch_tokens, feature_fingerprint="toy"
-        )
+        self.limits = TargetLimits(1, 200, VOCAB, page_size, num_pages, max_batch_tokens, feature_fingerprint="toy")
         self.sequences: dict[int, dict] = {}
         self.step_id = 0  # the last one that was run
 

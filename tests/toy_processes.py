@@ -176,7 +176,8 @@ class ToyRouter(_Process):
         self.fleet = Fleet(config, self.id, directory, RouterMetrics())
 
     def _add_to(self, server: grpc.aio.Server) -> None:
-        router_pb2_grpc.add_RouterServicer_to_server(RouterServicer(self.fleet), server)
+        self.servicer = RouterServicer(self.fleet)
+        router_pb2_grpc.add_RouterServicer_to_server(self.servicer, server)
 
     def _info(self) -> dict:
         return self.fleet.info()
@@ -198,6 +199,7 @@ class ToyRouter(_Process):
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._directory.unregister("router", self.id)
         await self.fleet.close()
+        self.servicer.close()
         await self._server.stop(1.0)
 
 
@@ -261,10 +263,12 @@ class Cluster:
         def count() -> None:
             self.num_resumed += 1
 
-        chunks = ResumedCall(self.routers, request, deadline, wait_s, count).chunks()
+        chunks = ResumedCall(
+            self.routers, request, lambda chunk: list(chunk.token_ids), deadline, wait_s, count
+        ).chunks()
         try:
-            async for chunk in chunks:
-                tokens.extend(chunk.token_ids)
+            async for _, new in chunks:
+                tokens.extend(new)
         finally:
             await chunks.aclose()
         return tokens

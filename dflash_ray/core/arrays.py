@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 Ints = npt.NDArray[np.int64]
+Ids = npt.NDArray[np.uint64]  # of others' making
 Tokens = npt.NDArray[np.uint32]
 Flags = npt.NDArray[np.bool_]
 Floats = npt.NDArray[np.float64]

@@ -2,10 +2,9 @@
 
 Source of the idea: Saxena, Prompt Lookup Decoding (2023). Needs no weights and no context features.
 
-A follower is the position after an n-gram: n-grams are known by theirs, and a position stands for all n-grams that end
-just before it. For each size and row, `heads` has the latest follower by the n-gram's hash, and `earlier` the one before
-each, of the same hash; a lookup goes down that chain until the tokens are the same. Everything is done for many rows
-and tokens at a time.
+A follower is the position after an n-gram; it stands for the n-grams of all sizes that end just before it. For each size
+and row, `heads` has the latest follower by the n-gram's hash, and `earlier` the one before each with the same hash: a
+lookup goes down that chain until the tokens are the same. Everything is done for many rows and tokens at a time.
 """
 
 from __future__ import annotations
@@ -14,7 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
+
+from dflash_ray.core.arrays import Ints, Tokens
 
 MAX_NGRAM = 5
 MIN_NGRAM = 2
@@ -25,12 +25,10 @@ _SIZE_BITS = 2
 _POSITION_BITS = 28
 _MOST_NEW = 64  # tokens that may have come since the last look without starting again; no step yields as many
 _MIN_BUCKET_BITS = 6
+_SHARED = -1
 _MULTIPLIER = np.uint32(0x9E3779B1)
 _BACK = np.arange(1, MAX_NGRAM + 1)  # the tokens before a follower, the last one first
 _IGNORED = np.arange(MAX_NGRAM) >= _SIZES[:, None]  # [size, token]: tokens that a smaller n-gram does not have
-
-Ints = npt.NDArray[np.int64]
-Tokens = npt.NDArray[np.uint32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +54,7 @@ class NgramTable:
     """
 
     def __init__(self, tokens: Tokens, window: int = WINDOW) -> None:
-        """`tokens` [num_rows, capacity] is its owner's, who appends to rows and calls `clear` before a row starts anew."""
+        """`tokens` [num_rows, capacity] is its owner's, who appends to rows, and clears a row that starts anew."""
         num_rows, self._capacity = tokens.shape
         assert self._capacity < 1 << _POSITION_BITS
         self._tokens = tokens.reshape(-1)
@@ -76,9 +74,7 @@ class NgramTable:
         """Indexes a step's new tokens of rows with `lens` tokens, and whole texts as far as there is room."""
         high = np.maximum(self._high[rows], (lens - self._window) * (self._high[rows] > 0))
         num_new = lens - high
-        has_outgrown = (lens > 1 << self._row_bits[rows].astype(np.int64)) & (
-            self._row_bits[rows] < self._bucket_bits
-        )
+        has_outgrown = (lens > 1 << self._row_bits[rows].astype(np.int64)) & (self._row_bits[rows] < self._bucket_bits)
         is_whole = (high == 0) | (num_new > _MOST_NEW) | has_outgrown
         old = ~is_whole
         starts, counts, at = high[old], num_new[old], rows[old]
@@ -114,42 +110,35 @@ class NgramTable:
         """Indexes followers, those of a row in rising order."""
         ends = rows * self._capacity + followers
         shift = 32 - self._row_bits[rows]
+        first_heads = rows << (self._bucket_bits + _SIZE_BITS)
+        ring_bits = self._ring_bits
+        in_ring = ((rows << ring_bits) + (followers & ((1 << ring_bits) - 1))) << _SIZE_BITS
+        heads = np.empty((_NUM_SIZES, len(rows)), np.int64)
+        cells = in_ring + np.arange(_NUM_SIZES)[:, None]
         hashed = self._tokens[ends - 1] * _MULTIPLIER
-        keys = np.empty((_NUM_SIZES, len(rows)), np.int64)
         for i in range(_NUM_SIZES):
             hashed ^= self._tokens[ends - (i + MIN_NGRAM)]
             hashed *= _MULTIPLIER
-            keys[i] = rows * _NUM_SIZES + i
-            keys[i] <<= self._bucket_bits
-            keys[i] += hashed >> shift
-        keys <<= _POSITION_BITS
-        keys += followers
-        if int(followers.min()) < MAX_NGRAM:
-            keys = keys[followers >= _SIZES[:, None]]
-        flat = keys.reshape(-1)
-        if not len(flat):
-            return
-        flat.sort()
-        heads = flat >> _POSITION_BITS
-        position = (flat & ((1 << _POSITION_BITS) - 1)).astype(np.int32)
-        is_first = np.empty(len(flat), np.bool_)
-        is_first[0] = True
-        np.not_equal(heads[1:], heads[:-1], out=is_first[1:])
-        before = np.empty_like(position)
-        before[1:] = position[:-1]
-        before[is_first] = self._heads[heads[is_first]]
-        self._earlier[self._ring_index(heads, position)] = before
-        is_last = np.empty_like(is_first)
-        is_last[-1] = True
-        is_last[:-1] = is_first[1:]
-        self._heads[heads[is_last]] = position[is_last]
-
-    def _ring_index(self, heads: Ints, position: npt.NDArray[np.int32]) -> Ints:
-        """Where `earlier` has what comes before a follower in the chain of a head."""
-        row = heads >> (self._bucket_bits + _SIZE_BITS)
-        size = (heads >> self._bucket_bits) & (_NUM_SIZES - 1)
-        in_ring = position & ((1 << self._ring_bits) - 1)
-        return (((row << self._ring_bits) + in_ring) << _SIZE_BITS) + size
+            np.add(first_heads + (i << self._bucket_bits), hashed >> shift, out=heads[i])
+        position = np.broadcast_to(followers.astype(np.int32), heads.shape)
+        if followers[0] < MAX_NGRAM or followers.min() < MAX_NGRAM:
+            is_whole = followers >= _SIZES[:, None]
+            heads, cells, position = heads[is_whole], cells[is_whole], position[is_whole]
+        else:
+            heads, cells, position = heads.reshape(-1), cells.reshape(-1), position.reshape(-1)
+        before = self._heads[heads]
+        self._heads[heads] = position
+        is_lost = self._heads[heads] != position
+        if is_lost.any():  # several of these followers have the same head
+            self._heads[heads[is_lost]] = _SHARED
+            shared = (self._heads[heads] == _SHARED).nonzero()[0]
+            shared = shared[np.argsort((heads[shared] << _POSITION_BITS) + position[shared])]
+            its_heads, its_position = heads[shared], position[shared]
+            is_later = its_heads[1:] == its_heads[:-1]
+            before[shared[1:][is_later]] = its_position[:-1][is_later]
+            is_last = np.append(~is_later, True)
+            self._heads[its_heads[is_last]] = its_position[is_last]
+        self._earlier[cells] = before
 
     def propose(self, rows: Ints, lens: Ints, counts: Ints) -> tuple[Tokens, Ints, Ints]:
         """At most `counts` tokens after the longest match of each row's end in what is indexed, of its `lens` tokens.
@@ -179,7 +168,7 @@ class NgramTable:
             hashed *= _MULTIPLIER
             heads[:, i] = ((rows * _NUM_SIZES + i) << self._bucket_bits) + (hashed >> shift)
         lowest = np.maximum(lens - self._window, 0)[:, None] + _SIZES
-        lowest[(_SIZES > suffix_lens[:, None]) | (self._high[rows] != lens)[:, None]] = 1 << _POSITION_BITS
+        lowest[(suffix_lens[:, None] < _SIZES) | (self._high[rows] != lens)[:, None]] = 1 << _POSITION_BITS
         heads, lowest = heads.reshape(-1), lowest.reshape(-1)
         position = self._heads[heads]
         found = np.zeros_like(position)
@@ -191,7 +180,8 @@ class NgramTable:
             is_same = ((seen == suffix[row]) | _IGNORED[left & (_NUM_SIZES - 1)]).all(axis=1)
             found[left[is_same]] = at[is_same]
             left, at = left[~is_same], at[~is_same]
-            position[left] = self._earlier[self._ring_index(heads[left], at)]
+            in_ring = (rows[left >> _SIZE_BITS] << self._ring_bits) + (at & ((1 << self._ring_bits) - 1))
+            position[left] = self._earlier[(in_ring << _SIZE_BITS) + (left & (_NUM_SIZES - 1))]
             left = left[position[left] >= lowest[left]]
         by_size = found.reshape(len(rows), _NUM_SIZES)
         sizes = (by_size > 0) * _SIZES

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing, suppress
 from dataclasses import replace
-from itertools import count
+from typing import TypeVar
 
 from dflash_ray.gateway.choice import Choice, ChoiceDelta
 from dflash_ray.gateway.requests import GenerationRequest
@@ -15,6 +16,8 @@ from dflash_ray.gateway.routers import Routers
 from dflash_ray.observability.metrics import GatewayMetrics
 from dflash_ray.pb import common_pb2
 from dflash_ray.text.tokenizer import ChatTokenizer
+
+Item = TypeVar("Item")
 
 
 class Generator:
@@ -33,6 +36,8 @@ class Generator:
         self._tokenizer = tokenizer
         self._metrics = metrics
         self._model = model
+        self._num_generated = metrics.generation_tokens.labels(model)
+        self._inter_token_latency = metrics.inter_token_latency.labels(model)
         self._timeout_s = timeout_s
         self._wait_s = wait_s
 
@@ -47,29 +52,33 @@ class Generator:
         self._metrics.prompt_tokens.labels(self._model).inc(len(request.prompt_ids))
         self._metrics.request_prompt_tokens.labels(self._model).observe(len(request.prompt_ids))
         choices = [self._choice(_seeded(request, index), index, deadline) for index in range(request.num_choices)]
-        deltas = choices[0] if len(choices) == 1 else merge(choices)
-        try:
-            async for delta in deltas:
-                yield delta
-        finally:
-            await deltas.aclose()
+        if len(choices) == 1:
+            async with aclosing(choices[0]) as deltas:
+                async for delta in deltas:
+                    yield delta
+            return
+        async with aclosing(merge(choices)) as merged:
+            async for batch in merged:
+                for delta in batch:
+                    yield delta
 
     async def _choice(
         self, request: GenerationRequest, index: int, deadline: float
     ) -> AsyncGenerator[ChoiceDelta, None]:
         choice = Choice(request, index, self._tokenizer)
         started = last = time.monotonic()
+        num_tokens = 0
         resumed = self._metrics.resumed.labels(self._model).inc
-        chunks = ResumedCall(self._routers, request, deadline, self._wait_s, resumed).chunks()
+        chunks = ResumedCall(self._routers, request, choice.take, deadline, self._wait_s, resumed).chunks()
         try:
-            async for chunk in chunks:
+            async for _, delta in chunks:
                 now = time.monotonic()
-                num_before = choice.num_tokens
-                delta = choice.take(chunk)
-                self._observe(len(delta.token_ids), num_before, now - started, now - last)
+                if delta.token_ids:
+                    self._observe(len(delta.token_ids), num_tokens, now - started, now - last)
+                    num_tokens += len(delta.token_ids)
                 last = now
                 if delta.finish_reason:
-                    self._finish(delta.finish_reason, choice.num_tokens, now - started)
+                    self._finish(delta.finish_reason, num_tokens, now - started)
                 yield delta
                 if delta.finish_reason:
                     return
@@ -77,14 +86,11 @@ class Generator:
             await chunks.aclose()
 
     def _observe(self, new: int, before: int, since_start: float, since_last: float) -> None:
-        if not new:
-            return
-        self._metrics.generation_tokens.labels(self._model).inc(new)
+        self._num_generated.inc(new)
         if before == 0:
             self._metrics.time_to_first_token.labels(self._model).observe(since_start)
         else:
-            for _ in range(new):
-                self._metrics.inter_token_latency.labels(self._model).observe(since_last / new)
+            self._inter_token_latency.observe(since_last / new, new)
 
     def _finish(self, reason: common_pb2.FinishReason, num_tokens: int, seconds: float) -> None:
         name = common_pb2.FinishReason.Name(reason).removeprefix("FINISH_REASON_").lower()
@@ -101,8 +107,14 @@ def _seeded(request: GenerationRequest, index: int) -> GenerationRequest:
     return replace(request, sampling=sampling)
 
 
-async def merge(sources: Sequence[AsyncGenerator[ChoiceDelta, None]]) -> AsyncGenerator[ChoiceDelta, None]:
-    """Items of several generators in the order they come; the first error ends all."""
+async def merge(
+    sources: Sequence[AsyncGenerator[ChoiceDelta, None]], silence_s: float | None = None
+) -> AsyncGenerator[list[ChoiceDelta], None]:
+    """Items of several generators in the order they come, all that are there at a time; the first error ends all.
+
+    Args:
+        silence_s: an empty list comes whenever nothing has come for so long.
+    """
     queue: asyncio.Queue[ChoiceDelta | Exception | None] = asyncio.Queue()
 
     async def drain(source: AsyncIterator[ChoiceDelta]) -> None:
@@ -114,15 +126,29 @@ async def merge(sources: Sequence[AsyncGenerator[ChoiceDelta, None]]) -> AsyncGe
             queue.put_nowait(error)
 
     tasks = [asyncio.create_task(drain(source)) for source in sources]
+    num_running = len(tasks)
     try:
-        for ended in count():
-            if ended == len(tasks):
-                return
-            while (item := await queue.get()) is not None:
-                if isinstance(item, Exception):
-                    raise item
-                yield item
+        while num_running:
+            came = await _all_there(queue, silence_s)
+            failure = next((item for item in came if isinstance(item, Exception)), None)
+            items = [item for item in came if isinstance(item, ChoiceDelta)]
+            num_running -= came.count(None)
+            if items or not came:
+                yield items
+            if failure is not None:
+                raise failure
     finally:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _all_there(queue: asyncio.Queue[Item], silence_s: float | None) -> list[Item]:
+    """At least one item, or none after `silence_s`."""
+    items: list[Item] = []
+    with suppress(TimeoutError):
+        async with asyncio.timeout(silence_s):
+            items.append(await queue.get())
+    while not queue.empty():
+        items.append(queue.get_nowait())
+    return items

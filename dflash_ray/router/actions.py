@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from dflash_ray.core.arrays import Flags, Ints, Tokens
+from dflash_ray.core.arrays import Flags, Ids, Ints, Tokens
 from dflash_ray.core.errors import RequestError
+from dflash_ray.core.stats import DecodePass
 from dflash_ray.pb import common_pb2, drafter_pb2, target_pb2
 from dflash_ray.router.sequence import RouterSequence
 
@@ -52,6 +53,7 @@ class Emit:
     """Give requests their new tokens; with a finish reason these are a request's last. Columns over the requests.
 
     Attributes:
+        streams, call_ids: where each request came from.
         token_ids: num_tokens[i] of each, one after the other.
         is_decode_pass: False for what a prefill drew: then the three columns that follow say nothing.
         num_spec_tokens: the longest draft block asked for.
@@ -59,7 +61,9 @@ class Emit:
         prompt_logprobs: by request, without tokens.
     """
 
-    sequences: list[RouterSequence]
+    sequence_ids: Ints
+    streams: Ints
+    call_ids: Ids
     num_tokens: Ints
     token_ids: Tokens
     finish_reasons: Ints
@@ -71,27 +75,58 @@ class Emit:
     prompt_logprobs: dict[int, common_pb2.PromptLogprobs] = field(default_factory=dict)
 
     @classmethod
-    def without_tokens(
+    def one(
         cls,
         sequence: RouterSequence,
+        token_ids: Sequence[int] = (),
         finish_reason: common_pb2.FinishReason = common_pb2.FINISH_REASON_UNSPECIFIED,
+        decode_pass: DecodePass | None = None,
+        logprobs: common_pb2.TokenLogprobs | None = None,
         prompt_logprobs: common_pb2.PromptLogprobs | None = None,
     ) -> Emit:
-        """Something else that a request is to be told."""
-        none = np.zeros(1, np.int64)
-        by_request = {} if prompt_logprobs is None else {0: prompt_logprobs}
-        no_tokens = np.zeros(0, np.uint32)
-        reasons = np.array([finish_reason])
-        is_decode_pass = np.zeros(1, np.bool_)
-        return cls([sequence], none, no_tokens, reasons, is_decode_pass, none, none, none, {}, by_request)
+        """For a single request."""
+        num_drafts, num_accepted, num_spec_tokens = (np.array([value]) for value in decode_pass or (0, 0, 0))
+        return cls(
+            np.array([sequence.sequence_id]),
+            np.array([sequence.stream]),
+            np.array([sequence.call_id], np.uint64),
+            np.array([len(token_ids)]),
+            np.array(token_ids, np.uint32),
+            np.array([finish_reason]),
+            np.array([decode_pass is not None]),
+            num_drafts,
+            num_accepted,
+            num_spec_tokens,
+            {} if logprobs is None else {0: logprobs},
+            {} if prompt_logprobs is None else {0: prompt_logprobs},
+        )
 
-    def entries(self) -> Iterator[tuple[RouterSequence, list[int], common_pb2.FinishReason]]:
-        """Each request with its tokens and finish reason."""
+    def of_stream(self, stream: int) -> Emit:
+        """What concerns the requests of one stream."""
+        is_its = self.streams == stream
+        return self if is_its.all() else self.only(is_its)
+
+    def only(self, is_its: Flags) -> Emit:
+        """What concerns these requests."""
+        places = {int(i): place for place, i in enumerate(np.flatnonzero(is_its))}
+        columns = (self.finish_reasons, self.is_decode_pass, self.num_drafts, self.num_accepted, self.num_spec_tokens)
+        return Emit(
+            self.sequence_ids[is_its],
+            self.streams[is_its],
+            self.call_ids[is_its],
+            self.num_tokens[is_its],
+            self.token_ids[np.repeat(is_its, self.num_tokens)],
+            *(column[is_its] for column in columns),
+            {places[i]: part for i, part in self.logprobs.items() if i in places},
+            {places[i]: part for i, part in self.prompt_logprobs.items() if i in places},
+        )
+
+    def entries(self) -> Iterator[tuple[int, list[int], int]]:
+        """Each request's sequence id with its tokens and finish reason."""
         ends = np.cumsum(self.num_tokens)
-        starts = ends - self.num_tokens
-        columns = (starts.tolist(), ends.tolist(), self.finish_reasons.tolist())
-        for sequence, start, end, reason in zip(self.sequences, *columns, strict=True):
-            yield sequence, self.token_ids[start:end].tolist(), reason
+        columns = (self.sequence_ids, ends - self.num_tokens, ends, self.finish_reasons)
+        for sequence_id, start, end, reason in zip(*(column.tolist() for column in columns), strict=True):
+            yield sequence_id, self.token_ids[start:end].tolist(), reason
 
 
 @dataclass(frozen=True, slots=True)

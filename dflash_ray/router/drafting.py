@@ -31,7 +31,7 @@ from dflash_ray.router.draft_requests import (
 )
 from dflash_ray.router.limits import TargetLimits
 from dflash_ray.router.sequence import RouterSequence
-from dflash_ray.router.slot_table import NEVER, DraftSource, SlotTable
+from dflash_ray.router.slot_table import NEVER, REMOTE, SlotTable
 from dflash_ray.router.speculation.records import Policy
 
 _MAX_BACK_OFF_S = 10.0
@@ -279,7 +279,7 @@ class Drafting:
         table.num_lost[slots[is_right]] = 0
         is_awaited = is_right & (table.draft_deadlines[slots] < NEVER)
         self._drop("late", num_right - int(is_awaited.sum()))
-        table.take_blocks(slots, blocks, is_awaited, DraftSource.REMOTE, limits.vocab_size)
+        table.take_blocks(slots, blocks, is_awaited, REMOTE, limits.vocab_size)
 
     def _miss(
         self,

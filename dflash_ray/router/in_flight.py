@@ -7,7 +7,7 @@ from collections import deque
 import numpy as np
 
 from dflash_ray.core.arrays import Ints
-from dflash_ray.router.slot_table import NEVER, Phase, SlotTable
+from dflash_ray.router.slot_table import DECODE, NEVER, PREFILL, SlotTable
 from dflash_ray.router.steps import StepInFlight
 
 _NO_SLOTS: Ints = np.zeros(0, np.int64)
@@ -75,7 +75,7 @@ class Cohorts:
         """
         decoding, is_waiting = _NO_SLOTS, False
         for cohort in (self._next, 1 - self._next):
-            members = np.flatnonzero((table.phases == Phase.DECODE) & (table.cohorts == cohort))
+            members = np.flatnonzero((table.phases == DECODE) & (table.cohorts == cohort))
             if not len(members) or table.step_ids[members].any():
                 continue
             if (table.draft_deadlines[members] == NEVER).all():
@@ -85,7 +85,7 @@ class Cohorts:
             is_waiting = True
         if is_waiting and not len(decoding):
             return None
-        prefilling = np.flatnonzero((table.phases == Phase.PREFILL) & (table.step_ids == 0))
+        prefilling = np.flatnonzero((table.phases == PREFILL) & (table.step_ids == 0))
         if not len(decoding) and not len(prefilling):
             return None
         return _apart(table, decoding, prefilling, is_target_idle)

@@ -6,7 +6,7 @@ import numpy as np
 
 from dflash_ray.core.arrays import Flags, Ints, Tokens
 from dflash_ray.core.ngram import IndexingRoom, NgramTable
-from dflash_ray.router.slot_table import MAX_DRAFTS, DraftSource, SlotTable
+from dflash_ray.router.slot_table import MAX_DRAFTS, NGRAM, PLAIN, SlotTable
 
 _INDEXED_AT_ONCE = 2048  # tokens of long texts after which one poll indexes no further text; some half a millisecond
 _NOT_LOOKED_UP = -1
@@ -52,10 +52,10 @@ class NgramDrafts:
         table = self._table
         table.drafts[slots] = self._drafts[slots]
         table.draft_lens[slots] = counts
-        table.draft_sources[slots] = np.where(counts > 0, DraftSource.NGRAM, DraftSource.PLAIN)
+        table.draft_sources[slots] = np.where(counts > 0, NGRAM, PLAIN)
 
     def judged(self, slots: Ints, first_tokens: Tokens) -> tuple[Ints, Flags]:
         """Match lengths of the n-grams that were looked up and not sent, and whether their first token came."""
-        is_idle = (self._lens[slots] > 0) & (self._table.draft_sources[slots] != DraftSource.NGRAM)
+        is_idle = (self._lens[slots] > 0) & (self._table.draft_sources[slots] != NGRAM)
         idle = slots[is_idle]
         return self._match_lens[idle], self._drafts[idle, 0] == first_tokens[is_idle]

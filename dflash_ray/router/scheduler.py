@@ -31,7 +31,7 @@ from dflash_ray.router.in_flight import Cohorts, StepsInFlight
 from dflash_ray.router.limits import TargetLimits
 from dflash_ray.router.results import StepOutcome, read_result
 from dflash_ray.router.sequence import RouterSequence
-from dflash_ray.router.slot_table import NEVER, DraftSource, Phase, SlotTable
+from dflash_ray.router.slot_table import COLOCATED, DECODE, DRAFT_SOURCES, NEVER, PREFILL, SlotTable
 from dflash_ray.router.speculating import Speculating
 from dflash_ray.router.steps import StepInFlight, add_colocated, build_step
 
@@ -77,8 +77,13 @@ class Scheduler:
     def num_waiting(self) -> int:
         return len(self._waiting)
 
-    def arrive(self, request: router_pb2.GenerateTokensRequest, now: float) -> RouterSequence:
-        """Takes a request. Raises OverloadedError when the queue is full, InvalidRequestError when it can never run."""
+    def arrive(
+        self, request: router_pb2.GenerateTokensRequest, now: float, stream: int = 0, call_id: int = 0
+    ) -> RouterSequence:
+        """Takes a request, with two numbers that come back with its tokens.
+
+        Raises OverloadedError when the queue is full, InvalidRequestError when it can never run.
+        """
         if len(self._waiting) >= self._router.max_waiting + max(0, self._router.max_running - self.num_running):
             raise OverloadedError(f"{len(self._waiting)} requests are waiting; try again later")
         tokens = column(request.token_ids).astype(np.uint32)
@@ -89,7 +94,9 @@ class Scheduler:
             request,
             tokens,
             *self.speculating.policy_of(request.speculation),
-            num_losses=request.num_losses,
+            stream,
+            call_id,
+            request.num_losses,
         )
         self._next_id += 1
         self._sequences[sequence.sequence_id] = sequence
@@ -138,7 +145,7 @@ class Scheduler:
         self.free_pages = result.free_pages
         for part in result.prompt_logprobs:
             if part.sequence_id in self._sequences:
-                self._actions.append(Emit.without_tokens(self._sequences[part.sequence_id], prompt_logprobs=part))
+                self._actions.append(Emit.one(self._sequences[part.sequence_id], prompt_logprobs=part))
         is_current = step.is_current(self._table)
         draft_seconds = result.timings.draft_ns / 1e9
         self.speculating.done(step, outcome, is_current & outcome.is_ok, now, draft_seconds)
@@ -177,7 +184,7 @@ class Scheduler:
         table.commit(slots, counts, token_ids)
         self.speculating.ngrams.forget(slots)
         self._emit(step, outcome, entries, token_ids)
-        self._idle.append(slots[(table.phases[slots] == Phase.DECODE) & (table.step_ids[slots] == 0)])
+        self._idle.append(slots[(table.phases[slots] == DECODE) & (table.step_ids[slots] == 0)])
 
     def _emit(self, step: StepInFlight, outcome: StepOutcome, entries: Ints, token_ids: Tokens) -> None:
         """Tells the requests, and ends those that are finished."""
@@ -187,13 +194,14 @@ class Scheduler:
         if not len(told):
             return
         slots, reasons = step.slots[told], outcome.finish_reasons[told]
-        sequences = [table.sequence(slot) for slot in slots.tolist()]
         logprobs = {}
         if outcome.logprobs:
             logprobs = {i: outcome.logprobs[e] for i, e in enumerate(told.tolist()) if e in outcome.logprobs}
         self._actions.append(
             Emit(
-                sequences,
+                table.ids[slots],
+                table.streams[slots],
+                table.call_ids[slots],
                 outcome.num_tokens[told],
                 token_ids,
                 reasons,
@@ -204,8 +212,8 @@ class Scheduler:
                 logprobs,
             )
         )
-        for i in np.flatnonzero(reasons).tolist():
-            self._remove(sequences[i])
+        for slot in slots[reasons > 0].tolist():
+            self._remove(table.sequence(slot))
 
     def _take_colocated(self, blocks: BlockColumns) -> None:
         """Drafts that the group's own drafter made after the pass."""
@@ -213,7 +221,7 @@ class Scheduler:
         sequences = [self._sequences.get(sequence_id) for sequence_id in blocks.sequence_ids.tolist()]
         slots = np.array([-1 if s is None or s.slot is None else s.slot for s in sequences], np.int64)
         is_right = (slots >= 0) & (self._table.committed_lens[slots] == blocks.committed_lens)
-        self._table.take_blocks(slots, blocks, is_right, DraftSource.COLOCATED, self.limits.vocab_size)
+        self._table.take_blocks(slots, blocks, is_right, COLOCATED, self.limits.vocab_size)
 
     def _free_pages(self, step: StepInFlight) -> None:
         """Entries found no pages: the youngest sequence is put back, one a step; a lone one has filled the cache."""
@@ -221,7 +229,7 @@ class Scheduler:
             return  # the pages of those are on their way: what failed tries again first
         youngest = self._sequences[int(self._table.ids.max())]
         if self.num_running == 1:
-            self._actions.append(Emit.without_tokens(youngest, common_pb2.FINISH_REASON_LENGTH))
+            self._actions.append(Emit.one(youngest, finish_reason=common_pb2.FINISH_REASON_LENGTH))
             self._remove(youngest)
             return
         self.num_preemptions += 1
@@ -304,7 +312,7 @@ class Scheduler:
         table = self._table
         if not self._waiting or self.num_running == table.num_slots:
             return
-        promised = self._promised_pages(limits) + table.num_in_phase[Phase.DECODE]
+        promised = self._promised_pages(limits) + table.num_in_phase[DECODE]
         while self._waiting and self.num_running < table.num_slots:
             sequence = self._waiting[0]
             needed = limits.pages(sequence.committed_len + 1 + sequence.draft_tokens)
@@ -319,9 +327,9 @@ class Scheduler:
 
     def _promised_pages(self, limits: TargetLimits) -> int:
         """Pages that prompts on the target will still take."""
-        if not self._table.num_in_phase[Phase.PREFILL]:
+        if not self._table.num_in_phase[PREFILL]:
             return 0
-        slots = np.flatnonzero(self._table.phases == Phase.PREFILL)
+        slots = np.flatnonzero(self._table.phases == PREFILL)
         pages = -(-(self._table.committed_lens[slots] + 1) // limits.page_size)
         return int((pages - -(-self._table.num_prefilled[slots] // limits.page_size)).sum())
 
@@ -368,5 +376,5 @@ class Scheduler:
         chains = step.slots[step.num_chunks :]
         for source, count in enumerate(np.bincount(self._table.draft_sources[chains]).tolist()):
             if count:
-                self.num_drafts_by_source[DraftSource(source).name.lower()] += count
+                self.num_drafts_by_source[DRAFT_SOURCES[source]] += count
         self.num_draft_tokens += int(step.num_drafts.sum())

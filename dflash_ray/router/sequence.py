@@ -9,7 +9,7 @@ import numpy as np
 from dflash_ray.core.arrays import Tokens
 from dflash_ray.pb import common_pb2, router_pb2, target_pb2
 from dflash_ray.router.context import DrafterContext
-from dflash_ray.router.slot_table import Phase, SlotTable
+from dflash_ray.router.slot_table import SlotTable
 from dflash_ray.router.speculation.records import Policy
 
 
@@ -20,6 +20,7 @@ class RouterSequence:
     Attributes:
         policy: how its drafts are counted.
         draft_tokens: drafts wanted a step, or at most; 0 is plain decoding.
+        stream, call_id: where it came from and its tokens go; nothing here looks at them.
         num_losses: target groups that were lost with a step in flight that had this sequence in it.
         last_step: the last step with it, as of the time it left its slot.
         context: who drafts for it.
@@ -31,6 +32,8 @@ class RouterSequence:
     waiting_tokens: Tokens
     policy: Policy
     draft_tokens: int
+    stream: int = 0
+    call_id: int = 0
     num_losses: int = 0
     last_step: int = 0
     context: DrafterContext = field(default_factory=DrafterContext)
@@ -47,10 +50,6 @@ class RouterSequence:
     @property
     def committed_len(self) -> int:
         return len(self.tokens)
-
-    @property
-    def phase(self) -> Phase:
-        return Phase.WAITING if self.table is None else Phase(self.table.phases[self.slot])
 
     @property
     def wants_distribution(self) -> bool:

@@ -6,7 +6,6 @@ one call must be able to tell whether a slot is still the same sequence's: by `i
 
 from __future__ import annotations
 
-from enum import IntEnum
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,21 +22,14 @@ NO_DRAFTER = -1
 NEVER = np.inf
 
 
-class Phase(IntEnum):
-    """Where a sequence is."""
+# Where a sequence is.
+WAITING = 0  # not on the target; it has no slot
+PREFILL = 1  # on the target, rows still to compute before it can decode
+DECODE = 2
 
-    WAITING = 0  # not on the target; it has no slot
-    PREFILL = 1  # on the target, rows still to compute before it can decode
-    DECODE = 2
-
-
-class DraftSource(IntEnum):
-    """Where the drafts of a step come from."""
-
-    PLAIN = 0
-    NGRAM = 1
-    REMOTE = 2
-    COLOCATED = 3
+# Where the drafts of a step come from.
+DRAFT_SOURCES = ("plain", "ngram", "remote", "colocated")
+PLAIN, NGRAM, REMOTE, COLOCATED = range(len(DRAFT_SOURCES))
 
 
 class SlotTable:
@@ -46,7 +38,8 @@ class SlotTable:
     Attributes:
         sequences: who has the slot.
         ids: their sequence ids; 0 in a free slot.
-        phases: a `Phase`; WAITING in a free slot.
+        streams, call_ids: where they came from.
+        phases: WAITING (a free slot), PREFILL or DECODE.
         step_ids: the step in flight with this sequence in it, 0 when none is.
         last_steps: the last step with it, in flight or done; who waited longest comes first.
         turns: order of admission, among sequences with the same last step.
@@ -61,7 +54,7 @@ class SlotTable:
         draft_lens: drafts for the next step, NO_DRAFT while none have come.
         drafts: [num_slots, MAX_DRAFTS] their tokens.
         draft_log_probs: [num_slots, MAX_DRAFTS] their drafter's own log-probabilities; nan where there are none.
-        draft_sources: a `DraftSource`.
+        draft_sources: place in DRAFT_SOURCES.
         num_asked: drafts that its drafter is asked for in this step; 0 when it is not asked.
         draft_deadlines: when the next step goes on without a drafter's draft; NEVER when none is waited for.
         is_draft_missed: the next step goes on without a drafter's draft.
@@ -79,6 +72,8 @@ class SlotTable:
         self.sequences: list[RouterSequence | None] = [None] * num_slots
         self.drawn: dict[int, DraftBlock] = {}
         self.ids = np.zeros(num_slots, np.int64)
+        self.streams = np.zeros(num_slots, np.int64)
+        self.call_ids = np.zeros(num_slots, np.uint64)
         self.phases = np.zeros(num_slots, np.int8)
         self.step_ids = np.zeros(num_slots, np.int64)
         self.last_steps = np.zeros(num_slots, np.int64)
@@ -123,7 +118,9 @@ class SlotTable:
         sampling = sequence.request.sampling
         self.sequences[slot] = sequence
         self.ids[slot] = sequence.sequence_id
-        self._move(slot, Phase.PREFILL)
+        self.streams[slot] = sequence.stream
+        self.call_ids[slot] = sequence.call_id
+        self._move(slot, PREFILL)
         self.last_steps[slot] = sequence.last_step
         self.turns[slot] = self._next_turn
         self.tokens[slot, : len(tokens)] = tokens
@@ -149,13 +146,13 @@ class SlotTable:
         sequence.leave()
         self.forget_drafts(np.array([slot]))
         self.num_in_cohort[self.cohorts[slot]] -= 1
-        self._move(slot, Phase.WAITING)
+        self._move(slot, WAITING)
         self.sequences[slot] = None
         self.ids[slot] = self.step_ids[slot] = 0
         self.leave_drafter(slot)
         self._free.append(slot)
 
-    def _move(self, slot: int, phase: Phase) -> None:
+    def _move(self, slot: int, phase: int) -> None:
         self.num_in_phase[self.phases[slot]] -= 1
         self.num_in_phase[phase] += 1
         self.phases[slot] = phase
@@ -173,9 +170,9 @@ class SlotTable:
 
     def start_decoding(self, slots: Ints) -> None:
         """Prompts whose first token came."""
-        self.phases[slots] = Phase.DECODE
-        self.num_in_phase[Phase.PREFILL] -= len(slots)
-        self.num_in_phase[Phase.DECODE] += len(slots)
+        self.phases[slots] = DECODE
+        self.num_in_phase[PREFILL] -= len(slots)
+        self.num_in_phase[DECODE] += len(slots)
 
     def commit(self, slots: Ints, counts: Ints, token_ids: Tokens) -> None:
         """Appends counts[i] tokens to slots[i]; drafts were for those before them."""
@@ -195,12 +192,10 @@ class SlotTable:
 
     def lacks_draft(self, slots: Ints) -> Flags:
         """Which of them decode, in no step, without a draft and not resigned to have none."""
-        is_idle = (self.phases[slots] == Phase.DECODE) & (self.step_ids[slots] == 0)
+        is_idle = (self.phases[slots] == DECODE) & (self.step_ids[slots] == 0)
         return is_idle & (self.draft_lens[slots] == NO_DRAFT) & ~self.is_draft_missed[slots]
 
-    def take_blocks(
-        self, slots: Ints, blocks: BlockColumns, is_taken: Flags, source: DraftSource, vocab_size: int
-    ) -> None:
+    def take_blocks(self, slots: Ints, blocks: BlockColumns, is_taken: Flags, source: int, vocab_size: int) -> None:
         """The drafts of the blocks that are taken; slots[i] is block i's.
 
         A draft that the target does not have ends its chain before it; what is beyond MAX_DRAFTS is left out.
@@ -247,7 +242,7 @@ class SlotTable:
         """Nothing is known of a draft for the tokens that there are now."""
         self.draft_lens[slots] = NO_DRAFT
         self.draft_log_probs[slots] = np.nan
-        self.draft_sources[slots] = DraftSource.PLAIN
+        self.draft_sources[slots] = PLAIN
         self.num_asked[slots] = 0
         self.draft_deadlines[slots] = NEVER
         self.is_draft_missed[slots] = False

@@ -12,7 +12,7 @@ from dflash_ray.pb import router_pb2
 from dflash_ray.router.limits import TargetLimits
 from dflash_ray.router.ngram_drafts import NgramDrafts
 from dflash_ray.router.results import StepOutcome
-from dflash_ray.router.slot_table import MAX_DRAFTS, DraftSource, Phase, SlotTable
+from dflash_ray.router.slot_table import DECODE, MAX_DRAFTS, PLAIN, PREFILL, SlotTable
 from dflash_ray.router.speculation.controller import SpeculationController
 from dflash_ray.router.speculation.cost_model import Batch
 from dflash_ray.router.speculation.records import MOST_DRAFTS, Candidates, Policy
@@ -86,7 +86,7 @@ class Speculating:
 
     def _plan(self, candidates: Candidates, cohort: int, limits: TargetLimits, now: float) -> Ints:
         table = self.table
-        decoding = np.flatnonzero((table.phases == Phase.DECODE) & (table.cohorts == cohort))
+        decoding = np.flatnonzero((table.phases == DECODE) & (table.cohorts == cohort))
         batch = self._batch(decoding, self._rows_of_prompts(limits))
         return self.controller.plan(candidates, batch, limits.max_batch_tokens - batch.num_rows, now, cohort)
 
@@ -105,12 +105,12 @@ class Speculating:
     def _rows_of_prompts(self, limits: TargetLimits) -> int:
         """Of the next step, at most."""
         table = self.table
-        if not table.num_in_phase[Phase.PREFILL]:
+        if not table.num_in_phase[PREFILL]:
             return 0
-        slots = np.flatnonzero((table.phases == Phase.PREFILL) & (table.step_ids == 0))
+        slots = np.flatnonzero((table.phases == PREFILL) & (table.step_ids == 0))
         left = table.committed_lens[slots] - table.num_prefilled[slots]
         chunks = int(np.minimum(left, self._router.prefill_chunk_tokens).sum())
-        return min(chunks, max(0, limits.max_batch_tokens - table.num_in_phase[Phase.DECODE]))
+        return min(chunks, max(0, limits.max_batch_tokens - table.num_in_phase[DECODE]))
 
     def ask_inside(self, step: StepInFlight, limits: TargetLimits, now: float) -> Ints:
         """Drafts that the colocated drafter is asked for behind the pass, by entry of the step that is to be sent."""
@@ -145,7 +145,7 @@ class Speculating:
             int(table.cohorts[slots[0]]),
         )
         self.ngrams.take(slots[from_ngram], counts[from_ngram])
-        table.draft_sources[slots[counts == 0]] = DraftSource.PLAIN
+        table.draft_sources[slots[counts == 0]] = PLAIN
         return counts
 
     def sent(self, decoding: Ints, step: StepInFlight, now: float, num_asked: Ints) -> None:

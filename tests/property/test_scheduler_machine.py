@@ -82,14 +82,14 @@ class SchedulerMachine(RuleBasedStateMachine):
             case DropDrafter(drafter_id):
                 self.lose_drafter(drafter_id)
             case Emit():
-                for sequence, tokens, reason in action.entries():
-                    self.emitted(sequence, tokens, reason)
+                for sequence_id, tokens, reason in action.entries():
+                    self.emitted(sequence_id, tokens, reason)
             case Fail(sequence):
                 assert sequence.num_losses == 3, "only what ends group after group may fail"
                 del self.alive[sequence.sequence_id]
 
-    def emitted(self, sequence, tokens, reason):
-        _, prompt, max_new, so_far = self.alive[sequence.sequence_id]
+    def emitted(self, sequence_id, tokens, reason):
+        _, prompt, max_new, so_far = self.alive[sequence_id]
         so_far += tokens
         expected = answer(prompt, max_new)
         assert so_far == expected[: len(so_far)]
@@ -97,7 +97,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             is_whole = so_far == expected
             fills_the_cache = len(prompt) + len(so_far) + 6 > self.target.limits.num_pages * 4
             assert is_whole or fills_the_cache
-            del self.alive[sequence.sequence_id]
+            del self.alive[sequence_id]
 
     @rule(arrivals=st.lists(ARRIVALS, min_size=1, max_size=6))
     def arrive(self, arrivals):

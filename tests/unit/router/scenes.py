@@ -47,10 +47,10 @@ class Scene:
                     case RequestDrafts(drafter_id, request):
                         self.drafters[drafter_id].take(request)
                     case Emit():
-                        for sequence, tokens, reason in action.entries():
-                            self.emitted[sequence.sequence_id] += tokens
+                        for sequence_id, tokens, reason in action.entries():
+                            self.emitted[sequence_id] += tokens
                             if reason:
-                                self.finished.add(sequence.sequence_id)
+                                self.finished.add(sequence_id)
                     case Fail(sequence, error):
                         self.failed[sequence.sequence_id] = error.message
                     case _:

@@ -1,8 +1,6 @@
 """An n-gram takes a drafter's place where it is right more often, and the drafter misses no context by it."""
 
 import numpy as np
-
-import numpy as np
 import pytest
 
 from dflash_ray.config import load_config
