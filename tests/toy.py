@@ -26,12 +26,14 @@ def answer(prompt: list[int], max_new_tokens: int) -> list[int]:
     return tokens[len(prompt) :]
 
 
-def token_request(prompt: list[int], max_new: int, draft_tokens: int) -> router_pb2.GenerateTokensRequest:
+def token_request(
+    prompt: list[int], max_new: int, draft_tokens: int, policy: int = router_pb2.SPECULATION_POLICY_FIXED
+) -> router_pb2.GenerateTokensRequest:
     return router_pb2.GenerateTokensRequest(
         token_ids=prompt,
         prompt_len=len(prompt),
         stopping=common_pb2.StoppingParams(max_new_tokens=max_new),
-        speculation=router_pb2.Speculation(policy=router_pb2.SPECULATION_POLICY_FIXED, draft_tokens=draft_tokens),
+        speculation=router_pb2.Speculation(policy=policy, draft_tokens=draft_tokens),
     )
 
 
