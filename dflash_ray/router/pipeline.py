@@ -74,7 +74,7 @@ class Pipeline:
         self._timer: asyncio.TimerHandle | None = None
         self._sent_at: dict[str, float] = {}
         self._step_done_at: float | None = None
-        self._counted: dict[str, int] = {}
+        self._counted: dict[str, float] = {}
         self._streams: set[Stream] = set()  # all that were opened here and whose end was not seen to be clean
         self._closing: set[asyncio.Task[None]] = set()
         self._failure: Exception | None = None
@@ -297,8 +297,24 @@ class Pipeline:
         self._count("replays", scheduler.drafting.num_replays, metrics.num_replays.inc)
         for reason, total in scheduler.drafting.num_dropped.items():
             self._count(f"dropped {reason}", total, metrics.drafts_dropped.labels(reason).inc)
+        self._update_speculation()
 
-    def _count(self, key: str, total: int, inc: Callable[[float], None]) -> None:
+    def _update_speculation(self) -> None:
+        controller, metrics = self.scheduler.speculating.controller, self._metrics
+        for reason, total in controller.counts.steps.items():
+            self._count(f"steps {reason}", total, metrics.speculation_steps.labels(reason).inc)
+        ledger = controller.ledger
+        for kind, tokens in (
+            ("expected", controller.counts.expected_tokens),
+            ("realised", controller.counts.realised_tokens),
+        ):
+            self._count(f"tokens {kind}", tokens, metrics.speculation_tokens.labels(kind).inc)
+        for kind, seconds in (("saved", ledger.seconds_saved), ("lost", ledger.seconds_lost)):
+            self._count(f"seconds {kind}", seconds, metrics.speculation_seconds.labels(kind).inc)
+        metrics.speculation_loss.set(ledger.loss)
+        metrics.speculation_calibration.set(controller.acceptance.calibration_error)
+
+    def _count(self, key: str, total: float, inc: Callable[[float], None]) -> None:
         before = self._counted.get(key, 0)
         self._counted[key] = total
         inc(total - before)

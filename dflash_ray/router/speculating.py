@@ -39,7 +39,9 @@ class Speculating:
         self._is_colocated = config.drafter.placement_mode == "colocated"
         self._is_split = config.router.cohorts == 2
         self.controller = SpeculationController(
-            config.router.max_running, prefers_ngram=config.router.prefer_ngram, is_colocated=self._is_colocated
+            config.router.max_running,
+            prefers_ngram=config.router.prefer_ngram and config.uses_features,
+            is_colocated=self._is_colocated,
         )
         self._set_table(table)
 
