@@ -13,7 +13,6 @@ import cProfile
 import pstats
 import random
 import time
-from typing import Any
 
 import numpy as np
 
@@ -22,6 +21,7 @@ from dflash_ray.pb import common_pb2, drafter_pb2, router_pb2, target_pb2
 from dflash_ray.router.actions import Emit, RequestDrafts, RunStep
 from dflash_ray.router.draft_requests import DrafterState
 from dflash_ray.router.limits import TargetLimits
+from dflash_ray.router.outbox import Outbox
 from dflash_ray.router.scheduler import Scheduler
 
 NUM_DRAFTS = 7
@@ -76,6 +76,7 @@ class Bench:
         limits = TargetLimits(1, 4096, VOCAB, PAGE_SIZE, num_pages, rows + 4096, feature_fingerprint="f")
         self.scheduler.target_ready(limits, 0.0)
         self.scheduler.drafting.join(DrafterState("d", needs_features=True, max_draft_tokens=NUM_DRAFTS))
+        self.outbox = Outbox()
         self.free_pages = num_pages
         self.lens: dict[int, int] = {}
         self.prefilled: dict[int, int] = {}
@@ -108,6 +109,8 @@ class Bench:
                         self.request = drafter_pb2.DrafterRequest(draft=request).SerializeToString()
                     case Emit():
                         self.num_emitted += len(action.token_ids)
+                        self.outbox.add(action)
+                        self.outbox.pop().SerializeToString()
 
     def run_step(self) -> None:
         """A step and the drafts that follow it."""
@@ -179,7 +182,7 @@ class Bench:
         return drafter_pb2.DrafterResponse(drafts=reply).SerializeToString()
 
 
-def measure(num_sequences: int, turnover: float, ngram: bool, num_steps: int, profile: bool) -> dict[str, Any]:
+def measure(num_sequences: int, turnover: float, ngram: bool, num_steps: int, profile: bool) -> tuple[float, ...]:
     profiler = cProfile.Profile() if profile else None
     clock = Clock(profiler)
     bench = Bench(num_sequences, ngram, clock)
@@ -200,13 +203,9 @@ def measure(num_sequences: int, turnover: float, ngram: bool, num_steps: int, pr
     times.sort()
     if profiler is not None:
         pstats.Stats(profiler).sort_stats("tottime").print_stats(25)
-    return {
-        "mean": sum(times) / len(times),
-        "median": times[len(times) // 2],
-        "max": times[-1],
-        "tokens": bench.num_emitted / num_steps,
-        "ended": bench.num_finished / num_steps,
-    }
+    totals = (sum(times), bench.num_emitted, bench.num_finished)
+    mean, tokens, ended = (total / num_steps for total in totals)
+    return mean, times[len(times) // 2], times[-1], tokens, ended
 
 
 def main() -> None:
@@ -217,18 +216,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--profile", action="store_true")
     args = parser.parse_args()
-    print(
-        f"{'sequences':>9} {'turnover':>8} {'n-gram':>6} {'mean ms':>8} {'median':>7} {'max':>7} {'tokens':>7} {'ended':>6}"
-    )
+    names = ("sequences", "turnover", "n-gram", "mean ms", "median", "max", "tokens", "ended")
+    print(" ".join(f"{name:>9}" for name in names))
     for num_sequences in args.sequences:
         for turnover in args.turnover:
             for ngram in (False,) if args.no_ngram else (True, False):
                 got = measure(num_sequences, turnover, ngram, args.steps, args.profile)
-                print(
-                    f"{num_sequences:9} {turnover:8} {ngram!s:>6} {got['mean']:8.2f} {got['median']:7.2f}"
-                    f" {got['max']:7.2f} {got['tokens']:7.0f} {got['ended']:6.1f}",
-                    flush=True,
-                )
+                print(f"{num_sequences:9} {turnover:9} {ngram!s:>9}", *(f"{value:9.2f}" for value in got), flush=True)
 
 
 if __name__ == "__main__":

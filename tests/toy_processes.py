@@ -14,9 +14,11 @@ import grpc
 
 from dflash_ray.config import DflashRayConfig, NetworkConfig, load_config
 from dflash_ray.core.protocol import PROTOCOL_VERSION
+from dflash_ray.gateway.mailbox import Mailbox
 from dflash_ray.gateway.requests import GenerationRequest
 from dflash_ray.gateway.resumption import ResumedCall
 from dflash_ray.gateway.routers import Routers
+from dflash_ray.gateway.token_chunks import TokenChunk
 from dflash_ray.observability.metrics import RouterMetrics
 from dflash_ray.pb import (
     common_pb2,
@@ -263,14 +265,17 @@ class Cluster:
         def count() -> None:
             self.num_resumed += 1
 
-        chunks = ResumedCall(
-            self.routers, request, lambda chunk: list(chunk.token_ids), deadline, wait_s, count
-        ).chunks()
+        mailbox: Mailbox[TokenChunk] = Mailbox()
+        call = ResumedCall(self.routers, request, lambda chunk: chunk, mailbox.put, deadline, wait_s, count)
+        call.start()
         try:
-            async for _, new in chunks:
-                tokens.extend(new)
+            is_finished = False
+            while not is_finished:
+                for chunk in await mailbox.take():
+                    tokens.extend(chunk.token_ids)
+                    is_finished = bool(chunk.finish_reason)
         finally:
-            await chunks.aclose()
+            call.close()
         return tokens
 
 

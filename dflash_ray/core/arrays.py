@@ -16,9 +16,10 @@ Floats = npt.NDArray[np.float64]
 
 def spans(starts: Ints, counts: Ints) -> Ints:
     """The numbers starts[i], starts[i] + 1, ... of which there are counts[i], for one i after the other."""
-    ends = np.cumsum(counts)
-    total = int(ends[-1]) if len(ends) else 0
-    return np.arange(total) + np.repeat(starts - ends + counts, counts)
+    ends = counts.cumsum()
+    numbers: Ints = np.arange(int(ends[-1]) if len(ends) else 0)
+    numbers += np.repeat(starts - ends + counts, counts)
+    return numbers
 
 
 def column(field: Collection[int]) -> Ints:

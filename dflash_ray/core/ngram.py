@@ -2,9 +2,9 @@
 
 Source of the idea: Saxena, Prompt Lookup Decoding (2023). Needs no weights and no context features.
 
-A follower is the position after an n-gram; it stands for the n-grams of all sizes that end just before it. For each size
-and row, `heads` has the latest follower by the n-gram's hash, and `earlier` the one before each with the same hash: a
-lookup goes down that chain until the tokens are the same. Everything is done for many rows and tokens at a time.
+A follower is the position after an n-gram; it stands for the n-grams of all sizes that end just before it. For each
+size and row, `heads` has the latest follower by the n-gram's hash, and `earlier` the one before each of the same hash;
+a lookup goes down that chain until the tokens are the same. Everything is done for many rows and tokens at a time.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class NgramTable:
         self._high[rows[old]] = lens[old]
         total = int(counts.sum())
         if total:
-            ends = np.cumsum(counts)
+            ends = counts.cumsum()
             followers = np.arange(total) + np.repeat(starts - ends + counts, counts)
             self._enter(np.repeat(at, counts), followers)
 
@@ -113,8 +113,8 @@ class NgramTable:
         first_heads = rows << (self._bucket_bits + _SIZE_BITS)
         ring_bits = self._ring_bits
         in_ring = ((rows << ring_bits) + (followers & ((1 << ring_bits) - 1))) << _SIZE_BITS
-        heads = np.empty((_NUM_SIZES, len(rows)), np.int64)
-        cells = in_ring + np.arange(_NUM_SIZES)[:, None]
+        heads: Ints = np.empty((_NUM_SIZES, len(rows)), np.int64)
+        cells: Ints = in_ring + np.arange(_NUM_SIZES)[:, None]
         hashed = self._tokens[ends - 1] * _MULTIPLIER
         for i in range(_NUM_SIZES):
             hashed ^= self._tokens[ends - (i + MIN_NGRAM)]
@@ -160,19 +160,19 @@ class NgramTable:
         self, rows: Ints, lens: Ints, suffix: Tokens, suffix_lens: Ints, counts: Ints
     ) -> tuple[Tokens, Ints, Ints]:
         """`suffix` [num_rows, MAX_NGRAM] has the last tokens, the very last first."""
-        heads = np.empty((len(rows), _NUM_SIZES), np.int64)
+        heads: Ints = np.empty((len(rows), _NUM_SIZES), np.int64)
         hashed = suffix[:, 0] * _MULTIPLIER
         shift = 32 - np.maximum(self._row_bits[rows], 1)
         for i in range(_NUM_SIZES):
             hashed ^= suffix[:, i + 1]
             hashed *= _MULTIPLIER
             heads[:, i] = ((rows * _NUM_SIZES + i) << self._bucket_bits) + (hashed >> shift)
-        lowest = np.maximum(lens - self._window, 0)[:, None] + _SIZES
+        lowest: Ints = np.maximum(lens - self._window, 0)[:, None] + _SIZES
         lowest[(suffix_lens[:, None] < _SIZES) | (self._high[rows] != lens)[:, None]] = 1 << _POSITION_BITS
         heads, lowest = heads.reshape(-1), lowest.reshape(-1)
         position = self._heads[heads]
         found = np.zeros_like(position)
-        left = np.flatnonzero(position >= lowest)
+        left = (position >= lowest).nonzero()[0]
         while len(left):
             at = position[left]
             row = left >> _SIZE_BITS

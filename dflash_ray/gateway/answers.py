@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from typing import Any
 
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from dflash_ray.core.errors import RequestError
 from dflash_ray.gateway.choice import ChoiceDelta
 from dflash_ray.gateway.core import GatewayCore
-from dflash_ray.gateway.generation import merge
-from dflash_ray.gateway.openai_responses import Kind, ResponseWriter, error_object
+from dflash_ray.gateway.mailbox import Mailbox
+from dflash_ray.gateway.openai_responses import Kind, ResponseWriter, error_object, event
 from dflash_ray.gateway.openai_types import ChatCompletionRequest, CompletionRequest
 from dflash_ray.gateway.requests import GenerationRequest
 
@@ -56,21 +54,38 @@ async def _batches(
 
     An empty list comes whenever nothing has come for `silence_s`.
     """
+    if len(generations) == 1:
+        async with aclosing(core.generator.generate(generations[0], silence_s=silence_s)) as batches:
+            async for batch in batches:
+                yield batch
+        return
     slots = asyncio.Semaphore(parallel)
+    mailbox: Mailbox[ChoiceDelta] = Mailbox(silence_s)
 
-    async def one(generation: GenerationRequest, offset: int) -> AsyncGenerator[ChoiceDelta, None]:
-        async with slots, aclosing(core.generator.generate(generation)) as deltas:
-            async for delta in deltas:
-                delta.index += offset
-                yield delta
+    async def run(generation: GenerationRequest, offset: int) -> None:
+        try:
+            async with slots, aclosing(core.generator.generate(generation)) as batches:
+                async for batch in batches:
+                    for delta in batch:
+                        delta.index += offset
+                        mailbox.put(delta)
+        except Exception as error:
+            mailbox.put(error)
 
-    sources, offset = [], 0
+    tasks, num_running = [], 0
     for generation in generations:
-        sources.append(one(generation, offset))
-        offset += generation.num_choices
-    async with aclosing(merge(sources, silence_s)) as merged:
-        async for batch in merged:
+        tasks.append(asyncio.create_task(run(generation, num_running)))
+        num_running += generation.num_choices
+    try:
+        while num_running:
+            batch = await mailbox.take()
+            num_running -= sum(1 for delta in batch if delta.finish_reason)
             yield batch
+    finally:
+        mailbox.close()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _one_of_each(batches: AsyncGenerator[list[ChoiceDelta], None], num_choices: int) -> list[ChoiceDelta]:
@@ -99,20 +114,16 @@ async def _events(
                 elif events := _text(writer, batch):
                     yield events
         for chunk in writer.last_chunks():
-            yield _event(chunk)
+            yield event(chunk)
     except RequestError as error:
-        yield _event(error_object(error))
+        yield event(error_object(error))
         return
     except Exception:
         logger.exception("a stream ends with a fault of ours")
-        yield _event(error_object(RequestError("internal error; the server's log says more")))
+        yield event(error_object(RequestError("internal error; the server's log says more")))
         return
     yield "data: [DONE]\n\n"
 
 
 def _text(writer: ResponseWriter, deltas: Sequence[ChoiceDelta]) -> str:
-    return "".join(_event(chunk) for delta in deltas for chunk in writer.chunks(delta))
-
-
-def _event(values: dict[str, Any]) -> str:
-    return f"data: {json.dumps(values, ensure_ascii=False, separators=(',', ':'))}\n\n"
+    return "".join([writer.events(delta) for delta in deltas])

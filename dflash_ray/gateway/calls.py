@@ -5,43 +5,45 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from dflash_ray.gateway.token_chunks import TokenChunk
 
 Made = TypeVar("Made")
 
 
-class Call(Generic[Made]):
-    """One request at one router, as whoever waits for its tokens sees it.
+class Listener(Protocol[Made]):
+    """Whoever opened a call."""
 
-    What has come and was not fetched yet is bounded by the request's max_new_tokens.
+    make: Callable[[TokenChunk], Made]
+    """What is wanted of a chunk; called on the text thread, chunk after chunk."""
+
+    def on_chunk(self, chunk: TokenChunk, made: Made) -> None:
+        """The next chunk, with what was made of it."""
+
+    def on_failure(self, error: Exception) -> None:
+        """The call has ended with an error: a RequestError, or whatever `make` raised."""
+
+
+class Call(Generic[Made]):
+    """One request at one router.
 
     Args:
-        make: what whoever waits wants of each chunk; called on the text thread, chunk after chunk.
-        cancel: called with the id when nobody waits any more.
+        cancel: called with the id when nobody listens any more.
     """
 
-    def __init__(self, call_id: int, make: Callable[[TokenChunk], Made], cancel: Callable[[int], None]) -> None:
+    def __init__(self, call_id: int, listener: Listener[Made], cancel: Callable[[int], None]) -> None:
         self.id = call_id
-        self.make = make
+        self.listener: Listener[Made] | None = listener
         self._cancel = cancel
-        self._news: asyncio.Queue[tuple[TokenChunk, Made] | Exception] = asyncio.Queue()
-
-    async def next(self) -> tuple[TokenChunk, Made]:
-        """The next chunk and what was made of it. Raises RequestError when the call ends with one."""
-        news = await self._news.get()
-        if isinstance(news, Exception):
-            raise news
-        return news
 
     def close(self) -> None:
-        """Frees the sequence, unless the call has ended."""
+        """Frees the sequence, unless the call has ended; the listener hears nothing more."""
+        self.listener = None
         self._cancel(self.id)
 
-    def put(self, news: tuple[TokenChunk, Made] | Exception) -> None:
-        """Gives whoever waits the next thing."""
-        self._news.put_nowait(news)
+
+News = Sequence[tuple[Call[Any], TokenChunk | Exception]]
 
 
 class TextThread:
@@ -50,8 +52,8 @@ class TextThread:
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="text")
 
-    def submit(self, news: Sequence[tuple[Call[Made], TokenChunk | Exception]]) -> None:
-        """Makes what the calls want of their chunks, and gives it, or the error that ends a call, to them."""
+    def submit(self, news: News) -> None:
+        """Makes what the calls' listeners want of their chunks, and tells them, or of the error that ends a call."""
         self._thread.submit(_make, news, asyncio.get_running_loop())
 
     def close(self) -> None:
@@ -59,19 +61,29 @@ class TextThread:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
 
-def _make(news: Sequence[tuple[Call[Made], TokenChunk | Exception]], loop: asyncio.AbstractEventLoop) -> None:
-    made: list[tuple[Call[Made], tuple[TokenChunk, Made] | Exception]] = []
+def _make(news: News, loop: asyncio.AbstractEventLoop) -> None:
+    made: list[tuple[Call[Any], TokenChunk | Exception, Any]] = []
     for call, chunk in news:
+        listener = call.listener
+        if listener is None:
+            continue
         if isinstance(chunk, Exception):
-            made.append((call, chunk))
+            made.append((call, chunk, None))
             continue
         try:
-            made.append((call, (chunk, call.make(chunk))))
+            made.append((call, chunk, listener.make(chunk)))
         except Exception as fault:  # its neighbours are not concerned
-            made.append((call, fault))
+            made.append((call, fault, None))
     loop.call_soon_threadsafe(_deliver, made)
 
 
-def _deliver(made: Sequence[tuple[Call[Made], tuple[TokenChunk, Made] | Exception]]) -> None:
-    for call, news in made:
-        call.put(news)
+def _deliver(made: Sequence[tuple[Call[Any], TokenChunk | Exception, Any]]) -> None:
+    for call, chunk, result in made:
+        listener = call.listener
+        if listener is None:
+            continue
+        if isinstance(chunk, Exception):
+            call.close()
+            listener.on_failure(chunk)
+        else:
+            listener.on_chunk(chunk, result)

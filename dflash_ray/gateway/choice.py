@@ -65,17 +65,13 @@ class Choice:
             return delta
         hides_last = chunk.finish_reason == STOP and not self._request.include_stop_strings
         shown = chunk.token_ids[:-1] if hides_last else chunk.token_ids
-        # Only where a stop string may be completed does it matter which token brought which text.
-        size = 1 if self._request.stop_strings else max(1, len(shown))
-        for token_ids in (shown[at : at + size] for at in range(0, len(shown), size)):
-            delta.token_ids += token_ids
-            self.num_tokens += len(token_ids)
-            self._show(delta, self._detokenizer.push(token_ids))
-            if delta.finish_reason:
-                break
+        if shown and not self._show_all(delta, shown):
+            for token in shown:
+                self._add(delta, [token], self._detokenizer.push([token]))
+                if delta.finish_reason:
+                    break
         if hides_last and not delta.finish_reason:
-            delta.token_ids += chunk.token_ids[-1:]
-            self.num_tokens += 1
+            self._add(delta, chunk.token_ids[-1:], "")
         if chunk.finish_reason and not delta.finish_reason:
             self._end(delta, chunk.finish_reason)
         num_kept = len(delta.token_ids)
@@ -88,6 +84,26 @@ class Choice:
             self._has_ended = True
         return delta
 
+    def _show_all(self, delta: ChoiceDelta, token_ids: list[int]) -> bool:
+        """Adds tokens and their text, unless it matters which of them completes a stop string."""
+        if not self._request.stop_strings:
+            self._add(delta, token_ids, self._detokenizer.push(token_ids))
+            return True
+        if self.num_tokens < self._request.stopping.min_new_tokens:
+            return False
+        ahead = self._detokenizer.copy()
+        text = ahead.push(token_ids)
+        if self._stops.completes(text):
+            return False
+        self._detokenizer = ahead
+        self._add(delta, token_ids, text)
+        return True
+
+    def _add(self, delta: ChoiceDelta, token_ids: list[int], text: str) -> None:
+        delta.token_ids += token_ids
+        self.num_tokens += len(token_ids)
+        self._show(delta, text)
+
     def _score(self, delta: ChoiceDelta, part: common_pb2.PromptLogprobs) -> None:
         """Adds what is new; a prompt that another router or another attempt prefills is scored again."""
         num_known = self._num_scored - part.start
@@ -97,6 +113,9 @@ class Choice:
 
     def _show(self, delta: ChoiceDelta, text: str) -> None:
         """Adds text to the delta, up to a stop string. None may end within the first min_new_tokens tokens."""
+        if not self._request.stop_strings:
+            delta.text += text
+            return
         match = self._stops.push(text, self.num_tokens > self._request.stopping.min_new_tokens)
         delta.text += match.text
         if match.stop is not None:

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import Callable
 from typing import Generic
 
 from dflash_ray.core.back_off import BackOff
@@ -18,7 +18,7 @@ from dflash_ray.core.errors import (
     RequestError,
     UnavailableError,
 )
-from dflash_ray.gateway.calls import Made
+from dflash_ray.gateway.calls import Call, Made
 from dflash_ray.gateway.requests import GenerationRequest
 from dflash_ray.gateway.routers import Routers
 from dflash_ray.gateway.token_chunks import TokenChunk
@@ -34,6 +34,7 @@ class ResumedCall(Generic[Made]):
 
     Args:
         make: what is wanted of each chunk, whichever router it comes from; called on the text thread.
+        tell: gets what was made, chunk after chunk up to the one with a finish reason, or the error in its place.
         deadline: in seconds of time.monotonic().
         wait_s: an answer that no router takes on for this long is given up.
         on_resume: called for each call after the first.
@@ -44,13 +45,15 @@ class ResumedCall(Generic[Made]):
         routers: Routers,
         request: GenerationRequest,
         make: Callable[[TokenChunk], Made],
+        tell: Callable[[Made | Exception], object],
         deadline: float,
         wait_s: float,
         on_resume: Callable[[], object] = lambda: None,
     ) -> None:
+        self.make = make
         self._routers = routers
         self._request = request
-        self._make = make
+        self._tell = tell
         self._deadline = deadline
         self._wait_s = wait_s
         self._on_resume = on_resume
@@ -62,42 +65,61 @@ class ResumedCall(Generic[Made]):
         self._asked: str | None = None
         self._failing_since: float | None = None
         self._back_off = BackOff(_FIRST_PAUSE_S, _MAX_PAUSE_S)
+        self._call: Call[Made] | None = None
+        self._going_on: asyncio.Task[None] | None = None
 
-    async def chunks(self) -> AsyncGenerator[tuple[TokenChunk, Made], None]:
-        """Chunks up to the one with a finish reason, and what was made of each. Raises RequestError."""
-        while True:
-            try:
-                router = self._routers.pick(self._wanted_model, self._asked, () if self._is_taken else self._full)
-                self._asked = router.id
-                call = self._routers.open(router, self._message(), self._deadline, self._make)
-                try:
-                    while True:
-                        chunk, made = await call.next()
-                        self._take(chunk)
-                        yield chunk, made
-                        if chunk.finish_reason:
-                            return
-                finally:
-                    call.close()
-            except RequestError as error:
-                failure = error
-            await self._recover(failure)
+    def start(self) -> None:
+        """Opens the first call."""
+        failure = self._open()
+        if failure is not None:
+            self.on_failure(failure)
+
+    def close(self) -> None:
+        """Ends the call that is open; nothing more is told."""
+        if self._going_on is not None:
+            self._going_on.cancel()
+        if self._call is not None:
+            self._call.close()
+
+    def _open(self) -> RequestError | None:
+        """Opens a call, or says why there is none."""
+        try:
+            router = self._routers.pick(self._wanted_model, self._asked, () if self._is_taken else self._full)
+            self._asked = router.id
+            self._call = self._routers.open(router, self._message(), self._deadline, self)
+        except RequestError as error:
+            return error
+        return None
 
     @property
     def _wanted_model(self) -> str:
         """The model that wrote the tokens so far; empty while there are none."""
         return self._model_fingerprint if self._tokens else ""
 
-    def _take(self, chunk: TokenChunk) -> None:
+    def on_chunk(self, chunk: TokenChunk, made: Made) -> None:
+        """Takes note of the tokens with which another call would go on."""
         self._is_taken = True
         if chunk.model_fingerprint:
             self._model_fingerprint = chunk.model_fingerprint
         if chunk.token_ids:
-            self._tokens.extend(chunk.token_ids)
+            self._tokens += chunk.token_ids
             self._failing_since = None
             self._back_off.reset()
+        self._tell(made)
 
-    async def _recover(self, failure: RequestError) -> None:
+    def on_failure(self, error: Exception) -> None:
+        """Goes on elsewhere, where that may help."""
+        self._going_on = asyncio.create_task(self._go_on(error))
+
+    async def _go_on(self, failure: Exception | None) -> None:
+        try:
+            while failure is not None:
+                await self._recover(failure)
+                failure = self._open()
+        except Exception as error:
+            self._tell(error)
+
+    async def _recover(self, failure: Exception) -> None:
         """Returns when it is time to try again; raises what the client is to see when it is not worth it."""
         if isinstance(failure, HandedOverError):
             self._num_losses = max(self._num_losses, failure.num_losses)

@@ -14,7 +14,7 @@ import grpc
 
 from dflash_ray.core.errors import DeadlineExceededError, OtherModelError, UnavailableError
 from dflash_ray.core.protocol import PROTOCOL_VERSION
-from dflash_ray.gateway.calls import Call, Made, TextThread
+from dflash_ray.gateway.calls import Call, Listener, Made, TextThread
 from dflash_ray.gateway.token_chunks import TokenChunk, unpack
 from dflash_ray.pb import router_pb2, router_pb2_grpc
 
@@ -61,11 +61,9 @@ class RouterStream:
         """Calls that have not ended."""
         return len(self._open)
 
-    def open(
-        self, request: router_pb2.GenerateTokensRequest, timeout_s: float, make: Callable[[TokenChunk], Made]
-    ) -> Call[Made]:
-        """Sends a request; what comes of it is the call's."""
-        call = Call(next(self._ids), make, self._cancel)
+    def open(self, request: router_pb2.GenerateTokensRequest, timeout_s: float, listener: Listener[Made]) -> Call[Made]:
+        """Sends a request; the listener hears what comes of it."""
+        call = Call(next(self._ids), listener, self._cancel)
         timer = asyncio.get_running_loop().call_later(timeout_s, self._expire, call.id)
         self._open[call.id] = _Open(call, request.model_fingerprint, timer)
         message = self._next_message(len(request.token_ids))
@@ -104,7 +102,7 @@ class RouterStream:
         """The router ends the call as well, if it can."""
         opened = self._forget(call_id)
         if opened is not None:
-            opened.call.put(DeadlineExceededError("the request's time is over"))
+            self._text.submit([(opened.call, DeadlineExceededError("the request's time is over"))])
 
     async def _read(self) -> None:
         reason = "the router ended the stream"

@@ -6,16 +6,15 @@ import asyncio
 import math
 import random
 import time
-from collections.abc import Callable, Container
+from collections.abc import Container
 
 import grpc
 
 from dflash_ray.config import NetworkConfig
 from dflash_ray.core.back_off import BackOff
 from dflash_ray.core.errors import DeadlineExceededError, UnavailableError
-from dflash_ray.gateway.calls import Call, Made, TextThread
+from dflash_ray.gateway.calls import Call, Listener, Made, TextThread
 from dflash_ray.gateway.router_stream import RouterStream
-from dflash_ray.gateway.token_chunks import TokenChunk
 from dflash_ray.pb import router_pb2
 from dflash_ray.rpc.channel import open_channel
 from dflash_ray.rpc.directory import DirectoryClient, Entry, KnownEntries, View
@@ -121,7 +120,7 @@ class Routers:
         router: Entry,
         request: router_pb2.GenerateTokensRequest,
         deadline: float,
-        make: Callable[[TokenChunk], Made],
+        listener: Listener[Made],
     ) -> Call[Made]:
         """Sends a request to a router. Raises DeadlineExceededError, or UnavailableError while the router is away."""
         remaining = deadline - time.monotonic()
@@ -131,7 +130,7 @@ class Routers:
         if link is None:
             channel = open_channel(router.address, self._max_message_bytes)
             link = self._links[router.id] = _Link(channel, self._text)
-        return link.stream().open(request, remaining, make)
+        return link.stream().open(request, remaining, listener)
 
     async def close(self) -> None:
         """Ends all calls."""

@@ -159,7 +159,7 @@ class RouterMetrics(_ProcessMetrics):
         )
         self.drafts_dropped = self._counter("dflash_ray_router_drafts_dropped", "Drafts not used", ("reason",))
         self.num_replays = self._counter(
-            "dflash_ray_router_feature_replays", "Pieces of context features asked for again"
+            "dflash_ray_router_feature_replays", "Sequences whose context features were fetched anew"
         )
         self.draft_round_trip = self._seconds(
             "dflash_ray_router_draft_round_trip_seconds", "Draft request to draft blocks", _STEP_BUCKETS_S

@@ -108,22 +108,25 @@ class Emit:
 
     def only(self, is_its: Flags) -> Emit:
         """What concerns these requests."""
-        places = {int(i): place for place, i in enumerate(np.flatnonzero(is_its))}
-        columns = (self.finish_reasons, self.is_decode_pass, self.num_drafts, self.num_accepted, self.num_spec_tokens)
+        places = {int(i): place for place, i in enumerate(is_its.nonzero()[0])}
         return Emit(
             self.sequence_ids[is_its],
             self.streams[is_its],
             self.call_ids[is_its],
             self.num_tokens[is_its],
             self.token_ids[np.repeat(is_its, self.num_tokens)],
-            *(column[is_its] for column in columns),
+            self.finish_reasons[is_its],
+            self.is_decode_pass[is_its],
+            self.num_drafts[is_its],
+            self.num_accepted[is_its],
+            self.num_spec_tokens[is_its],
             {places[i]: part for i, part in self.logprobs.items() if i in places},
             {places[i]: part for i, part in self.prompt_logprobs.items() if i in places},
         )
 
     def entries(self) -> Iterator[tuple[int, list[int], int]]:
         """Each request's sequence id with its tokens and finish reason."""
-        ends = np.cumsum(self.num_tokens)
+        ends = self.num_tokens.cumsum()
         columns = (self.sequence_ids, ends - self.num_tokens, ends, self.finish_reasons)
         for sequence_id, start, end, reason in zip(*(column.tolist() for column in columns), strict=True):
             yield sequence_id, self.token_ids[start:end].tolist(), reason

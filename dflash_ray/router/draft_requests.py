@@ -85,7 +85,7 @@ class DrafterState:
 def add_opened(
     request: drafter_pb2.DraftRequest, sequences: Sequence[RouterSequence], address: str, step_id: int
 ) -> None:
-    """Sequences whose rows are to be fetched from the target group at `address`; they are open once the step is done."""
+    """Sequences whose rows are to be fetched from the group at `address`; they are open once the step is done."""
     if sequences:
         request.source.address, request.source.step_id = address, step_id
         request.open.extend([sequence.sequence_id for sequence in sequences])
@@ -105,7 +105,8 @@ def add_tokens(request: drafter_pb2.DraftRequest, table: SlotTable, slots: Ints)
     token_ids = table.tokens.reshape(-1)[spans(slots_with_new * table.max_len + starts, counts)]
     request.token_ids.extend(token_ids.tolist())
     table.held_rows[slots_with_new] = starts + counts
-    return slots[table.held_rows[slots] == ends]
+    whole: Ints = slots[table.held_rows[slots] == ends]
+    return whole
 
 
 def add_proposals(request: drafter_pb2.DraftRequest, table: SlotTable, slots: Ints, counts: Ints) -> None:

@@ -5,8 +5,7 @@ its sequences want meanwhile goes with the next one. It fetches their context fe
 that is late is skipped and its drafter keeps the sequence; a drafter that was late several times in a row is left, and
 its sequences move to another one, which fetches their features anew.
 
-A sequence's drafter is in its context for as long as it lives, and in the table's column while it has a slot and is open
-at the target.
+A sequence's drafter is in its context for as long as it lives, and in the table's column while the target has it open.
 """
 
 from __future__ import annotations
@@ -149,7 +148,7 @@ class Drafting:
                 if drafter.in_flight is None or not drafter.in_flight.is_given_up:
                     self._wait(its_idle, now)
             if drafter.in_flight is None:
-                asking = np.flatnonzero(table.is_asking & (table.drafters == drafter.number))
+                asking = (table.is_asking & (table.drafters == drafter.number)).nonzero()[0]
                 if len(asking) or drafter.closed or drafter.to_open:
                     actions += self._next_request(drafter, asking, limits, step_id, now)
         return actions
@@ -315,7 +314,7 @@ class Drafting:
 
     def expire(self, now: float) -> list[Action]:
         """Goes on without drafts that are late; leaves drafters that are late all the time or do not answer at all."""
-        late = np.flatnonzero(self.table.draft_deadlines <= now)
+        late = (self.table.draft_deadlines <= now).nonzero()[0]
         if len(late):
             self.table.miss_drafts(late)
             self._drop("timeout", len(late))

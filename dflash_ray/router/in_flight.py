@@ -75,7 +75,7 @@ class Cohorts:
         """
         decoding, is_waiting = _NO_SLOTS, False
         for cohort in (self._next, 1 - self._next):
-            members = np.flatnonzero((table.phases == DECODE) & (table.cohorts == cohort))
+            members = ((table.phases == DECODE) & (table.cohorts == cohort)).nonzero()[0]
             if not len(members) or table.step_ids[members].any():
                 continue
             if (table.draft_deadlines[members] == NEVER).all():
@@ -85,7 +85,7 @@ class Cohorts:
             is_waiting = True
         if is_waiting and not len(decoding):
             return None
-        prefilling = np.flatnonzero((table.phases == PREFILL) & (table.step_ids == 0))
+        prefilling = ((table.phases == PREFILL) & (table.step_ids == 0)).nonzero()[0]
         if not len(decoding) and not len(prefilling):
             return None
         return _apart(table, decoding, prefilling, is_target_idle)

@@ -53,7 +53,7 @@ class _Columns:
                 call_ids=self.call_ids,
                 num_tokens=self.num_tokens,
                 token_ids=self.token_ids.tobytes(),
-                finish_reasons=self.finish_reasons,
+                finish_reasons=self.finish_reasons,  # type: ignore[arg-type]
                 is_decode_pass=self.is_decode_pass,
                 num_drafts=self.num_drafts,
                 num_accepted_drafts=self.num_accepted_drafts,
@@ -134,14 +134,16 @@ class Outbox:
 
     async def take(self) -> router_pb2.RouterResponse | None:
         """The next message, as soon as there is an entry; None when all are taken and none will come."""
-        while True:
+        while (message := self.pop()) is None and not self._is_closed:
             await self._has_news.wait()
-            columns = self._columns.popleft()
-            if not self._columns:
-                self._columns.append(_Columns())
-                if not self._is_closed:
-                    self._has_news.clear()
-            if columns.call_ids:
-                return columns.message()
-            if self._is_closed:
-                return None
+        return message
+
+    def pop(self) -> router_pb2.RouterResponse | None:
+        """The next message; None while there is no entry."""
+        columns = self._columns[0]
+        if len(self._columns) > 1:
+            self._columns.popleft()
+        else:
+            self._columns[0] = _Columns()
+            self._has_news.clear()
+        return columns.message() if columns.call_ids else None

@@ -32,14 +32,15 @@ class StepOutcome:
     @property
     def is_ok(self) -> Flags:
         """Entries that did what they were to do."""
-        return self.statuses == target_pb2.ENTRY_STATUS_OK
+        is_ok: Flags = self.statuses == target_pb2.ENTRY_STATUS_OK
+        return is_ok
 
     def tokens_of(self, entries: Ints) -> Tokens:
         """What these entries committed; `entries` is rising."""
         if len(entries) == len(self.num_tokens):
             return self.token_ids
         counts = self.num_tokens[entries]
-        starts = np.cumsum(self.num_tokens)[entries] - counts
+        starts = self.num_tokens.cumsum()[entries] - counts
         return self.token_ids[spans(starts, counts)]
 
 
@@ -56,8 +57,8 @@ def read_result(result: target_pb2.StepResult, step: StepInFlight) -> StepOutcom
     statuses, num_accepted, num_tokens, finish_reasons = columns
     if int(num_tokens.sum()) != len(result.token_ids):
         raise ValueError(f"token_ids has {len(result.token_ids)} elements for {int(num_tokens.sum())} tokens")
-    with_logprobs = np.flatnonzero(step.asks_logprobs & (num_tokens > 0)).tolist()
-    failed = np.flatnonzero(statuses == target_pb2.ENTRY_STATUS_FAILED).tolist()
+    with_logprobs = (step.asks_logprobs & (num_tokens > 0)).nonzero()[0].tolist()
+    failed = (statuses == target_pb2.ENTRY_STATUS_FAILED).nonzero()[0].tolist()
     return StepOutcome(
         statuses,
         num_accepted,

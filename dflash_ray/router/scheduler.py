@@ -150,9 +150,9 @@ class Scheduler:
         draft_seconds = result.timings.draft_ns / 1e9
         self.speculating.done(step, outcome, is_current & outcome.is_ok, now, draft_seconds)
         self._table.step_ids[step.slots[is_current]] = 0
-        self._advance(step, outcome, np.flatnonzero(is_current & outcome.is_ok))
+        self._advance(step, outcome, (is_current & outcome.is_ok).nonzero()[0])
         lacks_pages = False
-        for entry in np.flatnonzero(is_current & ~outcome.is_ok).tolist():
+        for entry in (is_current & ~outcome.is_ok).nonzero()[0].tolist():
             sequence = self._table.sequence(int(step.slots[entry]))
             if outcome.statuses[entry] == target_pb2.ENTRY_STATUS_NO_PAGES:
                 lacks_pages = True
@@ -177,7 +177,7 @@ class Scheduler:
         token_ids = outcome.tokens_of(entries)
         is_chunk = entries < step.num_chunks
         has_tokens = counts > 0
-        first_tokens = token_ids[(np.cumsum(counts) - counts)[has_tokens]]
+        first_tokens = token_ids[(counts.cumsum() - counts)[has_tokens]]
         self.speculating.judge_ngrams(slots[has_tokens & ~is_chunk], first_tokens[~is_chunk[has_tokens]])
         table.num_prefilled[slots] += step.rows[entries]
         table.start_decoding(slots[is_chunk & has_tokens])
@@ -329,7 +329,7 @@ class Scheduler:
         """Pages that prompts on the target will still take."""
         if not self._table.num_in_phase[PREFILL]:
             return 0
-        slots = np.flatnonzero(self._table.phases == PREFILL)
+        slots = (self._table.phases == PREFILL).nonzero()[0]
         pages = -(-(self._table.committed_lens[slots] + 1) // limits.page_size)
         return int((pages - -(-self._table.num_prefilled[slots] // limits.page_size)).sum())
 

@@ -9,6 +9,7 @@ import uuid
 from contextlib import AsyncExitStack
 
 from dflash_ray.config import DflashRayConfig
+from dflash_ray.core.garbage import leave_out_what_stands
 from dflash_ray.observability.logs import configure_logging
 from dflash_ray.observability.metrics import RouterMetrics
 from dflash_ray.pb import router_pb2, router_pb2_grpc
@@ -46,6 +47,7 @@ class RouterReplica:
         registration = keep_registered(self._directory, self._entry, config.network.entry_ttl_s)
         self._tasks = [asyncio.create_task(loop) for loop in (self._fleet.run(), registration, self._report_health())]
         self._closing.push_async_callback(self._unregister)
+        leave_out_what_stands()
 
     async def _serve(self, host: str) -> RunningServer:
         server = new_server(self._config.network.max_message_bytes)

@@ -1,7 +1,8 @@
 """The sequences that are on the target, as columns by slot.
 
 A sequence has a slot from its admission until it ends or goes back to the queue. Whoever keeps slot numbers longer than
-one call must be able to tell whether a slot is still the same sequence's: by `ids`, and entries of a step by `step_ids`.
+one call must be able to tell whether a slot is still the same sequence's: by `ids`, and an entry of a step by
+`step_ids`.
 """
 
 from __future__ import annotations
@@ -165,7 +166,7 @@ class SlotTable:
 
     def running(self) -> list[RouterSequence]:
         """All that have slots, in the order of their admission."""
-        slots = np.flatnonzero(self.ids)
+        slots = self.ids.nonzero()[0]
         return [self.sequence(slot) for slot in slots[np.argsort(self.turns[slots])].tolist()]
 
     def start_decoding(self, slots: Ints) -> None:
@@ -188,12 +189,14 @@ class SlotTable:
     def most_drafts(self, slots: Ints) -> Ints:
         """Drafts that can be of use in a step: one with k drafts can emit k + 1 tokens."""
         left = self.max_lens[slots] - self.committed_lens[slots] - 1
-        return np.maximum(0, np.minimum(self.draft_tokens[slots], left))
+        most: Ints = np.maximum(0, np.minimum(self.draft_tokens[slots], left))
+        return most
 
     def lacks_draft(self, slots: Ints) -> Flags:
         """Which of them decode, in no step, without a draft and not resigned to have none."""
-        is_idle = (self.phases[slots] == DECODE) & (self.step_ids[slots] == 0)
-        return is_idle & (self.draft_lens[slots] == NO_DRAFT) & ~self.is_draft_missed[slots]
+        lacks: Flags = (self.phases[slots] == DECODE) & (self.step_ids[slots] == 0)
+        lacks &= (self.draft_lens[slots] == NO_DRAFT) & ~self.is_draft_missed[slots]
+        return lacks
 
     def take_blocks(self, slots: Ints, blocks: BlockColumns, is_taken: Flags, source: int, vocab_size: int) -> None:
         """The drafts of the blocks that are taken; slots[i] is block i's.

@@ -39,7 +39,8 @@ class StepInFlight:
 
     def is_current(self, table: SlotTable) -> Flags:
         """Which entries are still in it: a sequence that ended or was put back since then is not."""
-        return (table.ids[self.slots] == self.ids) & (table.step_ids[self.slots] == self.step_id)
+        is_current: Flags = (table.ids[self.slots] == self.ids) & (table.step_ids[self.slots] == self.step_id)
+        return is_current
 
 
 def build_step(
@@ -94,7 +95,7 @@ def add_colocated(step: target_pb2.Step, table: SlotTable, slots: Ints, num_draf
 def draft_rows(wanted: Ints, room: int) -> Ints:
     """Drafts of each chain: all get an anchor's row before any gets a draft's. A chain without a row has no count."""
     chains = wanted[:room]
-    before = np.cumsum(chains) - chains
+    before = chains.cumsum() - chains
     return np.clip(room - len(chains) - before, 0, chains)
 
 
@@ -124,7 +125,7 @@ def _chunks(config: RouterConfig, table: SlotTable, prefilling: Ints, room: int)
     first = np.lexsort((table.turns[prefilling], table.last_steps[prefilling]))
     slots = prefilling[first]
     wanted = np.minimum(table.committed_lens[slots] - table.num_prefilled[slots], config.prefill_chunk_tokens)
-    rows = np.clip(room - (np.cumsum(wanted) - wanted), 0, wanted)
+    rows = np.clip(room - (wanted.cumsum() - wanted), 0, wanted)
     return slots[rows > 0], rows[rows > 0]
 
 

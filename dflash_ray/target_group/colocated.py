@@ -9,8 +9,8 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
+from dflash_ray.core.draft_blocks import DraftBlock
 from dflash_ray.models.draft_contexts import DraftContexts, DraftMethod, to_block
-from dflash_ray.pb import common_pb2
 from dflash_ray.target_group.sequences import Sequence
 
 logger = logging.getLogger(__name__)
@@ -56,9 +56,7 @@ class ColocatedDrafter:
                 raise
             logger.exception(fault)
 
-    def draft(
-        self, sequences: Columns[Sequence], counts: Columns[int], num_candidates: int, epoch: int
-    ) -> list[common_pb2.DraftBlock]:
+    def draft(self, sequences: Columns[Sequence], counts: Columns[int], num_candidates: int) -> list[DraftBlock]:
         """Blocks for those of `sequences` that only lack the anchor's row and whose context is whole."""
         ready = [
             (sequence, min(count, self.max_draft_tokens))
@@ -69,7 +67,7 @@ class ColocatedDrafter:
         ]
         if not ready:
             return []
-        blocks: list[common_pb2.DraftBlock] = []
+        blocks: list[DraftBlock] = []
         with self._as_advice("the colocated drafter failed; its sequences are decoded without it"):
             proposals = self._contexts.propose(
                 [sequence.sequence_id for sequence, _ in ready],
@@ -79,5 +77,5 @@ class ColocatedDrafter:
                 [sequence.draw() for sequence, _ in ready],
             )
             for (sequence, _), proposal in zip(ready, proposals, strict=True):
-                blocks.append(to_block(sequence.sequence_id, epoch, sequence.committed_len, proposal))
+                blocks.append(to_block(sequence.sequence_id, sequence.committed_len, proposal))
         return blocks

@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from dflash_ray.models.context_features import to_pieces
+from dflash_ray.core.draft_blocks import to_message
 from dflash_ray.pb import common_pb2, target_pb2
 from dflash_ray.sampling.logprobs import Logprobs
 from dflash_ray.sampling.plan import SequencePlan
@@ -70,11 +70,22 @@ class _Entry:
 
 
 @dataclass(slots=True)
+class StepFeatures:
+    """Context features of the rows that a step kept: of sequence i num_rows[i] rows of `rows` from first_rows[i] on."""
+
+    rows: torch.Tensor
+    sequence_ids: list[int] = field(default_factory=list)
+    starts: list[int] = field(default_factory=list)
+    num_rows: list[int] = field(default_factory=list)
+    first_rows: list[int] = field(default_factory=list)
+
+
+@dataclass(slots=True)
 class StepOutput:
-    """What a step leaves: its result, and before it the features that go to remote drafters, in pieces."""
+    """What a step leaves: its result, and the features that no drafter here takes."""
 
     result: target_pb2.StepResult
-    features: list[common_pb2.ContextFeatures] = field(default_factory=list)
+    features: StepFeatures | None = None
 
 
 class Engine:
@@ -121,15 +132,17 @@ class Engine:
                 if self._drafter is not None:
                     self._drafter.close(sequence_id)
 
-    def replay(self, sequence_id: int, start: int) -> common_pb2.ContextFeatures:
-        """One piece of the context features from `start` on; no rows when they, or the sequence, are unknown."""
-        sequence, store = self._sequences.get(sequence_id), self._features
-        is_stored = sequence is not None and sequence.wants_features and start < sequence.kv_len
-        if sequence is None or store is None or not is_stored:
-            return common_pb2.ContextFeatures(sequence_id=sequence_id, start=start)
-        stop = min(sequence.kv_len, start + store.rows_per_piece)
-        rows = store.get(sequence.slots(start, stop, self._page_size))
-        return next(to_pieces(sequence_id, start, rows, sequence.tokens[start:stop]))
+    def read_features(self, sequence_ids: Iterable[int], starts: Iterable[int], counts: Iterable[int]) -> torch.Tensor:
+        """Context features [sum of counts, H] of computed rows; of sequences that are closed meanwhile, anything.
+
+        May be called from another thread than the step's.
+        """
+        assert self._features is not None
+        slots: list[int] = []
+        for sequence_id, start, count in zip(sequence_ids, starts, counts, strict=True):
+            sequence = self._sequences.get(sequence_id)
+            slots += [0] * count if sequence is None else sequence.slots(start, start + count, self._page_size)
+        return self._features.get(slots)
 
     def step(self, step: target_pb2.Step) -> StepOutput:
         """Runs one step; the result's entries are in the order of the step's."""
@@ -149,10 +162,12 @@ class Engine:
         result = target_pb2.StepResult(step_id=step.step_id)
         output = StepOutput(result)
         result.prompt_logprobs.extend(_prompt_logprobs(running, scores))
+        if hidden is not None and hidden.features is not None and self._drafter is None:
+            output.features = StepFeatures(hidden.features.cpu())
         self._commit(running, outcomes, hidden, output.features)
         self._fill_columns(entries, result)
         if self._drafter is not None and step.colocated_draft_ids:
-            result.colocated_drafts.extend(self._draft(step, self._drafter))
+            result.colocated_drafts.CopyFrom(self._draft(step, self._drafter))
         drafted = time.perf_counter_ns()
         result.free_pages = self.allocator.num_free
         result.timings.forward_ns = forwarded - started
@@ -264,12 +279,10 @@ class Engine:
         entries: list[_Entry],
         outcomes: list[SequenceOutcome],
         hidden: StepHidden | None,
-        pieces: list[common_pb2.ContextFeatures],
+        kept: StepFeatures | None,
     ) -> None:
         """Commits what was accepted; everything else of the pass is rolled back by not being counted."""
         features = None if hidden is None else hidden.features
-        if features is not None and self._drafter is None:
-            features = features.cpu()
         verdicts = iter(outcomes)
         offset = 0
         for entry in entries:
@@ -287,25 +300,24 @@ class Engine:
                 entry.error = "the target's logits are not finite"
                 continue
             sequence.commit(outcome.tokens, start + num_kept)
-            if rows is not None:
-                self._hand_on_features(sequence, start, rows, pieces)
+            if rows is not None and self._drafter is not None:
+                self._drafter.extend(sequence.sequence_id, start, rows, sequence.tokens[start : sequence.kv_len])
+            elif rows is not None and kept is not None:
+                self._keep_features(sequence, start, num_kept, offset - len(entry.token_ids), kept)
             entry.kept, entry.finish_reason = outcome.tokens, _FINISH_REASONS[outcome.finish]
             entry.num_accepted = min(len(outcome.accepted_rows), len(entry.kept))
             if outcome.logprobs is not None:
                 entry.logprobs = _to_message(outcome.logprobs)
 
-    def _hand_on_features(
-        self, sequence: Sequence, start: int, rows: torch.Tensor, pieces: list[common_pb2.ContextFeatures]
-    ) -> None:
-        """Features [n, H] of positions start, start + 1, ...: to the colocated drafter, or stored and sent."""
-        stop = start + len(rows)
-        tokens = sequence.tokens[start:stop]
-        if self._drafter is not None:
-            self._drafter.extend(sequence.sequence_id, start, rows, tokens)
-            return
+    def _keep_features(self, sequence: Sequence, start: int, count: int, first: int, kept: StepFeatures) -> None:
+        """Stores the features of positions start, start + 1, ...: `count` rows from `first` on."""
         if self._features is not None:
-            self._features.put(sequence.slots(start, stop, self._page_size), rows)
-        pieces.extend(to_pieces(sequence.sequence_id, start, rows, tokens))
+            slots = sequence.slots(start, start + count, self._page_size)
+            self._features.put(slots, kept.rows[first : first + count])
+        kept.sequence_ids.append(sequence.sequence_id)
+        kept.starts.append(start)
+        kept.num_rows.append(count)
+        kept.first_rows.append(first)
 
     def _fill_columns(self, entries: list[_Entry], result: target_pb2.StepResult) -> None:
         for entry in entries:
@@ -321,12 +333,12 @@ class Engine:
             if entry.status == target_pb2.ENTRY_STATUS_FAILED:
                 result.errors.append(entry.error)
 
-    def _draft(self, step: target_pb2.Step, drafter: ColocatedDrafter) -> list[common_pb2.DraftBlock]:
+    def _draft(self, step: target_pb2.Step, drafter: ColocatedDrafter) -> common_pb2.DraftBlocks:
         """Drafts of the colocated drafter for sequences that are ready for them."""
         wanted = zip(step.colocated_draft_ids, step.colocated_num_drafts, strict=True)
         open_ones = [(self._sequences[at], count) for at, count in wanted if at in self._sequences]
         sequences, counts = [sequence for sequence, _ in open_ones], [count for _, count in open_ones]
-        return drafter.draft(sequences, counts, max(1, step.num_candidates), step.epoch)
+        return to_message(step.epoch, drafter.draft(sequences, counts, max(1, step.num_candidates)))
 
 
 def _prompt_logprobs(entries: Iterable[_Entry], scores: Logprobs) -> Iterator[common_pb2.PromptLogprobs]:

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import TypeVar
@@ -18,6 +18,7 @@ from dflash_ray.core.watchdog import Watchdog
 from dflash_ray.observability.metrics import TargetMetrics
 from dflash_ray.pb import target_pb2, target_pb2_grpc
 from dflash_ray.target_group.engine import Engine, StepOutput
+from dflash_ray.target_group.feature_streams import FeatureStreams
 from dflash_ray.target_group.step_check import check_step
 
 logger = logging.getLogger(__name__)
@@ -42,7 +43,11 @@ class TargetInfo:
 
 
 class TargetServicer(target_pb2_grpc.TargetServicer):
-    """One stream at a time leads the group: the one with the highest lease epoch."""
+    """One stream at a time leads the group: the one with the highest lease epoch.
+
+    Args:
+        features: what drafters are served; None where the group keeps no features.
+    """
 
     def __init__(
         self,
@@ -51,7 +56,9 @@ class TargetServicer(target_pb2_grpc.TargetServicer):
         compute: ThreadPoolExecutor,
         watchdog: Watchdog,
         metrics: TargetMetrics,
+        features: FeatureStreams | None = None,
     ) -> None:
+        self._features = features
         self._engine = engine
         self._watchdog = watchdog
         self._info = info
@@ -80,21 +87,28 @@ class TargetServicer(target_pb2_grpc.TargetServicer):
                 elif kind == "step":
                     await self._check(request.step, context)
                     output = await self._step(epoch, request.step)
-                    for piece in output.features:
-                        yield target_pb2.TargetResponse(features=piece)
                     yield target_pb2.TargetResponse(result=output.result)
                 elif kind == "close":
                     self._opened[epoch].difference_update(request.close.sequence_ids)
+                    self._end_features(request.close.sequence_ids)
                     await self._run(lambda ids=list(request.close.sequence_ids): self._engine.close(ids))
-                elif kind == "replay":
-                    replay = request.replay
-                    features = await self._run(
-                        lambda replay=replay: self._engine.replay(replay.sequence_id, replay.start)
-                    )
-                    yield target_pb2.TargetResponse(replay=target_pb2.FeaturesReplay(features=features))
         finally:
             # Not awaited: the handler may be ending by cancellation, and the thread keeps the order of its work.
-            self._compute.submit(self._engine.close, list(self._opened.pop(epoch, ())))
+            opened = list(self._opened.pop(epoch, ()))
+            self._end_features(opened)
+            self._compute.submit(self._engine.close, opened)
+
+    async def Features(
+        self, request_iterator: AsyncIterator[target_pb2.FeaturesRequest], context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[target_pb2.FeaturesResponse]:
+        if self._features is None:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "this group has no features for remote drafters")
+        async for response in self._features.serve(request_iterator, context):
+            yield response
+
+    def _end_features(self, sequence_ids: Iterable[int]) -> None:
+        if self._features is not None:
+            self._features.close(sequence_ids)
 
     async def _greet(self, hello: target_pb2.TargetHello, context: grpc.aio.ServicerContext) -> int:
         if hello.protocol_version != PROTOCOL_VERSION:
@@ -109,6 +123,8 @@ class TargetServicer(target_pb2_grpc.TargetServicer):
         # Sequences of the router that led before end here; it learns so from its next message.
         for epoch in list(self._opened):
             self._compute.submit(self._engine.close, list(self._opened.pop(epoch)))
+        if self._features is not None:
+            self._features.lead(hello.epoch)
         self._epoch = hello.epoch
         self._opened[hello.epoch] = set()
         logger.info("router leads this group", extra={"router_id": hello.router_id, "epoch": hello.epoch})
@@ -119,7 +135,13 @@ class TargetServicer(target_pb2_grpc.TargetServicer):
         opened = self._opened.setdefault(epoch, set())
         opened.difference_update(step.close)
         opened.update(message.sequence_id for message in step.open)
+        if self._features is not None:
+            self._features.receive(step)
         output = await self._run(lambda: self._engine.step(step))
+        if self._features is not None and output.features is not None:
+            kept = output.features
+            ends = [start + count for start, count in zip(kept.starts, kept.num_rows, strict=True)]
+            self._features.publish(step.step_id, kept.sequence_ids, ends)
         result, timings = output.result, output.result.timings
         timings.total_ns = time.perf_counter_ns() - received
         timings.queue_ns = max(0, timings.total_ns - timings.forward_ns - timings.verify_ns - timings.draft_ns)

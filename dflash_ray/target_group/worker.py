@@ -29,6 +29,7 @@ from dflash_ray.sampling.shards import ProcessGroupShards, ShardGroup, SingleSha
 from dflash_ray.target_group.colocated import ColocatedDrafter
 from dflash_ray.target_group.engine import Engine
 from dflash_ray.target_group.feature_store import FeatureStore
+from dflash_ray.target_group.feature_streams import FeatureStreams
 from dflash_ray.target_group.model import RankModel
 from dflash_ray.target_group.runner import GroupRunner
 from dflash_ray.target_group.servicer import TargetInfo, TargetServicer
@@ -82,6 +83,7 @@ class TargetRank:
         self._watchdog = Watchdog(config.target.step_timeout_s, f"a pass of rank {place.rank}")
         self._store: torch.distributed.TCPStore | None = None
         self._runner: GroupRunner | None = None
+        self._features: FeatureStreams | None = None
         self._server: RunningServer | None = None
 
     async def rendezvous(self) -> Rendezvous:
@@ -137,9 +139,9 @@ class TargetRank:
         self._runner = GroupRunner(model, StepChannel(device), shards)
         if is_first:
             colocated = self._colocated(drafter)
-            store = None
+            features = None
             if drafter is not None and colocated is None:
-                store = FeatureStore(config.target.kv_cache_rows, drafter.config.hidden_size, dtype)
+                features = FeatureStore(config.target.kv_cache_rows, drafter.config.hidden_size, dtype)
             self._engine = Engine(
                 self._runner,
                 config.target.num_pages,
@@ -147,8 +149,12 @@ class TargetRank:
                 model.max_model_len,
                 model.vocab_size,
                 colocated,
-                store,
+                features,
             )
+            if drafter is not None and features is not None:
+                self._features = FeatureStreams(
+                    self._engine.read_features, features.rows_per_piece, self._target_id, drafter.fingerprint
+                )
             self._info = TargetInfo(
                 target_id=self._target_id,
                 model_fingerprint=model_fingerprint(target, config.model.dtype),
@@ -176,7 +182,7 @@ class TargetRank:
     async def _listen(self) -> str:
         server = new_server(self._config.network.max_message_bytes)
         metrics = TargetMetrics()
-        servicer = TargetServicer(self._engine, self._info, self._compute, self._watchdog, metrics)
+        servicer = TargetServicer(self._engine, self._info, self._compute, self._watchdog, metrics, self._features)
         target_pb2_grpc.add_TargetServicer_to_server(servicer, server)
         add_metrics_service(server, servicer.render_metrics)
         host = bind_host(self._config.network.bind_host)

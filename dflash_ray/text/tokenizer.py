@@ -45,6 +45,7 @@ class ChatTokenizer:
         self._sizes = token_sizes(self._tokenizer)
         self._prefix, self._suffix = self._post_processing()
         self._newline = self._encode_piece("\n")
+        self._decoded: dict[int, str] = {}  # at most the vocabulary
         self.eos_ids = files.eos_ids
         self.vocab_size = min(self._tokenizer.get_vocab_size(), files.vocab_size or 2**32)
         self.sampling_defaults = files.sampling_defaults
@@ -92,6 +93,13 @@ class ChatTokenizer:
         if len(ids) > _LONG:
             return str(self._tokenizer.decode_batch([ids], skip_special_tokens=True)[0])
         return str(self._tokenizer.decode(ids, skip_special_tokens=True))
+
+    def decode_token(self, token_id: int) -> str:
+        """The same of one token."""
+        text = self._decoded.get(token_id)
+        if text is None:
+            text = self._decoded[token_id] = self.decode([token_id])
+        return text
 
     def token_text(self, token_id: int) -> str:
         """Text of one token, special tokens included."""

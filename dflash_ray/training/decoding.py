@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dflash_ray.core.draft_blocks import DraftBlock, blocks_of
 from dflash_ray.core.stats import AcceptanceStats
 from dflash_ray.models.block_drafter import BlockDrafter
-from dflash_ray.models.context_features import rows_of
 from dflash_ray.models.drafter_checkpoint import DrafterCheckpoint
 from dflash_ray.models.target_checkpoint import TargetCheckpoint, resolve_target
 from dflash_ray.pb import common_pb2, target_pb2
@@ -184,8 +184,10 @@ class BatchDecoder:
 
     def _take(self, output: StepOutput, running: dict[int, _Running]) -> Iterator[tuple[int, Decoded]]:
         """Books a step's tokens, features and drafts; yields what has finished."""
-        for part in output.features:
-            running[part.sequence_id].taps.append(rows_of(part).to(torch.bfloat16))
+        features = output.features
+        if features is not None:
+            for index, first, count in zip(features.sequence_ids, features.first_rows, features.num_rows, strict=True):
+                running[index].taps.append(features.rows[first : first + count].to(torch.bfloat16))
         result = output.result
         offset = 0
         finished: list[tuple[int, int]] = []
@@ -205,11 +207,11 @@ class BatchDecoder:
             offset += count
             if result.finish_reasons[i]:
                 finished.append((index, result.finish_reasons[i]))
-        for block in result.colocated_drafts:
+        for block in blocks_of(result.colocated_drafts):
             one = running[block.sequence_id]
             if not one.is_decoding:  # the prompt lacks its last token alone, which needs no verification
                 continue
-            one.drafts = list(block.candidate_ids[:: block.num_candidates])
+            one.drafts = block.draft_ids
             if one.request.num_candidates and not any(index == block.sequence_id for index, _ in finished):
                 one.blocks.append(_candidates(block))
         for index, error in failed:
@@ -229,10 +231,8 @@ class BatchDecoder:
             )
 
 
-def _candidates(block: common_pb2.DraftBlock) -> Candidates:
-    shape = (block.num_slots, block.num_candidates)
-    ids, logprobs = np.array(block.candidate_ids, dtype=np.int64), np.array(block.log_probs, dtype=np.float32)
-    return Candidates(block.committed_len, ids.reshape(shape), logprobs.reshape(shape))
+def _candidates(block: DraftBlock) -> Candidates:
+    return Candidates(block.committed_len, block.candidate_ids.astype(np.int64), block.log_probs)
 
 
 def _opening(index: int, request: DecodeRequest, stop_ids: list[int]) -> target_pb2.OpenSequence:

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from transformers import MuseGlimmerAssistantConfig, MuseGlimmerAssistantModel
 
 from dflash_ray.config import load_config
+from dflash_ray.core.draft_blocks import blocks_of
 from dflash_ray.models.block_drafter import BlockDrafter
 from dflash_ray.models.drafter_checkpoint import load_drafter, save_drafter
 from dflash_ray.pb import common_pb2, target_pb2
@@ -102,7 +103,7 @@ def decode(engine: Engine, prompt: list[int], drafts_from: int = 0, **sampling) 
         tokens += result.token_ids
         if result.finish_reasons[0]:
             return tokens, produced
-        drafts = list(result.colocated_drafts[0].candidate_ids) if len(tokens) >= drafts_from else []
+        drafts = next(blocks_of(result.colocated_drafts)).draft_ids if len(tokens) >= drafts_from else []
         drafts = drafts[: NUM_NEW - len(tokens) - 1]
         step = target_pb2.Step(
             verify_ids=[1],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from dflash_ray.core.draft_blocks import blocks_of
 from dflash_ray.models.block_drafter import BlockDrafter
 from dflash_ray.models.drafter_checkpoint import DrafterCheckpoint
 from dflash_ray.models.drafter_config import parse_dflash_config
@@ -93,11 +94,11 @@ def generate(engine: Engine, ids: tuple[int, ...] = (1, 2)) -> tuple[dict[int, l
             if result.finish_reasons[i]:
                 running.remove(sequence_id)
         drafts = {at: [] for at in running}
-        for block in result.colocated_drafts:
+        for block in blocks_of(result.colocated_drafts):
             num_drafts[block.sequence_id] += 1
             if block.sequence_id in drafts:
                 left = len(PROMPT) + 1 + NUM_NEW - len(tokens[block.sequence_id]) - 1
-                drafts[block.sequence_id] = list(block.candidate_ids)[: max(0, left)]
+                drafts[block.sequence_id] = block.draft_ids[: max(0, left)]
         step = verify_step(tokens, drafts)
     engine.close(ids)
     engine.allocator.check_integrity()
