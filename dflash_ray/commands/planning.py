@@ -79,7 +79,8 @@ def _load_of(workload: Workload) -> str:
 
 def _print_load(load: str, plans: list[Plan]) -> None:
     table = new_table(
-        "policy", "drafters", "tokens/s", "ratio", "τ", "TTFT ms", "p95", "p99", "ITL ms", "p95", "p99", "busy", "drafter",
+        "policy", "drafters", "tokens/s", "ratio", "τ", "TTFT ms", "p95", "p99", "ITL ms", "p95", "p99",
+        "busy", "drafter",
         title=f"one group, {load}",
     )  # fmt: skip
     plain = next((one.outcome.token_rate for one in plans if one.policy == "off"), None)
