@@ -19,6 +19,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from dflash_ray.config import DflashRayConfig
 from dflash_ray.core.errors import RequestError
@@ -32,7 +33,7 @@ from dflash_ray.gateway.openai_responses import ResponseWriter
 from dflash_ray.gateway.openai_types import ChatCompletionRequest
 from dflash_ray.gateway.requests import GenerationRequest
 from dflash_ray.gateway.token_chunks import unpack
-from dflash_ray.kernels.columns import CommitColumn, OutcomeColumn
+from dflash_ray.kernels.columns import IntColumn
 from dflash_ray.models.block_drafter import DraftProposal
 from dflash_ray.models.context_features import rows_of
 from dflash_ray.models.dflash2 import Draw
@@ -44,17 +45,18 @@ from dflash_ray.router.draft_requests import DrafterState
 from dflash_ray.router.limits import TargetLimits
 from dflash_ray.router.outbox import Outbox
 from dflash_ray.router.pipeline import Pipeline
-from dflash_ray.sampling.columns import to_columns
+from dflash_ray.sampling.columns import PlanColumns
 from dflash_ray.sampling.logprobs import Logprobs
-from dflash_ray.sampling.plan import SequencePlan, pack_plan, unpack_plan
-from dflash_ray.sampling.verify import SequenceOutcome, _to_outcome
+from dflash_ray.sampling.verify import Verdict
 from dflash_ray.target_group.batch import StepBatch
+from dflash_ray.target_group.codec import decode_step, encode_result
 from dflash_ray.target_group.engine import Engine
 from dflash_ray.target_group.feature_store import FeatureStore
 from dflash_ray.target_group.feature_streams import FeatureStreams, _push, _Stream, _Wanted
 from dflash_ray.target_group.model import StepHidden
-from dflash_ray.target_group.step_check import check_step
-from dflash_ray.target_group.tensor_parallel import StepChannel
+from dflash_ray.target_group.step import StepFeatures, StepInput
+from dflash_ray.target_group.step_channel import StepChannel
+from dflash_ray.target_group.step_check import StepLimits, check_step
 from dflash_ray.text.tokenizer import ChatTokenizer
 
 FINGERPRINT = "canned"
@@ -64,6 +66,7 @@ WORDS = 1000  # distinct tokens of all texts
 CHUNK = 65_536  # rows of a prefill pass
 SEQUENCES_A_DRAFTER = 128
 PAGE = 16
+LAST = 2**64 - 1  # a sequence whose closing ends the other ranks
 STORE_ROWS = 4096  # of the feature store that all slots share: its writes count, not its size
 
 
@@ -289,87 +292,94 @@ class _RingStore(FeatureStore):
         self._narrow = torch.zeros(1, case.prompt_width, dtype=self._rows.dtype)
         self.is_starting = case.prompt_width != case.width
 
-    def put(self, slots: list[int], features: torch.Tensor) -> None:
-        if features.shape[1] == self._rows.shape[1]:
-            super().put([slot % STORE_ROWS for slot in slots], features)
+    def put(self, slots: NDArray[np.int64], features: StepFeatures) -> None:
+        if features.rows.shape[1] == self._rows.shape[1]:
+            super().put(slots % STORE_ROWS, features)
 
-    def get(self, slots: list[int]) -> torch.Tensor:
+    def get(self, slots: NDArray[np.int64]) -> torch.Tensor:
         if self.is_starting:
             return self._narrow.expand(len(slots), -1)
-        return super().get([slot % STORE_ROWS for slot in slots])
+        return super().get(slots % STORE_ROWS)
 
 
 class CannedRunner:
-    """The ranks together, without a model: the plan travels and becomes columns, the verdict is canned."""
+    """A rank without a model: the verdict is canned. `clock` goes on with what the engine does after each call."""
 
-    def __init__(self, case: Case, clock: Clock, texts: Texts, channel: StepChannel | None) -> None:
+    device = torch.device("cpu")
+
+    def __init__(self, case: Case, clock: Clock, texts: Texts) -> None:
         self._clock = clock
         self._texts = texts.tokens
-        self._channel = channel
         self._prompt_width = case.prompt_width
         self.is_starting = case.prompt_width != case.width
         self._features = torch.zeros(case.sequences * (DRAFTS + 1), case.width, dtype=getattr(torch, case.dtype))
 
-    def forward(self, batch: StepBatch, plan: list[SequencePlan]) -> StepHidden:
-        self._clock.to("target to ranks")
-        if self._channel is not None:
-            self._channel.send(batch.pack(), pack_plan(plan))
+    def forward(self, batch: StepBatch) -> StepHidden:
         self._clock.to(None)
         num_rows = len(batch.feature_rows)
         if num_rows > len(self._features) or self.is_starting:
             features = self._features[:1, : self._prompt_width].expand(num_rows, -1)
         else:
             features = self._features[:num_rows]
+        self._clock.to("target columns")
         return StepHidden(torch.empty(0), features)
 
-    def verify(self, hidden: StepHidden, plan: list[SequencePlan]) -> list[SequenceOutcome]:
-        self._clock.to("target columns")
-        columns = to_columns(plan, torch.device("cpu"))
+    def verify(self, hidden: StepHidden, columns: PlanColumns) -> Verdict:
         self._clock.to(None)
-        outcome, commits = self._verdict(plan, columns.depth)
+        ints = columns.tensors.ints.numpy()
+        seeds, starts = ints[:, IntColumn.SEED], ints[:, IntColumn.ROOT_POSITION] + 1
+        num_tokens = np.minimum(KEPT_DRAFTS, ints[:, IntColumn.NUM_ROWS] - 1) + 1
+        depth = np.arange(columns.depth)
+        last = self._texts.shape[1] - 1
+        verdict = Verdict(
+            tokens=self._texts[seeds[:, None], np.minimum(starts[:, None] + depth, last)].astype(np.int64),
+            accepted_rows=np.where(depth < num_tokens[:, None] - 1, depth + 1, -1),
+            num_tokens=num_tokens,
+            num_accepted=num_tokens - 1,
+            finishes=np.zeros_like(num_tokens),
+            kv_lens=starts - 1 + num_tokens,
+            is_flagged=np.zeros(len(ints), dtype=np.bool_),
+        )
         self._clock.to("target commit")
-        return [
-            _to_outcome(line, commit, columns.depth)
-            for line, commit in zip(outcome.tolist(), commits.tolist(), strict=True)
-        ]
+        return verdict
 
     def score(self, hidden: StepHidden, batch: StepBatch) -> Logprobs:
         return Logprobs()
 
-    def _verdict(self, plan: list[SequencePlan], depth: int) -> tuple[torch.Tensor, torch.Tensor]:
-        outcome = torch.full((len(plan), OutcomeColumn.TOKENS + 2 * depth), -1)
-        commits = torch.zeros(len(plan), len(CommitColumn), dtype=torch.int64)
-        for i, sequence in enumerate(plan):
-            kept = min(KEPT_DRAFTS, len(sequence.tokens) - 1)
-            start = sequence.position + 1
-            tokens = self._texts[sequence.seed, start : start + kept + 1]
-            outcome[i, OutcomeColumn.NUM_ACCEPTED], outcome[i, OutcomeColumn.IS_FLAGGED] = kept, 0
-            outcome[i, OutcomeColumn.TOKENS : OutcomeColumn.TOKENS + kept + 1] = torch.from_numpy(tokens.copy())
-            at = OutcomeColumn.TOKENS + depth
-            outcome[i, at : at + kept] = torch.arange(1, kept + 1)
-            commits[i, CommitColumn.NUM_TOKENS] = kept + 1
-            commits[i, CommitColumn.NUM_ROWS] = kept + 1
-            commits[i, CommitColumn.KV_LEN] = start + kept
-        return outcome, commits
+
+class _Lead:
+    """Tells the other ranks, on the clock."""
+
+    def __init__(self, channel: StepChannel, clock: Clock) -> None:
+        self._channel, self._clock = channel, clock
+
+    def send(self, step: StepInput) -> None:
+        self._clock.to("target to ranks")
+        self._channel.send(step)
+        self._clock.to("target batch")
+
+
+def _engine(
+    case: Case, runner: CannedRunner, features: FeatureStore | None = None, lead: _Lead | None = None
+) -> Engine:
+    target = case.config().target
+    max_model_len = case.config().model.max_model_len
+    assert max_model_len is not None
+    return Engine(runner, target.num_pages, target.page_size, max_model_len, features=features, lead=lead)
 
 
 class Target:
     """Engine and codec of rank 0."""
 
     def __init__(self, case: Case, clock: Clock, texts: Texts, channel: StepChannel | None = None) -> None:
-        target = case.config().target
+        config = case.config()
         self._clock = clock
-        self._max_batch_tokens = target.max_batch_tokens
-        self._runner = CannedRunner(case, clock, texts, channel)
-        self._store = _RingStore(case)
-        self.engine = Engine(
-            self._runner,
-            target.num_pages,
-            target.page_size,
-            case.config().model.max_model_len,
-            texts.tokenizer.vocab_size,
-            features=self._store,
+        self._limits = StepLimits(
+            config.target.max_batch_tokens, config.model.max_model_len or 0, texts.tokenizer.vocab_size
         )
+        self._runner = CannedRunner(case, clock, texts)
+        self._store = _RingStore(case)
+        self.engine = _engine(case, self._runner, self._store, None if channel is None else _Lead(channel, clock))
         self.features = FeatureStreams(self.engine.read_features, self._store.rows_per_piece, "target", FINGERPRINT)
         self.features.lead(1)
 
@@ -381,18 +391,19 @@ class Target:
         """The result of a step, whose features are there for the drafters then."""
         self._clock.to("target codec")
         request = target_pb2.TargetRequest.FromString(data)
-        check_step(request.step, self._max_batch_tokens)
+        step = decode_step(request.step)
+        check_step(step, self._limits)
         self._clock.to("target features")
         self.features.receive(request.step)
         self._clock.to("target batch")
-        output = self.engine.step(request.step)
+        output = self.engine.step(step)
         self._clock.to("target features")
         kept = output.features
         if kept is not None:
-            ends = [start + count for start, count in zip(kept.starts, kept.num_rows, strict=True)]
-            self.features.publish(request.step.step_id, kept.sequence_ids, ends)
+            ends = (kept.starts + kept.num_rows).tolist()
+            self.features.publish(output.step_id, kept.sequence_ids.tolist(), ends)
         self._clock.to("target codec")
-        result = target_pb2.TargetResponse(result=output.result).SerializeToString()
+        result = target_pb2.TargetResponse(result=encode_result(output)).SerializeToString()
         self._clock.to(None)
         return result
 
@@ -575,20 +586,25 @@ class Gateway:
         return count, size
 
 
-def follow(channel: StepChannel, clock: Clock) -> bool:
-    """Another rank's part of a step; False after the last one."""
-    flat_batch, flat_plan = channel.receive()
-    if not len(flat_batch):
-        return False
-    clock.to("rank")
-    StepBatch.unpack(flat_batch)
-    plan = unpack_plan(flat_plan)
-    if plan:
-        to_columns(plan, torch.device("cpu"))
-    clock.to(None)
-    return True
+class Rank:
+    """Another rank of a group: the engine without what rank 0 alone does."""
+
+    def __init__(self, case: Case, clock: Clock, texts: Texts, channel: StepChannel) -> None:
+        self._clock, self._channel = clock, channel
+        self._runner = CannedRunner(case, Clock(), texts)
+        self._engine = _engine(case, self._runner)
+
+    def follow(self) -> bool:
+        """A step; False after the last one."""
+        step = self._channel.receive()
+        if LAST in step.close:
+            return False
+        self._clock.to("rank")
+        self._engine.step(step)
+        self._clock.to(None)
+        return True
 
 
 def dismiss(channel: StepChannel) -> None:
     """Rank 0: there is no further step."""
-    channel.send(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))
+    channel.send(StepInput(close=np.array([LAST], dtype=np.uint64)))

@@ -17,6 +17,7 @@ import time
 import numpy as np
 
 from dflash_ray.config import load_config
+from dflash_ray.core.arrays import packed
 from dflash_ray.pb import common_pb2, drafter_pb2, router_pb2, target_pb2
 from dflash_ray.router.actions import Emit, RequestDrafts, RunStep
 from dflash_ray.router.draft_requests import DrafterState
@@ -139,6 +140,7 @@ class Bench:
         entries = [(i, rows, None) for i, rows in zip(step.prefill_ids, step.prefill_lens, strict=True)]
         entries += [(i, 0, count) for i, count in zip(step.verify_ids, step.num_drafts, strict=True)]
         num_ended = 0
+        token_ids: list[int] = []
         self.num_decoded = len(step.verify_ids)
         for sequence_id, rows, drafts in entries:
             accepted = 0 if not drafts else min(drafts, int(self.random.expovariate(0.4)))
@@ -158,8 +160,9 @@ class Bench:
             result.num_accepted_drafts.append(accepted)
             result.num_tokens.append(count)
             result.committed_lens.append(self.lens[sequence_id])
-            result.token_ids.extend(self.random.randrange(NUM_WORDS) for _ in range(count))
+            token_ids += [self.random.randrange(NUM_WORDS) for _ in range(count)]
             result.finish_reasons.append(common_pb2.FINISH_REASON_STOP if is_over else 0)
+        result.token_ids = packed(np.array(token_ids))
         self.num_finished += num_ended
         return target_pb2.TargetResponse(result=result).SerializeToString(), num_ended
 

@@ -24,13 +24,12 @@ from dflash_ray.gateway.grpc_api import GenerationServicer
 from dflash_ray.gateway.http_api import build_http_app
 from dflash_ray.gateway.token_chunks import TokenChunk
 from dflash_ray.pb import common_pb2, generation_pb2_grpc, router_pb2, router_pb2_grpc
-from dflash_ray.router.actions import Emit
 from dflash_ray.router.outbox import Outbox
-from dflash_ray.router.sequence import RouterSequence
 from dflash_ray.rpc.channel import new_server
 from dflash_ray.rpc.directory import DirectoryClient, Entry
 from dflash_ray.rpc.malformed import RefuseMalformed
 from dflash_ray.text.tokenizer import ChatTokenizer
+from tests.toy import emit_of
 
 
 @functools.cache  # the embedded model's takes seconds to read
@@ -63,11 +62,6 @@ def says(text: str, pass_size: int = 1, end: int = common_pb2.FINISH_REASON_LENG
             yield chunk(*part, drafted=pass_size - 1, reason=end if at + pass_size >= len(ids) else 0)
 
     return respond
-
-
-def emit_of(call_id: int, part: TokenChunk) -> Emit:
-    sequence = RouterSequence(0, router_pb2.GenerateTokensRequest(), [], 0, call_id=call_id)
-    return Emit.one(sequence, part.token_ids, part.finish_reason, part.decode_pass, part.logprobs, part.prompt_logprobs)
 
 
 @dataclass

@@ -7,6 +7,8 @@ from collections.abc import Collection
 import numpy as np
 import numpy.typing as npt
 
+_TOKEN_IDS = np.dtype("<u4")
+
 Ints = npt.NDArray[np.int64]
 Ids = npt.NDArray[np.uint64]  # of others' making
 Tokens = npt.NDArray[np.uint32]
@@ -25,3 +27,15 @@ def spans(starts: Ints, counts: Ints) -> Ints:
 def column(field: Collection[int]) -> Ints:
     """A repeated field of integers as an array."""
     return np.fromiter(field, np.int64, len(field))
+
+
+def packed(token_ids: Tokens | Ints) -> bytes:
+    """Token ids as they travel."""
+    return token_ids.astype(_TOKEN_IDS, copy=False).tobytes()
+
+
+def unpacked(name: str, data: bytes) -> Tokens:
+    """Token ids that travelled in the field `name`. Raises ValueError for bytes that are none."""
+    if len(data) % _TOKEN_IDS.itemsize:
+        raise ValueError(f"{name} has {len(data)} bytes, which are no whole number of token ids")
+    return np.frombuffer(data, dtype=_TOKEN_IDS)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from dflash_ray.core.arrays import Flags, Ints, Tokens, column, spans
+from dflash_ray.core.arrays import Flags, Ints, Tokens, column
 from dflash_ray.pb import common_pb2
 
 _IDS, _LOG_PROBS = np.dtype("<u4"), np.dtype("<f4")
@@ -93,18 +93,19 @@ class BlockColumns:
             column(message.committed_lens),
             num_slots,
             num_candidates,
-            np.array(message.is_drawn, np.bool_),
+            np.fromiter(message.is_drawn, np.bool_, count),
             ends - num_slots * num_candidates,
             np.frombuffer(message.candidate_ids, dtype=_IDS),
             np.frombuffer(message.log_probs, dtype=_LOG_PROBS),
         )
 
-    def drafts(self, blocks: Ints) -> tuple[Tokens, NDArray[np.float32]]:
-        """The draft of each slot and its log-probability, of one block after the other."""
-        counts = self.num_slots[blocks]
-        within = spans(np.zeros_like(counts), counts)
-        places = np.repeat(self.starts[blocks], counts) + within * np.repeat(self.num_candidates[blocks], counts)
-        return self.candidate_ids[places], self.log_probs[places]
+    def draft_places(self, blocks: Ints, width: int) -> tuple[Ints, Flags]:
+        """Where blocks have their drafts in candidate_ids and log_probs, and which there are; [len(blocks), width]."""
+        slots = np.arange(width)
+        is_there: Flags = slots < self.num_slots[blocks][:, None]
+        places: Ints = self.starts[blocks][:, None] + slots * self.num_candidates[blocks][:, None]
+        places[~is_there] = 0
+        return places, is_there
 
     def block(self, i: int) -> DraftBlock:
         """One of them."""

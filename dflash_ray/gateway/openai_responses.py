@@ -75,7 +75,7 @@ class _Choice:
     stop: str | int | None = None
     is_open: bool = False
     num_logged: int = 0
-    around_text: list[str] = field(default_factory=list)
+    around_text: tuple[str, str] | None = None
 
 
 class ResponseWriter:
@@ -153,10 +153,12 @@ class ResponseWriter:
         self.add(delta)
         if not delta.text:
             return ""
-        if not choice.around_text:
+        if choice.around_text is None:
             chunk = self._chunk(self._choice_object(delta.index, self._delta(_ANY_TEXT), choice, [], []))
-            choice.around_text = event(chunk).split(_to_json(_ANY_TEXT))
-        return _to_json(delta.text).join(choice.around_text)
+            before, _, after = event(chunk).rpartition(_to_json(_ANY_TEXT))
+            choice.around_text = before, after
+        before, after = choice.around_text
+        return before + _to_json(delta.text) + after
 
     def chunks(self, delta: ChoiceDelta) -> Iterator[dict[str, Any]]:
         """The chunks of a delta, if it has anything to show yet. The very last also says how speculation went."""

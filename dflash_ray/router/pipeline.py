@@ -276,7 +276,7 @@ class Pipeline:
     def _observe_step(self, step: target_pb2.Step, now: float) -> None:
         if self._step_done_at is not None and step.verify_ids:
             self._metrics.step_gap.observe(now - self._step_done_at)
-        rows = sum(step.prefill_lens) + len(step.verify_ids) + len(step.draft_token_ids)
+        rows = sum(step.prefill_lens) + len(step.verify_ids) + sum(step.num_drafts)
         self._metrics.step_tokens.labels(self._model).observe(rows)
 
     def _record_acceptance(self, result: target_pb2.StepResult) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dflash_ray.core.arrays import Flags, Ints, Tokens, column, spans
+from dflash_ray.core.arrays import Flags, Ints, Tokens, column, spans, unpacked
 from dflash_ray.pb import common_pb2, target_pb2
 from dflash_ray.router.steps import StepInFlight
 
@@ -55,15 +55,16 @@ def read_result(result: target_pb2.StepResult, step: StepInFlight) -> StepOutcom
         if len(values) != len(ids):
             raise ValueError(f"{name} has {len(values)} elements for {len(ids)} entries")
     statuses, num_accepted, num_tokens, finish_reasons = columns
-    if int(num_tokens.sum()) != len(result.token_ids):
-        raise ValueError(f"token_ids has {len(result.token_ids)} elements for {int(num_tokens.sum())} tokens")
+    token_ids = unpacked("token_ids", result.token_ids)
+    if int(num_tokens.sum()) != len(token_ids):
+        raise ValueError(f"token_ids has {len(token_ids)} elements for {int(num_tokens.sum())} tokens")
     with_logprobs = (step.asks_logprobs & (num_tokens > 0)).nonzero()[0].tolist()
     failed = (statuses == target_pb2.ENTRY_STATUS_FAILED).nonzero()[0].tolist()
     return StepOutcome(
         statuses,
         num_accepted,
         num_tokens,
-        column(result.token_ids).astype(np.uint32),
+        token_ids,
         finish_reasons,
         dict(zip(with_logprobs, result.logprobs, strict=True)),
         dict(zip(failed, result.errors, strict=True)),

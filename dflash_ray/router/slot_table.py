@@ -203,30 +203,24 @@ class SlotTable:
 
         A draft that the target does not have ends its chain before it; what is beyond MAX_DRAFTS is left out.
         """
-        taken = np.flatnonzero(is_taken)
-        of_blocks, lens = slots[taken], blocks.num_slots[taken]
-        token_ids, log_probs = blocks.drafts(taken)
-        columns = spans(np.zeros_like(lens), lens)
-        rows = np.repeat(np.arange(len(taken)), lens)
-        if len(columns) and (int(columns.max()) >= MAX_DRAFTS or int(token_ids.max()) >= vocab_size):
-            lens = np.minimum(lens, MAX_DRAFTS)
-            is_wrong = token_ids >= vocab_size
-            np.minimum.at(lens, rows[is_wrong], columns[is_wrong])
-            is_kept = columns < lens[rows]
-            columns, rows, token_ids, log_probs = (
-                columns[is_kept],
-                rows[is_kept],
-                token_ids[is_kept],
-                log_probs[is_kept],
-            )
-        self.drafts[of_blocks[rows], columns] = token_ids
-        self.draft_log_probs[of_blocks[rows], columns] = log_probs
-        self.draft_lens[of_blocks] = lens
-        self.draft_sources[of_blocks] = source
-        self.draft_deadlines[of_blocks] = NEVER
-        self.is_asking[of_blocks] = False
-        for i in taken[blocks.is_drawn[taken]].tolist():
-            self.drawn[int(slots[i])] = blocks.block(i)
+        taken = is_taken.nonzero()[0]
+        slots = slots[taken]
+        width = min(MAX_DRAFTS, int(blocks.num_slots[taken].max(initial=0)))
+        lens = np.minimum(blocks.num_slots[taken], width)
+        if width:
+            places, is_there = blocks.draft_places(taken, width)
+            token_ids = blocks.candidate_ids[places]
+            is_wrong = is_there & (token_ids >= vocab_size)
+            if is_wrong.any():
+                lens = np.where(is_wrong.any(axis=1), is_wrong.argmax(axis=1), lens)
+            self.drafts[slots, :width] = token_ids
+            self.draft_log_probs[slots, :width] = np.where(is_there, blocks.log_probs[places], np.nan)
+        self.draft_lens[slots] = lens
+        self.draft_sources[slots] = source
+        self.draft_deadlines[slots] = NEVER
+        self.is_asking[slots] = False
+        for place in blocks.is_drawn[taken].nonzero()[0].tolist():
+            self.drawn[int(slots[place])] = blocks.block(int(taken[place]))
 
     def leave_drafter(self, slot: int) -> None:
         """No drafter holds anything of it."""

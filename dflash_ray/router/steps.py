@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dflash_ray.config import RouterConfig
-from dflash_ray.core.arrays import Flags, Ints
+from dflash_ray.core.arrays import Flags, Ints, packed
 from dflash_ray.pb import target_pb2
 from dflash_ray.router.limits import TargetLimits
 from dflash_ray.router.slot_table import SlotTable
@@ -107,10 +107,8 @@ def _add_chains(step: target_pb2.Step, table: SlotTable, slots: Ints, counts: In
     step.verify_ids.extend(table.ids[slots].tolist())
     step.base_lens.extend(table.committed_lens[slots].tolist())
     step.num_drafts.extend(counts.tolist())
-    step.draft_token_ids.extend(table.drafts[slots][is_sent].tolist())
-    step.draft_parents.extend(np.nonzero(is_sent)[1].tolist())
+    step.draft_token_ids = packed(table.drafts[slots][is_sent])
     if not table.drawn:
-        step.num_draft_candidates.extend([0] * len(slots))
         return
     for slot, count in zip(slots.tolist(), counts.tolist(), strict=True):
         drawn = table.drawn.get(slot)

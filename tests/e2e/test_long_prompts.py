@@ -32,7 +32,7 @@ from dflash_ray.target_group.feature_streams import FeatureStreams
 from dflash_ray.target_group.model import RankModel
 from dflash_ray.target_group.runner import GroupRunner
 from dflash_ray.target_group.servicer import TargetInfo, TargetServicer
-from dflash_ray.target_group.tensor_parallel import StepChannel, create_store, init_process_group
+from dflash_ray.target_group.tensor_parallel import create_store, init_process_group
 from tests.drafter.published import changed, random_weights
 from tests.tiny import save_tiny_target
 
@@ -79,7 +79,7 @@ def target_servicer(models: Models, config: DflashRayConfig) -> TargetServicer:
     sizes = {"page_size": config.target.page_size, "num_pages": config.target.num_pages}
     limits = {"max_model_len": rank.max_model_len, "vocab_size": rank.vocab_size}
     store = FeatureStore(config.target.kv_cache_rows, HIDDEN, torch.float32)
-    engine = Engine(GroupRunner(rank, StepChannel("cpu"), SingleShard()), **sizes, **limits, features=store)
+    engine = Engine(GroupRunner(rank, SingleShard()), **sizes, max_model_len=rank.max_model_len, features=store)
     features = FeatureStreams(engine.read_features, store.rows_per_piece, "t", drafter.fingerprint)
     info = TargetInfo(
         target_id="t",

@@ -67,7 +67,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         match action:
             case RunStep(step):
                 assert len(self.steps) < self.depth
-                rows = sum(step.prefill_lens) + len(step.verify_ids) + len(step.draft_token_ids)
+                rows = sum(step.prefill_lens) + len(step.verify_ids) + sum(step.num_drafts)
                 assert 0 < rows <= MAX_BATCH_TOKENS
                 self.sent.append(step)
                 ids = [i for step in self.steps for i in (*step.prefill_ids, *step.verify_ids) if i in self.alive]

@@ -21,7 +21,7 @@ def host(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 @pytest.mark.parametrize("penalties", [False, True])
 async def test_every_part_and_every_wire_reports_a_figure(host, penalties):
     figures = await host.measure(replace(host.QUICK, penalties=penalties), steps=2)
-    parts = {*host.CRITICAL, *host.ASIDE} - {"rank"}
+    parts = {*host.CRITICAL, *host.ASIDE} - {"rank", "target to ranks"}
     assert {name for name, ms in figures.ms.items() if ms > 0} == parts
     assert figures.bytes.keys() == set(host.WIRES)
     assert all(figures.bytes.values())
@@ -29,4 +29,4 @@ async def test_every_part_and_every_wire_reports_a_figure(host, penalties):
 
 def test_other_ranks_report_theirs(host):
     figures = host.run(replace(host.QUICK, tp=2), steps=2)
-    assert figures.ms["rank"] > 0
+    assert figures.ms["rank"] > 0 and figures.ms["target to ranks"] > 0

@@ -3,6 +3,7 @@
 import numpy as np
 
 from dflash_ray.config import load_config
+from dflash_ray.core.arrays import packed
 from dflash_ray.core.draft_blocks import DraftBlock, to_message
 from dflash_ray.pb import common_pb2, drafter_pb2, router_pb2, target_pb2
 from dflash_ray.router.actions import RequestDrafts, RunStep
@@ -12,6 +13,7 @@ from dflash_ray.router.scheduler import Scheduler
 from dflash_ray.router.speculation.controller import SpeculationController
 from dflash_ray.router.speculation.cost_model import Batch
 from dflash_ray.router.speculation.records import Candidates, Policy
+from tests.toy import tokens_of
 
 LIMITS = TargetLimits(1, 4096, 1000, 16, 512, 512, feature_fingerprint="f")
 CYCLE = [11, 12, 13, 14, 15, 16, 17]
@@ -29,7 +31,7 @@ class CyclingTarget:
         return self.says.get(position, CYCLE[position % len(CYCLE)])
 
     def step(self, step: target_pb2.Step) -> target_pb2.StepResult:
-        drafts, new = list(step.draft_token_ids), []
+        drafts, new = tokens_of(step.draft_token_ids), []
         for draft in [*drafts, None]:
             new.append(self.next_token(len(self.tokens) + len(new)))
             if new[-1] != draft:
@@ -40,7 +42,7 @@ class CyclingTarget:
         result.statuses.append(target_pb2.ENTRY_STATUS_OK)
         result.num_accepted_drafts.append(len(new) - 1)
         result.num_tokens.append(len(new))
-        result.token_ids.extend(new)
+        result.token_ids = packed(np.array(new))
         result.finish_reasons.append(common_pb2.FINISH_REASON_UNSPECIFIED)
         self.kv_len += rows
         self.tokens += new

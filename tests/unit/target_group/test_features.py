@@ -8,16 +8,15 @@ import weakref
 import torch
 
 from dflash_ray.models.target_checkpoint import resolve_target
-from dflash_ray.pb import target_pb2
 from dflash_ray.sampling.shards import SingleShard
-from dflash_ray.target_group.engine import Engine, StepOutput
+from dflash_ray.target_group.engine import Engine
 from dflash_ray.target_group.feature_store import FeatureStore
 from dflash_ray.target_group.model import RankModel, StepHidden
 from dflash_ray.target_group.runner import GroupRunner
-from dflash_ray.target_group.tensor_parallel import StepChannel
+from dflash_ray.target_group.step import Opening, StepOutput
+from tests.steps import PROMPT, garbage, opening, oracle, run, step_of, tokens_of, verify_step
 from tests.tiny import save_tiny_target
 from tests.unit.target_group.conftest import CONFIG
-from tests.unit.target_group.test_engine import PROMPT, VOCAB, garbage, opening, oracle, run, verify_step
 
 LAYERS = (0, 2)
 WIDTH = 2 * 48
@@ -26,37 +25,33 @@ WIDTH = 2 * 48
 def runner_with_taps(target, dtype: str = "float32", projector: torch.nn.Module | None = None) -> GroupRunner:
     config = CONFIG.model_copy(update={"model": CONFIG.model.model_copy(update={"dtype": dtype})})
     rank = RankModel(target, config, 0, 1, projector or torch.nn.Identity(), LAYERS)
-    return GroupRunner(rank, StepChannel("cpu"), SingleShard())
+    return GroupRunner(rank, SingleShard())
 
 
 def new_engine(
     runner, num_pages: int = CONFIG.target.num_pages, width: int = WIDTH, dtype: torch.dtype = torch.float32
 ) -> tuple[Engine, FeatureStore]:
     store = FeatureStore(num_pages * CONFIG.target.page_size, width, dtype)
-    return Engine(runner, num_pages, CONFIG.target.page_size, 256, VOCAB, features=store), store
+    return Engine(runner, num_pages, CONFIG.target.page_size, 256, features=store), store
 
 
-def wanting_features(*args, **kwargs) -> target_pb2.OpenSequence:
-    message = opening(*args, **kwargs)
-    message.wants_features = True
-    return message
+def wanting_features(*args, **kwargs) -> Opening:
+    return opening(*args, **kwargs, wants_features=True)
 
 
-def generate(engine: Engine, message: target_pb2.OpenSequence, draft_of=garbage, num_steps: int = 12, chunk: int = 3):
+def generate(engine: Engine, start: Opening, draft_of=garbage, num_steps: int = 12, chunk: int = 3):
     """Runs a sequence for some steps; returns its tokens, the rows of its steps, and leaves it open."""
-    tokens, parts = list(message.token_ids), []
-    step = target_pb2.Step(open=[message])
-    for _ in range(0, len(message.token_ids), chunk):
-        step.prefill_ids.append(message.sequence_id)
-        step.prefill_lens.append(chunk)
-        output = engine.step(step)
-        parts.append(rows_of(output, message.sequence_id))
-        step = target_pb2.Step()
-    tokens += output.result.token_ids
+    tokens, parts, at = start.token_ids.tolist(), [], start.sequence_id
+    opened = [start]
+    for _ in range(0, len(start.token_ids), chunk):
+        output = engine.step(step_of(opened, {at: chunk}))
+        parts.append(rows_of(output, at))
+        opened = []
+    tokens += output.token_ids.tolist()
     for _ in range(num_steps):
-        output = engine.step(verify_step({message.sequence_id: tokens}, {message.sequence_id: draft_of(tokens)[:3]}))
-        parts.append(rows_of(output, message.sequence_id))
-        tokens += output.result.token_ids
+        output = engine.step(verify_step({at: tokens}, {at: draft_of(tokens)[:3]}))
+        parts.append(rows_of(output, at))
+        tokens += output.token_ids.tolist()
     return tokens, torch.cat(parts)
 
 
@@ -119,19 +114,19 @@ class Watched:
     """A runner that knows which of the arrays behind its steps' features are still held by someone."""
 
     def __init__(self, runner: GroupRunner) -> None:
-        self._runner = runner
+        self._runner, self.device = runner, runner.device
         self._arrays: list[weakref.ref] = []
 
-    def forward(self, batch, plan) -> StepHidden:
-        hidden = self._runner.forward(batch, plan)
+    def forward(self, batch) -> StepHidden:
+        hidden = self._runner.forward(batch)
         if hidden.features is None:
             return hidden
         array = hidden.features.numpy().copy()
         self._arrays.append(weakref.ref(array))
         return StepHidden(hidden.sampled, torch.from_numpy(array))
 
-    def verify(self, hidden, plan):
-        return self._runner.verify(hidden, plan)
+    def verify(self, hidden, columns):
+        return self._runner.verify(hidden, columns)
 
     def score(self, hidden, batch):
         return self._runner.score(hidden, batch)
@@ -149,14 +144,16 @@ def test_many_short_sequences_beside_a_long_one_leave_no_memory_behind(process_g
     del rows
     size = store.num_bytes
     for short in range(2, 42):
-        step = verify_step({1: long_tokens}, {1: []})
-        step.open.append(wanting_features(short))
-        step.prefill_ids.append(short)
-        step.prefill_lens.append(len(PROMPT))
-        step.close.append(short - 1 if short > 2 else 0)
+        step = verify_step(
+            {1: long_tokens},
+            {1: []},
+            open=[wanting_features(short)],
+            prefill={short: len(PROMPT)},
+            close=[short - 1] if short > 2 else [],
+        )
         output = engine.step(step)
         parts.append(rows_of(output, 1).clone())
-        long_tokens.append(output.result.token_ids[1])
+        long_tokens += tokens_of(output)[1]
     del output
     assert watched.num_alive() == 0
     assert store.num_bytes == size == CONFIG.target.kv_cache_rows * WIDTH * 4
