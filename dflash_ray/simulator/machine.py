@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from dflash_ray.core.arrays import packed, unpacked
 from dflash_ray.core.draft_blocks import DraftBlock, to_message
 from dflash_ray.pb import common_pb2, drafter_pb2, router_pb2, target_pb2
 from dflash_ray.router.limits import TargetLimits
@@ -98,11 +99,12 @@ class VirtualTarget:
             sequence.computed += rows
             context += sequence.computed
             self._commit(result, sequence_id, sequence, int(sequence.computed == sequence.length), 0)
+        drafts = unpacked("draft_token_ids", step.draft_token_ids).tolist()
         at = 0
         for sequence_id, count in zip(step.verify_ids, step.num_drafts, strict=True):
             sequence = self._sequences[sequence_id]
             accepted = 0
-            for token in step.draft_token_ids[at : at + count]:
+            for token in drafts[at : at + count]:
                 if token != token_at(sequence.request.number, sequence.length + accepted):
                     break
                 accepted += 1
@@ -110,7 +112,7 @@ class VirtualTarget:
             context += sequence.length
             sequence.computed = sequence.length + accepted
             self._commit(result, sequence_id, sequence, 1 + accepted, accepted)
-        rows = len(step.verify_ids) + len(step.draft_token_ids)
+        rows = len(step.verify_ids) + len(drafts)
         prefill_rows = sum(step.prefill_lens)
         seconds = self.profile.pass_seconds(len(step.verify_ids), rows, context, prefill_rows) * self.slowdown()
         drafting = self._draft(step, result)
@@ -134,7 +136,7 @@ class VirtualTarget:
         result.committed_lens.append(sequence.length)
         result.num_accepted_drafts.append(min(accepted, count))
         result.num_tokens.append(count)
-        result.token_ids.extend(tokens)
+        result.token_ids += packed(np.array(tokens, np.int64))
         is_over = count > 0 and count == left
         result.finish_reasons.append(
             common_pb2.FINISH_REASON_LENGTH if is_over else common_pb2.FINISH_REASON_UNSPECIFIED

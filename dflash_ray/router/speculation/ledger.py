@@ -11,8 +11,8 @@ MOST_LOSS = 0.015  # of the plain time of any window; what cannot be foreseen ha
 class Ledger:
     """The last steps: seconds that they took, and seconds in which plain decoding would have come as far.
 
-    Every window of 200 steps must lose at most that part: those that lie behind, and those that end later, whose steps to
-    come may always be plain ones. `room` is what the next step may lose so that this stays true.
+    No window of 200 steps may lose more than that part: none that lies behind, and none that ends later, whose steps to
+    come may all be plain ones. `room` is what the next step may lose so that this stays true.
     """
 
     def __init__(self) -> None:
