@@ -82,7 +82,8 @@ class Speculating:
         for cohort in (0, 1):
             members = slots[table.cohorts[slots] == cohort]
             if len(members):
-                candidates = self._candidates(members, reach(members))
+                wanted = self.controller.wants_ngrams(members)
+                candidates = self._candidates(members, reach(members), wanted)
                 table.num_asked[members] = self._plan(candidates, cohort, limits, now)
         return slots[table.num_asked[slots] > 0]
 
@@ -92,12 +93,11 @@ class Speculating:
         batch = self._batch(decoding, self._rows_of_prompts(limits))
         return self.controller.plan(candidates, batch, limits.max_batch_tokens - batch.num_rows, now, cohort)
 
-    def _candidates(self, slots: Ints, draft_room: Ints) -> Candidates:
+    def _candidates(self, slots: Ints, draft_room: Ints, wants_ngram: Flags) -> Candidates:
         room = self.table.most_drafts(slots)
-        if self._uses_ngrams:
-            match_lens, lens = self.ngrams.look_up(slots, room)
-        else:
-            match_lens = lens = np.zeros(len(slots), np.int64)
+        match_lens, lens = np.zeros(len(slots), np.int64), np.zeros(len(slots), np.int64)
+        if self._uses_ngrams and wants_ngram.any():
+            match_lens[wants_ngram], lens[wants_ngram] = self.ngrams.look_up(slots[wants_ngram], room[wants_ngram])
         return Candidates(slots, room, draft_room, match_lens, lens)
 
     def _batch(self, slots: Ints, prefill_rows: int) -> Batch:
@@ -133,18 +133,21 @@ class Speculating:
         table = self.table
         if not len(slots):
             return np.zeros(0, np.int64)
-        candidates = self._candidates(slots, np.zeros(len(slots), np.int64))
+        cohort = int(table.cohorts[slots[0]])
+        draft_lens = np.maximum(0, table.draft_lens[slots])
+        wants_ngram = self.controller.wants_ngrams(slots, draft_lens > 0, cohort)
+        candidates = self._candidates(slots, np.zeros(len(slots), np.int64), wants_ngram)
         log_probs = table.draft_log_probs[slots, :MOST_DRAFTS].astype(float)
         # The law of rejection sampling bears no cut that looks at what was drawn.
         log_probs[table.wants_distributions[slots]] = np.nan
         batch = self._batch(slots, self._rows_of_prompts(limits))
         counts, from_ngram = self.controller.cut(
             candidates,
-            np.maximum(0, table.draft_lens[slots]),
+            draft_lens,
             log_probs,
             batch,
             limits.max_batch_tokens - batch.num_rows,
-            int(table.cohorts[slots[0]]),
+            cohort,
         )
         self.ngrams.take(slots[from_ngram], counts[from_ngram])
         table.draft_sources[slots[counts == 0]] = PLAIN

@@ -24,6 +24,7 @@ _TRIAL_RATE = 0.7  # acceptance that a trial hopes for
 _TRIAL_ROOM = 0.5  # of the loss that is allowed
 _SPARE_SLOTS = 2  # asked for beyond what is expected to be verified, where slots cost time
 _SLOT_PRICE = 0.02  # of a step's time
+_SAMPLED = 32  # sequences that acceptance is learnt from in a step that leaves nothing to choose
 _SPIKE = 1.25  # times what was expected; what a pass takes over that is the machine's doing
 _PLAIN = frozenset({Reason.COLD, Reason.PROBE, Reason.REST, Reason.NO_GAIN})
 
@@ -97,6 +98,18 @@ class SpeculationController:
         """Whether drafters should have the rows of adaptive sequences, because drafts may soon be asked for."""
         return self._pauses.expects_drafts
 
+    def wants_ngrams(self, slots: Ints, has_draft: Flags | None = None, cohort: int = 0) -> Flags:
+        """For which of these it is worth while to look n-grams up: before drafts are asked for, or with those there."""
+        policies = self._policies[slots]
+        if has_draft is None:
+            may_choose = self._prefers_ngram and not self._pauses.is_resting
+            wanted: Flags = (policies != Policy.OFF) & may_choose
+            return wanted
+        is_plain = self._outlooks.get(cohort, _NO_OUTLOOK).reason in _PLAIN
+        is_free = policies == Policy.ADAPTIVE
+        wanted = ((policies == Policy.FIXED) & ~has_draft) | (is_free & (not is_plain))
+        return wanted
+
     def plan(self, candidates: Candidates, batch: Batch, max_rows: int, now: float, cohort: int = 0) -> Ints:
         """Drafts that each sequence's drafter is to be asked for, 0 where it is not.
 
@@ -107,14 +120,18 @@ class SpeculationController:
         """
         slots = candidates.slots
         policies = self._policies[slots]
+        is_free = policies == Policy.ADAPTIVE
         room = np.minimum(candidates.room, self._limits[slots])
         draft_room = np.minimum(candidates.draft_room, room)
+        if not is_free.any() and not candidates.ngram_lens.any():
+            asks = np.where(policies == Policy.FIXED, draft_room, 0)
+            self._look_out(cohort, _Outlook(Reason.FIXED, int(np.count_nonzero(asks)), int(asks.sum()), np.inf, now))
+            return asks
         ngrams = self.acceptance.ngram_survival(candidates.match_lens, np.minimum(candidates.ngram_lens, room))
         drafts = _cut(self.acceptance.survival(slots), draft_room)
         asks = np.where(policies == Policy.FIXED, draft_room, 0)
         if self._prefers_ngram:
             asks[ngrams.sum(axis=1) > drafts.sum(axis=1)] = 0
-        is_free = policies == Policy.ADAPTIVE
         if not is_free.any():
             self._look_out(cohort, _Outlook(Reason.FIXED, int(np.count_nonzero(asks)), int(asks.sum()), np.inf, now))
             return asks
@@ -300,6 +317,8 @@ class SpeculationController:
     def _learn_acceptance(self, step: _Step, accepted: Ints) -> None:
         has_verdict = (accepted >= 0) & (step.counts > 0)
         remote = np.flatnonzero(has_verdict & ~step.from_ngram)
+        if len(remote) > _SAMPLED and not step.is_free.any():
+            remote = remote[:: len(remote) // _SAMPLED]
         if len(remote):
             width = min(MOST_DRAFTS, int(step.counts[remote].max()))
             self.acceptance.saw_drafts(
