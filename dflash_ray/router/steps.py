@@ -118,6 +118,8 @@ def _add_chains(step: target_pb2.Step, table: SlotTable, slots: Ints, counts: In
 
 def _chunks(config: RouterConfig, table: SlotTable, prefilling: Ints, room: int) -> tuple[Ints, Ints]:
     """Prompts that find rows, and how many each."""
+    if not len(prefilling):
+        return prefilling, prefilling
     first = np.lexsort((table.turns[prefilling], table.last_steps[prefilling]))
     slots = prefilling[first]
     wanted = np.minimum(table.committed_lens[slots] - table.num_prefilled[slots], config.prefill_chunk_tokens)
