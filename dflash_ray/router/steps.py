@@ -37,6 +37,11 @@ class StepInFlight:
     asks_logprobs: Flags
     is_alone: bool
 
+    @property
+    def num_rows(self) -> int:
+        """Rows of the pass."""
+        return int(self.rows.sum() + self.num_drafts.sum()) + len(self.ids) - self.num_chunks
+
     def is_current(self, table: SlotTable) -> Flags:
         """Which entries are still in it: a sequence that ended or was put back since then is not."""
         is_current: Flags = (table.ids[self.slots] == self.ids) & (table.step_ids[self.slots] == self.step_id)
