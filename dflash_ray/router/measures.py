@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dflash_ray.observability.metrics import RouterMetrics
 from dflash_ray.router.actions import RequestDrafts, RunStep
 from dflash_ray.router.scheduler import Scheduler
+from dflash_ray.router.speculation.controller import SpeculationController
 
 
 class Measures:
@@ -19,7 +20,7 @@ class Measures:
         self._steps_sent: dict[int, float] = {}
         self._drafts_sent: dict[str, tuple[int, float]] = {}  # drafter -> its one request and when it left
         self._idle_since: float | None = None  # the target has had no step since then
-        self._counted: dict[str, int] = {}
+        self._counted: dict[str, float] = {}
 
     def step_sent(self, action: RunStep, now: float) -> None:
         if action.step.verify_ids and self._idle_since is not None:
@@ -68,7 +69,20 @@ class Measures:
         for reason, total in scheduler.drafting.num_dropped.items():
             self._count(f"dropped {reason}", total, metrics.drafts_dropped.labels(reason).inc)
 
-    def _count(self, key: str, total: int, inc: Callable[[float], None]) -> None:
+        self._update_speculation(scheduler.speculating.controller)
+
+    def _update_speculation(self, controller: SpeculationController) -> None:
+        metrics, counts, ledger = self._metrics, controller.counts, controller.ledger
+        for reason, total in counts.steps.items():
+            self._count(f"steps {reason}", total, metrics.speculation_steps.labels(reason).inc)
+        for kind, tokens in (("expected", counts.expected_tokens), ("realised", counts.realised_tokens)):
+            self._count(f"tokens {kind}", tokens, metrics.speculation_tokens.labels(kind).inc)
+        for kind, seconds in (("saved", ledger.seconds_saved), ("lost", ledger.seconds_lost)):
+            self._count(f"seconds {kind}", seconds, metrics.speculation_seconds.labels(kind).inc)
+        metrics.speculation_loss.set(ledger.loss)
+        metrics.speculation_calibration.set(controller.acceptance.calibration_error)
+
+    def _count(self, key: str, total: float, inc: Callable[[float], None]) -> None:
         before = self._counted.get(key, 0)
         self._counted[key] = total
         inc(total - before)

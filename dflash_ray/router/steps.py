@@ -76,11 +76,6 @@ def build_step(
     chunks, rows = _chunks(config, table, prefilling, limits.max_batch_tokens - len(counts) - int(counts.sum()))
     _add_chunks(step, limits, table, chunks, rows)
     slots = np.concatenate((chunks, chains))
-    if limits.colocated_draft_tokens:
-        drafted = slots[table.draft_tokens[slots] > 0]
-        step.colocated_draft_ids.extend(table.ids[drafted].tolist())
-        asked = np.minimum(table.draft_tokens[drafted], limits.colocated_draft_tokens)
-        step.colocated_num_drafts.extend(asked.tolist())
     in_flight = StepInFlight(
         step_id,
         slots,
@@ -93,6 +88,13 @@ def build_step(
     )
     table.step_ids[slots] = table.last_steps[slots] = step_id
     return step, in_flight
+
+
+def add_colocated(step: target_pb2.Step, table: SlotTable, slots: Ints, num_drafts: Ints) -> None:
+    """Asks the colocated drafter for num_drafts[i] drafts of slots[i] behind the pass."""
+    is_asked = num_drafts > 0
+    step.colocated_draft_ids.extend(table.ids[slots[is_asked]].tolist())
+    step.colocated_num_drafts.extend(num_drafts[is_asked].tolist())
 
 
 def draft_rows(wanted: Ints, room: int) -> Ints:
