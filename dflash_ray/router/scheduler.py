@@ -68,6 +68,7 @@ class Scheduler:
         self.num_preemptions = 0
         self.num_drafts_by_source: Counter[str] = Counter()
         self.num_draft_tokens = 0
+        self.num_accepted_by_position = np.zeros(MAX_DRAFTS, np.int64)
 
     @property
     def num_running(self) -> int:
@@ -193,6 +194,8 @@ class Scheduler:
         told = entries[is_told]
         if not len(told):
             return
+        by_count = np.bincount(outcome.num_accepted[told], minlength=MAX_DRAFTS + 1)[1 : MAX_DRAFTS + 1]
+        self.num_accepted_by_position += by_count[::-1].cumsum()[::-1]
         slots, reasons = step.slots[told], outcome.finish_reasons[told]
         logprobs = {}
         if outcome.logprobs:
@@ -365,7 +368,7 @@ class Scheduler:
         self.speculating.sent(decoding, step, now, num_asked)
         self._steps.add(step, now)
         self._count_drafts(step)
-        self._actions.append(RunStep(message))
+        self._actions.append(RunStep(message, step.num_rows))
         if message.open:
             for opened in message.open:
                 self.drafting.add(self._sequences[opened.sequence_id])

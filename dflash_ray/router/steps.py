@@ -37,6 +37,11 @@ class StepInFlight:
     asks_logprobs: Flags
     is_alone: bool
 
+    @property
+    def num_rows(self) -> int:
+        """Rows of the pass."""
+        return int(self.rows.sum() + self.num_drafts.sum()) + len(self.ids) - self.num_chunks
+
     def is_current(self, table: SlotTable) -> Flags:
         """Which entries are still in it: a sequence that ended or was put back since then is not."""
         is_current: Flags = (table.ids[self.slots] == self.ids) & (table.step_ids[self.slots] == self.step_id)
@@ -120,6 +125,8 @@ def _add_chains(step: target_pb2.Step, table: SlotTable, slots: Ints, counts: In
 
 def _chunks(config: RouterConfig, table: SlotTable, prefilling: Ints, room: int) -> tuple[Ints, Ints]:
     """Prompts that find rows, and how many each."""
+    if not len(prefilling):
+        return prefilling, prefilling
     first = np.lexsort((table.turns[prefilling], table.last_steps[prefilling]))
     slots = prefilling[first]
     wanted = np.minimum(table.committed_lens[slots] - table.num_prefilled[slots], config.prefill_chunk_tokens)
