@@ -101,13 +101,14 @@ class SpeculationController:
     def wants_ngrams(self, slots: Ints, has_draft: Flags | None = None, cohort: int = 0) -> Flags:
         """For which of these it is worth while to look n-grams up: before drafts are asked for, or with those there."""
         policies = self._policies[slots]
+        is_fixed, is_free = policies == Policy.FIXED, policies == Policy.ADAPTIVE
         if has_draft is None:
             may_choose = self._prefers_ngram and not self._pauses.is_resting
-            wanted: Flags = (policies != Policy.OFF) & may_choose
-            return wanted
-        is_plain = self._outlooks.get(cohort, _NO_OUTLOOK).reason in _PLAIN
-        is_free = policies == Policy.ADAPTIVE
-        wanted = ((policies == Policy.FIXED) & ~has_draft) | (is_free & (not is_plain))
+            is_fixed, is_free = is_fixed & may_choose, is_free & may_choose
+        else:
+            is_fixed &= ~has_draft
+            is_free &= self._outlooks.get(cohort, _NO_OUTLOOK).reason not in _PLAIN
+        wanted: Flags = is_fixed | is_free
         return wanted
 
     def plan(self, candidates: Candidates, batch: Batch, max_rows: int, now: float, cohort: int = 0) -> Ints:
