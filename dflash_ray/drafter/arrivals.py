@@ -15,7 +15,7 @@ from torch import Tensor
 from dflash_ray.drafter.sessions import Key, Reason, Rows
 
 _ROWS_A_TURN = 128  # that are taken at once while nothing is to be drafted
-_MAX_WAITING_BYTES = 64 * 1024 * 1024  # of features; no more are read from their streams meanwhile
+_MAX_WAITING_BYTES = 16 * 1024 * 1024  # of features; no more are read from their streams meanwhile
 
 
 class Wait:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,10 @@ from dflash_ray.pb import target_pb2
 
 FEATURE_PIECE_BYTES = 256 * 1024
 _DTYPES = {target_pb2.DATA_TYPE_FLOAT32: torch.float32, target_pb2.DATA_TYPE_BFLOAT16: torch.bfloat16}
+
+with warnings.catch_warnings():  # torch says once a process that tensors over bytes must not be written to
+    warnings.simplefilter("ignore")
+    torch.frombuffer(bytes(4), dtype=torch.float32)
 
 
 def rows_per_piece(width: int, dtype: torch.dtype) -> int:
@@ -31,7 +37,7 @@ def to_message(
 
 
 def rows_of(message: target_pb2.ContextFeatures, width: int) -> Tensor:
-    """A message's features [sum of num_rows, width], which share no memory with it.
+    """A message's features [sum of num_rows, width], to be read only; they share no memory with it.
 
     Raises ValueError when its columns and its data do not belong together.
     """
@@ -41,14 +47,15 @@ def rows_of(message: target_pb2.ContextFeatures, width: int) -> Tensor:
     if not len(message.starts) == len(message.num_rows) == count:
         raise ValueError(f"features: starts and num_rows must have {count} elements, one a subscription")
     num_rows, row_size = sum(message.num_rows), width * dtype.itemsize
-    if len(message.data) != num_rows * row_size:
+    data = message.data  # a copy
+    if len(data) != num_rows * row_size:
         raise ValueError(
-            f"features: data has {len(message.data)} bytes for {num_rows} rows, each of {width} values of "
+            f"features: data has {len(data)} bytes for {num_rows} rows, each of {width} values of "
             f"{dtype.itemsize} bytes"
         )
     if not num_rows:
         return torch.empty(0, width, dtype=dtype)
-    return torch.frombuffer(bytearray(message.data), dtype=dtype).view(num_rows, width)
+    return torch.frombuffer(data, dtype=dtype).view(num_rows, width)
 
 
 def _wire_dtype(dtype: torch.dtype) -> torch.dtype:
