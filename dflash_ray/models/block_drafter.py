@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dflash_ray.core.memory import return_freed_memory
 from dflash_ray.kernels import ops
 from dflash_ray.models.dflash import DflashNetwork, apply_rope, rope_tables
 from dflash_ray.models.dflash2 import CandidateSelector, Draw, FactorisedSelector, walk
@@ -110,6 +111,7 @@ class BlockDrafter:
         longest = max(self.config.max_position_embeddings, target.config.max_position_embeddings)
         self._rope = tuple(t.to(device) for t in rope_tables(self.config, longest + self.block_size))
         self._sessions: dict[int, _Session] = {}
+        return_freed_memory()
 
     def open(self, session: int) -> None:
         """Starts a session without context; one that is open starts again."""

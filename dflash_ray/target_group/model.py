@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dflash_ray.config import DflashRayConfig
+from dflash_ray.core.memory import return_freed_memory
 from dflash_ray.models.context_length import context_length
 from dflash_ray.models.taps import tap_layers
 from dflash_ray.models.target_checkpoint import TargetCheckpoint
@@ -99,6 +100,8 @@ class RankModel:
             self._decoder = LeanDecoder(base, tp_size, tap_layer_ids)
         else:
             self._decoder = _TransformersDecoder(base, self._device, tap_layer_ids)
+        del model, base
+        return_freed_memory()
 
     @torch.inference_mode()
     def forward(self, batch: StepBatch) -> StepHidden:

@@ -16,6 +16,7 @@ namespace dflash_ray {
 
 constexpr int64_t kPanel = 2 * kLanes;
 constexpr int64_t kBlockDepth = 32;  // inputs that share scales
+constexpr int64_t kBytesAhead = 6144;
 
 // kInt4: offset + scale * q with q in 0 .. 15; kInt8: scale * q with q in -127 .. 127; scales by output and block.
 enum class Form : int64_t { kFloat32, kBfloat16, kInt8, kInt4 };
@@ -79,9 +80,16 @@ class Weight {
 
   static Lanes as_floats(const LaneBits& bits) { return (Lanes)bits; }
 
+  // Asks for what lies some blocks ahead: a panel is too short for the processor to foresee its stream.
+  template <int64_t kBytes>
+  static void fetch_ahead(const std::byte* block) {
+    for (int64_t at = 0; at < kBytes; at += 64) __builtin_prefetch(block + kBytesAhead + at);
+  }
+
   static void from_bfloat16(const std::byte* from, int64_t begin, int64_t count, float* to) {
     for (int64_t k = 0; k < count; k += 2) {
       const std::byte* pair = from + (begin + k) / 2 * kPanel * 4;
+      fetch_ahead<kPanel * 4>(pair);
       for (int half = 0; half < 2; ++half) {
         const LaneBits bits = load_bits(pair + half * sizeof(Lanes));
         store(to + k * kPanel + half * kLanes, as_floats(bits << 16));
@@ -100,6 +108,7 @@ class Weight {
     constexpr int64_t kBytes = (kBlockDepth + 4) * kPanel;
     for (int64_t k = 0; k < count; k += kBlockDepth) {
       const std::byte* block = from + (begin + k) / kBlockDepth * kBytes;
+      fetch_ahead<kBytes>(block);
       for (int half = 0; half < 2; ++half) {
         const std::byte* at = block + half * sizeof(Lanes);
         const Lanes scale = load_lanes(at), offset = scale * -128.0f;  // all but a word's last are stored from 0 on
@@ -121,6 +130,7 @@ class Weight {
     constexpr int64_t kBytes = (kBlockDepth / 2 + 8) * kPanel;
     for (int64_t k = 0; k < count; k += kBlockDepth) {
       const std::byte* block = from + (begin + k) / kBlockDepth * kBytes;
+      fetch_ahead<kBytes>(block);
       for (int half = 0; half < 2; ++half) {
         const std::byte* at = block + half * sizeof(Lanes);
         Lanes scale[7] = {load_lanes(at)};
