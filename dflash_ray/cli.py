@@ -122,7 +122,7 @@ class TrainingStep(StrEnum):
 def train(step: TrainingStep, config: RecipeOption = None, overrides: SetOption = []) -> None:  # noqa: B006
     """Run one step of training a drafter; a long step that was cut off goes on when it is run again.
 
-    prompts: gather prompts from files, captured traffic and the target itself.
+    prompts: gather prompts from files, recorded traffic and the target itself.
 
     regenerate: let the target answer them, and keep its hidden states.
 
