@@ -9,12 +9,9 @@ import uuid
 from contextlib import AsyncExitStack
 
 import ray
-import torch
 
 from dflash_ray.config import DflashRayConfig, NetworkConfig
 from dflash_ray.core.watchdog import Watchdog
-from dflash_ray.drafter.methods import load_method
-from dflash_ray.drafter.servicer import DrafterServicer
 from dflash_ray.observability.logs import configure_logging
 from dflash_ray.observability.metrics import DrafterMetrics
 from dflash_ray.pb import drafter_pb2, drafter_pb2_grpc
@@ -34,6 +31,12 @@ class DrafterReplica:
     async def __init__(self, config: DflashRayConfig) -> None:
         self._closing = AsyncExitStack()
         configure_logging("drafter", config.observability.log_level, config.observability.log_format)
+        # Whoever deploys this class imports it, and has no use for torch.
+        import torch
+
+        from dflash_ray.drafter.methods import load_method
+        from dflash_ray.drafter.servicer import DrafterServicer
+
         if config.drafter.num_threads:
             torch.set_num_threads(config.drafter.num_threads)
         drafter_id = uuid.uuid4().hex[:12]

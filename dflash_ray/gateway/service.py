@@ -12,9 +12,6 @@ from fastapi import FastAPI
 from ray import serve
 
 from dflash_ray.config import DflashRayConfig
-from dflash_ray.gateway.core import GatewayCore
-from dflash_ray.gateway.grpc_api import GenerationServicer
-from dflash_ray.gateway.http_api import build_http_app
 from dflash_ray.observability.logs import configure_logging
 from dflash_ray.pb import generation_pb2, generation_pb2_grpc
 from dflash_ray.rpc.channel import RunningServer, format_address, new_server, start_server
@@ -30,6 +27,8 @@ _POLL_S = 0.2
 
 
 def _http_app() -> FastAPI:
+    from dflash_ray.gateway.http_api import build_http_app
+
     return build_http_app(lambda: serve.get_replica_context().servable_object.core)  # type: ignore[attr-defined]
 
 
@@ -44,6 +43,9 @@ class GatewayReplica:
     async def __init__(self, config: DflashRayConfig, *peers: Any) -> None:  # type: ignore[misc]
         self._closing = AsyncExitStack()
         configure_logging("gateway", config.observability.log_level, config.observability.log_format)
+        # Whoever deploys this class imports it, and has no use for tokenizers and templates.
+        from dflash_ray.gateway.core import GatewayCore
+
         self._directory = DirectoryClient()
         self.core = GatewayCore(config, self._directory)
         self._closing.push_async_callback(self.core.close)
@@ -60,6 +62,8 @@ class GatewayReplica:
 
     async def _serve(self) -> RunningServer:
         """The clients' server. Gateways of one node share its port: the system spreads connections over them."""
+        from dflash_ray.gateway.grpc_api import GenerationServicer
+
         config = self.core.config.gateway
         server = new_server(
             config.max_body_bytes, [RefuseMalformed()], max_connection_age_s=config.grpc_connection_age_s

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import torch
 
 
@@ -17,5 +20,13 @@ class PagedCache:
     ) -> None:
         self.page_size = page_size
         rows = num_pages * page_size
-        self.keys = [torch.zeros(rows, heads, head_dim, dtype=dtype, device=device) for heads in kv_heads]
-        self.values = [torch.zeros_like(keys) for keys in self.keys]
+        self.keys = [_zeros((rows, heads, head_dim), dtype, device) for heads in kv_heads]
+        self.values = [_zeros(keys.shape, dtype, device) for keys in self.keys]
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> torch.Tensor:
+    """Zeros; on a CPU memory that is not taken before it is written (numpy asks the system for zeroed pages)."""
+    if device != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    size = math.prod(shape) * dtype.itemsize
+    return torch.from_numpy(np.zeros(size, dtype=np.uint8)).view(dtype).view(shape)
