@@ -28,7 +28,7 @@ _SAMPLE_S = 0.5
 
 @dataclass
 class Process:
-    """One process: CPU seconds before an interval; CPU seconds, context switches in it; threads and memory at its end."""
+    """CPU seconds before an interval; CPU seconds and context switches in it; threads and memory at its end."""
 
     name: str
     start_cpu_s: float

@@ -11,6 +11,7 @@ from contextlib import AsyncExitStack
 import ray
 
 from dflash_ray.config import DflashRayConfig, NetworkConfig
+from dflash_ray.core.memory import return_freed_memory
 from dflash_ray.core.watchdog import Watchdog
 from dflash_ray.observability.logs import configure_logging
 from dflash_ray.observability.metrics import DrafterMetrics
@@ -41,6 +42,7 @@ class DrafterReplica:
             torch.set_num_threads(config.drafter.num_threads)
         drafter_id = uuid.uuid4().hex[:12]
         method = await asyncio.to_thread(load_method, config)
+        return_freed_memory()
         watchdog = Watchdog(config.drafter.step_timeout_s, "a draft pass")
         self._servicer = DrafterServicer(drafter_id, method, config.drafter_context_tokens, watchdog, DrafterMetrics())
         self._server = await self._serve(config.network)
@@ -58,7 +60,7 @@ class DrafterReplica:
         )
         self._directory = DirectoryClient()
         self._registration = asyncio.create_task(
-            keep_registered(self._directory, lambda: self._entry, config.network.entry_ttl_s)
+            keep_registered(self._directory, self._entry, config.network.entry_ttl_s)
         )
         self._closing.push_async_callback(self._unregister)
         logger.info("drafter ready", extra={"drafter_id": drafter_id, "address": self._entry.address})

@@ -15,7 +15,7 @@ from dflash_ray.config import NetworkConfig
 from dflash_ray.core.errors import DeadlineExceededError, UnavailableError
 from dflash_ray.pb import router_pb2, router_pb2_grpc
 from dflash_ray.rpc.channel import open_channel
-from dflash_ray.rpc.directory import DirectoryClient, Entry, KnownEntries, View
+from dflash_ray.rpc.directory import DirectoryClient, Entry, KnownEntries, View, refresh
 
 _POLL_S = 0.5
 
@@ -24,6 +24,7 @@ class Routers:
     """Entries of the directory and one channel to each. While the directory is away the known ones stay."""
 
     def __init__(self, directory: DirectoryClient, network: NetworkConfig) -> None:
+        self._directory = directory
         self._known = KnownEntries(directory, "router", network.entry_ttl_s)
         self._max_message_bytes = network.max_message_bytes
         self._channels: dict[str, grpc.aio.Channel] = {}
@@ -39,18 +40,23 @@ class Routers:
         return any(entry.info.get("ready") and entry.id not in others for entry in self._known.entries)
 
     async def run(self) -> None:
-        """Polls the directory until cancelled."""
+        """Follows the directory until cancelled."""
         while True:
-            await self.refresh()
+            await self.refresh(is_patient=True)
             await asyncio.sleep(_POLL_S)
 
     def update(self, entries: list[Entry]) -> None:
         """Knows these and no others, until the next poll."""
         self._known.update(View(entries, age_s=math.inf))
 
-    async def refresh(self) -> None:
-        """Asks the directory, and closes the channels of routers that are gone and have no call left."""
-        known = {entry.id for entry in await self._known.refresh()}
+    async def refresh(self, is_patient: bool = False) -> None:
+        """Asks the directory, and closes the channels of routers that are gone and have no call left.
+
+        Args:
+            is_patient: waits for a change first, for a good part of a TTL.
+        """
+        await refresh(self._directory, [self._known], is_patient)
+        known = {entry.id for entry in self._known.entries}
         for router_id in [i for i in self._channels if i not in known and not self._outstanding[i]]:
             del self._outstanding[router_id]
             await self._channels.pop(router_id).close()

@@ -55,7 +55,7 @@ class GatewayReplica:
         # Answers go on meanwhile, also when their router is stopped and another one takes them.
         self._closing.push_async_callback(self._server.stop, grace_s=config.gateway.drain_timeout_s)
         entry = await self._serve_metrics()
-        registration = keep_registered(self._directory, lambda: entry, config.network.entry_ttl_s)
+        registration = keep_registered(self._directory, entry, config.network.entry_ttl_s)
         loops = (registration, self.core.routers.run(), self.core.metrics_page.run(), self._report_health())
         self._tasks += [asyncio.create_task(loop) for loop in loops]
         self._closing.push_async_callback(self._unregister)

@@ -1,4 +1,4 @@
-"""The Ray actor of one rank: what the group calls. It imports without torch, which the replica beside it has no use for."""
+"""The Ray actor of one rank, as the group calls it. Imports without torch: the replica beside it has no use for that."""
 
 from __future__ import annotations
 

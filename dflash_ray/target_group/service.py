@@ -48,7 +48,7 @@ class TargetReplica:
         while True:
             entry = Entry("target", self._target_id, self._group.info["address"], self._group.info)
             registration = asyncio.create_task(
-                keep_registered(self._directory, lambda entry=entry: entry, self._config.network.entry_ttl_s)
+                keep_registered(self._directory, entry, self._config.network.entry_ttl_s)
             )
             reason = await self._group.wait_for_death()
             logger.error("a target rank died; the group is started again", extra={"reason": reason})

@@ -13,6 +13,7 @@ import ray
 import torch
 
 from dflash_ray.config import DflashRayConfig
+from dflash_ray.core.memory import return_freed_memory
 from dflash_ray.core.watchdog import Watchdog
 from dflash_ray.models.block_drafter import BlockDrafter
 from dflash_ray.models.drafter_checkpoint import DrafterCheckpoint, resolve_drafter
@@ -74,6 +75,7 @@ class TargetRank:
         """
         loop = asyncio.get_running_loop()
         info = await loop.run_in_executor(self._compute, self._load, rendezvous)
+        return_freed_memory()
         if self._place.rank == 0:
             info["address"] = await self._listen()
         return info
@@ -139,7 +141,7 @@ class TargetRank:
         return {"pid": os.getpid(), "node_id": ray.get_runtime_context().get_node_id()}
 
     def _join(self, rendezvous: Rendezvous) -> None:
-        """Joins the other ranks' process group. A rank by itself has none: an idle one wakes a hundred times a second."""
+        """Joins the other ranks' process group. A rank by itself has none: its threads would wake 100 times a second."""
         place, timeout_s = self._place, self._config.target.init_timeout_s
         store = self._store or join_store(rendezvous.host, rendezvous.port, place.tp_size, timeout_s)
         device = self._config.target.device
