@@ -150,6 +150,18 @@ def print_threads(root: psutil.Process, seconds: float = 10.0) -> None:
             print(f"{key[0]:45} {key[1]:20} {rate:7.1f}/s")
 
 
+def print_row(process: Process, seconds: float) -> None:
+    figures = (
+        f"{process.start_cpu_s:.1f}",
+        f"{100 * process.cpu_s / seconds:.2f}",
+        f"{process.switches / seconds:.0f}",
+        f"{process.threads}",
+        f"{process.pss_mib:.0f}",
+        f"{process.peak_rss_mib:.0f}" if process.peak_rss_mib else "",
+    )
+    print(f"| {process.name} | {' | '.join(figures)} |")
+
+
 def main(
     config: Annotated[Path | None, typer.Option(help="configuration file; the defaults without")] = None,
     set_: Annotated[list[str], typer.Option("--set", help="key.sub=value")] = [],  # noqa: B006 - typer copies it
@@ -183,19 +195,18 @@ def main(
         memory.stop()
         server.terminate()
         server.wait(60)
-    print(
-        f"\n| process | CPU s of the start | CPU, % of a core | switches/s | threads | PSS MiB | peak RSS MiB |\n|{'---|' * 7}"
-    )
+    columns = "process", "CPU s of the start", "CPU, % of a core", "switches/s", "threads", "PSS MiB", "peak RSS MiB"
+    print(f"\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for process in sorted(processes, key=lambda p: -p.cpu_s):
-        print(
-            f"| {process.name} | {process.start_cpu_s:.1f} | {100 * process.cpu_s / idle_s:.2f} | {process.switches / idle_s:.0f} "
-            f"| {process.threads} | {process.pss_mib:.0f} | {process.peak_rss_mib:.0f} |"
-        )
-    print(
-        f"| {len(processes)} processes | {sum(p.start_cpu_s for p in processes):.1f} | {100 * sum(p.cpu_s for p in processes) / idle_s:.2f} "
-        f"| {sum(p.switches for p in processes) / idle_s:.0f} | {sum(p.threads for p in processes)} "
-        f"| {sum(p.pss_mib for p in processes):.0f} | |"
-    )
+        print_row(process, idle_s)
+    total = Process(f"{len(processes)} processes", 0, 0, 0, 0, 0, 0)
+    for process in processes:
+        total.start_cpu_s += process.start_cpu_s
+        total.cpu_s += process.cpu_s
+        total.switches += process.switches
+        total.threads += process.threads
+        total.pss_mib += process.pss_mib
+    print_row(total, idle_s)
     print(f"\npeak PSS of all together: {memory.peak_mib:.0f} MiB, of which")
     for name, mib in sorted(memory.peak_of.items(), key=lambda item: -item[1])[:10]:
         print(f"  {name} {mib:.0f}")

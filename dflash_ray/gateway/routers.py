@@ -15,7 +15,8 @@ from dflash_ray.config import NetworkConfig
 from dflash_ray.core.errors import DeadlineExceededError, UnavailableError
 from dflash_ray.pb import router_pb2, router_pb2_grpc
 from dflash_ray.rpc.channel import open_channel
-from dflash_ray.rpc.directory import DirectoryClient, Entry, KnownEntries, View, refresh
+from dflash_ray.rpc.directory import DirectoryClient, Entry, View
+from dflash_ray.rpc.known_entries import KnownEntries, refresh
 
 _POLL_S = 0.5
 

@@ -17,7 +17,8 @@ from dflash_ray.observability.metrics import RouterMetrics
 from dflash_ray.router.attempts import Attempts
 from dflash_ray.router.leases import Leases
 from dflash_ray.router.pipeline import Pipeline
-from dflash_ray.rpc.directory import DirectoryClient, Entry, KnownEntries, refresh
+from dflash_ray.rpc.directory import DirectoryClient, Entry
+from dflash_ray.rpc.known_entries import KnownEntries, refresh
 
 logger = logging.getLogger(__name__)
 _POLL_S = 0.5

@@ -1,10 +1,10 @@
 """Who is where, and which router leads which target group.
 
 `Directory` is the plain state: entries that expire, and leases with fencing epochs. `DirectoryActor` hosts it in the
-cluster; `DirectoryClient` is what processes use, and `KnownEntries` what they remember. A directory that is away
-changes nothing for those who already know each other. One that is restarted is filled again by the next heartbeats:
-until all had time for one, it takes the leases that their holders show, grants none anew, and nobody is forgotten for
-being absent from it.
+cluster; `DirectoryClient` is what processes use, and `KnownEntries` (known_entries.py) what they remember. A directory
+that is away changes nothing for those who already know each other. One that is restarted is filled again by the next
+heartbeats: until all had time for one, it takes the leases that their holders show, grants none anew, and nobody is
+forgotten for being absent from it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -25,8 +25,7 @@ ACTOR_NAME = "dflash_ray_directory"
 NAMESPACE = "dflash_ray"
 _CHECK_S = 0.1  # how soon a changed entry is registered
 _RETRY_S = 0.5
-_PATIENCE = 0.4  # of a TTL
-_NOTHING_SEEN = -1  # no version of anything
+NOTHING_SEEN = -1  # no version of anything
 
 logger = logging.getLogger(__name__)
 
@@ -234,7 +233,7 @@ class DirectoryClient:
         return views
 
     async def entries(self, kind: Kind) -> list[Entry]:
-        return (await self.watch({kind: _NOTHING_SEEN}))[kind].entries
+        return (await self.watch({kind: NOTHING_SEEN}))[kind].entries
 
     async def lease(self, target_id: str, router_id: str, ttl_s: float) -> int | None:
         epoch: int | None = await self._call("lease", target_id, router_id, ttl_s)
@@ -269,65 +268,6 @@ def _get_or_create_actor() -> Any:
         max_restarts=-1,
         max_task_retries=0,
     ).remote()
-
-
-class KnownEntries:
-    """The processes of one kind as a reader remembers them.
-
-    None is forgotten because the directory is away, or because it has just started and not heard of everyone yet. A
-    reader has to ask once in a TTL for that: what it remembers from before says nothing of who is there now.
-    """
-
-    def __init__(self, directory: DirectoryClient, kind: Kind, ttl_s: float) -> None:
-        self._directory = directory
-        self._kind = kind
-        self._ttl_s = ttl_s
-        self._by_id: dict[str, Entry] = {}
-        self._version = _NOTHING_SEEN
-        self._asked_at = -math.inf
-        self._is_away = False
-
-    @property
-    def entries(self) -> list[Entry]:
-        """As of the last refresh."""
-        return list(self._by_id.values())
-
-    async def refresh(self) -> list[Entry]:
-        """Asks the directory, and returns what is known then."""
-        await refresh(self._directory, [self])
-        return self.entries
-
-    def update(self, view: View) -> None:
-        """Takes what the directory told."""
-        self._version = view.version
-        told = {entry.id: entry for entry in view.entries}
-        self._by_id = told if view.age_s >= self._ttl_s else self._by_id | told
-
-
-async def refresh(directory: DirectoryClient, known: Sequence[KnownEntries], is_patient: bool = False) -> None:
-    """Brings several kinds up to date with one call.
-
-    Args:
-        is_patient: returns when something has changed, or after a good part of a TTL.
-    """
-    now = time.monotonic()
-    is_old = [now - each._asked_at > each._ttl_s for each in known]
-    wait_s = _PATIENCE * min(each._ttl_s for each in known) if is_patient and not any(is_old) else 0.0
-    for each in known:
-        each._asked_at = now + wait_s
-    try:
-        views = await directory.watch({each._kind: each._version for each in known}, wait_s)
-    except ConnectionError as error:
-        for each in known:
-            if not each._is_away:
-                logger.warning("going on with the %ss that are known: %s", each._kind, error)
-            each._is_away = True
-        return
-    for each, forgets in zip(known, is_old, strict=True):
-        each._is_away = False
-        if forgets:
-            each._by_id = {}
-        each.update(views[each._kind])
 
 
 def start_directory(timeout_s: float = 60.0) -> None:

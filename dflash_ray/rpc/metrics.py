@@ -12,7 +12,8 @@ import grpc
 from dflash_ray.config import NetworkConfig
 from dflash_ray.pb import metrics_pb2, metrics_pb2_grpc
 from dflash_ray.rpc.channel import open_channel
-from dflash_ray.rpc.directory import DirectoryClient, Entry, Kind, KnownEntries, refresh
+from dflash_ray.rpc.directory import DirectoryClient, Entry, Kind
+from dflash_ray.rpc.known_entries import KnownEntries, refresh
 
 SERVICE_NAME = metrics_pb2.DESCRIPTOR.services_by_name["Metrics"].full_name
 _SAMPLE = re.compile(r"^(?P<name>[a-zA-Z_:][a-zA-Z0-9_:]*)(?:\{(?P<labels>.*)\})? (?P<value>\S+)$")

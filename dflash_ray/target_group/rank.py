@@ -1,4 +1,4 @@
-"""The Ray actor of one rank, as the group calls it. Imports without torch: the replica beside it has no use for that."""
+"""The Ray actor of one rank, as the group calls it. Imports without torch, which the replica has no use for."""
 
 from __future__ import annotations
 

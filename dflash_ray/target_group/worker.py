@@ -141,7 +141,7 @@ class TargetRank:
         return {"pid": os.getpid(), "node_id": ray.get_runtime_context().get_node_id()}
 
     def _join(self, rendezvous: Rendezvous) -> None:
-        """Joins the other ranks' process group. A rank by itself has none: its threads would wake 100 times a second."""
+        """Joins the other ranks' process group. One by itself has none: its thread would wake 100 times a second."""
         place, timeout_s = self._place, self._config.target.init_timeout_s
         store = self._store or join_store(rendezvous.host, rendezvous.port, place.tp_size, timeout_s)
         device = self._config.target.device
