@@ -31,9 +31,20 @@ async def test_every_role_runs_in_its_own_process_and_streams_join_them(smollm2_
 
 # Of a Ray instance on this machine: no dashboard, no monitors, no exporters.
 PROCESSES = Counter(
-    ["gcs_server", "raylet", "ray::DashboardAgent", "ray::RuntimeEnvAgent", "ray::ServeController", "ray::ProxyActor"]
-    + ["ray::DirectoryActor", "ray::ServeReplica:dflash_ray:Gateway", "ray::ServeReplica:dflash_ray:Router"]
-    + ["ray::ServeReplica:dflash_ray:Target", "ray::RankActor", *2 * ["ray::ServeReplica:dflash_ray:Drafter"]]
+    {
+        "gcs_server": 1,
+        "raylet": 1,
+        "ray::DashboardAgent": 1,
+        "ray::RuntimeEnvAgent": 1,
+        "ray::ServeController": 1,
+        "ray::ProxyActor": 1,
+        "ray::DirectoryActor": 1,
+        "ray::ServeReplica:dflash_ray:Gateway": 1,
+        "ray::ServeReplica:dflash_ray:Router": 1,
+        "ray::ServeReplica:dflash_ray:Target": 1,
+        "ray::RankActor": 1,
+        "ray::ServeReplica:dflash_ray:Drafter": 2,
+    }
 )
 
 
