@@ -119,7 +119,7 @@ class DrafterConfig(_Section):
     placement_mode: Literal["remote", "colocated"] = Field(
         "remote", description="remote: replicas of their own; colocated: inside the target's rank 0"
     )
-    num_replicas: int = Field(2, ge=1)
+    num_replicas: int = Field(1, ge=1)
     autoscaling: DrafterAutoscaling | None = None
     placement: PlacementConfig = PlacementConfig(num_cpus=0.25)
     device: Literal["cpu", "cuda"] = "cpu"
