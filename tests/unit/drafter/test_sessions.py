@@ -11,7 +11,7 @@ import torch
 
 from dflash_ray.core.protocol import PROTOCOL_VERSION
 from dflash_ray.core.watchdog import Watchdog
-from dflash_ray.drafter.methods import NgramMethod
+from dflash_ray.drafter.ngram import NgramMethod
 from dflash_ray.drafter.servicer import DrafterServicer
 from dflash_ray.drafter.sessions import DraftSessions
 from dflash_ray.observability.metrics import DrafterMetrics
