@@ -18,7 +18,7 @@ class DrafterContext:
         is_open: its drafter was told to fetch the rows, of the sequence as the target has it open now.
         is_moved: rows that a drafter had already must be given once more.
         num_losses: drafters that died over a request with this sequence in it.
-        num_lost: times in a row that rows were lost on their way, with no draft since.
+        num_cut_offs: times in a row that its drafter was cut off from its rows, with no draft since.
         num_refusals: times that a drafter had no room for it.
     """
 
@@ -27,7 +27,7 @@ class DrafterContext:
     is_open: bool = False
     is_moved: bool = False
     num_losses: int = 0
-    num_lost: int = 0
+    num_cut_offs: int = 0
     num_refusals: int = 0
 
     @property
@@ -38,4 +38,4 @@ class DrafterContext:
     def leave(self) -> None:
         """No drafter serves it."""
         self.is_moved = self.is_moved or self.is_open or self.held_rows > 0
-        self.drafter_id, self.held_rows, self.is_open, self.num_lost = None, 0, False, 0
+        self.drafter_id, self.held_rows, self.is_open, self.num_cut_offs = None, 0, False, 0

@@ -32,7 +32,7 @@ from dflash_ray.router.sequence import RouterSequence
 
 _MAX_BACK_OFF_S = 10.0
 _FULL_PAUSE_S = 1.0  # before a drafter that had no room is offered another sequence
-_MAX_LOST = 1  # times in a row that a drafter opens a sequence again whose rows were lost
+_MAX_CUT_OFFS = 1  # times in a row that a drafter opens a sequence again whose rows were lost
 _ROWS_A_TIMEOUT = 64  # context rows for which a drafter gets its time once more
 _WAIT_SHARE = 0.5  # of a draft's time, in which a drafter may wait for rows
 
@@ -191,7 +191,7 @@ class Drafting:
             if sequence is None or reply.blocks.epoch != epoch or block.committed_len != sequence.committed_len:
                 self.num_dropped["stale"] += 1
                 continue
-            sequence.context.held_rows, sequence.context.num_lost = block.committed_len - 1, 0
+            sequence.context.held_rows, sequence.context.num_cut_offs = block.committed_len - 1, 0
             if sequence.draft_deadline is None:
                 self.num_dropped["late"] += 1
             else:
@@ -221,13 +221,13 @@ class Drafting:
             if not context.is_open:
                 return  # the target has opened it anew meanwhile: it is in `to_open`
             context.is_open, context.is_moved = False, True
-            context.num_lost += 1
-        is_lost_again = context.num_lost > _MAX_LOST
-        if reason == drafter_pb2.MISSING_REASON_REFUSED or is_lost_again:
+            context.num_cut_offs += 1
+        is_cut_off_again = context.num_cut_offs > _MAX_CUT_OFFS
+        if reason == drafter_pb2.MISSING_REASON_REFUSED or is_cut_off_again:
             context.num_refusals += 1
             self._leave(sequence)
             drafter.aside_until = max(drafter.aside_until, now + _FULL_PAUSE_S)
-            self.num_dropped["lost" if is_lost_again else "refused"] += 1
+            self.num_dropped["cut_off" if is_cut_off_again else "refused"] += 1
         elif reason == drafter_pb2.MISSING_REASON_LOST and drafter.needs_features:
             drafter.to_open[sequence.sequence_id] = sequence
 
