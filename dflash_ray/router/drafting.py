@@ -35,7 +35,7 @@ from dflash_ray.router.speculation.records import Policy
 
 _MAX_BACK_OFF_S = 10.0
 _FULL_PAUSE_S = 1.0  # before a drafter that had no room is offered another sequence
-_MAX_LOST = 1  # times in a row that a drafter opens a sequence again whose rows were lost
+_MAX_CUT_OFFS = 1  # times in a row that a drafter opens a sequence again whose rows were lost
 _ROWS_A_TIMEOUT = 64  # context rows for which a drafter gets its time once more
 _WAIT_SHARE = 0.5  # of a draft's time, in which a drafter may wait for rows
 

@@ -31,7 +31,7 @@ from dflash_ray.router.in_flight import Cohorts, StepsInFlight
 from dflash_ray.router.limits import TargetLimits
 from dflash_ray.router.results import StepOutcome, read_result
 from dflash_ray.router.sequence import RouterSequence
-from dflash_ray.router.slot_table import COLOCATED, DECODE, DRAFT_SOURCES, NEVER, PREFILL, SlotTable
+from dflash_ray.router.slot_table import COLOCATED, DECODE, DRAFT_SOURCES, MAX_DRAFTS, NEVER, PREFILL, SlotTable
 from dflash_ray.router.speculating import Speculating
 from dflash_ray.router.steps import StepInFlight, add_colocated, build_step
 
