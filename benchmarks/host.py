@@ -25,23 +25,24 @@ from statistics import median
 from typing import Any
 
 import torch
-from host_parts import Case, Clock, Drafter, Gateway, Router, Target, Texts, dismiss, follow, indexed_at_once
+from host_parts import Case, Clock, Drafter, Gateway, Rank, Router, Target, Texts, dismiss, indexed_at_once
 from rich.console import Console
 from rich.table import Table
 from torch import distributed
 
 from dflash_ray.config import ModelConfig
-from dflash_ray.target_group.tensor_parallel import StepChannel, create_store, join_store
+from dflash_ray.target_group.step_channel import StepChannel
+from dflash_ray.target_group.tensor_parallel import create_store, join_store
 from dflash_ray.text.tokenizer import ChatTokenizer
 
 # What lies between a verdict and the next pass, in order; the others run beside it.
 CRITICAL = (
-    "target commit", "target features", "target codec", "router features", "router codec", "router scheduling",
-    "drafter", "target batch", "target columns", "target to ranks", "rank",
+    "target commit", "target codec", "router codec", "router scheduling", "drafter", "target batch", "target columns",
+    "target to ranks", "rank",
 )  # fmt: skip
-ASIDE = ("router chunks", "gateway")
+ASIDE = ("target features", "drafter features", "router chunks", "gateway")
 WIRES = (
-    "router to target", "target to router", "target to router, features", "router to drafters", "drafters to router",
+    "router to target", "target to router", "target to drafters", "router to drafters", "drafters to router",
     "router to gateway", "gateway to clients",
 )  # fmt: skip
 QUICK = Case(4, 64, width=64)
@@ -65,8 +66,9 @@ class Figures:
 
     @property
     def critical(self) -> float:
-        """Rank 0 makes its columns while the others unpack theirs."""
-        hidden = min(self.ms.get("rank", 0.0), self.ms["target columns"])
+        """The other ranks do what rank 0 does, and at the same time."""
+        shared = sum(self.ms[part] for part in ("target batch", "target columns", "target commit"))
+        hidden = min(self.ms.get("rank", 0.0), shared)
         return sum(self.ms.get(part, 0.0) for part in CRITICAL) - hidden
 
     @property
@@ -86,30 +88,36 @@ class Loop:
         self._gateway = Gateway(case, self.clock, texts)
         self._router = Router(case, self.clock, texts.tokenizer.vocab_size)
         self._target = Target(case, self.clock, texts, channel)
-        self._drafter = Drafter(case, self.clock, texts)
+        self._drafters = {name: Drafter(case, self.clock, texts, self._target) for name in self._router.drafter_names}
         self._router.take_requests(self._gateway.requests)
 
-    def start(self) -> None:
+    async def start(self) -> None:
         """Prompts are over: what is under way arrives, then everything is as it is counted."""
         for _ in range(3):
-            self.step()
+            await self.step()
         self._target.start()
-        self._drafter.start()
-        self.step()
+        for drafter in self._drafters.values():
+            drafter.start()
+        await self.step()
 
-    def step(self) -> int:
+    async def close(self) -> None:
+        for drafter in self._drafters.values():
+            await drafter.close()
+
+    async def step(self) -> int:
         """One pass and everything up to the next one; the requests that got tokens."""
         for message in self._router.to_target():
             self.wires["router to target"] += len(message)
-            *features, result = self._target.take(message)
-            for part in features:
-                self.wires["target to router, features"] += len(part)
-                self._router.take_from_target(part)
+            result = self._target.take(message)
             self.wires["target to router"] += len(result)
             self._router.take_from_target(result)
+        for drafter in self._drafters.values():
+            for part in drafter.features():
+                self.wires["target to drafters"] += len(part)
+                drafter.take_features(part)
         for name, message in self._router.to_drafters():
             self.wires["router to drafters"] += len(message)
-            reply = self._drafter.take(message)
+            reply = await self._drafters[name].take(message)
             self.wires["drafters to router"] += len(reply)
             self._router.take_from_drafter(name, reply)
         messages = self._router.to_gateway()
@@ -128,9 +136,9 @@ async def measure(case: Case, steps: int, channel: StepChannel | None = None) ->
     """The case's figures; runs in an event loop because the pipeline sets timers."""
     with indexed_at_once():
         loop = Loop(case, channel)
-        while loop.step() < case.sequences:
+        while await loop.step() < case.sequences:
             pass  # prompts are prefilled
-        loop.start()
+        await loop.start()
     gc.collect()
     gc.freeze()  # what stands is not looked through again: each process would only have its own part
     parts: list[Counter[str]] = []
@@ -138,11 +146,12 @@ async def measure(case: Case, steps: int, channel: StepChannel | None = None) ->
     for _ in range(steps):
         loop.clock.ns.clear()
         loop.wires.clear()
-        if loop.step() != case.sequences:
+        if await loop.step() != case.sequences:
             raise RuntimeError(f"{case.name}: a step did not reach every request")
         parts.append(loop.clock.ns.copy())
         wires.append(loop.wires.copy())
     gc.unfreeze()
+    await loop.close()
     return Figures(
         case,
         {name: median(step[name] for step in parts) / 1e6 for name in parts[0]},
@@ -154,14 +163,15 @@ def _join(port: int, rank: int, tp: int, store: Any = None) -> StepChannel:
     torch.set_num_threads(1)
     store = store or join_store("127.0.0.1", port, tp, 60.0)
     distributed.init_process_group("gloo", store=store, rank=rank, world_size=tp)
-    return StepChannel("cpu")
+    return StepChannel()
 
 
-def _run_rank(port: int, rank: int, tp: int, steps: int, report: Any) -> None:
-    channel, clock = _join(port, rank, tp), Clock()
+def _run_rank(port: int, rank: int, case: Case, steps: int, report: Any) -> None:
+    channel, clock = _join(port, rank, case.tp), Clock()
+    other = Rank(case, clock, Texts(case, tokenizer()), channel)
     taken: list[int] = []
     started = time.process_time_ns()
-    while follow(channel, clock):
+    while other.follow():
         taken.append(time.process_time_ns() - started)
         started = time.process_time_ns()
     report.put(median(taken[-steps:]) / 1e6)
@@ -169,16 +179,17 @@ def _run_rank(port: int, rank: int, tp: int, steps: int, report: Any) -> None:
 
 
 @contextmanager
-def ranks(tp: int, steps: int) -> Iterator[tuple[StepChannel | None, list[float]]]:
+def ranks(case: Case, steps: int) -> Iterator[tuple[StepChannel | None, list[float]]]:
     """A channel to the other ranks; on leaving the list is filled with their milliseconds a step."""
     figures: list[float] = []
+    tp = case.tp
     if tp == 1:
         yield None, figures
         return
     store = create_store("127.0.0.1", tp, 60.0)
     context = multiprocessing.get_context("spawn")
     report = context.Queue()
-    processes = [context.Process(target=_run_rank, args=(store.port, at, tp, steps, report)) for at in range(1, tp)]
+    processes = [context.Process(target=_run_rank, args=(store.port, at, case, steps, report)) for at in range(1, tp)]
     for process in processes:
         process.start()
     channel = _join(store.port, 0, tp, store)
@@ -191,7 +202,7 @@ def ranks(tp: int, steps: int) -> Iterator[tuple[StepChannel | None, list[float]
 
 
 def run(case: Case, steps: int) -> Figures:
-    with ranks(case.tp, steps) as (channel, others):
+    with ranks(case, steps) as (channel, others):
         figures = asyncio.run(measure(case, steps, channel))
     if others:
         figures.ms["rank"] = max(others)

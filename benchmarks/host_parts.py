@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, Future
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,9 +19,13 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from dflash_ray.config import DflashRayConfig
 from dflash_ray.core.errors import RequestError
+from dflash_ray.core.watchdog import Watchdog
+from dflash_ray.drafter.arrivals import Arrival, Arrivals
+from dflash_ray.drafter.drafts import Drafts
 from dflash_ray.drafter.sessions import DraftSessions
 from dflash_ray.gateway.choice import Choice
 from dflash_ray.gateway.generation import _Progress
@@ -28,27 +33,30 @@ from dflash_ray.gateway.openai_responses import ResponseWriter
 from dflash_ray.gateway.openai_types import ChatCompletionRequest
 from dflash_ray.gateway.requests import GenerationRequest
 from dflash_ray.gateway.token_chunks import unpack
-from dflash_ray.kernels.columns import CommitColumn, OutcomeColumn
+from dflash_ray.kernels.columns import IntColumn
 from dflash_ray.models.block_drafter import DraftProposal
+from dflash_ray.models.context_features import rows_of
 from dflash_ray.models.dflash2 import Draw
 from dflash_ray.observability.metrics import GatewayMetrics, RouterMetrics
 from dflash_ray.pb import common_pb2, drafter_pb2, router_pb2, target_pb2
-from dflash_ray.router import scheduler
+from dflash_ray.router import ngram_drafts
 from dflash_ray.router.actions import Emit
-from dflash_ray.router.drafting import DrafterState
+from dflash_ray.router.draft_requests import DrafterState
 from dflash_ray.router.limits import TargetLimits
 from dflash_ray.router.outbox import Outbox
 from dflash_ray.router.pipeline import Pipeline
-from dflash_ray.sampling.columns import to_columns
+from dflash_ray.sampling.columns import PlanColumns
 from dflash_ray.sampling.logprobs import Logprobs
-from dflash_ray.sampling.plan import SequencePlan, pack_plan, unpack_plan
-from dflash_ray.sampling.verify import SequenceOutcome, _to_outcome
+from dflash_ray.sampling.verify import Verdict
 from dflash_ray.target_group.batch import StepBatch
+from dflash_ray.target_group.codec import decode_step, encode_result
 from dflash_ray.target_group.engine import Engine
 from dflash_ray.target_group.feature_store import FeatureStore
+from dflash_ray.target_group.feature_streams import FeatureStreams, _Stream, _Wanted
 from dflash_ray.target_group.model import StepHidden
-from dflash_ray.target_group.step_check import check_step
-from dflash_ray.target_group.tensor_parallel import StepChannel
+from dflash_ray.target_group.step import StepFeatures, StepInput
+from dflash_ray.target_group.step_channel import StepChannel
+from dflash_ray.target_group.step_check import StepLimits, check_step
 from dflash_ray.text.tokenizer import ChatTokenizer
 
 FINGERPRINT = "canned"
@@ -58,6 +66,7 @@ WORDS = 1000  # distinct tokens of all texts
 CHUNK = 65_536  # rows of a prefill pass
 SEQUENCES_A_DRAFTER = 128
 PAGE = 16
+LAST = 2**64 - 1  # a sequence whose closing ends the other ranks
 STORE_ROWS = 4096  # of the feature store that all slots share: its writes count, not its size
 
 
@@ -173,7 +182,7 @@ class Texts:
 
 def indexed_at_once() -> AbstractContextManager[object]:
     """While it lasts a poll indexes all texts for n-grams, as they are once a server has run for a while."""
-    return patch.object(scheduler, "_INDEXED_AT_ONCE", 2**31)
+    return patch.object(ngram_drafts, "_INDEXED_AT_ONCE", 2**31)
 
 
 class _Outbox:
@@ -199,29 +208,37 @@ class Router:
         config = case.config()
         self._clock = clock
         self._target, self._gateway = _Outbox(), Outbox()
+        self._receiver = _GatewayStream(self._gateway)
         self._pipeline = Pipeline(config, "router", RouterMetrics())
         self._pipeline._target = self._target
         self._drafters = {f"drafter{i}": _Outbox() for i in range(case.num_drafters)}
         self._pipeline._drafters.update(self._drafters)
         target = config.target
         limits = TargetLimits(
-            1, config.model.max_model_len, vocab_size, target.page_size, target.num_pages, target.max_batch_tokens
+            1,
+            config.model.max_model_len,
+            vocab_size,
+            target.page_size,
+            target.num_pages,
+            target.max_batch_tokens,
+            feature_fingerprint="canned",
         )
         self._pipeline.scheduler.target_ready(limits, time.monotonic())
         for name in self._drafters:
             self._pipeline.scheduler.drafting.join(DrafterState(name, True, DRAFTS))
+        self.drafter_names = list(self._drafters)
+        self.indexes: dict[int, int] = {}  # sequence id -> number of the request
 
     def take_requests(self, messages: list[bytes]) -> None:
         for index, message in enumerate(messages):
             request = router_pb2.GenerateTokensRequest.FromString(message)
-            self._pipeline.start(request, _Call(index, self._gateway))
+            self._pipeline.start(request, self._receiver, index)
         self._pipeline._pump()
 
     def take_from_target(self, data: bytes) -> None:
-        is_features = data[:1] == b"\x22"  # of the field `features`
-        self._clock.to("router features" if is_features else "router codec")
+        self._clock.to("router codec")
         message = target_pb2.TargetResponse.FromString(data)
-        self._clock.to("router features" if is_features else "router scheduling")
+        self._clock.to("router scheduling")
         self._pipeline._on_target_message(message)
         self._clock.to(None)
 
@@ -239,7 +256,7 @@ class Router:
         return messages
 
     def to_drafters(self) -> list[tuple[str, bytes]]:
-        self._clock.to("router features")
+        self._clock.to("router codec")
         messages = [
             (name, message.SerializeToString()) for name, out in self._drafters.items() for message in out.take()
         ]
@@ -255,116 +272,140 @@ class Router:
         return messages
 
 
-class _Call:
-    """A request in the gateway's stream, under its number."""
+class _GatewayStream:
+    """The requests' stream, of which each is a call under its own number."""
 
-    def __init__(self, index: int, outbox: Outbox) -> None:
-        self._index = index
-        self._outbox = outbox
+    number = 1
 
-    def emit(self, emit: Emit) -> None:
-        self._outbox.add(self._index, emit)
+    def __init__(self, outbox: Outbox) -> None:
+        self.emit: Callable[[Emit], None] = outbox.add
 
-    def fail(self, error: RequestError) -> None:
+    def fail(self, call_id: int, error: RequestError) -> None:
         raise error
 
 
 class _RingStore(FeatureStore):
-    """Writes what the engine writes, into few rows that all slots share; rows of prompts are not kept."""
+    """Writes and reads what it is told to, in few rows that all slots share; rows of prompts are not kept."""
 
-    def put(self, slots: list[int], features: torch.Tensor) -> None:
-        if features.shape[1] == self._rows.shape[1]:
-            super().put([slot % STORE_ROWS for slot in slots], features)
+    def __init__(self, case: Case) -> None:
+        super().__init__(STORE_ROWS, case.width, getattr(torch, case.dtype))
+        self._narrow = torch.zeros(1, case.prompt_width, dtype=self._rows.dtype)
+        self.is_starting = case.prompt_width != case.width
+
+    def put(self, slots: NDArray[np.int64], features: StepFeatures) -> None:
+        if features.rows.shape[1] == self._rows.shape[1]:
+            super().put(slots % STORE_ROWS, features)
+
+    def get(self, slots: NDArray[np.int64]) -> torch.Tensor:
+        if self.is_starting:
+            return self._narrow.expand(len(slots), -1)
+        return super().get(slots % STORE_ROWS)
 
 
 class CannedRunner:
-    """The ranks together, without a model: the plan travels and becomes columns, the verdict is canned."""
+    """A rank without a model: the verdict is canned. `clock` goes on with what the engine does after each call."""
 
-    def __init__(self, case: Case, clock: Clock, texts: Texts, channel: StepChannel | None) -> None:
+    device = torch.device("cpu")
+
+    def __init__(self, case: Case, clock: Clock, texts: Texts) -> None:
         self._clock = clock
         self._texts = texts.tokens
-        self._channel = channel
         self._prompt_width = case.prompt_width
         self.is_starting = case.prompt_width != case.width
         self._features = torch.zeros(case.sequences * (DRAFTS + 1), case.width, dtype=getattr(torch, case.dtype))
 
-    def forward(self, batch: StepBatch, plan: list[SequencePlan]) -> StepHidden:
-        self._clock.to("target to ranks")
-        if self._channel is not None:
-            self._channel.send(batch.pack(), pack_plan(plan))
+    def forward(self, batch: StepBatch) -> StepHidden:
         self._clock.to(None)
         num_rows = len(batch.feature_rows)
         if num_rows > len(self._features) or self.is_starting:
             features = self._features[:1, : self._prompt_width].expand(num_rows, -1)
         else:
             features = self._features[:num_rows]
+        self._clock.to("target columns")
         return StepHidden(torch.empty(0), features)
 
-    def verify(self, hidden: StepHidden, plan: list[SequencePlan]) -> list[SequenceOutcome]:
-        self._clock.to("target columns")
-        columns = to_columns(plan, torch.device("cpu"))
+    def verify(self, hidden: StepHidden, columns: PlanColumns) -> Verdict:
         self._clock.to(None)
-        outcome, commits = self._verdict(plan, columns.depth)
+        ints = columns.tensors.ints.numpy()
+        seeds, starts = ints[:, IntColumn.SEED], ints[:, IntColumn.ROOT_POSITION] + 1
+        num_tokens = np.minimum(KEPT_DRAFTS, ints[:, IntColumn.NUM_ROWS] - 1) + 1
+        depth = np.arange(columns.depth)
+        last = self._texts.shape[1] - 1
+        verdict = Verdict(
+            tokens=self._texts[seeds[:, None], np.minimum(starts[:, None] + depth, last)].astype(np.int64),
+            accepted_rows=np.where(depth < num_tokens[:, None] - 1, depth + 1, -1),
+            num_tokens=num_tokens,
+            num_accepted=num_tokens - 1,
+            finishes=np.zeros_like(num_tokens),
+            kv_lens=starts - 1 + num_tokens,
+            is_flagged=np.zeros(len(ints), dtype=np.bool_),
+        )
         self._clock.to("target commit")
-        return [
-            _to_outcome(line, commit, columns.depth)
-            for line, commit in zip(outcome.tolist(), commits.tolist(), strict=True)
-        ]
+        return verdict
 
     def score(self, hidden: StepHidden, batch: StepBatch) -> Logprobs:
         return Logprobs()
 
-    def _verdict(self, plan: list[SequencePlan], depth: int) -> tuple[torch.Tensor, torch.Tensor]:
-        outcome = torch.full((len(plan), OutcomeColumn.TOKENS + 2 * depth), -1)
-        commits = torch.zeros(len(plan), len(CommitColumn), dtype=torch.int64)
-        for i, sequence in enumerate(plan):
-            kept = min(KEPT_DRAFTS, len(sequence.tokens) - 1)
-            start = sequence.position + 1
-            tokens = self._texts[sequence.seed, start : start + kept + 1]
-            outcome[i, OutcomeColumn.NUM_ACCEPTED], outcome[i, OutcomeColumn.IS_FLAGGED] = kept, 0
-            outcome[i, OutcomeColumn.TOKENS : OutcomeColumn.TOKENS + kept + 1] = torch.from_numpy(tokens.copy())
-            at = OutcomeColumn.TOKENS + depth
-            outcome[i, at : at + kept] = torch.arange(1, kept + 1)
-            commits[i, CommitColumn.NUM_TOKENS] = kept + 1
-            commits[i, CommitColumn.NUM_ROWS] = kept + 1
-            commits[i, CommitColumn.KV_LEN] = start + kept
-        return outcome, commits
+
+class _Lead:
+    """Tells the other ranks, on the clock."""
+
+    def __init__(self, channel: StepChannel, clock: Clock) -> None:
+        self._channel, self._clock = channel, clock
+
+    def send(self, step: StepInput) -> None:
+        self._clock.to("target to ranks")
+        self._channel.send(step)
+        self._clock.to("target batch")
+
+
+def _engine(
+    case: Case, runner: CannedRunner, features: FeatureStore | None = None, lead: _Lead | None = None
+) -> Engine:
+    target = case.config().target
+    max_model_len = case.config().model.max_model_len
+    assert max_model_len is not None
+    return Engine(runner, target.num_pages, target.page_size, max_model_len, features=features, lead=lead)
 
 
 class Target:
     """Engine and codec of rank 0."""
 
     def __init__(self, case: Case, clock: Clock, texts: Texts, channel: StepChannel | None = None) -> None:
-        target = case.config().target
+        config = case.config()
         self._clock = clock
-        self._max_batch_tokens = target.max_batch_tokens
-        self._runner = CannedRunner(case, clock, texts, channel)
-        self.engine = Engine(
-            self._runner,
-            target.num_pages,
-            target.page_size,
-            case.config().model.max_model_len,
-            texts.tokenizer.vocab_size,
-            features=_RingStore(STORE_ROWS, case.width, getattr(torch, case.dtype)),
+        self._limits = StepLimits(
+            config.target.max_batch_tokens, config.model.max_model_len or 0, texts.tokenizer.vocab_size
         )
+        self._runner = CannedRunner(case, clock, texts)
+        self._store = _RingStore(case)
+        self.engine = _engine(case, self._runner, self._store, None if channel is None else _Lead(channel, clock))
+        self.features = FeatureStreams(self.engine.read_features, self._store.rows_per_piece, "target", FINGERPRINT)
+        self.features.lead(1)
 
     def start(self) -> None:
         """Prompts are over: features have their width from here on."""
-        self._runner.is_starting = False
+        self._runner.is_starting = self._store.is_starting = False
 
-    def take(self, data: bytes) -> list[bytes]:
-        """The answers to a message: features, then the result."""
+    def take(self, data: bytes) -> bytes:
+        """The result of a step, whose features are there for the drafters then."""
         self._clock.to("target codec")
         request = target_pb2.TargetRequest.FromString(data)
-        check_step(request.step, self._max_batch_tokens)
-        self._clock.to("target batch")
-        output = self.engine.step(request.step)
+        step = decode_step(request.step)
+        check_step(step, self._limits)
         self._clock.to("target features")
-        answers = [target_pb2.TargetResponse(features=piece).SerializeToString() for piece in output.features]
+        self.features.receive(request.step)
+        self._clock.to("target batch")
+        output = self.engine.step(step)
+        self._clock.to("target features")
+        kept = output.features
+        if kept is not None:
+            ends = (kept.starts + kept.num_rows).tolist()
+            self.features.publish(output.step_id, kept.sequence_ids.tolist(), ends)
         self._clock.to("target codec")
-        answers.append(target_pb2.TargetResponse(result=output.result).SerializeToString())
+        result = target_pb2.TargetResponse(result=encode_result(output)).SerializeToString()
         self._clock.to(None)
-        return answers
+        return result
 
 
 class CannedDrafts:
@@ -385,7 +426,7 @@ class CannedDrafts:
         del self._lens[session]
 
     def extend(self, session: int, start: int, features: torch.Tensor | None, token_ids: Sequence[int]) -> None:
-        self._lens[session] = start + len(token_ids)
+        self._lens[session] = start + (len(token_ids) if features is None else len(features))
 
     def propose(
         self,
@@ -405,23 +446,92 @@ class CannedDrafts:
         return proposals
 
 
-class Drafter:
-    """The drafters' sessions and codec."""
+class _AtOnce(Executor):
+    """Runs what it is given where it is given."""
 
-    def __init__(self, case: Case, clock: Clock, texts: Texts) -> None:
+    def submit(self, work: Callable[..., Any], /, *arguments: Any, **named: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_result(work(*arguments, **named))
+        return future
+
+
+class _Source:
+    """A drafter's stream of features without a socket, both ends of it."""
+
+    def __init__(self, target: Target, arrivals: Arrivals, method: CannedDrafts) -> None:
+        self._streams = target.features
+        self._stream = _Stream()
+        self._streams._streams.add(self._stream)
+        self._arrivals = arrivals
+        self._method = method
+        self._by_number: dict[int, Arrival] = {}
+
+    def open(self, address: str, stream: int) -> _Source:
+        return self
+
+    def subscribe(self, epoch: int, step_id: int, wanted: list[tuple[Arrival, int]]) -> None:
+        for arrival, sequence_id in wanted:
+            arrival.is_coming = True
+            number = len(self._by_number)
+            self._by_number[number] = arrival
+            self._streams._subscribe(self._stream, number, _Wanted(epoch, step_id, sequence_id, arrival.end))
+
+    def unsubscribe(self, arrivals: list[Arrival]) -> None:
+        """Nothing here is ever opened twice."""
+
+    async def close(self) -> None:
+        self._stream.subscriptions.clear()
+
+    def give(self) -> Iterator[bytes]:
+        """The target's end: what is there to send."""
+        while (response := self._streams._next(self._stream)) is not None:
+            yield response.SerializeToString()
+
+    def take(self, data: bytes) -> None:
+        """The drafter's end."""
+        features = target_pb2.FeaturesResponse.FromString(data).features
+        rows = rows_of(features, self._method.feature_width)
+        at = 0
+        for number, start, count in zip(features.subscription_ids, features.starts, features.num_rows, strict=True):
+            self._arrivals.put(self._by_number[number], start, rows[at : at + count])
+            at += count
+
+
+class Drafter:
+    """A drafter's sessions, its codec, and its stream of features."""
+
+    def __init__(self, case: Case, clock: Clock, texts: Texts, target: Target) -> None:
         self._clock = clock
         self._method = CannedDrafts(case, clock, texts)
         self._width = case.width
-        self._sessions = DraftSessions(self._method, 2**40)
+        arrivals = Arrivals()
+        self._source = _Source(target, arrivals, self._method)
+        sessions, watchdog = DraftSessions(self._method, 2**40), Watchdog(1e6, "a draft")
+        self._drafts = Drafts(sessions, arrivals, self._source, watchdog, lambda start, end: None)  # type: ignore[arg-type]
+        self._drafts._compute = _AtOnce()  # type: ignore[assignment]
+        self.close = self._drafts.close
 
     def start(self) -> None:
         """As the target's."""
         self._method.feature_width = self._width
 
-    def take(self, data: bytes) -> bytes:
+    def features(self) -> list[bytes]:
+        """Messages of the target for this drafter."""
+        self._clock.to("target features")
+        messages = list(self._source.give())
+        self._clock.to(None)
+        return messages
+
+    def take_features(self, data: bytes) -> None:
+        self._clock.to("drafter features")
+        self._source.take(data)
+        self._clock.to(None)
+
+    async def take(self, data: bytes) -> bytes:
         self._clock.to("drafter")
         request = drafter_pb2.DrafterRequest.FromString(data)
-        answer = drafter_pb2.DrafterResponse(drafts=self._sessions.answer(0, request.draft)).SerializeToString()
+        reply = await self._drafts.answer(0, request.draft)
+        answer = drafter_pb2.DrafterResponse(drafts=reply).SerializeToString()
         self._clock.to(None)
         return answer
 
@@ -472,20 +582,25 @@ class Gateway:
         return count, size
 
 
-def follow(channel: StepChannel, clock: Clock) -> bool:
-    """Another rank's part of a step; False after the last one."""
-    flat_batch, flat_plan = channel.receive()
-    if not len(flat_batch):
-        return False
-    clock.to("rank")
-    StepBatch.unpack(flat_batch)
-    plan = unpack_plan(flat_plan)
-    if plan:
-        to_columns(plan, torch.device("cpu"))
-    clock.to(None)
-    return True
+class Rank:
+    """Another rank of a group: the engine without what rank 0 alone does."""
+
+    def __init__(self, case: Case, clock: Clock, texts: Texts, channel: StepChannel) -> None:
+        self._clock, self._channel = clock, channel
+        self._runner = CannedRunner(case, Clock(), texts)
+        self._engine = _engine(case, self._runner)
+
+    def follow(self) -> bool:
+        """A step; False after the last one."""
+        step = self._channel.receive()
+        if LAST in step.close:
+            return False
+        self._clock.to("rank")
+        self._engine.step(step)
+        self._clock.to(None)
+        return True
 
 
 def dismiss(channel: StepChannel) -> None:
     """Rank 0: there is no further step."""
-    channel.send(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))
+    channel.send(StepInput(close=np.array([LAST], dtype=np.uint64)))

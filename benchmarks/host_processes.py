@@ -102,14 +102,15 @@ async def run_target(case: Case, wire: Connection) -> None:
         colocated_draft_tokens=0,
     )
     compute, watchdog = ThreadPoolExecutor(1), Watchdog(1e6, "a pass")
-    servicer = TargetServicer(target.engine, info, compute, watchdog, TargetMetrics())
+    servicer = TargetServicer(target.engine, info, compute, watchdog, TargetMetrics(), target.features)
     steps = _Steps(target)
     await _serve(case, lambda server: target_pb2_grpc.add_TargetServicer_to_server(servicer, server), wire, steps)
 
 
 async def run_drafter(case: Case, wire: Connection) -> None:
     method = CannedDrafts(case, Clock(), Texts(case, ChatTokenizer(ModelConfig())))
-    servicer = DrafterServicer("drafter", method, 2**40, Watchdog(1e6, "a draft"), DrafterMetrics())
+    limit = case.config().network.max_message_bytes
+    servicer = DrafterServicer("drafter", method, 2**40, limit, Watchdog(1e6, "a draft"), DrafterMetrics())
     await _serve(case, lambda server: drafter_pb2_grpc.add_DrafterServicer_to_server(servicer, server), wire)
 
 

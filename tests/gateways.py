@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import functools
 import socket
 from collections.abc import AsyncIterator, Callable
@@ -25,12 +24,12 @@ from dflash_ray.gateway.grpc_api import GenerationServicer
 from dflash_ray.gateway.http_api import build_http_app
 from dflash_ray.gateway.token_chunks import TokenChunk
 from dflash_ray.pb import common_pb2, generation_pb2_grpc, router_pb2, router_pb2_grpc
-from dflash_ray.router.actions import Emit
 from dflash_ray.router.outbox import Outbox
 from dflash_ray.rpc.channel import new_server
 from dflash_ray.rpc.directory import DirectoryClient, Entry
 from dflash_ray.rpc.malformed import RefuseMalformed
 from dflash_ray.text.tokenizer import ChatTokenizer
+from tests.toy import emit_of
 
 
 @functools.cache  # the embedded model's takes seconds to read
@@ -100,8 +99,7 @@ class ScriptedRouter(router_pb2_grpc.RouterServicer):
         try:
             async with contextlib.aclosing(self.respond(opened.request)) as parts:
                 async for part in parts:
-                    emit = Emit(None, part.token_ids, part.logprobs, part.finish_reason, part.decode_pass)
-                    outbox.add(opened.call_id, dataclasses.replace(emit, prompt_logprobs=part.prompt_logprobs))
+                    outbox.add(emit_of(opened.call_id, part))
         except RequestError as error:
             outbox.add_error(opened.call_id, error)
         except Exception as fault:  # of the test

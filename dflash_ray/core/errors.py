@@ -123,3 +123,10 @@ def error_of_call(code_name: str, message: str, param: str | None, num_losses: i
     if num_losses:
         return HandedOverError(message, num_losses)
     return _BY_GRPC_CODE.get(code_name, RequestError)(message, param)
+
+
+def prompt_too_long(num_tokens: int | str, context: int, field: str) -> InvalidRequestError:
+    """The refusal of a prompt that leaves no room for an answer."""
+    # Client libraries know this error by OpenAI's words for the limit.
+    message = f"has {num_tokens} tokens, but this model's maximum context length is {context} tokens; shorten it"
+    return InvalidRequestError(message, field, "context_length_exceeded")

@@ -159,7 +159,7 @@ class RouterMetrics(_ProcessMetrics):
         )
         self.drafts_dropped = self._counter("dflash_ray_router_drafts_dropped", "Drafts not used", ("reason",))
         self.num_replays = self._counter(
-            "dflash_ray_router_feature_replays", "Pieces of context features asked for again"
+            "dflash_ray_router_feature_replays", "Sequences whose context features were fetched anew"
         )
         self.draft_round_trip = self._seconds(
             "dflash_ray_router_draft_round_trip_seconds", "Draft request to draft blocks", _STEP_BUCKETS_S
@@ -171,6 +171,27 @@ class RouterMetrics(_ProcessMetrics):
             "dflash_ray_router_step_gap_seconds",
             "A step's result to the next step: drafting and scheduling",
             _STEP_BUCKETS_S,
+        )
+        self.speculation_steps = self._counter(
+            "dflash_ray_router_speculation_steps", "Steps that decoded, by why they drafted or did not", ("reason",)
+        )
+        self.speculation_tokens = self._counter(
+            "dflash_ray_router_speculation_tokens",
+            "Tokens of steps that drafted, as expected before and as they came",
+            ("kind",),
+        )
+        self.speculation_seconds = self._counter(
+            "dflash_ray_router_speculation_seconds",
+            "Estimated time against plain decoding, of steps that were quicker and of those that were slower",
+            ("kind",),
+        )
+        self.speculation_loss = self._gauge(
+            "dflash_ray_router_speculation_loss",
+            "Estimated loss against plain decoding over the last 200 steps, as a part of its time; negative is a gain",
+        )
+        self.speculation_calibration = self._gauge(
+            "dflash_ray_router_speculation_calibration_error",
+            "Mean distance between the chance that drafts were given and the share that was accepted",
         )
         self.step_tokens = Histogram(
             "vllm:iteration_tokens_total",

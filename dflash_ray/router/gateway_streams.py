@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 
 from dflash_ray.core.errors import DeadlineExceededError, InvalidRequestError, RequestError
@@ -14,6 +15,7 @@ from dflash_ray.router.outbox import Outbox
 from dflash_ray.router.pipeline import Pipeline
 from dflash_ray.router.sequence import RouterSequence
 
+_numbers = itertools.count(1)
 logger = logging.getLogger(__name__)
 
 
@@ -36,7 +38,7 @@ class _Call:
         try:
             _check(request)
             pipeline = await fleet.pick(request.model_fingerprint)
-            self._sequence = pipeline.start(request, self)
+            self._sequence = pipeline.start(request, self._stream, self._id)
             self._pipeline = pipeline
             self._stream.outbox.add_taken(self._id, pipeline.model_fingerprint)
         except RequestError as error:
@@ -45,14 +47,10 @@ class _Call:
             logger.exception("a call could not be opened")
             self.fail(RequestError("internal error; the router's log says more"))
 
-    def emit(self, emit: Emit) -> None:
-        self._stream.outbox.add(self._id, emit)
-        if emit.finish_reason:
-            self._end()
-
     def fail(self, error: RequestError) -> None:
+        """Ends the call with an error."""
         self._stream.outbox.add_error(self._id, error)
-        self._end()
+        self.end()
 
     def _expire(self) -> None:
         self.cancel()
@@ -64,17 +62,23 @@ class _Call:
             self._opening.cancel()
         if self._pipeline is not None and self._sequence is not None:
             self._pipeline.cancel(self._sequence)
-        self._end()
+        self.end()
 
-    def _end(self) -> None:
+    def end(self) -> None:
+        """Nothing more is said of it."""
         self._timer.cancel()
         self._stream.forget(self._id)
 
 
 class GatewayStream:
-    """Calls of one gateway, all of which end with its stream."""
+    """Calls of one gateway, all of which end with its stream.
+
+    Attributes:
+        number: its own, in this process.
+    """
 
     def __init__(self, fleet: Fleet) -> None:
+        self.number = next(_numbers)
         self._fleet = fleet
         self._calls: dict[int, _Call] = {}
         self.outbox = Outbox()
@@ -89,6 +93,20 @@ class GatewayStream:
         for call_id in message.cancel:
             if call_id in self._calls:
                 self._calls[call_id].cancel()
+
+    def emit(self, emit: Emit) -> None:
+        """What a target pass committed for calls of this stream."""
+        self.outbox.add(emit)
+        for call_id in emit.call_ids[emit.finish_reasons > 0].tolist():
+            call = self._calls.get(call_id)
+            if call is not None:
+                call.end()
+
+    def fail(self, call_id: int, error: RequestError) -> None:
+        """A call ends with an error."""
+        call = self._calls.get(call_id)
+        if call is not None:
+            call.fail(error)
 
     def forget(self, call_id: int) -> None:
         """The call has ended."""

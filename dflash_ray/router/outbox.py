@@ -10,16 +10,15 @@ from __future__ import annotations
 import asyncio
 from array import array
 from collections import deque
-from collections.abc import Sequence
+
+import numpy as np
 
 from dflash_ray.core.errors import HandedOverError, RequestError
-from dflash_ray.core.stats import DecodePass
-from dflash_ray.pb import common_pb2, router_pb2
+from dflash_ray.pb import router_pb2
 from dflash_ray.router.actions import Emit
 
 # A message ends with the entry that makes it this large: 1 MiB of token ids, some 4 MiB of log-probabilities.
 _MAX_VALUES = 1 << 18
-_NO_DECODE_PASS = DecodePass(0, 0, 0)
 
 
 class _Columns:
@@ -29,7 +28,7 @@ class _Columns:
         self.call_ids: list[int] = []
         self.num_tokens: list[int] = []
         self.token_ids = array("I")
-        self.finish_reasons: list[common_pb2.FinishReason] = []
+        self.finish_reasons: list[int] = []
         self.is_decode_pass: list[bool] = []
         self.num_drafts: list[int] = []
         self.num_accepted_drafts: list[int] = []
@@ -41,9 +40,9 @@ class _Columns:
     def is_full(self) -> bool:
         return len(self.call_ids) + len(self.token_ids) + self.num_extra_values >= _MAX_VALUES
 
-    def add_extras(self, extras: router_pb2.EntryExtras) -> None:
-        """Of the entry that follows."""
-        extras.entry = len(self.call_ids)
+    def add_extras(self, extras: router_pb2.EntryExtras, place: int) -> None:
+        """Of an entry among those that follow."""
+        extras.entry = len(self.call_ids) + place
         self.extras.append(extras)
         for logprobs in (extras.logprobs, extras.prompt_logprobs.logprobs):
             self.num_extra_values += len(logprobs.chosen) * (1 + 2 * logprobs.num_top)
@@ -54,7 +53,7 @@ class _Columns:
                 call_ids=self.call_ids,
                 num_tokens=self.num_tokens,
                 token_ids=self.token_ids.tobytes(),
-                finish_reasons=self.finish_reasons,
+                finish_reasons=self.finish_reasons,  # type: ignore[arg-type]
                 is_decode_pass=self.is_decode_pass,
                 num_drafts=self.num_drafts,
                 num_accepted_drafts=self.num_accepted_drafts,
@@ -74,14 +73,7 @@ class Outbox:
 
     def add_taken(self, call_id: int, model_fingerprint: str) -> None:
         """A pipeline has taken the call."""
-        self._append(call_id, extras=router_pb2.EntryExtras(model_fingerprint=model_fingerprint))
-
-    def add(self, call_id: int, emit: Emit) -> None:
-        """What a target pass committed for a call."""
-        extras = None
-        if emit.logprobs is not None or emit.prompt_logprobs is not None:
-            extras = router_pb2.EntryExtras(logprobs=emit.logprobs, prompt_logprobs=emit.prompt_logprobs)
-        self._append(call_id, emit.token_ids, emit.finish_reason, emit.decode_pass, extras)
+        self._add_alone(call_id, router_pb2.EntryExtras(model_fingerprint=model_fingerprint))
 
     def add_error(self, call_id: int, error: RequestError) -> None:
         """The call ends with an error."""
@@ -89,29 +81,49 @@ class Outbox:
         made = router_pb2.CallError(
             code=error.grpc_code, message=error.message, field=error.param or "", num_losses=num_losses
         )
-        self._append(call_id, extras=router_pb2.EntryExtras(error=made))
+        self._add_alone(call_id, router_pb2.EntryExtras(error=made))
 
-    def _append(
-        self,
-        call_id: int,
-        token_ids: Sequence[int] = (),
-        finish_reason: common_pb2.FinishReason = common_pb2.FINISH_REASON_UNSPECIFIED,
-        decode_pass: DecodePass | None = None,
-        extras: router_pb2.EntryExtras | None = None,
-    ) -> None:
+    def _add_alone(self, call_id: int, extras: router_pb2.EntryExtras) -> None:
+        """An entry without tokens."""
         columns = self._columns[-1]
-        if extras is not None:
-            columns.add_extras(extras)
+        columns.add_extras(extras, 0)
         columns.call_ids.append(call_id)
-        columns.num_tokens.append(len(token_ids))
-        columns.token_ids.extend(token_ids)
-        columns.finish_reasons.append(finish_reason)
-        columns.is_decode_pass.append(decode_pass is not None)
-        num_drafts, num_accepted_drafts, num_spec_tokens = decode_pass or _NO_DECODE_PASS
-        columns.num_drafts.append(num_drafts)
-        columns.num_accepted_drafts.append(num_accepted_drafts)
-        columns.num_spec_tokens.append(num_spec_tokens)
-        if columns.is_full:
+        columns.is_decode_pass.append(False)
+        for zeros in (
+            columns.num_tokens,
+            columns.finish_reasons,
+            columns.num_drafts,
+            columns.num_accepted_drafts,
+            columns.num_spec_tokens,
+        ):
+            zeros.append(0)
+        self._has_grown()
+
+    def add(self, emit: Emit) -> None:
+        """What a target pass committed for calls of the gateway."""
+        if emit.logprobs:  # each may be large
+            for i in range(len(emit.call_ids)):
+                self._add(emit.only(np.arange(len(emit.call_ids)) == i))
+        else:
+            self._add(emit)
+
+    def _add(self, emit: Emit) -> None:
+        columns = self._columns[-1]
+        for i in sorted({*emit.logprobs, *emit.prompt_logprobs}):
+            extras = router_pb2.EntryExtras(logprobs=emit.logprobs.get(i), prompt_logprobs=emit.prompt_logprobs.get(i))
+            columns.add_extras(extras, i)
+        columns.call_ids.extend(emit.call_ids.tolist())
+        columns.num_tokens.extend(emit.num_tokens.tolist())
+        columns.token_ids.frombytes(emit.token_ids.tobytes())
+        columns.finish_reasons.extend(emit.finish_reasons.tolist())
+        columns.is_decode_pass.extend(emit.is_decode_pass.tolist())
+        columns.num_drafts.extend(emit.num_drafts.tolist())
+        columns.num_accepted_drafts.extend(emit.num_accepted.tolist())
+        columns.num_spec_tokens.extend(emit.num_spec_tokens.tolist())
+        self._has_grown()
+
+    def _has_grown(self) -> None:
+        if self._columns[-1].is_full:
             self._columns.append(_Columns())
         self._has_news.set()
 

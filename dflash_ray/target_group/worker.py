@@ -1,4 +1,4 @@
-"""One tensor-parallel rank as a Ray actor. Rank 0 also serves the Target gRPC service and holds the engine."""
+"""One tensor-parallel rank. Rank 0 also serves the Target gRPC service and holds the engine."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import json
 import logging
 import os
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 
 import ray
 import torch
 
 from dflash_ray.config import DflashRayConfig
+from dflash_ray.core.memory import return_freed_memory
 from dflash_ray.core.watchdog import Watchdog
 from dflash_ray.models.block_drafter import BlockDrafter
 from dflash_ray.models.drafter_checkpoint import DrafterCheckpoint, resolve_drafter
@@ -29,37 +29,17 @@ from dflash_ray.sampling.shards import ProcessGroupShards, ShardGroup, SingleSha
 from dflash_ray.target_group.colocated import ColocatedDrafter
 from dflash_ray.target_group.engine import Engine
 from dflash_ray.target_group.feature_store import FeatureStore
+from dflash_ray.target_group.feature_streams import FeatureStreams
 from dflash_ray.target_group.model import RankModel
+from dflash_ray.target_group.rank import RankPlace, Rendezvous
 from dflash_ray.target_group.runner import GroupRunner
 from dflash_ray.target_group.servicer import TargetInfo, TargetServicer
-from dflash_ray.target_group.tensor_parallel import StepChannel, create_store, init_process_group, join_store
+from dflash_ray.target_group.step_channel import StepChannel, follow
+from dflash_ray.target_group.tensor_parallel import create_store, init_process_group, join_store
 
 logger = logging.getLogger(__name__)
 _NOT_OF_THE_MODEL = ("_name_or_path", "transformers_version")
 _SERVICE_NAME = target_pb2.DESCRIPTOR.services_by_name["Target"].full_name
-
-
-@dataclass(frozen=True, slots=True)
-class RankPlace:
-    """Where a rank runs, as the group decided.
-
-    Attributes:
-        local_rank: index among the ranks on the same node.
-        share_host: all ranks of the group are on one node.
-    """
-
-    rank: int
-    tp_size: int
-    local_rank: int
-    share_host: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Rendezvous:
-    """Where the ranks meet: rank 0's TCPStore."""
-
-    host: str
-    port: int
 
 
 def model_fingerprint(target: TargetCheckpoint, dtype: str) -> str:
@@ -70,7 +50,7 @@ def model_fingerprint(target: TargetCheckpoint, dtype: str) -> str:
 
 
 class TargetRank:
-    """The actor. The group calls rendezvous (rank 0), load, and run, whose end is the rank's death."""
+    """What a RankActor hosts."""
 
     def __init__(self, config: DflashRayConfig, target_id: str, place: RankPlace) -> None:
         configure_logging(f"target-{place.rank}", config.observability.log_level, config.observability.log_format)
@@ -81,7 +61,8 @@ class TargetRank:
         self._compute = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pass")
         self._watchdog = Watchdog(config.target.step_timeout_s, f"a pass of rank {place.rank}")
         self._store: torch.distributed.TCPStore | None = None
-        self._runner: GroupRunner | None = None
+        self._channel: StepChannel | None = None  # in a group of several
+        self._features: FeatureStreams | None = None
         self._server: RunningServer | None = None
 
     async def rendezvous(self) -> Rendezvous:
@@ -97,6 +78,7 @@ class TargetRank:
         """
         loop = asyncio.get_running_loop()
         info = await loop.run_in_executor(self._compute, self._load, rendezvous)
+        return_freed_memory()
         if self._place.rank == 0:
             info["address"] = await self._listen()
         return info
@@ -105,20 +87,19 @@ class TargetRank:
         """Lives as long as the rank does: other ranks follow rank 0, rank 0 waits for the end."""
         if self._place.rank == 0:
             await asyncio.Event().wait()
-        assert self._runner is not None
-        await asyncio.get_running_loop().run_in_executor(self._compute, self._runner.follow, self._watchdog)
-
-    async def ping(self) -> None:
-        """Answers while the process can, whatever its compute thread does."""
+        assert self._channel is not None
+        await asyncio.get_running_loop().run_in_executor(
+            self._compute, follow, self._engine, self._channel, self._watchdog
+        )
 
     def _load(self, rendezvous: Rendezvous) -> dict[str, object]:
         config, place = self._config, self._place
         cores = os.cpu_count() or 1
         share = cores // place.tp_size if place.share_host else cores
         torch.set_num_threads(config.target.num_threads or max(1, share))
-        store = self._store or join_store(rendezvous.host, rendezvous.port, place.tp_size, config.target.init_timeout_s)
         device = config.target.device
-        init_process_group(store, place.rank, place.tp_size, device, place.share_host, place.local_rank)
+        if place.tp_size > 1:
+            self._join(rendezvous)
         target = resolve_target(config.model.path)
         is_first = place.rank == 0
         drafter = resolve_drafter(config.drafter.path, target) if is_first and config.uses_features else None
@@ -134,21 +115,25 @@ class TargetRank:
         shards: ShardGroup = SingleShard()
         if place.tp_size > 1:
             shards = ProcessGroupShards(None, place.tp_size)
-        self._runner = GroupRunner(model, StepChannel(device), shards)
-        if is_first:
-            colocated = self._colocated(drafter)
-            store = None
-            if drafter is not None and colocated is None:
-                store = FeatureStore(config.target.kv_cache_rows, drafter.config.hidden_size, dtype)
-            self._engine = Engine(
-                self._runner,
-                config.target.num_pages,
-                config.target.page_size,
-                model.max_model_len,
-                model.vocab_size,
-                colocated,
-                store,
+            self._channel = StepChannel()
+        colocated = self._colocated(drafter)
+        features = None
+        if drafter is not None and colocated is None:
+            features = FeatureStore(config.target.kv_cache_rows, drafter.config.hidden_size, dtype)
+        self._engine = Engine(
+            GroupRunner(model, shards, device),
+            config.target.num_pages,
+            config.target.page_size,
+            model.max_model_len,
+            colocated,
+            features,
+            lead=self._channel if is_first else None,
+        )
+        if drafter is not None and features is not None:
+            self._features = FeatureStreams(
+                self._engine.read_features, features.rows_per_piece, self._target_id, drafter.fingerprint
             )
+        if is_first:
             self._info = TargetInfo(
                 target_id=self._target_id,
                 model_fingerprint=model_fingerprint(target, config.model.dtype),
@@ -164,6 +149,13 @@ class TargetRank:
             )
         return {"pid": os.getpid(), "node_id": ray.get_runtime_context().get_node_id()}
 
+    def _join(self, rendezvous: Rendezvous) -> None:
+        """Joins the other ranks' process group. One by itself has none: its thread would wake 100 times a second."""
+        place, timeout_s = self._place, self._config.target.init_timeout_s
+        store = self._store or join_store(rendezvous.host, rendezvous.port, place.tp_size, timeout_s)
+        device = self._config.target.device
+        init_process_group(store, place.rank, place.tp_size, device, place.share_host, place.local_rank)
+
     def _colocated(self, checkpoint: DrafterCheckpoint | None) -> ColocatedDrafter | None:
         drafter = self._config.drafter
         if checkpoint is None or drafter.placement_mode != "colocated":
@@ -176,7 +168,7 @@ class TargetRank:
     async def _listen(self) -> str:
         server = new_server(self._config.network.max_message_bytes)
         metrics = TargetMetrics()
-        servicer = TargetServicer(self._engine, self._info, self._compute, self._watchdog, metrics)
+        servicer = TargetServicer(self._engine, self._info, self._compute, self._watchdog, metrics, self._features)
         target_pb2_grpc.add_TargetServicer_to_server(servicer, server)
         add_metrics_service(server, servicer.render_metrics)
         host = bind_host(self._config.network.bind_host)

@@ -12,7 +12,7 @@ from typing import Any
 from tokenizers import AddedToken
 
 from dflash_ray.config import ModelConfig
-from dflash_ray.core.errors import InvalidRequestError
+from dflash_ray.core.errors import InvalidRequestError, prompt_too_long
 from dflash_ray.text.chat_template import ChatTemplate, text_pattern
 from dflash_ray.text.token_sizes import token_sizes
 from dflash_ray.text.tokenizer_files import TokenizerFiles, load_tokenizer_files
@@ -166,13 +166,6 @@ class ChatTokenizer:
         if start is None:
             raise ValueError("model.path: the post-processor in tokenizer.json changes a text's own tokens")
         return whole[:start], whole[start + len(plain) :]
-
-
-def prompt_too_long(num_tokens: int | str, context: int, field: str) -> InvalidRequestError:
-    """The refusal of a prompt that leaves no room for an answer."""
-    # Client libraries know this error by OpenAI's words for the limit.
-    message = f"has {num_tokens} tokens, but this model's maximum context length is {context} tokens; shorten it"
-    return InvalidRequestError(message, field, "context_length_exceeded")
 
 
 def _choose_template(config: ModelConfig, files: TokenizerFiles, added: Any) -> ChatTemplate | None:

@@ -1,8 +1,10 @@
 """What an outbox packs is what a gateway unpacks, entry by entry."""
 
 import asyncio
+import dataclasses
 
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 from hypothesis import given
 
@@ -19,6 +21,7 @@ from dflash_ray.pb import common_pb2, router_pb2
 from dflash_ray.router import outbox as outboxes
 from dflash_ray.router.actions import Emit
 from dflash_ray.router.outbox import Outbox
+from tests.toy import emit_of
 
 ERRORS = [
     InvalidRequestError("is wrong", "prompt"),
@@ -51,10 +54,7 @@ ENTRIES = st.tuples(st.integers(1, 2**63), CHUNKS | st.sampled_from(["model", *E
 
 def put(outbox: Outbox, call_id: int, entry: TokenChunk | str | Exception) -> None:
     if isinstance(entry, TokenChunk):
-        emit = Emit(
-            None, entry.token_ids, entry.logprobs, entry.finish_reason, entry.decode_pass, entry.prompt_logprobs
-        )
-        outbox.add(call_id, emit)
+        outbox.add(emit_of(call_id, entry))
     elif isinstance(entry, str):
         outbox.add_taken(call_id, entry)
     else:
@@ -89,6 +89,28 @@ def test_a_gateway_reads_what_a_router_wrote_however_it_is_cut_into_messages(ent
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(outboxes, "_MAX_VALUES", size)
         assert asyncio.run(run()) == [(call_id, comparable(entry)) for call_id, entry in entries]
+
+
+def joined(entries: list[tuple[int, int, TokenChunk]]) -> Emit:
+    """One action for the calls of several streams; `entries` are stream, call id and what the call is told."""
+    parts = [emit_of(call_id, chunk, stream) for stream, call_id, chunk in entries]
+    names = [column.name for column in dataclasses.fields(Emit)][:-2]
+    columns = [np.concatenate([getattr(part, name) for part in parts]) for name in names]
+    logprobs = {i: part.logprobs[0] for i, part in enumerate(parts) if part.logprobs}
+    return Emit(*columns, logprobs, {})
+
+
+@given(entries=st.lists(st.tuples(st.integers(1, 2), st.integers(1, 2**63), CHUNKS), min_size=1, max_size=8))
+def test_what_a_pass_brought_is_shared_out_to_the_streams_of_its_calls(entries):
+    entries = [
+        (stream, call_id, dataclasses.replace(chunk, prompt_logprobs=None)) for stream, call_id, chunk in entries
+    ]
+    emit = joined(entries)
+    for number in {stream for stream, _, _ in entries}:
+        outbox = Outbox()
+        outbox.add(emit.of_stream(number))
+        got = [pair for message in asyncio.run(all_of(outbox)) for pair in unpack(message.progress)]
+        assert got == [(call_id, chunk) for stream, call_id, chunk in entries if stream == number]
 
 
 async def test_what_comes_while_a_gateway_takes_nothing_waits_in_one_message():
