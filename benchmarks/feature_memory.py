@@ -12,19 +12,21 @@ import gc
 import itertools
 import os
 import time
+from collections.abc import Iterable
 
+import numpy as np
 import torch
 
 from dflash_ray.config import load_config
 from dflash_ray.models.drafter_checkpoint import resolve_drafter
 from dflash_ray.models.target_checkpoint import resolve_target
-from dflash_ray.pb import common_pb2, target_pb2
 from dflash_ray.sampling.shards import SingleShard
 from dflash_ray.target_group.engine import Engine
 from dflash_ray.target_group.feature_store import FeatureStore
 from dflash_ray.target_group.model import RankModel
 from dflash_ray.target_group.runner import GroupRunner
-from dflash_ray.target_group.tensor_parallel import StepChannel, create_store, init_process_group
+from dflash_ray.target_group.step import Drafts, Opening, StepInput
+from dflash_ray.target_group.tensor_parallel import create_store, init_process_group
 
 LONG, RUNNING, PROMPT, NEW = 0, 64, 8, 4
 
@@ -43,21 +45,19 @@ def build_engine() -> tuple[Engine, FeatureStore]:
     drafter = resolve_drafter(config.drafter.path, target)
     projector = drafter.build_projector(torch.float32)
     rank = RankModel(target, config, 0, 1, projector, drafter.config.target_layer_ids)
-    runner = GroupRunner(rank, StepChannel("cpu"), SingleShard())
+    runner = GroupRunner(rank, SingleShard())
     store = FeatureStore(config.target.kv_cache_rows, drafter.config.hidden_size, torch.float32)
-    sizes = config.target.num_pages, config.target.page_size, rank.max_model_len, rank.vocab_size
+    sizes = config.target.num_pages, config.target.page_size, rank.max_model_len
     return Engine(runner, *sizes, features=store), store
 
 
-def opening(sequence_id: int, max_new_tokens: int) -> target_pb2.OpenSequence:
-    return target_pb2.OpenSequence(
-        sequence_id=sequence_id,
-        token_ids=[(sequence_id * 7919 + at * 104729) % 40_000 for at in range(PROMPT)],
-        prompt_len=PROMPT,
-        sampling=common_pb2.SamplingParams(top_p=1.0, repetition_penalty=1.0),
-        stopping=common_pb2.StoppingParams(max_new_tokens=max_new_tokens),
-        wants_features=True,
-    )
+def opening(sequence_id: int, max_new_tokens: int) -> Opening:
+    token_ids = (sequence_id * 7919 + np.arange(PROMPT) * 104729) % 40_000
+    return Opening(sequence_id, token_ids, PROMPT, max_new_tokens, wants_features=True)
+
+
+def ids_of(values: Iterable[int]) -> np.ndarray:
+    return np.fromiter(values, dtype=np.uint64)
 
 
 def main() -> None:
@@ -72,26 +72,29 @@ def main() -> None:
     closing: list[int] = []
     started = time.perf_counter()
     while num_done < num_requests:
-        step = target_pb2.Step(close=closing)
-        for sequence_id, length in lens.items():
-            step.verify_ids.append(sequence_id)
-            step.base_lens.append(length)
-            step.num_drafts.append(0)
+        known = dict(lens)
+        opened = []
         while len(lens) < RUNNING:
             sequence_id = next(ids)
-            step.open.append(opening(sequence_id, 4000 if sequence_id == LONG else NEW))
-            step.prefill_ids.append(sequence_id)
-            step.prefill_lens.append(PROMPT)
+            opened.append(opening(sequence_id, 4000 if sequence_id == LONG else NEW))
             lens[sequence_id] = PROMPT
-        result = engine.step(step).result
+        step = StepInput(
+            close=ids_of(closing),
+            open=opened,
+            prefill_ids=ids_of(one.sequence_id for one in opened),
+            prefill_lens=np.full(len(opened), PROMPT),
+            verify_ids=ids_of(known),
+            base_lens=np.fromiter(known.values(), dtype=np.int64),
+            drafts=Drafts(counts=np.zeros(len(known), dtype=np.int64)),
+        )
+        output = engine.step(step)
         num_steps += 1
-        for sequence_id, count in zip(result.sequence_ids, result.num_tokens, strict=True):
+        closing = []
+        columns = (output.sequence_ids, output.num_tokens, output.finishes)
+        for sequence_id, count, finish in zip(*(column.tolist() for column in columns), strict=True):
             lens[sequence_id] += count
-        closing = [
-            sequence_id
-            for sequence_id, reason in zip(result.sequence_ids, result.finish_reasons, strict=True)
-            if reason
-        ]
+            if finish:
+                closing.append(sequence_id)
         for sequence_id in closing:
             del lens[sequence_id]
         before, num_done = num_done, num_done + len(closing)

@@ -20,15 +20,17 @@ from functools import partial
 from inspect import signature
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers.generation.utils import _speculative_sampling
 
 from dflash_ray.config import BUILTIN_MODEL
 from dflash_ray.kernels import build
 from dflash_ray.models.target_checkpoint import resolve_target
-from dflash_ray.sampling.columns import PlanColumns, to_columns
-from dflash_ray.sampling.plan import COUPLED, REJECTION, SequencePlan
+from dflash_ray.sampling.columns import DrawRows, PlanColumns, columns_of
+from dflash_ray.sampling.parameters import NO_LIMIT, REJECTION, SamplingParams
 from dflash_ray.sampling.shards import SingleShard
+from dflash_ray.sampling.table import SamplingTable
 from dflash_ray.sampling.verify import launch, verify
 
 SEQUENCES, ROWS, ROUNDS = 32, 9, 5
@@ -47,13 +49,20 @@ Step = Callable[[torch.Tensor], object]
 Clock = Callable[[Step, list[torch.Tensor]], float]
 
 
-def plan(**values: object) -> list[SequencePlan]:
-    defaults = {
-        "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "mode": COUPLED, "presence_penalty": 0.0,
-        "frequency_penalty": 0.0, "repetition_penalty": 1.0, "num_logprobs": -1, "position": 100,
-    }  # fmt: skip
-    tokens, parents = list(range(ROWS)), list(range(-1, ROWS - 1))
-    return [SequencePlan(**(defaults | values), seed=s, tokens=tokens, parents=parents) for s in range(SEQUENCES)]
+def step_columns(device: torch.device, **values: object) -> PlanColumns:
+    """Of SEQUENCES chains, each with a seed of its own."""
+    table, no_tokens = SamplingTable(SEQUENCES), np.zeros(0, dtype=np.int64)
+    for slot in range(SEQUENCES):
+        params = SamplingParams(**({"temperature": 1.0, "seed": slot} | values))
+        table.open(slot, params, no_tokens, 0, 0, NO_LIMIT, no_tokens)
+    rows = DrawRows(
+        slots=np.arange(SEQUENCES),
+        num_rows=np.full(SEQUENCES, ROWS),
+        positions=np.full(SEQUENCES, 100),
+        token_ids=np.tile(np.arange(ROWS), SEQUENCES),
+        feature_rows=np.full(SEQUENCES, -1),
+    )
+    return columns_of(rows, table, device)
 
 
 def plain_torch(logits: torch.Tensor) -> None:
@@ -96,14 +105,15 @@ def random_logits(vocabulary: int, spread: float) -> torch.Tensor:
     return torch.randn(SEQUENCES * ROWS, vocabulary, generator=torch.Generator().manual_seed(0)) * spread
 
 
-def all_steps() -> dict[str, Step]:
+def all_steps(device: torch.device) -> dict[str, Step]:
     steps: dict[str, Step] = {
         "argmax": lambda logits: logits.argmax(-1),
         "plain torch, top-p 0.95": plain_torch,
         "transformers, T=1": transformers_sampling,
     }
     for name, values in CASES.items():
-        steps[name] = lambda logits, step=plan(**values): verify(logits, 0, step, SingleShard())
+        columns = step_columns(device, **values)
+        steps[name] = lambda logits, columns=columns: verify(logits, 0, columns, SingleShard())
     return steps
 
 
@@ -145,7 +155,7 @@ def measure(
 
 
 def report(shape: str, logits: torch.Tensor) -> None:
-    figures = measure(all_steps(), [logits])
+    figures = measure(all_steps(logits.device), [logits])
     print(f"{SEQUENCES} x {ROWS} rows, vocabulary {logits.shape[1]}, {shape} logits")
     for name, value in figures.items():
         print(f"  {name:24}{value:9.1f} ms  {value / figures['argmax']:6.2f} x argmax")
@@ -154,9 +164,9 @@ def report(shape: str, logits: torch.Tensor) -> None:
 @torch.inference_mode()
 def report_gpu(shape: str, logits: torch.Tensor) -> None:
     inputs = [logits.clone() for _ in range(GPU_CLONES)]
-    columns = {name: to_columns(plan(**values), logits.device) for name, values in CASES.items()}
+    columns = {name: step_columns(logits.device, **values) for name, values in CASES.items()}
     launches: dict[str, Step] = {name: partial(kernels, columns[name]) for name in CASES}
-    whole = measure(all_steps(), inputs, host_clock, GPU_ROUNDS, GPU_WARM_UPS)
+    whole = measure(all_steps(logits.device), inputs, host_clock, GPU_ROUNDS, GPU_WARM_UPS)
     alone = measure({"argmax": lambda x: x.argmax(-1)} | launches, inputs, gpu_clock, GPU_ROUNDS, GPU_WARM_UPS)
     size = f"{logits.nbytes / 1e6:.0f} MB"
     print(f"{SEQUENCES} x {ROWS} rows, vocabulary {logits.shape[1]}, {shape} logits, {logits.dtype}, {size}")
@@ -173,7 +183,7 @@ def report_graphs(logits: torch.Tensor) -> None:
     """Kernels of a step over each clone as one CUDA graph."""
     inputs = [logits.clone() for _ in range(GPU_CLONES)]
     for name in ("greedy", "coupled"):
-        step = partial(kernels, to_columns(plan(**CASES[name]), logits.device))
+        step = partial(kernels, step_columns(logits.device, **CASES[name]))
         step(logits)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import numpy as np
+
+from dflash_ray.core.arrays import packed, unpacked
+from dflash_ray.core.draft_blocks import BlockColumns, DraftBlock, to_message
 from dflash_ray.pb import common_pb2, drafter_pb2, router_pb2, target_pb2
+from dflash_ray.router.actions import Emit
 from dflash_ray.router.limits import TargetLimits
+from dflash_ray.router.sequence import RouterSequence
+from dflash_ray.router.speculation.records import Policy
 
 VOCAB = 50
 STOP_TOKEN = 7
-PIECE_ROWS = 4
-BYTES_A_ROW = 8
 
 
 def next_token(tokens: list[int]) -> int:
@@ -25,28 +30,35 @@ def answer(prompt: list[int], max_new_tokens: int) -> list[int]:
     return tokens[len(prompt) :]
 
 
-def token_request(prompt: list[int], max_new: int, draft_tokens: int) -> router_pb2.GenerateTokensRequest:
+def drafts_of(message: common_pb2.DraftBlocks) -> dict[int, list[int]]:
+    """The drafts of a message's blocks, by sequence."""
+    blocks = BlockColumns.of(message)
+    return {block.sequence_id: block.draft_ids for block in map(blocks.block, range(len(blocks.sequence_ids)))}
+
+
+def token_request(
+    prompt: list[int], max_new: int, draft_tokens: int, policy: int = router_pb2.SPECULATION_POLICY_FIXED
+) -> router_pb2.GenerateTokensRequest:
     return router_pb2.GenerateTokensRequest(
         token_ids=prompt,
         prompt_len=len(prompt),
         stopping=common_pb2.StoppingParams(max_new_tokens=max_new),
-        speculation=router_pb2.Speculation(policy=router_pb2.SPECULATION_POLICY_FIXED, draft_tokens=draft_tokens),
+        speculation=router_pb2.Speculation(policy=policy, draft_tokens=draft_tokens),
     )
 
 
-def features(sequence_id: int, start: int, num_rows: int) -> common_pb2.ContextFeatures:
-    return common_pb2.ContextFeatures(
-        sequence_id=sequence_id, start=start, num_rows=num_rows, data=bytes(BYTES_A_ROW * num_rows)
-    )
+def tokens_of(data: bytes) -> list[int]:
+    """What travelled as packed token ids."""
+    return unpacked("token_ids", data).tolist()
 
 
 class ToyTarget:
     """Pages, statuses and tokens as the contract says; no model behind it."""
 
     def __init__(self, num_pages: int = 64, page_size: int = 4, max_batch_tokens: int = 64) -> None:
-        self.limits = TargetLimits(1, 200, VOCAB, page_size, num_pages, max_batch_tokens)
+        self.limits = TargetLimits(1, 200, VOCAB, page_size, num_pages, max_batch_tokens, feature_fingerprint="toy")
         self.sequences: dict[int, dict] = {}
-        self.features: list[common_pb2.ContextFeatures] = []  # of the last step
+        self.step_id = 0  # the last one that was run
 
     @property
     def used_pages(self) -> int:
@@ -56,14 +68,9 @@ class ToyTarget:
         for sequence_id in ids:
             self.sequences.pop(sequence_id, None)
 
-    def replay(self, sequence_id: int, start: int) -> common_pb2.ContextFeatures:
-        """One piece, empty when there is nothing."""
-        sequence = self.sequences.get(sequence_id)
-        return features(sequence_id, start, min(PIECE_ROWS, max(0, sequence["kv"] - start)) if sequence else 0)
-
     def step(self, step: target_pb2.Step) -> target_pb2.StepResult:
+        self.step_id = step.step_id
         self.close(step.close)
-        self.features = []
         for message in step.open:
             self.sequences[message.sequence_id] = {
                 "tokens": list(message.token_ids), "kv": 0, "pages": 0, "message": message
@@ -73,7 +80,7 @@ class ToyTarget:
             self._entry(result, sequence_id, length, None)
         offset = 0
         for sequence_id, base, count in zip(step.verify_ids, step.base_lens, step.num_drafts, strict=True):
-            drafts = list(step.draft_token_ids[offset : offset + count])
+            drafts = tokens_of(step.draft_token_ids)[offset : offset + count]
             offset += count
             self._entry(result, sequence_id, base, drafts)
         result.free_pages = self.limits.num_pages - self.used_pages
@@ -101,19 +108,13 @@ class ToyTarget:
                 accepted += 1
             sequence["kv"] += 1 + accepted
         kept, reason = self._cut(sequence, tokens)
-        start = sequence["kv"] if sequence else 0
         result.sequence_ids.append(sequence_id)
         result.statuses.append(status)
         result.num_accepted_drafts.append(min(accepted, len(kept)))
         result.num_tokens.append(len(kept))
-        result.token_ids.extend(kept)
+        result.token_ids += packed(np.array(kept, np.uint32))
         result.finish_reasons.append(reason)
         result.committed_lens.append(len(sequence["tokens"]) if sequence else 0)
-        if status == target_pb2.ENTRY_STATUS_OK and sequence["message"].wants_features:
-            rows = (1 + accepted) if drafts is not None else length
-            rows = min(rows, start)
-            for at in range(start - rows, start, PIECE_ROWS):
-                self.features.append(features(sequence_id, at, min(PIECE_ROWS, start - at)))
 
     def _reserve(self, sequence, rows) -> bool:
         needed = -(-(sequence["kv"] + rows) // self.limits.page_size) - sequence["pages"]
@@ -137,55 +138,99 @@ class ToyTarget:
 
 
 class ToyDrafter:
-    """Holds context rows as the contract says and drafts whatever it is given."""
+    """Holds as many context rows as its target has computed, and drafts whatever it is given.
+
+    Attributes:
+        is_cut_off: it reaches no target.
+        lag: rows of each sequence that are still on their way.
+    """
 
     needs_features = True
 
     def __init__(self, num_rows: int = 10_000) -> None:
         self.num_rows = num_rows
         self.sessions: dict[int, int] = {}
+        self.sources: dict[int, dict] = {}  # sequence id -> the target's sequence of that time
+        self.pending: dict[int, int] = {}  # sequence id -> the step that opens it
+        self.starts: list[tuple[int, int]] = []  # of every subscription: sequence id, first row
+        self.refused: set[int] = set()
+        self.is_cut_off = False
+        self.lag = 0
         self.request: drafter_pb2.DraftRequest | None = None
 
     def take(self, request: drafter_pb2.DraftRequest) -> None:
         assert self.request is None, "one request is in flight at a time"
         self.request = request
 
-    def answer(self, draft) -> drafter_pb2.DraftReply:
+    def forget(self) -> None:
+        """Loses its sessions and where their rows came from."""
+        self.sessions.clear()
+        self.sources.clear()
+        self.pending.clear()
+
+    def answer(self, draft, target: ToyTarget) -> drafter_pb2.DraftReply:
         """`draft` makes tokens of (sequence id, committed length, how many)."""
         request, self.request = self.request, None
-        reply = drafter_pb2.DraftReply(request_id=request.request_id)
-        missing = {}
         for sequence_id in request.close:
-            self.sessions.pop(sequence_id, None)
-        for part in request.contexts:
-            fault = self._extend(part)
-            if fault is not None:
-                missing.setdefault(part.sequence_id, fault)
-        for i, sequence_id in enumerate(request.sequence_ids):
-            held = self.sessions.get(sequence_id, 0)
-            committed_len, count = request.committed_lens[i], request.num_draft_tokens[i]
-            if sequence_id in missing:
-                continue
-            if held != committed_len - 1:
-                self.sessions.pop(sequence_id, None) if held >= committed_len else None
-                missing[sequence_id] = (held if held < committed_len else 0, False)
-                continue
-            tokens = draft(sequence_id, committed_len, count)
-            reply.blocks.add(
-                sequence_id=sequence_id, epoch=request.epochs[i], committed_len=committed_len,
-                num_slots=len(tokens), num_candidates=1, candidate_ids=tokens,
-            )  # fmt: skip
-        for sequence_id, (have_len, is_refused) in missing.items():
-            reply.missing.add(sequence_id=sequence_id, have_len=have_len, is_refused=is_refused)
+            for known in (self.sessions, self.sources, self.pending):
+                known.pop(sequence_id, None)
+        for sequence_id, most in zip(request.open, request.open_lens, strict=True):
+            if self.sessions.get(sequence_id, 0) > most:
+                del self.sessions[sequence_id]
+            self.sources.pop(sequence_id, None)
+            if not self.is_cut_off:
+                self.pending[sequence_id] = request.source.step_id
+                self.starts.append((sequence_id, self.sessions.get(sequence_id, 0)))
+        self._fetch(target)
+        reply = drafter_pb2.DraftReply(request_id=request.request_id)
+        blocks = []
+        wanted = zip(request.sequence_ids, request.committed_lens, request.num_draft_tokens, strict=True)
+        for sequence_id, committed_len, count in wanted:
+            reason = self._reason(sequence_id, self.sessions.get(sequence_id, 0) - (committed_len - 1))
+            if reason is None:
+                tokens = np.array(draft(sequence_id, committed_len, count), dtype=np.uint32)[:, None]
+                log_probs = np.zeros(tokens.shape, dtype=np.float32)
+                blocks.append(DraftBlock(sequence_id, committed_len, tokens, log_probs))
+            else:
+                reply.missing_ids.append(sequence_id)
+                reply.have_lens.append(self.sessions.get(sequence_id, 0))
+                reply.missing_reasons.append(reason)
+        self.refused.clear()
+        reply.blocks.CopyFrom(to_message(request.epoch, blocks))
         return reply
 
-    def _extend(self, part) -> tuple[int, bool] | None:
-        held = self.sessions.get(part.sequence_id, 0)
-        if part.start > held:
-            return held, False
-        grown = max(held, part.start + part.num_rows)
-        if sum(self.sessions.values()) - held + grown > self.num_rows:
-            self.sessions.pop(part.sequence_id, None)
-            return 0, True
-        self.sessions[part.sequence_id] = grown
-        return None
+    def _reason(self, sequence_id: int, surplus: int) -> drafter_pb2.MissingReason | None:
+        """Why nothing is proposed."""
+        if sequence_id in self.refused:
+            return drafter_pb2.MISSING_REASON_REFUSED
+        if surplus == 0 and self.sessions.get(sequence_id):
+            return None
+        if surplus > 0:
+            return drafter_pb2.MISSING_REASON_PASSED
+        is_coming = sequence_id in self.sources or sequence_id in self.pending
+        return drafter_pb2.MISSING_REASON_COMING if is_coming else drafter_pb2.MISSING_REASON_LOST
+
+    def _fetch(self, target: ToyTarget) -> None:
+        """Takes the rows that the target has computed, as long as there is room."""
+        for sequence_id in [one for one, step_id in self.pending.items() if step_id <= target.step_id]:
+            del self.pending[sequence_id]
+            if sequence_id in target.sequences:
+                self.sources[sequence_id] = target.sequences[sequence_id]
+        for sequence_id, source in list(self.sources.items()):
+            if target.sequences.get(sequence_id) is not source:
+                del self.sources[sequence_id]
+                continue
+            rows = max(self.sessions.get(sequence_id, 0), source["kv"] - self.lag)
+            others = sum(held for other, held in self.sessions.items() if other != sequence_id)
+            if others + rows > self.num_rows:
+                self.sessions.pop(sequence_id, None)
+                del self.sources[sequence_id]
+                self.refused.add(sequence_id)
+            else:
+                self.sessions[sequence_id] = rows
+
+
+def emit_of(call_id: int, told, stream: int = 0) -> Emit:
+    """The action that tells one call of a stream something; `told` is a gateway's TokenChunk."""
+    sequence = RouterSequence(0, router_pb2.GenerateTokensRequest(), [], Policy.OFF, 0, stream, call_id)
+    return Emit.one(sequence, told.token_ids, told.finish_reason, told.decode_pass, told.logprobs, told.prompt_logprobs)

@@ -44,7 +44,15 @@ class DrafterReplica:
         method = await asyncio.to_thread(load_method, config)
         return_freed_memory()
         watchdog = Watchdog(config.drafter.step_timeout_s, "a draft pass")
-        self._servicer = DrafterServicer(drafter_id, method, config.drafter_context_tokens, watchdog, DrafterMetrics())
+        self._servicer = DrafterServicer(
+            drafter_id,
+            method,
+            config.drafter_context_tokens,
+            config.network.max_message_bytes,
+            watchdog,
+            DrafterMetrics(),
+        )
+        self._closing.push_async_callback(self._servicer.close)
         self._server = await self._serve(config.network)
         self._closing.push_async_callback(self._server.stop, grace_s=1.0)
         self._entry = Entry(

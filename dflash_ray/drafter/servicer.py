@@ -1,19 +1,20 @@
-"""The Drafter gRPC service: converts, times, and runs every request on the replica's one compute thread."""
+"""The Drafter gRPC service: greets, hands requests on, and keeps the metrics."""
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import time
 from collections import deque
 from collections.abc import AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 
 from dflash_ray.core.protocol import PROTOCOL_VERSION
 from dflash_ray.core.watchdog import Watchdog
-from dflash_ray.drafter.sessions import DraftSessions
+from dflash_ray.drafter.arrivals import Arrivals
+from dflash_ray.drafter.drafts import Drafts
+from dflash_ray.drafter.feature_sources import FeatureSources
+from dflash_ray.drafter.sessions import PASSED, REFUSED, DraftSessions
 from dflash_ray.models.draft_contexts import DraftMethod
 from dflash_ray.observability.metrics import DrafterMetrics
 from dflash_ray.pb import drafter_pb2, drafter_pb2_grpc
@@ -53,18 +54,21 @@ class DrafterServicer(drafter_pb2_grpc.DrafterServicer):
         drafter_id: str,
         method: DraftMethod,
         max_context_tokens: int,
+        max_message_bytes: int,
         watchdog: Watchdog,
         metrics: DrafterMetrics,
     ) -> None:
-        self._watchdog = watchdog
         self._drafter_id = drafter_id
         self._method = method
         self._metrics = metrics
         self._sessions = DraftSessions(method, max_context_tokens)
         self._stream_ids = itertools.count()
-        # OpenMP keeps a pool of threads for each calling thread, so all passes come from one.
-        self._compute = ThreadPoolExecutor(max_workers=1, thread_name_prefix="draft")
         self.busy = BusyMeter()
+        arrivals = Arrivals()
+        sources = None
+        if method.feature_width:
+            sources = FeatureSources(drafter_id, method.fingerprint, method.feature_width, max_message_bytes, arrivals)
+        self._drafts = Drafts(self._sessions, arrivals, sources, watchdog, self.busy.record)
 
     async def Draft(
         self, request_iterator: AsyncIterator[drafter_pb2.DrafterRequest], context: grpc.aio.ServicerContext
@@ -82,8 +86,7 @@ class DrafterServicer(drafter_pb2_grpc.DrafterServicer):
                 else:
                     yield drafter_pb2.DrafterResponse(drafts=await self._answer(stream, request.draft, context))
         finally:
-            # Not awaited: the handler may be ending by cancellation, and the thread keeps the order of its work.
-            self._compute.submit(self._sessions.drop_stream, stream)
+            self._drafts.drop_stream(stream)
 
     async def _check_hello(self, hello: drafter_pb2.DrafterHello, context: grpc.aio.ServicerContext) -> None:
         if hello.protocol_version != PROTOCOL_VERSION:
@@ -105,27 +108,22 @@ class DrafterServicer(drafter_pb2_grpc.DrafterServicer):
     async def _answer(
         self, stream: int, request: drafter_pb2.DraftRequest, context: grpc.aio.ServicerContext
     ) -> drafter_pb2.DraftReply:
-        received_ns = time.perf_counter_ns()
-        loop = asyncio.get_running_loop()
         try:
-            reply = await loop.run_in_executor(self._compute, self._timed_answer, stream, request)
+            reply = await self._drafts.answer(stream, request)
         except ValueError as error:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
-        reply.queue_ns = max(0, time.perf_counter_ns() - received_ns - reply.draft_ns)
         self._metrics.phase.labels("queue").observe(reply.queue_ns / 1e9)
         self._metrics.phase.labels("draft").observe(reply.draft_ns / 1e9)
-        refused = sum(missing.is_refused for missing in reply.missing)
-        self._metrics.refused.inc(refused)
-        self._metrics.missing.inc(len(reply.missing) - refused)
+        for reason in reply.missing_reasons:
+            if reason == REFUSED:
+                self._metrics.refused.inc()
+            elif reason != PASSED:
+                self._metrics.missing.inc()
         return reply
 
-    def _timed_answer(self, stream: int, request: drafter_pb2.DraftRequest) -> drafter_pb2.DraftReply:
-        start = time.monotonic()
-        try:
-            with self._watchdog.watch():
-                return self._sessions.answer(stream, request)
-        finally:
-            self.busy.record(start, time.monotonic())
+    async def close(self) -> None:
+        """Ends the streams to target groups."""
+        await self._drafts.close()
 
     def render_metrics(self) -> str:
         """This process's metrics, gauges brought up to date."""

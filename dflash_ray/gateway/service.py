@@ -12,6 +12,7 @@ from fastapi import FastAPI
 from ray import serve
 
 from dflash_ray.config import DflashRayConfig
+from dflash_ray.core.garbage import leave_out_what_stands
 from dflash_ray.observability.logs import configure_logging
 from dflash_ray.pb import generation_pb2, generation_pb2_grpc
 from dflash_ray.rpc.channel import RunningServer, format_address, new_server, start_server
@@ -59,6 +60,7 @@ class GatewayReplica:
         loops = (registration, self.core.routers.run(), self.core.metrics_page.run(), self._report_health())
         self._tasks += [asyncio.create_task(loop) for loop in loops]
         self._closing.push_async_callback(self._unregister)
+        leave_out_what_stands()
 
     async def _serve(self) -> RunningServer:
         """The clients' server. Gateways of one node share its port: the system spreads connections over them."""

@@ -67,6 +67,14 @@ class Mode(IntEnum):
     REJECTION = 1
 
 
+class Finish(IntEnum):
+    """How a commit leaves a sequence."""
+
+    GOES_ON = 0
+    STOP = 1
+    LENGTH = 2
+
+
 class Purpose(IntEnum):
     """What a draw is for; draws of different purposes are independent."""
 
@@ -102,7 +110,7 @@ class OutcomeColumn(IntEnum):
 
 
 class CommitColumn(IntEnum):
-    """Of a commit a sequence: tokens kept, finish (0 goes on, 1 stop token, 2 length), rows kept, length of its KV."""
+    """Of a commit a sequence: tokens kept, `Finish`, rows kept, length of its KV."""
 
     NUM_TOKENS = 0
     FINISH = 1

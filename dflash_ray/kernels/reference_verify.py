@@ -381,6 +381,21 @@ def commit(outcome: Tensor, plan: PlanTensors, features: Tensor | None) -> Tenso
     return commits.to(outcome.device)
 
 
+def count_history(ids: Tensor, values: Tensor, ints: Tensor, slots: Tensor, counts: Tensor, tokens: Tensor) -> None:
+    flat_ids, flat_values = ids.view(-1), values.view(-1)
+    for slot, token in zip(slots.repeat_interleave(counts).tolist(), tokens.tolist(), strict=True):
+        begin, length = ints[slot, [IntColumn.HISTORY_AT, IntColumn.HISTORY_LEN]].tolist()
+        place = begin + int(torch.searchsorted(flat_ids[begin : begin + length], token))
+        end = begin + length
+        if place < end and flat_ids[place] == token:
+            flat_values[place] += 1
+            continue
+        for flat, value in ((flat_ids, token), (flat_values, 1)):
+            flat[place + 1 : end + 1] = flat[place:end].clone()
+            flat[place] = value
+        ints[slot, IntColumn.HISTORY_LEN] += 1
+
+
 def token_logprobs(logits: Tensor, vocab_start: int, chosen: Tensor, num_top: int) -> Tensor:
     out = torch.full((len(logits), 3 + 2 * num_top), -math.inf, dtype=torch.float64)
     out[:, 4::2] = -1

@@ -142,6 +142,17 @@ def commit(outcome: Tensor, plan: PlanTensors, features: Tensor | None) -> Tenso
     return _operator("commit", outcome)(outcome, plan, features)
 
 
+def count_history(ids: Tensor, values: Tensor, ints: Tensor, slots: Tensor, counts: Tensor, tokens: Tensor) -> None:
+    """Counts tokens in the histories of their sequences, in place; a history stays in the order of its ids.
+
+    Args:
+        ids, values: as in a plan, with room behind the histories for those of `tokens` that they lack.
+        ints: [N, 18], a line a slot.
+        slots, counts: [n] slots, and how many of `tokens` belong to each, one slot after the other.
+    """
+    _operator("count_history", ids)(ids, values, ints, slots, counts, tokens)
+
+
 def token_logprobs(logits: Tensor, vocab_start: int, chosen: Tensor, num_top: int) -> Tensor:
     """Of this shard, float64 [Q, 3 + 2 * num_top]: maximum, sum of exp(logit - maximum), the chosen token's logit
 

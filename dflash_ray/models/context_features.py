@@ -1,16 +1,20 @@
-"""Context features on the wire: rows of a sequence as messages of bounded size, and back."""
+"""Context features on the wire: rows as packed bytes of bounded size, and back."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import warnings
 
 import torch
 from torch import Tensor
 
-from dflash_ray.pb import common_pb2
+from dflash_ray.pb import target_pb2
 
 FEATURE_PIECE_BYTES = 256 * 1024
-_DTYPES = {common_pb2.DATA_TYPE_FLOAT32: torch.float32, common_pb2.DATA_TYPE_BFLOAT16: torch.bfloat16}
+_DTYPES = {target_pb2.DATA_TYPE_FLOAT32: torch.float32, target_pb2.DATA_TYPE_BFLOAT16: torch.bfloat16}
+
+with warnings.catch_warnings():  # torch says once a process that tensors over bytes must not be written to
+    warnings.simplefilter("ignore")
+    torch.frombuffer(bytes(4), dtype=torch.float32)
 
 
 def rows_per_piece(width: int, dtype: torch.dtype) -> int:
@@ -18,42 +22,41 @@ def rows_per_piece(width: int, dtype: torch.dtype) -> int:
     return max(1, FEATURE_PIECE_BYTES // (width * _wire_dtype(dtype).itemsize))
 
 
-def to_pieces(
-    sequence_id: int, start: int, rows: Tensor, token_ids: Sequence[int]
-) -> Iterator[common_pb2.ContextFeatures]:
-    """Messages with features [n, H] of positions start, start + 1, ... and the tokens there, in order."""
+def to_response(
+    subscription_ids: list[int], starts: list[int], num_rows: list[int], rows: Tensor
+) -> target_pb2.FeaturesResponse:
+    """A message with features [sum of num_rows, H], one subscription's rows after the other's."""
     dtype = _wire_dtype(rows.dtype)
-    rows = rows.to("cpu", dtype)
-    count = rows_per_piece(rows.shape[1], dtype)
-    for at in range(0, len(rows), count):
-        piece = rows[at : at + count].contiguous()
-        yield common_pb2.ContextFeatures(
-            sequence_id=sequence_id,
-            start=start + at,
-            num_rows=len(piece),
-            dtype=next(name for name, known in _DTYPES.items() if known is dtype),
-            data=piece.view(torch.uint8).numpy().tobytes(),
-            token_ids=token_ids[at : at + count],
-        )
+    response = target_pb2.FeaturesResponse()
+    features = response.features  # filled in place: a message that is put into another one is copied
+    features.subscription_ids.extend(subscription_ids)
+    features.starts.extend(starts)
+    features.num_rows.extend(num_rows)
+    features.dtype = next(name for name, known in _DTYPES.items() if known is dtype)
+    features.data = rows.to("cpu", dtype).contiguous().view(torch.uint8).numpy().tobytes()
+    return response
 
 
-def rows_of(message: common_pb2.ContextFeatures, width: int | None = None) -> Tensor:
-    """A message's features [num_rows, H], which share no memory with it.
+def rows_of(message: target_pb2.ContextFeatures, width: int) -> Tensor:
+    """A message's features [sum of num_rows, width], to be read only; they share no memory with it.
 
-    Raises ValueError when it is malformed, or H is not `width`.
+    Raises ValueError when its columns and its data do not belong together.
     """
-    dtype, count = _DTYPES.get(message.dtype), message.num_rows
+    dtype, count = _DTYPES.get(message.dtype), len(message.subscription_ids)
     if dtype is None:
-        raise ValueError(f"dtype {message.dtype} of sequence {message.sequence_id} is not known")
-    if not count and not message.data:
-        return torch.empty(0, width or 0, dtype=dtype)
-    row_size = len(message.data) // max(1, count) if width is None else width * dtype.itemsize
-    if len(message.data) != count * row_size or row_size % dtype.itemsize:
+        raise ValueError(f"features: dtype {message.dtype} is not known")
+    if not len(message.starts) == len(message.num_rows) == count:
+        raise ValueError(f"features: starts and num_rows must have {count} elements, one a subscription")
+    num_rows, row_size = sum(message.num_rows), width * dtype.itemsize
+    data = message.data  # a copy
+    if len(data) != num_rows * row_size:
         raise ValueError(
-            f"data of sequence {message.sequence_id} has {len(message.data)} bytes for {count} rows, "
-            f"each of {width or 'as many'} values of {dtype.itemsize} bytes"
+            f"features: data has {len(data)} bytes for {num_rows} rows, each of {width} values of "
+            f"{dtype.itemsize} bytes"
         )
-    return torch.frombuffer(bytearray(message.data), dtype=dtype).view(count, -1)
+    if not num_rows:
+        return torch.empty(0, width, dtype=dtype)
+    return torch.frombuffer(data, dtype=dtype).view(num_rows, width)
 
 
 def _wire_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Generic, Protocol, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from dflash_ray.core.draft_blocks import DraftBlock
 from dflash_ray.models.block_drafter import DraftProposal
 from dflash_ray.models.dflash2 import Draw
-from dflash_ray.pb import common_pb2
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -153,16 +154,12 @@ class DraftContexts(Generic[Key]):
             raise
 
 
-def to_block(sequence_id: int, epoch: int, committed_len: int, proposal: DraftProposal) -> common_pb2.DraftBlock:
-    """A proposal for the wire."""
-    num_slots, num_candidates = proposal.candidate_ids.shape
-    return common_pb2.DraftBlock(
-        sequence_id=sequence_id,
-        epoch=epoch,
-        committed_len=committed_len,
-        num_slots=num_slots,
-        num_candidates=num_candidates,
-        candidate_ids=proposal.candidate_ids.flatten().tolist(),
-        log_probs=proposal.logprobs.flatten().tolist(),
-        is_drawn=proposal.is_drawn,
+def to_block(sequence_id: int, committed_len: int, proposal: DraftProposal) -> DraftBlock:
+    """A sequence's proposal as it goes on."""
+    return DraftBlock(
+        sequence_id,
+        committed_len,
+        proposal.candidate_ids.cpu().numpy().astype(np.uint32),
+        proposal.logprobs.float().cpu().numpy(),
+        proposal.is_drawn,
     )

@@ -7,12 +7,6 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
-class DataType(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
-    __slots__ = ()
-    DATA_TYPE_UNSPECIFIED: _ClassVar[DataType]
-    DATA_TYPE_FLOAT32: _ClassVar[DataType]
-    DATA_TYPE_BFLOAT16: _ClassVar[DataType]
-
 class VerifyMode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     VERIFY_MODE_UNSPECIFIED: _ClassVar[VerifyMode]
@@ -26,9 +20,6 @@ class FinishReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     FINISH_REASON_LENGTH: _ClassVar[FinishReason]
     FINISH_REASON_CANCELLED: _ClassVar[FinishReason]
     FINISH_REASON_ERROR: _ClassVar[FinishReason]
-DATA_TYPE_UNSPECIFIED: DataType
-DATA_TYPE_FLOAT32: DataType
-DATA_TYPE_BFLOAT16: DataType
 VERIFY_MODE_UNSPECIFIED: VerifyMode
 VERIFY_MODE_COUPLED: VerifyMode
 VERIFY_MODE_REJECTION: VerifyMode
@@ -78,41 +69,25 @@ class StoppingParams(_message.Message):
     stop_token_ids: _containers.RepeatedScalarFieldContainer[int]
     def __init__(self, max_new_tokens: _Optional[int] = ..., min_new_tokens: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
-class ContextFeatures(_message.Message):
-    __slots__ = ("sequence_id", "start", "num_rows", "dtype", "data", "token_ids")
-    SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
-    START_FIELD_NUMBER: _ClassVar[int]
-    NUM_ROWS_FIELD_NUMBER: _ClassVar[int]
-    DTYPE_FIELD_NUMBER: _ClassVar[int]
-    DATA_FIELD_NUMBER: _ClassVar[int]
-    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
-    sequence_id: int
-    start: int
-    num_rows: int
-    dtype: DataType
-    data: bytes
-    token_ids: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, sequence_id: _Optional[int] = ..., start: _Optional[int] = ..., num_rows: _Optional[int] = ..., dtype: _Optional[_Union[DataType, str]] = ..., data: _Optional[bytes] = ..., token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
-
-class DraftBlock(_message.Message):
-    __slots__ = ("sequence_id", "epoch", "committed_len", "num_slots", "num_candidates", "candidate_ids", "log_probs", "is_drawn")
-    SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
+class DraftBlocks(_message.Message):
+    __slots__ = ("epoch", "sequence_ids", "committed_lens", "num_slots", "num_candidates", "candidate_ids", "log_probs", "is_drawn")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
-    COMMITTED_LEN_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCE_IDS_FIELD_NUMBER: _ClassVar[int]
+    COMMITTED_LENS_FIELD_NUMBER: _ClassVar[int]
     NUM_SLOTS_FIELD_NUMBER: _ClassVar[int]
     NUM_CANDIDATES_FIELD_NUMBER: _ClassVar[int]
     CANDIDATE_IDS_FIELD_NUMBER: _ClassVar[int]
     LOG_PROBS_FIELD_NUMBER: _ClassVar[int]
     IS_DRAWN_FIELD_NUMBER: _ClassVar[int]
-    sequence_id: int
     epoch: int
-    committed_len: int
-    num_slots: int
-    num_candidates: int
-    candidate_ids: _containers.RepeatedScalarFieldContainer[int]
-    log_probs: _containers.RepeatedScalarFieldContainer[float]
-    is_drawn: bool
-    def __init__(self, sequence_id: _Optional[int] = ..., epoch: _Optional[int] = ..., committed_len: _Optional[int] = ..., num_slots: _Optional[int] = ..., num_candidates: _Optional[int] = ..., candidate_ids: _Optional[_Iterable[int]] = ..., log_probs: _Optional[_Iterable[float]] = ..., is_drawn: _Optional[bool] = ...) -> None: ...
+    sequence_ids: _containers.RepeatedScalarFieldContainer[int]
+    committed_lens: _containers.RepeatedScalarFieldContainer[int]
+    num_slots: _containers.RepeatedScalarFieldContainer[int]
+    num_candidates: _containers.RepeatedScalarFieldContainer[int]
+    candidate_ids: bytes
+    log_probs: bytes
+    is_drawn: _containers.RepeatedScalarFieldContainer[bool]
+    def __init__(self, epoch: _Optional[int] = ..., sequence_ids: _Optional[_Iterable[int]] = ..., committed_lens: _Optional[_Iterable[int]] = ..., num_slots: _Optional[_Iterable[int]] = ..., num_candidates: _Optional[_Iterable[int]] = ..., candidate_ids: _Optional[bytes] = ..., log_probs: _Optional[bytes] = ..., is_drawn: _Optional[_Iterable[bool]] = ...) -> None: ...
 
 class PromptLogprobs(_message.Message):
     __slots__ = ("sequence_id", "start", "logprobs")

@@ -16,36 +16,50 @@ class EntryStatus(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ENTRY_STATUS_UNKNOWN: _ClassVar[EntryStatus]
     ENTRY_STATUS_NO_PAGES: _ClassVar[EntryStatus]
     ENTRY_STATUS_FAILED: _ClassVar[EntryStatus]
+
+class DataType(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    DATA_TYPE_UNSPECIFIED: _ClassVar[DataType]
+    DATA_TYPE_FLOAT32: _ClassVar[DataType]
+    DATA_TYPE_BFLOAT16: _ClassVar[DataType]
+
+class FeaturesEndReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    FEATURES_END_REASON_UNSPECIFIED: _ClassVar[FeaturesEndReason]
+    FEATURES_END_REASON_UNKNOWN: _ClassVar[FeaturesEndReason]
+    FEATURES_END_REASON_CLOSED: _ClassVar[FeaturesEndReason]
+    FEATURES_END_REASON_SUPERSEDED: _ClassVar[FeaturesEndReason]
 ENTRY_STATUS_UNSPECIFIED: EntryStatus
 ENTRY_STATUS_OK: EntryStatus
 ENTRY_STATUS_STALE: EntryStatus
 ENTRY_STATUS_UNKNOWN: EntryStatus
 ENTRY_STATUS_NO_PAGES: EntryStatus
 ENTRY_STATUS_FAILED: EntryStatus
+DATA_TYPE_UNSPECIFIED: DataType
+DATA_TYPE_FLOAT32: DataType
+DATA_TYPE_BFLOAT16: DataType
+FEATURES_END_REASON_UNSPECIFIED: FeaturesEndReason
+FEATURES_END_REASON_UNKNOWN: FeaturesEndReason
+FEATURES_END_REASON_CLOSED: FeaturesEndReason
+FEATURES_END_REASON_SUPERSEDED: FeaturesEndReason
 
 class TargetRequest(_message.Message):
-    __slots__ = ("hello", "step", "close", "replay")
+    __slots__ = ("hello", "step", "close")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     CLOSE_FIELD_NUMBER: _ClassVar[int]
-    REPLAY_FIELD_NUMBER: _ClassVar[int]
     hello: TargetHello
     step: Step
     close: CloseSequences
-    replay: ReplayFeatures
-    def __init__(self, hello: _Optional[_Union[TargetHello, _Mapping]] = ..., step: _Optional[_Union[Step, _Mapping]] = ..., close: _Optional[_Union[CloseSequences, _Mapping]] = ..., replay: _Optional[_Union[ReplayFeatures, _Mapping]] = ...) -> None: ...
+    def __init__(self, hello: _Optional[_Union[TargetHello, _Mapping]] = ..., step: _Optional[_Union[Step, _Mapping]] = ..., close: _Optional[_Union[CloseSequences, _Mapping]] = ...) -> None: ...
 
 class TargetResponse(_message.Message):
-    __slots__ = ("hello", "result", "replay", "features")
+    __slots__ = ("hello", "result")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     RESULT_FIELD_NUMBER: _ClassVar[int]
-    REPLAY_FIELD_NUMBER: _ClassVar[int]
-    FEATURES_FIELD_NUMBER: _ClassVar[int]
     hello: TargetHelloReply
     result: StepResult
-    replay: FeaturesReplay
-    features: _common_pb2.ContextFeatures
-    def __init__(self, hello: _Optional[_Union[TargetHelloReply, _Mapping]] = ..., result: _Optional[_Union[StepResult, _Mapping]] = ..., replay: _Optional[_Union[FeaturesReplay, _Mapping]] = ..., features: _Optional[_Union[_common_pb2.ContextFeatures, _Mapping]] = ...) -> None: ...
+    def __init__(self, hello: _Optional[_Union[TargetHelloReply, _Mapping]] = ..., result: _Optional[_Union[StepResult, _Mapping]] = ...) -> None: ...
 
 class TargetHello(_message.Message):
     __slots__ = ("protocol_version", "router_id", "epoch")
@@ -129,7 +143,7 @@ class Step(_message.Message):
     verify_ids: _containers.RepeatedScalarFieldContainer[int]
     base_lens: _containers.RepeatedScalarFieldContainer[int]
     num_drafts: _containers.RepeatedScalarFieldContainer[int]
-    draft_token_ids: _containers.RepeatedScalarFieldContainer[int]
+    draft_token_ids: bytes
     draft_parents: _containers.RepeatedScalarFieldContainer[int]
     colocated_draft_ids: _containers.RepeatedScalarFieldContainer[int]
     colocated_num_drafts: _containers.RepeatedScalarFieldContainer[int]
@@ -137,27 +151,13 @@ class Step(_message.Message):
     num_draft_candidates: _containers.RepeatedScalarFieldContainer[int]
     draft_candidate_ids: _containers.RepeatedScalarFieldContainer[int]
     draft_log_probs: _containers.RepeatedScalarFieldContainer[float]
-    def __init__(self, step_id: _Optional[int] = ..., epoch: _Optional[int] = ..., open: _Optional[_Iterable[_Union[OpenSequence, _Mapping]]] = ..., close: _Optional[_Iterable[int]] = ..., prefill_ids: _Optional[_Iterable[int]] = ..., prefill_lens: _Optional[_Iterable[int]] = ..., verify_ids: _Optional[_Iterable[int]] = ..., base_lens: _Optional[_Iterable[int]] = ..., num_drafts: _Optional[_Iterable[int]] = ..., draft_token_ids: _Optional[_Iterable[int]] = ..., draft_parents: _Optional[_Iterable[int]] = ..., colocated_draft_ids: _Optional[_Iterable[int]] = ..., colocated_num_drafts: _Optional[_Iterable[int]] = ..., num_candidates: _Optional[int] = ..., num_draft_candidates: _Optional[_Iterable[int]] = ..., draft_candidate_ids: _Optional[_Iterable[int]] = ..., draft_log_probs: _Optional[_Iterable[float]] = ...) -> None: ...
+    def __init__(self, step_id: _Optional[int] = ..., epoch: _Optional[int] = ..., open: _Optional[_Iterable[_Union[OpenSequence, _Mapping]]] = ..., close: _Optional[_Iterable[int]] = ..., prefill_ids: _Optional[_Iterable[int]] = ..., prefill_lens: _Optional[_Iterable[int]] = ..., verify_ids: _Optional[_Iterable[int]] = ..., base_lens: _Optional[_Iterable[int]] = ..., num_drafts: _Optional[_Iterable[int]] = ..., draft_token_ids: _Optional[bytes] = ..., draft_parents: _Optional[_Iterable[int]] = ..., colocated_draft_ids: _Optional[_Iterable[int]] = ..., colocated_num_drafts: _Optional[_Iterable[int]] = ..., num_candidates: _Optional[int] = ..., num_draft_candidates: _Optional[_Iterable[int]] = ..., draft_candidate_ids: _Optional[_Iterable[int]] = ..., draft_log_probs: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class CloseSequences(_message.Message):
     __slots__ = ("sequence_ids",)
     SEQUENCE_IDS_FIELD_NUMBER: _ClassVar[int]
     sequence_ids: _containers.RepeatedScalarFieldContainer[int]
     def __init__(self, sequence_ids: _Optional[_Iterable[int]] = ...) -> None: ...
-
-class ReplayFeatures(_message.Message):
-    __slots__ = ("sequence_id", "start")
-    SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
-    START_FIELD_NUMBER: _ClassVar[int]
-    sequence_id: int
-    start: int
-    def __init__(self, sequence_id: _Optional[int] = ..., start: _Optional[int] = ...) -> None: ...
-
-class FeaturesReplay(_message.Message):
-    __slots__ = ("features",)
-    FEATURES_FIELD_NUMBER: _ClassVar[int]
-    features: _common_pb2.ContextFeatures
-    def __init__(self, features: _Optional[_Union[_common_pb2.ContextFeatures, _Mapping]] = ...) -> None: ...
 
 class StepResult(_message.Message):
     __slots__ = ("step_id", "sequence_ids", "statuses", "committed_lens", "num_accepted_drafts", "num_tokens", "token_ids", "finish_reasons", "logprobs", "colocated_drafts", "free_pages", "timings", "errors", "prompt_logprobs")
@@ -181,15 +181,15 @@ class StepResult(_message.Message):
     committed_lens: _containers.RepeatedScalarFieldContainer[int]
     num_accepted_drafts: _containers.RepeatedScalarFieldContainer[int]
     num_tokens: _containers.RepeatedScalarFieldContainer[int]
-    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    token_ids: bytes
     finish_reasons: _containers.RepeatedScalarFieldContainer[_common_pb2.FinishReason]
     logprobs: _containers.RepeatedCompositeFieldContainer[_common_pb2.TokenLogprobs]
-    colocated_drafts: _containers.RepeatedCompositeFieldContainer[_common_pb2.DraftBlock]
+    colocated_drafts: _common_pb2.DraftBlocks
     free_pages: int
     timings: StepTimings
     errors: _containers.RepeatedScalarFieldContainer[str]
     prompt_logprobs: _containers.RepeatedCompositeFieldContainer[_common_pb2.PromptLogprobs]
-    def __init__(self, step_id: _Optional[int] = ..., sequence_ids: _Optional[_Iterable[int]] = ..., statuses: _Optional[_Iterable[_Union[EntryStatus, str]]] = ..., committed_lens: _Optional[_Iterable[int]] = ..., num_accepted_drafts: _Optional[_Iterable[int]] = ..., num_tokens: _Optional[_Iterable[int]] = ..., token_ids: _Optional[_Iterable[int]] = ..., finish_reasons: _Optional[_Iterable[_Union[_common_pb2.FinishReason, str]]] = ..., logprobs: _Optional[_Iterable[_Union[_common_pb2.TokenLogprobs, _Mapping]]] = ..., colocated_drafts: _Optional[_Iterable[_Union[_common_pb2.DraftBlock, _Mapping]]] = ..., free_pages: _Optional[int] = ..., timings: _Optional[_Union[StepTimings, _Mapping]] = ..., errors: _Optional[_Iterable[str]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[_common_pb2.PromptLogprobs, _Mapping]]] = ...) -> None: ...
+    def __init__(self, step_id: _Optional[int] = ..., sequence_ids: _Optional[_Iterable[int]] = ..., statuses: _Optional[_Iterable[_Union[EntryStatus, str]]] = ..., committed_lens: _Optional[_Iterable[int]] = ..., num_accepted_drafts: _Optional[_Iterable[int]] = ..., num_tokens: _Optional[_Iterable[int]] = ..., token_ids: _Optional[bytes] = ..., finish_reasons: _Optional[_Iterable[_Union[_common_pb2.FinishReason, str]]] = ..., logprobs: _Optional[_Iterable[_Union[_common_pb2.TokenLogprobs, _Mapping]]] = ..., colocated_drafts: _Optional[_Union[_common_pb2.DraftBlocks, _Mapping]] = ..., free_pages: _Optional[int] = ..., timings: _Optional[_Union[StepTimings, _Mapping]] = ..., errors: _Optional[_Iterable[str]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[_common_pb2.PromptLogprobs, _Mapping]]] = ...) -> None: ...
 
 class StepTimings(_message.Message):
     __slots__ = ("queue_ns", "forward_ns", "verify_ns", "draft_ns", "total_ns")
@@ -204,3 +204,83 @@ class StepTimings(_message.Message):
     draft_ns: int
     total_ns: int
     def __init__(self, queue_ns: _Optional[int] = ..., forward_ns: _Optional[int] = ..., verify_ns: _Optional[int] = ..., draft_ns: _Optional[int] = ..., total_ns: _Optional[int] = ...) -> None: ...
+
+class FeaturesRequest(_message.Message):
+    __slots__ = ("hello", "subscribe", "unsubscribe")
+    HELLO_FIELD_NUMBER: _ClassVar[int]
+    SUBSCRIBE_FIELD_NUMBER: _ClassVar[int]
+    UNSUBSCRIBE_FIELD_NUMBER: _ClassVar[int]
+    hello: FeaturesHello
+    subscribe: Subscribe
+    unsubscribe: Unsubscribe
+    def __init__(self, hello: _Optional[_Union[FeaturesHello, _Mapping]] = ..., subscribe: _Optional[_Union[Subscribe, _Mapping]] = ..., unsubscribe: _Optional[_Union[Unsubscribe, _Mapping]] = ...) -> None: ...
+
+class FeaturesResponse(_message.Message):
+    __slots__ = ("hello", "features", "end")
+    HELLO_FIELD_NUMBER: _ClassVar[int]
+    FEATURES_FIELD_NUMBER: _ClassVar[int]
+    END_FIELD_NUMBER: _ClassVar[int]
+    hello: FeaturesHelloReply
+    features: ContextFeatures
+    end: FeaturesEnd
+    def __init__(self, hello: _Optional[_Union[FeaturesHelloReply, _Mapping]] = ..., features: _Optional[_Union[ContextFeatures, _Mapping]] = ..., end: _Optional[_Union[FeaturesEnd, _Mapping]] = ...) -> None: ...
+
+class FeaturesHello(_message.Message):
+    __slots__ = ("protocol_version", "drafter_id", "fingerprint")
+    PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
+    DRAFTER_ID_FIELD_NUMBER: _ClassVar[int]
+    FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    protocol_version: int
+    drafter_id: str
+    fingerprint: str
+    def __init__(self, protocol_version: _Optional[int] = ..., drafter_id: _Optional[str] = ..., fingerprint: _Optional[str] = ...) -> None: ...
+
+class FeaturesHelloReply(_message.Message):
+    __slots__ = ("protocol_version", "target_id")
+    PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
+    TARGET_ID_FIELD_NUMBER: _ClassVar[int]
+    protocol_version: int
+    target_id: str
+    def __init__(self, protocol_version: _Optional[int] = ..., target_id: _Optional[str] = ...) -> None: ...
+
+class Subscribe(_message.Message):
+    __slots__ = ("epoch", "step_id", "subscription_ids", "sequence_ids", "starts")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    STEP_ID_FIELD_NUMBER: _ClassVar[int]
+    SUBSCRIPTION_IDS_FIELD_NUMBER: _ClassVar[int]
+    SEQUENCE_IDS_FIELD_NUMBER: _ClassVar[int]
+    STARTS_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    step_id: int
+    subscription_ids: _containers.RepeatedScalarFieldContainer[int]
+    sequence_ids: _containers.RepeatedScalarFieldContainer[int]
+    starts: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, epoch: _Optional[int] = ..., step_id: _Optional[int] = ..., subscription_ids: _Optional[_Iterable[int]] = ..., sequence_ids: _Optional[_Iterable[int]] = ..., starts: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class Unsubscribe(_message.Message):
+    __slots__ = ("subscription_ids",)
+    SUBSCRIPTION_IDS_FIELD_NUMBER: _ClassVar[int]
+    subscription_ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, subscription_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class ContextFeatures(_message.Message):
+    __slots__ = ("subscription_ids", "starts", "num_rows", "dtype", "data")
+    SUBSCRIPTION_IDS_FIELD_NUMBER: _ClassVar[int]
+    STARTS_FIELD_NUMBER: _ClassVar[int]
+    NUM_ROWS_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    subscription_ids: _containers.RepeatedScalarFieldContainer[int]
+    starts: _containers.RepeatedScalarFieldContainer[int]
+    num_rows: _containers.RepeatedScalarFieldContainer[int]
+    dtype: DataType
+    data: bytes
+    def __init__(self, subscription_ids: _Optional[_Iterable[int]] = ..., starts: _Optional[_Iterable[int]] = ..., num_rows: _Optional[_Iterable[int]] = ..., dtype: _Optional[_Union[DataType, str]] = ..., data: _Optional[bytes] = ...) -> None: ...
+
+class FeaturesEnd(_message.Message):
+    __slots__ = ("subscription_ids", "reasons")
+    SUBSCRIPTION_IDS_FIELD_NUMBER: _ClassVar[int]
+    REASONS_FIELD_NUMBER: _ClassVar[int]
+    subscription_ids: _containers.RepeatedScalarFieldContainer[int]
+    reasons: _containers.RepeatedScalarFieldContainer[FeaturesEndReason]
+    def __init__(self, subscription_ids: _Optional[_Iterable[int]] = ..., reasons: _Optional[_Iterable[_Union[FeaturesEndReason, str]]] = ...) -> None: ...

@@ -39,12 +39,23 @@ class TargetStub:
                 request_serializer=dflash__ray_dot_pb_dot_target__pb2.TargetRequest.SerializeToString,
                 response_deserializer=dflash__ray_dot_pb_dot_target__pb2.TargetResponse.FromString,
                 _registered_method=True)
+        self.Features = channel.stream_stream(
+                '/dflash_ray.v1.Target/Features',
+                request_serializer=dflash__ray_dot_pb_dot_target__pb2.FeaturesRequest.SerializeToString,
+                response_deserializer=dflash__ray_dot_pb_dot_target__pb2.FeaturesResponse.FromString,
+                _registered_method=True)
 
 
 class TargetServicer:
     """Missing associated documentation comment in .proto file."""
 
     def Verify(self, request_iterator, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Features(self, request_iterator, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -57,6 +68,11 @@ def add_TargetServicer_to_server(servicer, server):
                     servicer.Verify,
                     request_deserializer=dflash__ray_dot_pb_dot_target__pb2.TargetRequest.FromString,
                     response_serializer=dflash__ray_dot_pb_dot_target__pb2.TargetResponse.SerializeToString,
+            ),
+            'Features': grpc.stream_stream_rpc_method_handler(
+                    servicer.Features,
+                    request_deserializer=dflash__ray_dot_pb_dot_target__pb2.FeaturesRequest.FromString,
+                    response_serializer=dflash__ray_dot_pb_dot_target__pb2.FeaturesResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -86,6 +102,33 @@ class Target:
             '/dflash_ray.v1.Target/Verify',
             dflash__ray_dot_pb_dot_target__pb2.TargetRequest.SerializeToString,
             dflash__ray_dot_pb_dot_target__pb2.TargetResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Features(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/dflash_ray.v1.Target/Features',
+            dflash__ray_dot_pb_dot_target__pb2.FeaturesRequest.SerializeToString,
+            dflash__ray_dot_pb_dot_target__pb2.FeaturesResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1,255 +1,326 @@
-"""Who drafts for which sequence, and what each drafter must be sent. Sans-IO, a part of the scheduler.
+"""Who drafts for which sequence. Sans-IO, a part of the scheduler.
 
 The ladder of a step: the sequence's drafter, n-gram lookup, plain decoding. A drafter has one request in flight; what
-its sequences want meanwhile goes with the next one. A draft that is late is skipped and its drafter keeps the sequence;
-a drafter that was late several times in a row is left, and its sequences move to another one, which gets their context
-features by replay.
+its sequences want meanwhile goes with the next one. It fetches their context features from the target itself. A draft
+that is late is skipped and its drafter keeps the sequence; a drafter that was late several times in a row is left, and
+its sequences move to another one, which fetches their features anew.
+
+A sequence's drafter is in its context for as long as it lives, and in the table's column while the target has it open.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+
+import numpy as np
 
 from dflash_ray.config import DflashRayConfig
+from dflash_ray.core.arrays import Ints
+from dflash_ray.core.draft_blocks import BlockColumns
 from dflash_ray.pb import common_pb2, drafter_pb2
-from dflash_ray.router.actions import Action, DropDrafter, Replay, RequestDrafts
-from dflash_ray.router.context import MAX_WAITING_BYTES
+from dflash_ray.router.actions import Action, DropDrafter, RequestDrafts
+from dflash_ray.router.draft_requests import (
+    FIRST_BACK_OFF_S,
+    DrafterState,
+    InFlight,
+    Sequences,
+    add_opened,
+    add_proposals,
+    add_tokens,
+)
+from dflash_ray.router.limits import TargetLimits
 from dflash_ray.router.sequence import RouterSequence
+from dflash_ray.router.slot_table import NEVER, REMOTE, SlotTable
+from dflash_ray.router.speculation.records import Policy
 
-_FIRST_BACK_OFF_S = 0.5
 _MAX_BACK_OFF_S = 10.0
 _FULL_PAUSE_S = 1.0  # before a drafter that had no room is offered another sequence
-_EAGER_ROWS = 128  # context rows that are worth a request of their own, without a draft
+_MAX_CUT_OFFS = 1  # times in a row that a drafter opens a sequence again whose rows were lost
 _ROWS_A_TIMEOUT = 64  # context rows for which a drafter gets its time once more
-_MAX_CONTEXT_BYTES = 4 * 1024 * 1024  # of features in one request
-_MAX_CONTEXT_TOKENS = 32 * 1024  # of one sequence in one request to a drafter that reads tokens
-
-
-@dataclass(slots=True)
-class _InFlight:
-    """The one request that a drafter works on.
-
-    Attributes:
-        deadline: when the next miss is counted.
-        is_late: a miss was counted.
-        is_given_up: a sequence went on without waiting for its answer; no other one waits for it either.
-    """
-
-    request_id: int
-    sequence_ids: frozenset[int]
-    sent_at: float
-    patience_s: float
-    deadline: float
-    is_late: bool = False
-    is_given_up: bool = False
-
-
-@dataclass(slots=True)
-class DrafterState:
-    """A connected drafter.
-
-    Attributes:
-        num_misses: times in a row that its time was over before it answered.
-        aside_until: no sequence goes there before.
-        closed: sequences that it need not keep, told with the next request.
-    """
-
-    drafter_id: str
-    needs_features: bool
-    max_draft_tokens: int
-    num_misses: int = 0
-    aside_until: float = 0.0
-    back_off_s: float = _FIRST_BACK_OFF_S
-    closed: list[int] = field(default_factory=list)
-    in_flight: _InFlight | None = None
+_WAIT_SHARE = 0.5  # of a draft's time, in which a drafter may wait for rows
 
 
 class Drafting:
-    """Drafters and the drafts under way."""
+    """Drafters and the drafts under way.
 
-    def __init__(self, config: DflashRayConfig) -> None:
+    Attributes:
+        table: the slots of the sequences on the target; the scheduler's.
+    """
+
+    def __init__(self, config: DflashRayConfig, table: SlotTable) -> None:
+        self.table = table
         self._timeout_s = config.router.draft_timeout_ms / 1000
         self._max_misses = config.router.max_missed_drafts
         self._hang_s = config.drafter.step_timeout_s
         self._num_candidates = config.router.num_candidates
-        self._max_context_bytes = min(_MAX_CONTEXT_BYTES, config.network.max_message_bytes // 2)
         self._drafters: dict[str, DrafterState] = {}
+        self._lone: Sequences = {}  # on the target, and without a drafter
+        self._num_joined = 0
+        self._block_lens = np.zeros(
+            1, np.int64
+        )  # drafts that each drafter gives, by its number; the last is NO_DRAFTER
         self._next_request_id = 1
         self.num_dropped: Counter[str] = Counter()
         self.num_replays = 0
 
     def join(self, drafter: DrafterState) -> None:
         """A drafter said hello."""
+        drafter.number = self._num_joined
+        self._num_joined += 1
         self._drafters[drafter.drafter_id] = drafter
+        self._note_block_lens()
 
-    def lose(self, drafter_id: str, sequences: Collection[RouterSequence]) -> None:
+    def _note_block_lens(self) -> None:
+        """By number; the last one, for sequences without a drafter, is what any would give them."""
+        self._block_lens = np.zeros(self._num_joined + 1, np.int64)
+        for drafter in self._drafters.values():
+            self._block_lens[drafter.number] = drafter.max_draft_tokens
+        self._block_lens[-1] = self._block_lens.max()
+
+    def reach(self, slots: Ints) -> Ints:
+        """Drafts that each slot's drafter can give; 0 where none can or may now."""
+        lens = self._block_lens[self.table.drafters[slots]]
+        for drafter in self._drafters.values():
+            if drafter.in_flight is not None and drafter.in_flight.is_given_up:
+                lens[self.table.drafters[slots] == drafter.number] = 0
+        return lens
+
+    def lose(self, drafter_id: str) -> None:
         """A drafter's stream broke: its sequences look for another one, unless they seem to be what breaks drafters."""
         drafter = self._drafters.pop(drafter_id, None)
         if drafter is None:
             return
-        at_work = drafter.in_flight.sequence_ids if drafter.in_flight is not None else frozenset()
-        for sequence in sequences:
-            if sequence.context.drafter_id == drafter_id:
-                sequence.context.num_losses += sequence.sequence_id in at_work
-                sequence.leave_drafter()
+        self._note_block_lens()
+        in_flight = drafter.in_flight
+        for sequence_id, sequence in list(drafter.sequences.items()):
+            if in_flight is not None:
+                at_work = in_flight.asked_at(sequence_id) is not None or sequence_id in in_flight.opened
+                sequence.context.num_losses += at_work
+            self._leave(drafter, sequence)
+
+    def add(self, sequence: RouterSequence) -> None:
+        """The step that opens a sequence on the target is sent."""
+        assert sequence.slot is not None
+        if not sequence.draft_tokens:
+            return
+        drafter = self._drafters.get(sequence.context.drafter_id or "")
+        if drafter is None:
+            self._lone[sequence.sequence_id] = sequence
+        else:
+            self._serve(drafter, sequence)
+
+    def _serve(self, drafter: DrafterState, sequence: RouterSequence) -> None:
+        """From now on the drafter drafts for an open sequence."""
+        sequence.context.drafter_id = drafter.drafter_id
+        drafter.sequences[sequence.sequence_id] = drafter.to_open[sequence.sequence_id] = sequence
+        self.table.drafters[sequence.slot] = drafter.number
+
+    def suspend(self, sequence: RouterSequence) -> None:
+        """The target is to forget the sequence, which goes back to the queue."""
+        sequence.context.is_open = False
+        self._lone.pop(sequence.sequence_id, None)
 
     def close(self, sequence: RouterSequence) -> None:
         """The sequence is over; its drafter is told with the next request."""
+        self._lone.pop(sequence.sequence_id, None)
         drafter = self._drafters.get(sequence.context.drafter_id or "")
         if drafter is not None:
+            drafter.forget(sequence.sequence_id)
             drafter.closed.append(sequence.sequence_id)
 
-    def request(self, running: Sequence[RouterSequence], max_model_len: int, epoch: int, now: float) -> list[Action]:
-        """What to ask of target and idle drafters, so that every sequence gets its draft."""
-        actions: list[Action] = []
-        for drafter, sequences in self._assigned(running, now):
-            if drafter.needs_features:
-                actions += self._replays(sequences)
-            wanting = [s for s in sequences if s.wants_draft(max_model_len)]
-            if drafter.in_flight is None:
-                actions += self._next_request(drafter, sequences, wanting, max_model_len, epoch, now)
-            elif not drafter.in_flight.is_given_up:
-                for sequence in wanting:
-                    if self._is_whole(drafter, sequence) and sequence.draft_deadline is None:
-                        sequence.draft_deadline = now + self._timeout_s
-        return actions
+    def request(self, idle: Ints, limits: TargetLimits, step_id: int, opens_all: bool, now: float) -> list[Action]:
+        """What to ask of drafters.
 
-    def _assigned(
-        self, running: Sequence[RouterSequence], now: float
-    ) -> list[tuple[DrafterState, list[RouterSequence]]]:
-        """All drafters with their sequences; sequences without one go to the least loaded that takes any."""
+        Args:
+            idle: slots that have come to want drafts, `num_asked` of the table's.
+            step_id: the last step sent.
+            opens_all: sequences get a drafter before they want drafts, so that it has their rows by then.
+        """
         if not self._drafters:
             return []
-        by_drafter: dict[str, list[RouterSequence]] = {drafter_id: [] for drafter_id in self._drafters}
-        lone = []
-        for sequence in running:
-            held_by = sequence.context.drafter_id
-            if held_by is not None:
-                by_drafter[held_by].append(sequence)
-            elif sequence.draft_tokens and sequence.context.may_be_drafted_for:
-                lone.append(sequence)
-        free = [drafter_id for drafter_id, drafter in self._drafters.items() if drafter.aside_until <= now]
-        for sequence in lone if free else ():
-            sequence.context.drafter_id = min(free, key=lambda drafter_id: len(by_drafter[drafter_id]))
-            by_drafter[sequence.context.drafter_id].append(sequence)
-        return [(drafter, by_drafter[drafter_id]) for drafter_id, drafter in self._drafters.items()]
-
-    def _replays(self, sequences: list[RouterSequence]) -> list[Action]:
-        """Asks for rows that the target has computed and that did not find their way here."""
-        actions: list[Action] = []
-        for sequence in sequences:
-            context = sequence.context
-            is_behind = sequence.is_open and max(context.end, context.lacked_at) < sequence.num_computed
-            if is_behind and not context.is_replaying and context.num_bytes < MAX_WAITING_BYTES // 2:
-                context.is_replaying = True
-                self.num_replays += 1
-                actions.append(Replay(sequence.sequence_id, context.end))
+        self._assign(idle, opens_all, now)
+        table, actions = self.table, []
+        served_by = table.drafters[idle]
+        for drafter in self._drafters.values():
+            its_idle = idle[served_by == drafter.number]
+            if len(its_idle):
+                table.is_asking[its_idle] = True
+                if drafter.in_flight is None or not drafter.in_flight.is_given_up:
+                    self._wait(its_idle, now)
+            if drafter.in_flight is None:
+                asking = (table.is_asking & (table.drafters == drafter.number)).nonzero()[0]
+                if len(asking) or drafter.closed or drafter.to_open:
+                    actions += self._next_request(drafter, asking, limits, step_id, now)
         return actions
 
-    def _is_whole(self, drafter: DrafterState, sequence: RouterSequence) -> bool:
-        """Whether the next request can bring the drafter's context up to the anchor."""
-        if not drafter.needs_features:
-            return sequence.committed_len - sequence.context.sent_rows <= _MAX_CONTEXT_TOKENS
-        context = sequence.context
-        return context.end == sequence.committed_len - 1 and context.num_bytes <= self._max_context_bytes
+    def _assign(self, idle: Ints, opens_all: bool, now: float) -> None:
+        """Gives sequences without a drafter to the least loaded that takes any."""
+        free = [drafter for drafter in self._drafters.values() if drafter.aside_until <= now] if self._lone else []
+        if not free:
+            return
+        wanting = set() if opens_all else set(idle.tolist())
+        lone, self._lone = self._lone, {}
+        for sequence_id, sequence in lone.items():
+            if sequence.slot is None or not sequence.context.may_be_drafted_for:
+                continue
+            if opens_all or sequence.policy == Policy.FIXED or sequence.slot in wanting:
+                self._serve(min(free, key=lambda drafter: len(drafter.sequences)), sequence)
+            else:
+                self._lone[sequence_id] = sequence
+
+    def rest(self) -> None:
+        """Closes the sessions of adaptive sequences; they are opened anew when drafts are expected again."""
+        for drafter in self._drafters.values():
+            for sequence in [s for s in drafter.sequences.values() if s.policy == Policy.ADAPTIVE]:
+                drafter.closed.append(sequence.sequence_id)
+                self._leave(drafter, sequence)
+
+    def _wait(self, slots: Ints, now: float) -> None:
+        deadlines = self.table.draft_deadlines
+        deadlines[slots] = np.minimum(deadlines[slots], now + self._timeout_s)
 
     def _next_request(
         self,
         drafter: DrafterState,
-        sequences: list[RouterSequence],
-        wanting: list[RouterSequence],
-        max_model_len: int,
-        epoch: int,
+        asking: Ints,
+        limits: TargetLimits,
+        step_id: int,
         now: float,
     ) -> list[Action]:
-        """Contexts and proposals for an idle drafter: those who wait for a draft first, then rows of long prompts."""
+        """What an idle drafter is to close, to open, and to draft."""
+        table = self.table
         request = drafter_pb2.DraftRequest(
-            request_id=self._next_request_id, close=drafter.closed, num_candidates=self._num_candidates
+            request_id=self._next_request_id,
+            epoch=limits.epoch,
+            close=drafter.closed,
+            max_wait_ms=int(1000 * _WAIT_SHARE * self._timeout_s),
+            num_candidates=self._num_candidates,
         )
-        room = self._max_context_bytes
-        for sequence in wanting:
-            room -= _add_context(request, drafter, sequence, room)
-            if sequence.context.sent_rows == sequence.committed_len - 1:
-                self._add_proposal(request, drafter, sequence, max_model_len, epoch)
-                sequence.draft_deadline = sequence.draft_deadline or now + self._timeout_s
-        for sequence in sequences:
-            if drafter.needs_features and sequence.context.end - sequence.context.sent_rows >= _EAGER_ROWS:
-                room -= _add_context(request, drafter, sequence, room)
-        if not (request.close or request.contexts or request.sequence_ids):
-            return []
-        num_rows = sum(part.num_rows for part in request.contexts)
-        patience_s = self._timeout_s * (1 + num_rows / _ROWS_A_TIMEOUT)
-        involved = frozenset([*request.sequence_ids, *(part.sequence_id for part in request.contexts)])
-        drafter.in_flight = _InFlight(request.request_id, involved, now, patience_s, now + patience_s)
         drafter.closed = []
+        table.is_asking[asking] = False
+        slots = asking[table.lacks_draft(asking)]
+        lacking = int((table.committed_lens[slots] - 1 - table.held_rows[slots]).sum())
+        if drafter.needs_features:
+            add_opened(request, self._take_opened(drafter), limits.address, step_id)
+        else:
+            drafter.to_open = {}
+            whole = add_tokens(request, table, slots)
+            partial = np.setdiff1d(slots, whole)
+            table.is_asking[partial] = True  # the next request goes on with them, and no step waits for it
+            table.draft_deadlines[partial] = NEVER
+            slots = whole
+        self._wait(slots, now)
+        slots = slots[np.argsort(table.ids[slots])]
+        add_proposals(request, table, slots, np.minimum(table.num_asked[slots], drafter.max_draft_tokens))
+        if not (request.close or request.open or request.token_sequence_ids or request.sequence_ids):
+            return []
+        patience_s = self._timeout_s * (1 + lacking / _ROWS_A_TIMEOUT)
+        drafter.in_flight = InFlight(
+            request.request_id,
+            slots,
+            table.ids[slots],
+            table.committed_lens[slots],
+            frozenset(request.open),
+            now,
+            patience_s,
+            now + patience_s,
+        )
         self._next_request_id += 1
         return [RequestDrafts(drafter.drafter_id, request)]
 
-    def _add_proposal(
-        self,
-        request: drafter_pb2.DraftRequest,
-        drafter: DrafterState,
-        sequence: RouterSequence,
-        max_model_len: int,
-        epoch: int,
-    ) -> None:
-        request.sequence_ids.append(sequence.sequence_id)
-        request.epochs.append(epoch)
-        request.committed_lens.append(sequence.committed_len)
-        request.anchor_token_ids.append(sequence.tokens[-1])
-        request.temperatures.append(sequence.request.sampling.temperature)
-        request.seeds.append(sequence.request.sampling.seed)
-        request.wants_distributions.append(sequence.request.sampling.mode == common_pb2.VERIFY_MODE_REJECTION)
-        request.num_draft_tokens.append(min(sequence.num_drafts(max_model_len), drafter.max_draft_tokens))
+    def _take_opened(self, drafter: DrafterState) -> list[RouterSequence]:
+        """The sequences that a drafter is told to open now."""
+        opened = [s for s in drafter.to_open.values() if s.slot is not None and not s.context.is_open]
+        drafter.to_open = {}
+        for sequence in opened:
+            context = sequence.context
+            self.num_replays += context.is_moved
+            context.is_open, context.was_open, context.is_moved = True, True, False
+        return opened
 
-    def answer(
-        self,
-        drafter_id: str,
-        reply: drafter_pb2.DraftReply,
-        sequences: dict[int, RouterSequence],
-        epoch: int | None,
-        now: float,
-    ) -> None:
+    def answer(self, drafter_id: str, reply: drafter_pb2.DraftReply, limits: TargetLimits | None, now: float) -> None:
         """Takes a drafter's drafts; those for another past are dropped."""
         drafter = self._drafters.get(drafter_id)
         if drafter is None or drafter.in_flight is None or drafter.in_flight.request_id != reply.request_id:
             return
-        if not drafter.in_flight.is_late:
+        in_flight, drafter.in_flight = drafter.in_flight, None
+        if not in_flight.is_late:
             drafter.num_misses = 0
-            drafter.back_off_s = _FIRST_BACK_OFF_S
-        drafter.in_flight = None
-        for block in reply.blocks:
-            sequence = sequences.get(block.sequence_id)
-            if sequence is None or block.epoch != epoch or block.committed_len != sequence.committed_len:
-                self.num_dropped["stale"] += 1
-            elif sequence.draft_deadline is None:
-                self.num_dropped["late"] += 1
-            else:
-                sequence.take_draft(block, "remote")
-                sequence.draft_deadline = None
-        for missing in reply.missing:
-            sequence = sequences.get(missing.sequence_id)
-            if sequence is None or sequence.context.drafter_id != drafter_id:
-                continue
-            sequence.miss_draft()
-            if missing.is_refused:
-                sequence.context.num_refusals += 1
-                sequence.leave_drafter()
-                drafter.aside_until = max(drafter.aside_until, now + _FULL_PAUSE_S)
-                self.num_dropped["refused"] += 1
-            else:
-                sequence.context.restart(missing.have_len)
+            drafter.back_off_s = FIRST_BACK_OFF_S
+        if len(in_flight.ids):
+            self._take(drafter, in_flight, reply.blocks, limits)
+        columns = (reply.missing_ids, reply.have_lens, reply.missing_reasons)
+        for sequence_id, have_len, reason in zip(*columns, strict=True):
+            sequence = drafter.sequences.get(sequence_id)
+            if sequence is not None:
+                if sequence.slot is not None and in_flight.asked_at(sequence_id) == sequence.committed_len:
+                    self.table.miss_drafts(np.array([sequence.slot]))
+                self._miss(drafter, sequence, have_len, reason, now)
 
-    def expire(self, sequences: Collection[RouterSequence], now: float) -> list[Action]:
+    def _take(
+        self,
+        drafter: DrafterState,
+        in_flight: InFlight,
+        message: common_pb2.DraftBlocks,
+        limits: TargetLimits | None,
+    ) -> None:
+        table, blocks = self.table, BlockColumns.of(message)
+        slots = in_flight.slots[in_flight.places(blocks.sequence_ids)]
+        is_right = (table.ids[slots] == blocks.sequence_ids) & (table.drafters[slots] == drafter.number)
+        is_right &= table.committed_lens[slots] == blocks.committed_lens
+        if limits is None or message.epoch != limits.epoch:
+            is_right[:] = False
+        num_right = int(is_right.sum())
+        self._drop("stale", len(slots) - num_right)
+        if limits is None or not num_right:
+            return
+        table.held_rows[slots[is_right]] = blocks.committed_lens[is_right] - 1
+        table.num_cut_offs[slots[is_right]] = 0
+        is_awaited = is_right & (table.draft_deadlines[slots] < NEVER)
+        self._drop("late", num_right - int(is_awaited.sum()))
+        table.take_blocks(slots, blocks, is_awaited, REMOTE, limits.vocab_size)
+
+    def _miss(
+        self,
+        drafter: DrafterState,
+        sequence: RouterSequence,
+        have_len: int,
+        reason: drafter_pb2.MissingReason,
+        now: float,
+    ) -> None:
+        """A drafter lacks rows of a sequence."""
+        context, table, slot = sequence.context, self.table, sequence.slot
+        is_lost = reason == drafter_pb2.MISSING_REASON_LOST
+        if slot is not None and (is_lost or reason == drafter_pb2.MISSING_REASON_COMING):
+            table.held_rows[slot] = have_len
+        is_cut_off_again = False
+        if is_lost and drafter.needs_features:
+            if slot is None or not context.is_open:
+                return  # the target has opened it anew meanwhile, or will: then it is in `to_open`
+            context.is_open, context.is_moved = False, True
+            table.num_cut_offs[slot] += 1
+            is_cut_off_again = bool(table.num_cut_offs[slot] > _MAX_CUT_OFFS)
+        if reason == drafter_pb2.MISSING_REASON_REFUSED or is_cut_off_again:
+            context.num_refusals += 1
+            self._leave(drafter, sequence)
+            drafter.aside_until = max(drafter.aside_until, now + _FULL_PAUSE_S)
+            self._drop("cut_off" if is_cut_off_again else "refused", 1)
+        elif is_lost and drafter.needs_features:
+            drafter.to_open[sequence.sequence_id] = sequence
+
+    def _drop(self, reason: str, count: int) -> None:
+        if count:
+            self.num_dropped[reason] += count
+
+    def expire(self, now: float) -> list[Action]:
         """Goes on without drafts that are late; leaves drafters that are late all the time or do not answer at all."""
-        for sequence in sequences:
-            if sequence.draft_deadline is not None and sequence.draft_deadline <= now:
-                sequence.miss_draft()
-                self.num_dropped["timeout"] += 1
-                drafter = self._drafters.get(sequence.context.drafter_id or "")
-                if drafter is not None and drafter.in_flight is not None:
+        late = (self.table.draft_deadlines <= now).nonzero()[0]
+        if len(late):
+            self.table.miss_drafts(late)
+            self._drop("timeout", len(late))
+            numbers = set(self.table.drafters[late].tolist())
+            for drafter in self._drafters.values():
+                if drafter.number in numbers and drafter.in_flight is not None:
                     drafter.in_flight.is_given_up = True
         actions: list[Action] = []
         for drafter in self._drafters.values():
@@ -260,36 +331,30 @@ class Drafting:
             in_flight.deadline = now + in_flight.patience_s
             drafter.num_misses += 1
             if drafter.num_misses >= self._max_misses:
-                self._leave(drafter, sequences, now)
+                self._put_aside(drafter, now)
             if now - in_flight.sent_at >= self._hang_s:
                 actions.append(DropDrafter(drafter.drafter_id))
         return actions
 
-    def _leave(self, drafter: DrafterState, sequences: Collection[RouterSequence], now: float) -> None:
-        """Puts a drafter aside; what it holds is closed there with the first request that it gets again."""
+    def _put_aside(self, drafter: DrafterState, now: float) -> None:
+        """Leaves a drafter for a while; what it holds is closed there with the first request that it gets again."""
         drafter.num_misses = 0
         drafter.aside_until = now + drafter.back_off_s
         drafter.back_off_s = min(_MAX_BACK_OFF_S, 2 * drafter.back_off_s)
-        for sequence in sequences:
-            if sequence.context.drafter_id == drafter.drafter_id:
-                drafter.closed.append(sequence.sequence_id)
-                sequence.leave_drafter()
+        drafter.closed.extend(drafter.sequences)
+        for sequence in list(drafter.sequences.values()):
+            self._leave(drafter, sequence)
 
-    def next_deadline(self) -> float | None:
-        """When a drafter's time is over."""
-        return min((d.in_flight.deadline for d in self._drafters.values() if d.in_flight is not None), default=None)
+    def _leave(self, drafter: DrafterState, sequence: RouterSequence) -> None:
+        """The drafter serves the sequence no more; another one may."""
+        drafter.forget(sequence.sequence_id)
+        if sequence.slot is not None:
+            self.table.leave_drafter(sequence.slot)
+            if self.table.is_open[sequence.slot]:
+                self._lone[sequence.sequence_id] = sequence
+        sequence.context.leave()
 
-
-def _add_context(request: drafter_pb2.DraftRequest, drafter: DrafterState, sequence: RouterSequence, room: int) -> int:
-    """Adds the next rows of a sequence's context, at most `room` bytes of features; returns the bytes added."""
-    if drafter.needs_features:
-        parts = sequence.context.give(room)
-        request.contexts.extend(parts)
-        return sum(len(part.data) for part in parts)
-    start = sequence.context.sent_rows
-    stop = min(sequence.committed_len - 1, start + _MAX_CONTEXT_TOKENS)
-    if start < stop:
-        tokens = sequence.tokens[start:stop]
-        request.contexts.add(sequence_id=sequence.sequence_id, start=start, num_rows=stop - start, token_ids=tokens)
-        sequence.context.sent_rows = stop
-    return 0
+    def next_deadline(self) -> float:
+        """When a draft's or a drafter's time is over; NEVER when nothing is waited for."""
+        in_flight = [d.in_flight.deadline for d in self._drafters.values() if d.in_flight is not None]
+        return min([float(self.table.draft_deadlines.min()), *in_flight])

@@ -1,4 +1,4 @@
-"""The I/O around one target group: streams in and out of the scheduler, one queue of tokens for each request.
+"""The I/O around one target group: streams in and out of the scheduler, and tokens to those who wait for them.
 
 Every event is put into the scheduler at once, and what it asks for is done at once; a timer wakes it at its next
 deadline. Nothing here decides anything.
@@ -9,11 +9,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable
+from typing import Protocol
+from weakref import WeakValueDictionary
 
 from dflash_ray.config import DflashRayConfig
+from dflash_ray.core.errors import RequestError
 from dflash_ray.observability.metrics import RouterMetrics
-from dflash_ray.pb import common_pb2, drafter_pb2, router_pb2, target_pb2
+from dflash_ray.pb import drafter_pb2, router_pb2, target_pb2
 from dflash_ray.router.actions import (
     Action,
     CloseSequences,
@@ -21,13 +23,13 @@ from dflash_ray.router.actions import (
     DropTarget,
     Emit,
     Fail,
-    Replay,
     RequestDrafts,
     RunStep,
 )
 from dflash_ray.router.attempts import FinalError
-from dflash_ray.router.drafting import DrafterState
+from dflash_ray.router.draft_requests import DrafterState
 from dflash_ray.router.limits import TargetLimits
+from dflash_ray.router.measures import Measures
 from dflash_ray.router.scheduler import Scheduler
 from dflash_ray.router.sequence import RouterSequence
 from dflash_ray.router.streams import Stream, open_drafter, open_target
@@ -36,14 +38,29 @@ from dflash_ray.rpc.directory import Entry
 logger = logging.getLogger(__name__)
 
 
+class Receiver(Protocol):
+    """Whoever started requests.
+
+    Attributes:
+        number: its own, in this process.
+    """
+
+    number: int
+
+    def emit(self, emit: Emit) -> None:
+        """New tokens of its calls; after a finish reason nothing follows."""
+
+    def fail(self, call_id: int, error: RequestError) -> None:
+        """A call ends with an error."""
+
+
 class Pipeline:
     """Requests, one target stream, and a stream to every drafter that fits."""
 
     def __init__(self, config: DflashRayConfig, router_id: str, metrics: RouterMetrics) -> None:
         self._config = config
         self._router_id = router_id
-        self._metrics = metrics
-        self._model = config.model.served_name
+        self._measures = Measures(metrics, config.model.served_name)
         self._max_message_bytes = config.network.max_message_bytes
         self.scheduler = Scheduler(config)
         self.target_id: str | None = None
@@ -51,11 +68,9 @@ class Pipeline:
         self._target: Stream | None = None
         self._feature_fingerprint = ""
         self._drafters: dict[str, Stream] = {}
-        self._queues: dict[int, asyncio.Queue[Emit | Fail]] = {}
+        self._receivers: WeakValueDictionary[int, Receiver] = WeakValueDictionary()
+        self._is_pump_due = False
         self._timer: asyncio.TimerHandle | None = None
-        self._sent_at: dict[str, float] = {}
-        self._step_done_at: float | None = None
-        self._counted: dict[str, int] = {}
         self._streams: set[Stream] = set()  # all that were opened here and whose end was not seen to be clean
         self._closing: set[asyncio.Task[None]] = set()
         self._failure: Exception | None = None
@@ -83,6 +98,8 @@ class Pipeline:
             num_pages=hello.num_pages,
             max_batch_tokens=hello.max_batch_tokens,
             colocated_draft_tokens=hello.colocated_draft_tokens,
+            feature_fingerprint=hello.feature_fingerprint,
+            address=entry.address,
         )
         self._streams.add(stream)
         stream.start(self._on_target_message, lambda: self._on_target_end(stream))
@@ -110,17 +127,9 @@ class Pipeline:
         task.add_done_callback(self._closing.discard)
 
     def _on_target_message(self, message: target_pb2.TargetResponse) -> None:
-        match message.WhichOneof("message"):
-            case "features":
-                self.scheduler.features(message.features)
-            case "replay":
-                self.scheduler.replayed(message.replay.features)
-            case "result":
-                now = time.monotonic()
-                self._metrics.step_round_trip.observe(now - self._sent_at.pop("step", now))
-                self._step_done_at = now
-                self._record_acceptance(message.result)
-                self.scheduler.step_done(message.result, now)
+        now = time.monotonic()
+        self._measures.step_done(message.result.step_id, now)
+        self.scheduler.step_done(message.result, now)
         self._pump()
 
     def _on_target_end(self, stream: Stream) -> None:
@@ -128,8 +137,7 @@ class Pipeline:
             return
         logger.warning("target group lost", extra={"target_id": self.target_id})
         self._target, self.target_id = None, None
-        self._sent_at.pop("step", None)
-        self._step_done_at = None
+        self._measures.target_lost()
         self.scheduler.target_lost(time.monotonic())
         self._pump()
         self._streams.discard(stream)
@@ -152,10 +160,9 @@ class Pipeline:
         self._pump()
 
     def _on_drafts(self, drafter_id: str, reply: drafter_pb2.DraftReply) -> None:
-        sent_at = self._sent_at.pop(f"{drafter_id}/{reply.request_id}", None)
-        if sent_at is not None:
-            self._metrics.draft_round_trip.observe(time.monotonic() - sent_at)
-        self.scheduler.drafts_done(drafter_id, reply, time.monotonic())
+        now = time.monotonic()
+        self._measures.drafts_done(drafter_id, reply.request_id, now)
+        self.scheduler.drafts_done(drafter_id, reply, now)
         self._pump()
 
     def _on_drafter_end(self, drafter_id: str, stream: Stream) -> None:
@@ -171,29 +178,26 @@ class Pipeline:
     def _forget_drafter(self, drafter_id: str) -> None:
         logger.warning("drafter lost", extra={"drafter_id": drafter_id})
         del self._drafters[drafter_id]
-        for key in [key for key in self._sent_at if key.startswith(f"{drafter_id}/")]:
-            del self._sent_at[key]
+        self._measures.drafter_lost(drafter_id)
         self.scheduler.drafter_lost(drafter_id)
 
-    async def generate(self, request: router_pb2.GenerateTokensRequest) -> AsyncGenerator[Emit, None]:
-        """Tokens of a request as they are committed. Raises RequestError; leaving early frees the sequence."""
-        sequence = self.scheduler.arrive(request, time.monotonic())
-        queue: asyncio.Queue[Emit | Fail] = asyncio.Queue()
-        self._queues[sequence.sequence_id] = queue
-        self._pump()
-        try:
-            yield Emit(sequence, [], None, common_pb2.FINISH_REASON_UNSPECIFIED)  # it has been taken
-            while True:
-                item = await queue.get()
-                if isinstance(item, Fail):
-                    raise item.error
-                yield item
-                if item.finish_reason:
-                    return
-        finally:
-            self._queues.pop(sequence.sequence_id, None)
-            self.scheduler.cancel(sequence)
-            self._pump()
+    def start(self, request: router_pb2.GenerateTokensRequest, receiver: Receiver, call_id: int) -> RouterSequence:
+        """Takes a request, whose tokens go to the receiver. Raises RequestError."""
+        sequence = self.scheduler.arrive(request, time.monotonic(), receiver.number, call_id)
+        self._receivers[receiver.number] = receiver
+        self._pump_soon()
+        return sequence
+
+    def cancel(self, sequence: RouterSequence) -> None:
+        """Frees a sequence that nobody listens to any more; one that has ended is passed over."""
+        self.scheduler.cancel(sequence)
+        self._pump_soon()
+
+    def _pump_soon(self) -> None:
+        """One pump for all requests that come and go in a turn of the event loop."""
+        if not self._is_pump_due:
+            self._is_pump_due = True
+            asyncio.get_running_loop().call_soon(self._wake)
 
     def check_health(self) -> None:
         """Raises what has left this pipeline in a state that nothing here puts right."""
@@ -211,6 +215,7 @@ class Pipeline:
 
     def _pump(self) -> None:
         """Does everything there is to do now."""
+        self._is_pump_due = False
         now = time.monotonic()
         has_events = True
         while has_events:
@@ -228,17 +233,18 @@ class Pipeline:
 
     def _perform(self, action: Action, now: float) -> None:
         match action:
+            case Emit():
+                for stream in set(action.streams.tolist()):
+                    receiver = self._receivers.get(stream)
+                    if receiver is not None:
+                        receiver.emit(action.of_stream(stream))
             case RunStep(step):
-                self._sent_at["step"] = now
-                self._observe_step(step, now)
+                self._measures.step_sent(action, now)
                 self._send(target_pb2.TargetRequest(step=step))
             case CloseSequences(ids):
                 self._send(target_pb2.TargetRequest(close=target_pb2.CloseSequences(sequence_ids=ids)))
-            case Replay(sequence_id, start):
-                replay = target_pb2.ReplayFeatures(sequence_id=sequence_id, start=start)
-                self._send(target_pb2.TargetRequest(replay=replay))
             case RequestDrafts(drafter_id, request):
-                self._sent_at[f"{drafter_id}/{request.request_id}"] = now
+                self._measures.drafts_sent(action, now)
                 self._drafters[drafter_id].send(drafter_pb2.DrafterRequest(draft=request))
             case DropTarget():
                 logger.error("a step was not answered in time; the target group is left")
@@ -246,46 +252,20 @@ class Pipeline:
             case DropDrafter(drafter_id):
                 logger.error("a drafter did not answer in time; it is left", extra={"drafter_id": drafter_id})
                 self._drop_drafter(drafter_id)
-            case Emit(sequence) | Fail(sequence):
-                if isinstance(action, Fail) and action.error.__cause__ is not None:
-                    logger.error("a sequence failed", exc_info=action.error.__cause__)
-                queue = self._queues.get(sequence.sequence_id)
-                if queue is not None:
-                    queue.put_nowait(action)
+            case Fail(sequence, error):
+                if error.__cause__ is not None:
+                    logger.error("a sequence failed", exc_info=error.__cause__)
+                receiver = self._receivers.get(sequence.stream)
+                if receiver is not None:
+                    receiver.fail(sequence.call_id, error)
 
     def _send(self, request: target_pb2.TargetRequest) -> None:
         if self._target is not None:
             self._target.send(request)
 
-    def _observe_step(self, step: target_pb2.Step, now: float) -> None:
-        if self._step_done_at is not None and step.verify_ids:
-            self._metrics.step_gap.observe(now - self._step_done_at)
-        rows = sum(step.prefill_lens) + len(step.verify_ids) + len(step.draft_token_ids)
-        self._metrics.step_tokens.labels(self._model).observe(rows)
-
-    def _record_acceptance(self, result: target_pb2.StepResult) -> None:
-        for accepted in result.num_accepted_drafts:
-            self._metrics.num_accepted_tokens.labels(self._model).inc(accepted)
-            for position in range(accepted):
-                self._metrics.num_accepted_per_position.labels(self._model, str(position)).inc()
-
     def update_metrics(self) -> None:
-        """Brings gauges and counters up to date with the scheduler."""
-        scheduler, metrics = self.scheduler, self._metrics
-        self._count("preemptions", scheduler.num_preemptions, metrics.num_preemptions.labels(self._model).inc)
-        self._count("drafted", scheduler.num_draft_tokens, metrics.num_draft_tokens.labels(self._model).inc)
-        for source, total in scheduler.num_drafts_by_source.items():
-            self._count(f"source {source}", total, metrics.drafts_by_source.labels(source).inc)
-        drafted = sum(n for source, n in scheduler.num_drafts_by_source.items() if source != "plain")
-        self._count("drafts", drafted, metrics.num_drafts.labels(self._model).inc)
-        self._count("replays", scheduler.drafting.num_replays, metrics.num_replays.inc)
-        for reason, total in scheduler.drafting.num_dropped.items():
-            self._count(f"dropped {reason}", total, metrics.drafts_dropped.labels(reason).inc)
-
-    def _count(self, key: str, total: int, inc: Callable[[float], None]) -> None:
-        before = self._counted.get(key, 0)
-        self._counted[key] = total
-        inc(total - before)
+        """Brings counters up to date with the scheduler."""
+        self._measures.update(self.scheduler)
 
     async def close(self) -> None:
         """Ends all streams."""
@@ -293,21 +273,3 @@ class Pipeline:
             self._timer.cancel()
         for stream in (*self._drafters.values(), *([self._target] if self._target else [])):
             await stream.close()
-
-
-def to_chunk(sequence: RouterSequence, emit: Emit, now: float) -> router_pb2.TokenChunk:
-    """A request's chunk for the wire; the last one carries its timings."""
-    chunk = router_pb2.TokenChunk(
-        token_ids=emit.token_ids,
-        logprobs=emit.logprobs,
-        finish_reason=emit.finish_reason,
-        decode_pass=emit.decode_pass,
-        prompt_logprobs=emit.prompt_logprobs,
-    )
-    if emit.finish_reason:
-        decoding_since = sequence.decoding_since or now
-        chunk.timings.queue_ns = int(max(0.0, sequence.admitted_at - sequence.arrived_at) * 1e9)
-        chunk.timings.prefill_ns = int(max(0.0, decoding_since - sequence.admitted_at) * 1e9)
-        chunk.timings.decode_ns = int(max(0.0, now - decoding_since) * 1e9)
-        chunk.timings.num_preemptions = sequence.num_preemptions
-    return chunk

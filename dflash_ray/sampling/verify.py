@@ -13,64 +13,67 @@ The arithmetic is the operators' (kernels/verify_ops.py); here is their order an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dflash_ray.kernels import verify_ops as ops
 from dflash_ray.kernels.columns import NUM_TOP_K_ROUNDS, CommitColumn, OutcomeColumn
-from dflash_ray.sampling.columns import PlanColumns, to_columns
+from dflash_ray.sampling.columns import PlanColumns
 from dflash_ray.sampling.logprobs import Logprobs, token_logprobs
-from dflash_ray.sampling.plan import NO_LOGPROBS, SequencePlan
+from dflash_ray.sampling.parameters import NO_LOGPROBS
 from dflash_ray.sampling.shards import ShardGroup
+from dflash_ray.sampling.table import Need
+
+Ints = NDArray[np.int64]
 
 
 @dataclass(slots=True)
-class SequenceOutcome:
-    """What a step decided for one sequence.
+class Verdict:
+    """What a step decided for its S sequences.
 
     Attributes:
-        accepted_rows: rows of the accepted drafts, in order; the root is not among them.
-        tokens: the accepted drafts' tokens and the next token, cut after a stop token and at the length limit.
-        is_flagged: the logits were not finite; nothing else is valid.
-        finish: 0 goes on, 1 ended by a stop token, 2 by the length limit.
-        kv_len: rows whose keys and values stay.
-        logprobs: of each token, when asked.
+        tokens: [S, depth] the accepted drafts' tokens and the next token, of which the first `num_tokens` are kept.
+        accepted_rows: [S, depth] rows of the accepted drafts among the sequence's, the first `num_accepted` of them.
+        num_tokens: [S] after a cut behind a stop token and at the length limit.
+        num_accepted: [S].
+        finishes: [S] of `Finish`.
+        kv_lens: [S] rows whose keys and values stay.
+        is_flagged: [S] the logits were not finite; nothing else of the sequence is valid.
+        logprobs: of each kept token of the sequences that asked, one sequence after the other; None when nobody did.
     """
 
-    accepted_rows: list[int] = field(default_factory=list)
-    tokens: list[int] = field(default_factory=list)
-    is_flagged: bool = False
-    finish: int = 0
-    kv_len: int = 0
+    tokens: Ints
+    accepted_rows: Ints
+    num_tokens: Ints
+    num_accepted: Ints
+    finishes: Ints
+    kv_lens: Ints
+    is_flagged: NDArray[np.bool_]
     logprobs: Logprobs | None = None
 
 
 @torch.inference_mode()
 def verify(
-    logits: Tensor, vocab_start: int, plan: Sequence[SequencePlan], group: ShardGroup, features: Tensor | None = None
-) -> list[SequenceOutcome]:
+    logits: Tensor, vocab_start: int, columns: PlanColumns, group: ShardGroup, features: Tensor | None = None
+) -> Verdict:
     """Decides a step. Collective over the ranks of `group`; all of them return the same.
 
     Args:
         logits: [R, Vs] of this rank's tokens vocab_start ... vocab_start + Vs - 1; rows of all sequences one after the
-            other in the order of the plan. Penalties, bias and bans are written into them.
-        plan: rows and parameters of each sequence, the same on every rank.
+            other in the order of the columns. Penalties, bias and bans are written into them.
+        columns: rows and parameters of each sequence, the same on every rank.
         features: context features [F, H] of the step on the rank that makes them; see `ops.commit`.
     """
-    columns = to_columns(plan, logits.device)
-    raw = _rows_for_logprobs(logits, plan)
-    outcome, commits = launch(logits, vocab_start, columns, group, features)
-    # The one place where the host waits for the device.
-    outcomes = [
-        _to_outcome(line, commit, columns.depth)
-        for line, commit in zip(outcome.tolist(), commits.tolist(), strict=True)
-    ]
+    # A copy of the raw logits where log-probabilities are wanted: verification may write into them.
+    raw = logits.clone() if columns.needs & Need.LOGPROBS else None
+    verdict = _to_verdict(*launch(logits, vocab_start, columns, group, features), columns.depth)
     if raw is not None:
-        _add_logprobs(outcomes, raw, vocab_start, plan, group)
-    return outcomes
+        _add_logprobs(verdict, raw, vocab_start, columns, group)
+    return verdict
 
 
 def launch(
@@ -84,18 +87,19 @@ def launch(
 
 def _partials(logits: Tensor, vocab_start: int, columns: PlanColumns, group: ShardGroup) -> Tensor:
     """This shard's numbers, after what thresholds and rejection need of all shards."""
-    plan, adjusts = columns.tensors, columns.has_adjustments
-    if columns.is_greedy:
+    plan, needs = columns.tensors, columns.needs
+    adjusts, is_rejection = bool(needs & Need.ADJUSTMENT), bool(needs & Need.REJECTION)
+    if not needs & Need.DRAW:
         return ops.verify_greedy(logits, vocab_start, plan, adjusts)
-    if not columns.has_thresholds and not columns.is_rejection:
+    if not columns.has_thresholds and not is_rejection:
         return ops.verify_coupled(logits, vocab_start, plan, None, adjusts)
     drafts = (columns.draft_ids, columns.draft_probs)
     if group.size == 1:
-        limits = (columns.has_min_p, columns.has_top_k, columns.has_top_p)
+        limits = (bool(needs & limit) for limit in (Need.MIN_P, Need.TOP_K, Need.TOP_P))
         return ops.verify_unsharded(logits, vocab_start, plan, *drafts, adjusts, *limits)
     maxima = group.all_gather(ops.verify_prepare(logits, vocab_start, plan)[:, 0].contiguous()).amax(0)
     state = _threshold(logits, vocab_start, columns, maxima, group) if columns.has_thresholds else None
-    if columns.is_rejection:
+    if is_rejection:
         return ops.verify_rejection(logits, vocab_start, plan, maxima, state, *drafts)
     return ops.verify_coupled(logits, vocab_start, plan, state, False)
 
@@ -104,8 +108,8 @@ def _threshold(logits: Tensor, vocab_start: int, columns: PlanColumns, maxima: T
     """The lowest value that min-p, top-k and top-p keep, in this order, as the state of a finished search."""
     state = ops.threshold_start(maxima, columns.tensors)
     rounds = [
-        *(range(NUM_TOP_K_ROUNDS) if columns.has_top_k else ()),
-        *(range(NUM_TOP_K_ROUNDS, 2 * NUM_TOP_K_ROUNDS) if columns.has_top_p else ()),
+        *(range(NUM_TOP_K_ROUNDS) if columns.needs & Need.TOP_K else ()),
+        *(range(NUM_TOP_K_ROUNDS, 2 * NUM_TOP_K_ROUNDS) if columns.needs & Need.TOP_P else ()),
     ]
     for index in rounds:
         histogram = ops.threshold_histogram(logits, vocab_start, columns.tensors, maxima, state, index)
@@ -113,43 +117,28 @@ def _threshold(logits: Tensor, vocab_start: int, columns: PlanColumns, maxima: T
     return state
 
 
-def _to_outcome(line: list[int], commit: list[int], depth: int) -> SequenceOutcome:
-    if line[OutcomeColumn.IS_FLAGGED]:
-        return SequenceOutcome(is_flagged=True)
-    rows_at = OutcomeColumn.TOKENS + depth
-    return SequenceOutcome(
-        accepted_rows=line[rows_at : rows_at + line[OutcomeColumn.NUM_ACCEPTED]],
-        tokens=line[OutcomeColumn.TOKENS :][: commit[CommitColumn.NUM_TOKENS]],
-        finish=commit[CommitColumn.FINISH],
-        kv_len=commit[CommitColumn.KV_LEN],
+def _to_verdict(outcome: Tensor, commits: Tensor, depth: int) -> Verdict:
+    """The one place where the host waits for the device."""
+    outcomes, cuts = outcome.cpu().numpy(), commits.cpu().numpy()
+    return Verdict(
+        tokens=outcomes[:, OutcomeColumn.TOKENS : OutcomeColumn.TOKENS + depth],
+        accepted_rows=outcomes[:, OutcomeColumn.TOKENS + depth :],
+        num_tokens=cuts[:, CommitColumn.NUM_TOKENS],
+        num_accepted=outcomes[:, OutcomeColumn.NUM_ACCEPTED],
+        finishes=cuts[:, CommitColumn.FINISH],
+        kv_lens=cuts[:, CommitColumn.KV_LEN],
+        is_flagged=outcomes[:, OutcomeColumn.IS_FLAGGED] != 0,
     )
 
 
-def _rows_for_logprobs(logits: Tensor, plan: Sequence[SequencePlan]) -> Tensor | None:
-    """A copy of the raw logits where log-probabilities are wanted: verification may write into them."""
-    return logits.clone() if any(sequence.num_logprobs != NO_LOGPROBS for sequence in plan) else None
-
-
-def _add_logprobs(
-    outcomes: list[SequenceOutcome], raw: Tensor, vocab_start: int, plan: Sequence[SequencePlan], group: ShardGroup
-) -> None:
+def _add_logprobs(verdict: Verdict, raw: Tensor, vocab_start: int, columns: PlanColumns, group: ShardGroup) -> None:
     """Log-softmax of the raw logits for the tokens kept, and the likeliest ones. Collective."""
-    asking, visited, chosen = [], [], []
-    first = 0
-    for sequence, outcome in zip(plan, outcomes, strict=True):
-        if sequence.num_logprobs != NO_LOGPROBS and not outcome.is_flagged:
-            asking.append((outcome, sequence.num_logprobs))
-            path = [0, *outcome.accepted_rows][: len(outcome.tokens)]
-            visited += [first + row for row in path]
-            chosen += outcome.tokens
-        first += sequence.num_rows
-    if not chosen:
+    asking = (columns.num_logprobs != NO_LOGPROBS) & ~verdict.is_flagged
+    is_kept = (np.arange(columns.depth) < verdict.num_tokens[:, None]) & asking[:, None]
+    if not is_kept.any():
         return
-    num_top = max(count for _, count in asking)
-    rows = raw[torch.tensor(visited, device=raw.device)]
-    logprobs = token_logprobs(rows, vocab_start, chosen, num_top, group)
-    at = 0
-    for outcome, count in asking:
-        stop = at + len(outcome.tokens)
-        outcome.logprobs = logprobs.part(at, stop, count)
-        at = stop
+    visited = np.concatenate((np.zeros_like(verdict.tokens[:, :1]), verdict.accepted_rows[:, :-1]), axis=1)
+    rows = (visited + columns.first_rows[:, None])[is_kept]
+    num_top = int(columns.num_logprobs[asking].max())
+    at_rows = raw[torch.from_numpy(rows).to(raw.device)]
+    verdict.logprobs = token_logprobs(at_rows, vocab_start, verdict.tokens[is_kept], num_top, group)

@@ -1,19 +1,15 @@
-"""One ragged pass over the target: rows of prefill chunks and verify chains, one entry after the other."""
+"""One ragged pass over the target: rows of prefill chunks and verify chains, gathered from the slots."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dflash_ray.core.packing import pack_arrays, unpack_arrays
-
-Ints = NDArray[np.int64]
-
-
-def _none() -> Ints:
-    return np.zeros(0, dtype=np.int64)
+from dflash_ray.sampling.columns import DrawRows
+from dflash_ray.target_group.slots import SlotTable
+from dflash_ray.target_group.step import Drafts, Ints, no_ints
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,14 +37,78 @@ class StepBatch:
     pages: Ints
     sample_rows: Ints
     feature_rows: Ints
-    scored_rows: Ints = field(default_factory=_none)
-    scored_tokens: Ints = field(default_factory=_none)
-    num_top: Ints = field(default_factory=_none)
+    scored_rows: Ints = field(default_factory=no_ints)
+    scored_tokens: Ints = field(default_factory=no_ints)
+    num_top: Ints = field(default_factory=no_ints)
 
-    def pack(self) -> Ints:
-        """The batch as one flat array for a broadcast."""
-        return pack_arrays([getattr(self, f.name) for f in fields(self)])
 
-    @classmethod
-    def unpack(cls, flat: Ints) -> StepBatch:
-        return cls(*unpack_arrays(flat, [np.int64] * len(fields(cls))))
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """The entries of a pass, E of them: all that run.
+
+    Attributes:
+        slots, starts, counts: [E] of the sequence, its first row's position, rows.
+        is_verify: [E]; the rows are an anchor and its drafts.
+        draws: [E] a token follows: of verify entries, and of the chunk that ends a prompt.
+        num_scored: [E] rows, from the first on, whose next tokens are to have log-probabilities.
+    """
+
+    slots: Ints
+    starts: Ints
+    counts: Ints
+    is_verify: NDArray[np.bool_]
+    draws: NDArray[np.bool_]
+    num_scored: Ints
+
+
+def build_batch(table: SlotTable, rows: Rows, drafts: Drafts) -> tuple[StepBatch, DrawRows]:
+    """The pass over E entries, and its rows that draw. `drafts` are those of the verify entries among them."""
+    slots, starts, counts = rows.slots, rows.starts, rows.counts
+    firsts = np.cumsum(counts) - counts
+    entry_of = np.repeat(np.arange(len(slots)), counts)
+    offsets = np.arange(len(entry_of)) - firsts[entry_of]
+    positions = starts[entry_of] + offsets
+    slot_of = slots[entry_of]
+    token_ids = table.tokens[slot_of, positions].astype(np.int64)
+    is_draft = rows.is_verify[entry_of] & (offsets > 0)
+    token_ids[is_draft] = drafts.token_ids
+    page_counts = table.page_counts[slots]
+    wants_features = table.wants_features[slots]
+    roots = np.where(rows.is_verify, 0, counts - 1)  # of an entry's rows that draw, the first
+    sample_rows = np.flatnonzero(rows.draws[entry_of] & (offsets >= roots[entry_of]))
+    num_features = np.where(wants_features, counts, 0)
+    first_features = np.cumsum(num_features) - num_features
+    scored_rows = np.flatnonzero(offsets < rows.num_scored[entry_of])
+    batch = StepBatch(
+        token_ids=token_ids,
+        positions=positions,
+        slots=table.cache_rows(slot_of, positions),
+        entry_lens=counts,
+        context_lens=starts,
+        page_counts=page_counts,
+        pages=_page_tables(table, slots, page_counts),
+        sample_rows=sample_rows,
+        feature_rows=np.flatnonzero(wants_features[entry_of]),
+        scored_rows=scored_rows,
+        scored_tokens=table.tokens[slot_of[scored_rows], positions[scored_rows] + 1].astype(np.int64),
+        num_top=table.num_prompt_logprobs[slots].max(initial=0, keepdims=True) if len(scored_rows) else no_ints(),
+    )
+    draws = rows.draws
+    drawing = DrawRows(
+        slots=slots[draws],
+        num_rows=(counts - roots)[draws],
+        positions=(starts + roots)[draws],
+        token_ids=token_ids[sample_rows],
+        feature_rows=np.where(wants_features, first_features + roots, -1)[draws],
+    )
+    if len(drafts.num_candidates):
+        drawing.num_candidates = np.zeros(len(slots), dtype=np.int64)
+        drawing.num_candidates[rows.is_verify] = drafts.num_candidates
+        drawing.num_candidates = drawing.num_candidates[draws]
+        drawing.candidate_ids, drawing.candidate_probs = drafts.candidate_ids, drafts.candidate_probs
+    return batch, drawing
+
+
+def _page_tables(table: SlotTable, slots: Ints, page_counts: Ints) -> Ints:
+    lines = zip(slots.tolist(), page_counts.tolist(), strict=True)
+    return np.concatenate([table.pages[slot, :count] for slot, count in lines])

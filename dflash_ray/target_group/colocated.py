@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from collections.abc import Sequence as Columns
 from contextlib import contextmanager
 
-from torch import Tensor
+import numpy as np
 
+from dflash_ray.core.draft_blocks import DraftBlock
 from dflash_ray.models.draft_contexts import DraftContexts, DraftMethod, to_block
-from dflash_ray.pb import common_pb2
-from dflash_ray.target_group.sequences import Sequence
+from dflash_ray.target_group.slots import NO_SLOT, SlotTable
+from dflash_ray.target_group.step import Ids, Ints, StepFeatures
 
 logger = logging.getLogger(__name__)
 
@@ -36,10 +36,13 @@ class ColocatedDrafter:
     def __len__(self) -> int:
         return len(self._contexts)
 
-    def extend(self, sequence_id: int, start: int, features: Tensor, token_ids: Columns[int]) -> None:
-        """Features [n, H] and tokens of positions start, start + 1, ..."""
-        with self._as_advice("the colocated drafter failed; a sequence is decoded without it"):
-            self._contexts.extend(sequence_id, start, features, token_ids)
+    def extend(self, table: SlotTable, features: StepFeatures) -> None:
+        """Takes the features of a pass that was committed."""
+        columns = (features.sequence_ids, features.starts, features.num_rows, features.first_rows)
+        for sequence_id, start, count, first in zip(*(column.tolist() for column in columns), strict=True):
+            with self._as_advice("the colocated drafter failed; a sequence is decoded without it"):
+                token_ids = table.tokens[table.slot_of[sequence_id], start : start + count].tolist()
+                self._contexts.extend(sequence_id, start, features.rows[first : first + count], token_ids)
 
     def close(self, sequence_id: int) -> None:
         """Forgets a sequence; unknown ones are ignored."""
@@ -56,28 +59,22 @@ class ColocatedDrafter:
                 raise
             logger.exception(fault)
 
-    def draft(
-        self, sequences: Columns[Sequence], counts: Columns[int], num_candidates: int, epoch: int
-    ) -> list[common_pb2.DraftBlock]:
-        """Blocks for those of `sequences` that only lack the anchor's row and whose context is whole."""
-        ready = [
-            (sequence, min(count, self.max_draft_tokens))
-            for sequence, count in zip(sequences, counts, strict=True)
-            if count
-            and sequence.kv_len == sequence.committed_len - 1
-            and self._contexts.context_len(sequence.sequence_id) == sequence.kv_len
-        ]
+    def draft(self, table: SlotTable, sequence_ids: Ids, counts: Ints, num_candidates: int) -> list[DraftBlock]:
+        """At most so many tokens for each sequence that only lacks the anchor's row and whose context is whole."""
+        slots = table.slots(sequence_ids)
+        is_ready = (slots != NO_SLOT) & (counts > 0) & (table.kv_lens[slots] == table.committed_lens[slots] - 1)
+        is_ready &= [self._contexts.context_len(at) for at in sequence_ids.tolist()] == table.kv_lens[slots]
+        ready, slots = sequence_ids[is_ready].tolist(), slots[is_ready]
+        lens = table.committed_lens[slots]
         if not ready:
             return []
-        blocks: list[common_pb2.DraftBlock] = []
         with self._as_advice("the colocated drafter failed; its sequences are decoded without it"):
             proposals = self._contexts.propose(
-                [sequence.sequence_id for sequence, _ in ready],
-                [sequence.tokens[-1] for sequence, _ in ready],
-                [count for _, count in ready],
+                ready,
+                table.tokens[slots, lens - 1].tolist(),
+                np.minimum(counts[is_ready], self.max_draft_tokens).tolist(),
                 num_candidates,
-                [sequence.draw() for sequence, _ in ready],
+                table.draws(slots.tolist()),
             )
-            for (sequence, _), proposal in zip(ready, proposals, strict=True):
-                blocks.append(to_block(sequence.sequence_id, epoch, sequence.committed_len, proposal))
-        return blocks
+            return list(map(to_block, ready, lens.tolist(), proposals))
+        return []

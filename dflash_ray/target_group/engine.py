@@ -1,80 +1,50 @@
-"""A step of the target, on rank 0: from the router's message to one ragged pass, and from the verdict to commits.
+"""A step of the target on one rank: from what changed to one ragged pass, and from the verdict to commits.
 
-Owns the sequences and their pages. Knows nothing of gRPC streams: the servicer hands in messages one at a time.
-A bad entry gets its status and its neighbours go on.
+Owns the sequences and their pages. All ranks of a group run the same steps and reach the same verdicts, so that their
+tables stay equal. A bad entry gets its status and its neighbours go on.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from dflash_ray.models.context_features import to_pieces
-from dflash_ray.pb import common_pb2, target_pb2
+from dflash_ray.sampling.columns import PlanColumns, columns_of
 from dflash_ray.sampling.logprobs import Logprobs
-from dflash_ray.sampling.plan import SequencePlan
-from dflash_ray.sampling.verify import SequenceOutcome
-from dflash_ray.target_group.batch import StepBatch
+from dflash_ray.sampling.parameters import NO_LOGPROBS
+from dflash_ray.sampling.verify import Verdict
+from dflash_ray.target_group.batch import Rows, StepBatch, build_batch
 from dflash_ray.target_group.colocated import ColocatedDrafter
+from dflash_ray.target_group.commits import Commit, commit, kept_features
+from dflash_ray.target_group.entries import Entries, drafts_of, find_entries, rows_of
 from dflash_ray.target_group.feature_store import FeatureStore
 from dflash_ray.target_group.model import StepHidden
 from dflash_ray.target_group.page_allocator import PageAllocator
-from dflash_ray.target_group.sequences import Draft, Sequence, drafts_of
-from dflash_ray.target_group.step_check import check_sequence
-
-OK = target_pb2.ENTRY_STATUS_OK
-_FINISH_REASONS = (
-    common_pb2.FINISH_REASON_UNSPECIFIED,
-    common_pb2.FINISH_REASON_STOP,
-    common_pb2.FINISH_REASON_LENGTH,
-)
+from dflash_ray.target_group.slots import NO_SLOT, SlotTable
+from dflash_ray.target_group.step import Ids, Ints, PromptLogprobs, StepFeatures, StepInput, StepOutput
 
 
 class StepRunner(Protocol):
-    """The ranks together: one pass and its verdict."""
+    """This rank's part of a pass and of its verdict. Collective over the ranks."""
 
-    def forward(self, batch: StepBatch, plan: list[SequencePlan]) -> StepHidden: ...
+    device: torch.device
 
-    def verify(self, hidden: StepHidden, plan: list[SequencePlan]) -> list[SequenceOutcome]: ...
+    def forward(self, batch: StepBatch) -> StepHidden: ...
+
+    def verify(self, hidden: StepHidden, columns: PlanColumns) -> Verdict: ...
 
     def score(self, hidden: StepHidden, batch: StepBatch) -> Logprobs: ...
 
 
-@dataclass(slots=True)
-class _Entry:
-    """One entry of a step on its way through the pass."""
+class Lead(Protocol):
+    """How the other ranks learn of a step."""
 
-    sequence_id: int
-    status: int = OK
-    error: str = ""
-    sequence: Sequence | None = None
-    token_ids: list[int] = field(default_factory=list)  # rows: prefill chunk, or anchor and drafts
-    draft: Draft = field(default_factory=Draft)
-    is_verify: bool = False
-    draws: bool = False
-    num_accepted: int = 0
-    kept: list[int] = field(default_factory=list)  # tokens committed
-    finish_reason: int = common_pb2.FINISH_REASON_UNSPECIFIED
-    logprobs: common_pb2.TokenLogprobs | None = None
-    scored_tokens: list[int] = field(default_factory=list)  # of the prompt, after the entry's first rows
-
-    @property
-    def num_top(self) -> int:
-        """Likeliest tokens wanted beside each scored one."""
-        return self.sequence.sampling.num_prompt_logprobs if self.sequence is not None else 0
-
-
-@dataclass(slots=True)
-class StepOutput:
-    """What a step leaves: its result, and before it the features that go to remote drafters, in pieces."""
-
-    result: target_pb2.StepResult
-    features: list[common_pb2.ContextFeatures] = field(default_factory=list)
+    def send(self, step: StepInput) -> None: ...
 
 
 class Engine:
@@ -82,7 +52,8 @@ class Engine:
 
     Args:
         drafter: colocated drafter that gets this group's features, which then leave in no step's output.
-        features: where features are kept for replays; None where nothing replays.
+        features: where features are kept for remote drafters; None where there are none.
+        lead: on the rank that leads a group of several.
 
     Attributes:
         is_in_pass: the ranks are at work; after an exception they may be out of step with each other.
@@ -94,258 +65,147 @@ class Engine:
         num_pages: int,
         page_size: int,
         max_model_len: int,
-        vocab_size: int,
         drafter: ColocatedDrafter | None = None,
         features: FeatureStore | None = None,
+        lead: Lead | None = None,
     ) -> None:
         self._runner = runner
-        self._page_size = page_size
-        self._max_model_len = max_model_len
-        self._vocab_size = vocab_size
         self._drafter = drafter
         self._features = features
-        self._sequences: dict[int, Sequence] = {}
+        self._lead = lead
+        self._closed: list[int] = []  # since the last step, of which the other ranks don't know yet
+        self._table = SlotTable(max_model_len, page_size)
         self.allocator = PageAllocator(num_pages)
         self.is_in_pass = False
 
     @property
     def num_sequences(self) -> int:
-        return len(self._sequences)
+        return len(self._table)
 
-    def close(self, sequence_ids: Iterable[int]) -> None:
+    def close(self, sequence_ids: Sequence[int]) -> None:
         """Forgets sequences and frees their pages; unknown ids are ignored."""
+        if self._lead is not None:
+            self._closed += sequence_ids
+        self._forget(sequence_ids)
+
+    def _forget(self, sequence_ids: Sequence[int]) -> None:
         for sequence_id in sequence_ids:
-            sequence = self._sequences.pop(sequence_id, None)
-            if sequence is not None:
-                self.allocator.free(sequence.pages)
-                if self._drafter is not None:
-                    self._drafter.close(sequence_id)
+            self.allocator.free(self._table.close(sequence_id))
+            if self._drafter is not None:
+                self._drafter.close(sequence_id)
 
-    def replay(self, sequence_id: int, start: int) -> common_pb2.ContextFeatures:
-        """One piece of the context features from `start` on; no rows when they, or the sequence, are unknown."""
-        sequence, store = self._sequences.get(sequence_id), self._features
-        is_stored = sequence is not None and sequence.wants_features and start < sequence.kv_len
-        if sequence is None or store is None or not is_stored:
-            return common_pb2.ContextFeatures(sequence_id=sequence_id, start=start)
-        stop = min(sequence.kv_len, start + store.rows_per_piece)
-        rows = store.get(sequence.slots(start, stop, self._page_size))
-        return next(to_pieces(sequence_id, start, rows, sequence.tokens[start:stop]))
-
-    def step(self, step: target_pb2.Step) -> StepOutput:
-        """Runs one step; the result's entries are in the order of the step's."""
+    def step(self, step: StepInput) -> StepOutput:
+        """Runs one step that was checked (`step_check`); the output's entries are in the order of the step's."""
         started = time.perf_counter_ns()
-        self.close(step.close)
-        errors = self._open(step.open)
-        entries = self._entries(step, errors)
-        running = [entry for entry in entries if entry.status == OK]
-        batch, plan = self._batch(running)
         self.is_in_pass = True
-        hidden = self._runner.forward(batch, plan) if running else None
+        if self._lead is not None:
+            step.close = np.concatenate((np.array(self._closed, dtype=np.uint64), step.close))
+            self._closed = []
+            self._lead.send(step)
+        self._change(step)
+        entries = find_entries(self._table, self.allocator, step)
+        running = entries.running()
+        rows = rows_of(self._table, entries, running)
+        hidden = verdict = None
+        scores = Logprobs()
+        if len(running):
+            batch, drawing = build_batch(self._table, rows, drafts_of(step.drafts, running - entries.num_prefills))
+            hidden = self._runner.forward(batch)
         forwarded = time.perf_counter_ns()
-        outcomes = self._runner.verify(hidden, plan) if hidden is not None and plan else []
-        scores = self._runner.score(hidden, batch) if hidden is not None else Logprobs()
-        self.is_in_pass = False
+        if hidden is not None:
+            if len(drawing.slots):
+                # Made while a device is at the pass.
+                columns = columns_of(drawing, self._table.sampling, self._runner.device)
+                verdict = self._runner.verify(hidden, columns)
+            scores = self._runner.score(hidden, batch)
         verified = time.perf_counter_ns()
-        result = target_pb2.StepResult(step_id=step.step_id)
-        output = StepOutput(result)
-        result.prompt_logprobs.extend(_prompt_logprobs(running, scores))
-        self._commit(running, outcomes, hidden, output.features)
-        self._fill_columns(entries, result)
-        if self._drafter is not None and step.colocated_draft_ids:
-            result.colocated_drafts.extend(self._draft(step, self._drafter))
-        drafted = time.perf_counter_ns()
-        result.free_pages = self.allocator.num_free
-        result.timings.forward_ns = forwarded - started
-        result.timings.verify_ns = verified - forwarded
-        result.timings.draft_ns = drafted - verified
+        prompt_logprobs = self._prompt_logprobs(rows, entries.sequence_ids[running], scores)
+        done = commit(self._table, rows, verdict)
+        for index in running[done.is_flagged].tolist():
+            entries.fail(index, "the target's logits are not finite")
+        output = self._output(step, entries, running, done)
+        output.prompt_logprobs = prompt_logprobs
+        if verdict is not None and verdict.logprobs is not None:
+            output.logprobs = self._logprobs(rows, verdict, verdict.logprobs)
+        self.is_in_pass = False
+        if hidden is not None and hidden.features is not None:
+            output.features = self._take_features(rows, done, entries.sequence_ids[running], hidden.features)
+        if self._drafter is not None and len(step.draft_ids):
+            output.colocated_drafts = self._drafter.draft(
+                self._table, step.draft_ids, step.draft_counts, step.num_candidates
+            )
+        output.forward_ns, output.verify_ns = forwarded - started, verified - forwarded
+        output.draft_ns = time.perf_counter_ns() - verified
         return output
 
-    def _open(self, messages: Iterable[target_pb2.OpenSequence]) -> dict[int, str]:
-        """Opens sequences; returns the errors of those that cannot be opened."""
-        errors = {}
-        for message in messages:
-            self.close([message.sequence_id])
-            try:
-                check_sequence(message, self._max_model_len, self._vocab_size)
-                sequence = Sequence.open(message, self._max_model_len, self._vocab_size)
-            except ValueError as error:
-                errors[message.sequence_id] = str(error)
-                continue
-            self._sequences[message.sequence_id] = sequence
-        return errors
+    def read_features(self, sequence_ids: Sequence[int], starts: Sequence[int], counts: Sequence[int]) -> Tensor:
+        """Context features [sum of counts, H] of computed rows of sequences that are not closed before it returns.
 
-    def _entries(self, step: target_pb2.Step, errors: dict[int, str]) -> list[_Entry]:
-        entries = []
-        seen: set[int] = set()
-        for sequence_id, length in zip(step.prefill_ids, step.prefill_lens, strict=True):
-            entry = self._new_entry(sequence_id, errors, seen)
-            if entry.sequence is not None:
-                sequence = entry.sequence
-                entry.token_ids = sequence.tokens[sequence.kv_len : sequence.kv_len + length]
-                entry.draws = sequence.kv_len + len(entry.token_ids) == sequence.committed_len
-                entry.scored_tokens = sequence.scored_tokens(sequence.kv_len, length)
-                self._reserve(entry)
-            entries.append(entry)
-        for sequence_id, base_len, draft in zip(step.verify_ids, step.base_lens, drafts_of(step), strict=True):
-            entry = self._new_entry(sequence_id, errors, seen)
-            if entry.sequence is not None:
-                self._check_verify(entry, base_len, draft)
-            entries.append(entry)
-        return entries
+        May be called from another thread than the step's.
+        """
+        assert self._features is not None
+        num_rows = np.array(counts)
+        slot_of = np.repeat(self._table.slots(np.array(sequence_ids, dtype=np.uint64)), num_rows)
+        positions = np.arange(len(slot_of)) + np.repeat(starts - np.cumsum(num_rows) + num_rows, num_rows)
+        return self._features.get(self._table.cache_rows(slot_of, positions))
 
-    def _new_entry(self, sequence_id: int, errors: dict[int, str], seen: set[int]) -> _Entry:
-        if sequence_id in errors:
-            return _Entry(sequence_id, target_pb2.ENTRY_STATUS_FAILED, errors[sequence_id])
-        if sequence_id in seen:
-            return _Entry(sequence_id, target_pb2.ENTRY_STATUS_FAILED, "the sequence is in the step twice")
-        seen.add(sequence_id)
-        sequence = self._sequences.get(sequence_id)
-        status = OK if sequence is not None else target_pb2.ENTRY_STATUS_UNKNOWN
-        return _Entry(sequence_id, status, sequence=sequence)
+    def _change(self, step: StepInput) -> None:
+        """Closes and opens the sequences that the step names."""
+        self._forget(step.close.tolist())
+        for index, opening in enumerate(step.open):
+            self._forget([opening.sequence_id])
+            if index not in step.faults_of_open:
+                self._table.open(opening)
 
-    def _check_verify(self, entry: _Entry, base_len: int, draft: Draft) -> None:
-        sequence = entry.sequence
-        assert sequence is not None
-        entry.is_verify = entry.draws = True
-        entry.draft = draft
-        entry.token_ids = [sequence.tokens[-1], *draft.tokens]
-        if base_len != sequence.committed_len or sequence.kv_len != sequence.committed_len - 1:
-            entry.status = target_pb2.ENTRY_STATUS_STALE
-        elif fault := draft.fault(self._vocab_size):
-            entry.status, entry.error = target_pb2.ENTRY_STATUS_FAILED, fault
-        elif sequence.committed_len + len(draft.tokens) > self._max_model_len:
-            entry.status, entry.error = target_pb2.ENTRY_STATUS_FAILED, "drafts reach past the model's context"
-        else:
-            self._reserve(entry)
+    def _prompt_logprobs(self, rows: Rows, sequence_ids: Ids, scores: Logprobs) -> list[PromptLogprobs]:
+        """The scores of a pass, entry by entry."""
+        found = []
+        at = 0
+        for entry in np.flatnonzero(rows.num_scored).tolist():
+            count, num_top = int(rows.num_scored[entry]), int(self._table.num_prompt_logprobs[rows.slots[entry]])
+            part = scores.part(at, at + count, num_top)
+            found.append(PromptLogprobs(int(sequence_ids[entry]), int(rows.starts[entry]) + 1, part))
+            at += count
+        return found
 
-    def _reserve(self, entry: _Entry) -> None:
-        """Gets the pages that the entry's rows need."""
-        sequence = entry.sequence
-        assert sequence is not None
-        needed = -(-(sequence.kv_len + len(entry.token_ids)) // self._page_size) - len(sequence.pages)
-        if needed <= 0:
-            return
-        pages = self.allocator.allocate(needed, sequence.pages[-1] if sequence.pages else None)
-        if pages is None:
-            entry.status = target_pb2.ENTRY_STATUS_NO_PAGES
-        else:
-            sequence.pages.extend(pages)
+    def _logprobs(self, rows: Rows, verdict: Verdict, scores: Logprobs) -> list[Logprobs]:
+        """The scores of the tokens kept, sequence by sequence."""
+        wanted = self._table.sampling.num_logprobs[rows.slots[rows.draws]]
+        found = []
+        at = 0
+        for sequence in np.flatnonzero((wanted != NO_LOGPROBS) & ~verdict.is_flagged).tolist():
+            stop = at + int(verdict.num_tokens[sequence])
+            found.append(scores.part(at, stop, int(wanted[sequence])))
+            at = stop
+        return found
 
-    def _batch(self, entries: list[_Entry]) -> tuple[StepBatch, list[SequencePlan]]:
-        columns: dict[str, list[int]] = {name: [] for name in StepBatch.__slots__}
-        plan = []
-        for entry in entries:
-            sequence = entry.sequence
-            assert sequence is not None
-            first, count = len(columns["token_ids"]), len(entry.token_ids)
-            positions = range(sequence.kv_len, sequence.kv_len + count)
-            columns["token_ids"] += entry.token_ids
-            columns["positions"] += positions
-            columns["slots"] += sequence.slots(positions.start, positions.stop, self._page_size)
-            columns["entry_lens"].append(count)
-            columns["context_lens"].append(sequence.kv_len)
-            columns["page_counts"].append(len(sequence.pages))
-            columns["pages"] += sequence.pages
-            root = first if entry.is_verify else first + count - 1
-            feature_row = len(columns["feature_rows"]) + root - first if sequence.wants_features else -1
-            if entry.draws:
-                columns["sample_rows"] += range(root, first + count)
-                plan.append(sequence.plan(entry.draft, feature_row))
-            if sequence.wants_features:
-                columns["feature_rows"] += range(first, first + count)
-            columns["scored_rows"] += range(first, first + len(entry.scored_tokens))
-            columns["scored_tokens"] += entry.scored_tokens
-        if columns["scored_rows"]:
-            columns["num_top"] = [max(entry.num_top for entry in entries)]
-        return StepBatch(**{name: np.array(values, dtype=np.int64) for name, values in columns.items()}), plan
+    def _output(self, step: StepInput, entries: Entries, running: Ints, done: Commit) -> StepOutput:
+        columns = np.zeros((3, len(entries.slots)), dtype=np.int64)
+        columns[:, running] = done.num_accepted, done.num_tokens, done.finishes
+        committed_lens = self._table.committed_lens[np.maximum(entries.slots, 0)]
+        return StepOutput(
+            step_id=step.step_id,
+            epoch=step.epoch,
+            sequence_ids=entries.sequence_ids,
+            statuses=entries.statuses,
+            committed_lens=np.where(entries.slots == NO_SLOT, 0, committed_lens),
+            num_accepted=columns[0],
+            num_tokens=columns[1],
+            token_ids=done.token_ids,
+            finishes=columns[2],
+            errors=[entries.errors[index] for index in sorted(entries.errors)],
+            logprobs=[],
+            prompt_logprobs=[],
+            free_pages=self.allocator.num_free,
+        )
 
-    def _commit(
-        self,
-        entries: list[_Entry],
-        outcomes: list[SequenceOutcome],
-        hidden: StepHidden | None,
-        pieces: list[common_pb2.ContextFeatures],
-    ) -> None:
-        """Commits what was accepted; everything else of the pass is rolled back by not being counted."""
-        features = None if hidden is None else hidden.features
-        if features is not None and self._drafter is None:
-            features = features.cpu()
-        verdicts = iter(outcomes)
-        offset = 0
-        for entry in entries:
-            sequence = entry.sequence
-            assert sequence is not None
-            outcome = next(verdicts) if entry.draws else SequenceOutcome()
-            start = sequence.kv_len
-            num_kept = outcome.kv_len - start if entry.draws else len(entry.token_ids)
-            rows = None
-            if sequence.wants_features and features is not None:
-                rows = features[offset : offset + num_kept]
-                offset += len(entry.token_ids)
-            if outcome.is_flagged:
-                entry.status = target_pb2.ENTRY_STATUS_FAILED
-                entry.error = "the target's logits are not finite"
-                continue
-            sequence.commit(outcome.tokens, start + num_kept)
-            if rows is not None:
-                self._hand_on_features(sequence, start, rows, pieces)
-            entry.kept, entry.finish_reason = outcome.tokens, _FINISH_REASONS[outcome.finish]
-            entry.num_accepted = min(len(outcome.accepted_rows), len(entry.kept))
-            if outcome.logprobs is not None:
-                entry.logprobs = _to_message(outcome.logprobs)
-
-    def _hand_on_features(
-        self, sequence: Sequence, start: int, rows: torch.Tensor, pieces: list[common_pb2.ContextFeatures]
-    ) -> None:
-        """Features [n, H] of positions start, start + 1, ...: to the colocated drafter, or stored and sent."""
-        stop = start + len(rows)
-        tokens = sequence.tokens[start:stop]
+    def _take_features(self, rows: Rows, done: Commit, sequence_ids: Ids, features: Tensor) -> StepFeatures | None:
+        """Features [F, H] of a pass go to the colocated drafter, or are stored and told of by the output."""
+        on_host = features if self._drafter is not None else features.cpu()
+        kept, cache_rows = kept_features(self._table, rows, done, sequence_ids, on_host)
         if self._drafter is not None:
-            self._drafter.extend(sequence.sequence_id, start, rows, tokens)
-            return
+            self._drafter.extend(self._table, kept)
+            return None
         if self._features is not None:
-            self._features.put(sequence.slots(start, stop, self._page_size), rows)
-        pieces.extend(to_pieces(sequence.sequence_id, start, rows, tokens))
-
-    def _fill_columns(self, entries: list[_Entry], result: target_pb2.StepResult) -> None:
-        for entry in entries:
-            result.sequence_ids.append(entry.sequence_id)
-            result.statuses.append(entry.status)
-            result.committed_lens.append(entry.sequence.committed_len if entry.sequence is not None else 0)
-            result.num_accepted_drafts.append(entry.num_accepted)
-            result.num_tokens.append(len(entry.kept))
-            result.token_ids.extend(entry.kept)
-            result.finish_reasons.append(entry.finish_reason)
-            if entry.logprobs is not None:
-                result.logprobs.append(entry.logprobs)
-            if entry.status == target_pb2.ENTRY_STATUS_FAILED:
-                result.errors.append(entry.error)
-
-    def _draft(self, step: target_pb2.Step, drafter: ColocatedDrafter) -> list[common_pb2.DraftBlock]:
-        """Drafts of the colocated drafter for sequences that are ready for them."""
-        wanted = zip(step.colocated_draft_ids, step.colocated_num_drafts, strict=True)
-        open_ones = [(self._sequences[at], count) for at, count in wanted if at in self._sequences]
-        sequences, counts = [sequence for sequence, _ in open_ones], [count for _, count in open_ones]
-        return drafter.draft(sequences, counts, max(1, step.num_candidates), step.epoch)
-
-
-def _prompt_logprobs(entries: Iterable[_Entry], scores: Logprobs) -> Iterator[common_pb2.PromptLogprobs]:
-    """The scores of a pass, entry by entry, before its rows are committed."""
-    at = 0
-    for entry in entries:
-        count = len(entry.scored_tokens)
-        if count and entry.sequence is not None:
-            part = scores.part(at, at + count, entry.num_top)
-            start = entry.sequence.kv_len + 1
-            yield common_pb2.PromptLogprobs(sequence_id=entry.sequence_id, start=start, logprobs=_to_message(part))
-        at += count
-
-
-def _to_message(logprobs: Logprobs) -> common_pb2.TokenLogprobs:
-    message = common_pb2.TokenLogprobs(chosen=logprobs.chosen)
-    if logprobs.top_ids:
-        message.num_top = len(logprobs.top_ids[0])
-        for ids, values in zip(logprobs.top_ids, logprobs.top_logprobs, strict=True):
-            message.top_token_ids.extend(ids)
-            message.top_logprobs.extend(values)
-    return message
+            self._features.put(cache_rows, kept)
+        return kept

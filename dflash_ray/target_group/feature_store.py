@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dflash_ray.models.context_features import rows_per_piece
+from dflash_ray.target_group.step import Ints, StepFeatures
 
 
 class FeatureStore:
@@ -27,10 +29,17 @@ class FeatureStore:
         """Most that it can ever take."""
         return self._rows.nbytes
 
-    def put(self, slots: list[int], features: Tensor) -> None:
-        """Copies features [n, width] of the host into the rows `slots`."""
-        self._rows[slots] = features
+    def put(self, slots: Ints, features: StepFeatures) -> None:
+        """Copies the kept rows of a step's features into the rows `slots`."""
+        counts = features.num_rows
+        index = np.arange(len(slots)) + np.repeat(features.first_rows - np.cumsum(counts) + counts, counts)
+        kept = (
+            features.rows
+            if len(index) == len(features.rows)
+            else features.rows.index_select(0, torch.from_numpy(index))
+        )
+        self._rows.index_copy_(0, torch.from_numpy(slots), kept)
 
-    def get(self, slots: list[int]) -> Tensor:
+    def get(self, slots: Ints) -> Tensor:
         """A copy [n, width] of the rows `slots`."""
-        return self._rows[slots]
+        return self._rows.index_select(0, torch.from_numpy(slots))

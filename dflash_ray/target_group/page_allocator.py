@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import heapq
+import numpy as np
+from numpy.typing import NDArray
 
+Ints = NDArray[np.int64]
 _ROOM_TO_GROW = 16  # pages left free behind a new sequence where that is possible
 
 
@@ -13,55 +15,50 @@ class PageAllocator:
     def __init__(self, num_pages: int) -> None:
         self.num_pages = num_pages
         self.num_free = num_pages
-        self._is_free = [True] * num_pages
-        self._queue = list(range(num_pages))  # a heap of all free pages, and of some that were taken in runs
+        self._is_free = np.ones(num_pages, dtype=np.bool_)
 
     def allocate(self, count: int, after: int | None = None) -> list[int] | None:
         """`count` pages, or None when there are not enough; continues after page `after` where it can."""
         if count > self.num_free:
             return None
-        pages = self._run(count, after)
-        if pages is not None:
-            for page in pages:
-                self._take(page)
-            return pages
-        pages = []
-        while len(pages) < count:
-            page = heapq.heappop(self._queue)
-            if self._is_free[page]:
-                self._take(page)
-                pages.append(page)
+        first = self._first_of_run(count, after)
+        pages = np.flatnonzero(self._is_free)[:count] if first is None else np.arange(first, first + count)
+        self._take(pages)
+        found: list[int] = pages.tolist()
+        return found
+
+    def allocate_next(self, after: Ints) -> Ints:
+        """One page for each of n different pages `after`, at most as many as are free: the next one where it can."""
+        pages = after + 1
+        is_next = pages < self.num_pages
+        is_next[is_next] = self._is_free[pages[is_next]]
+        self._take(pages[is_next])
+        if not is_next.all():
+            pages[~is_next] = np.flatnonzero(self._is_free)[: len(pages) - int(is_next.sum())]
+            self._take(pages[~is_next])
         return pages
 
     def free(self, pages: list[int]) -> None:
         """Gives pages back."""
-        for page in pages:
-            assert not self._is_free[page], f"page {page} is freed twice"
-            self._is_free[page] = True
-            heapq.heappush(self._queue, page)
+        assert not self._is_free[pages].any(), f"of pages {pages} some are freed twice"
+        self._is_free[pages] = True
         self.num_free += len(pages)
-        if len(self._queue) > 2 * self.num_pages:
-            self._queue = [page for page, is_free in enumerate(self._is_free) if is_free]
 
     def check_integrity(self) -> None:
-        """Asserts that every page is either free or taken, and that all free ones can be found."""
-        free = {page for page, is_free in enumerate(self._is_free) if is_free}
-        assert len(free) == self.num_free and free <= set(self._queue)
+        """Asserts that the count of free pages is the number of those that are free."""
+        assert int(self._is_free.sum()) == self.num_free
 
-    def _take(self, page: int) -> None:
-        assert self._is_free[page]
-        self._is_free[page] = False
-        self.num_free -= 1
+    def _take(self, pages: Ints) -> None:
+        assert self._is_free[pages].all()
+        self._is_free[pages] = False
+        self.num_free -= len(pages)
 
-    def _run(self, count: int, after: int | None) -> list[int] | None:
-        """Consecutive free pages: right after `after`, or from the first gap that leaves room to grow."""
+    def _first_of_run(self, count: int, after: int | None) -> int | None:
+        """The first of consecutive free pages: right after `after`, or in the first gap that leaves room to grow."""
         if after is not None:
-            run = list(range(after + 1, after + 1 + count))
-            return run if run[-1] < self.num_pages and all(self._is_free[page] for page in run) else None
-        length = 0
-        for page, is_free in enumerate(self._is_free):
-            length = length + 1 if is_free else 0
-            if length == 2 * count + _ROOM_TO_GROW:
-                first = page - length + 1
-                return list(range(first, first + count))
-        return None
+            behind = self._is_free[after + 1 : after + 1 + count]
+            return after + 1 if len(behind) == count and behind.all() else None
+        edges = np.flatnonzero(np.diff(self._is_free, prepend=False, append=False))  # of gaps: begin, end, begin, ...
+        begins, ends = edges[::2], edges[1::2]
+        fits = np.flatnonzero(ends - begins >= 2 * count + _ROOM_TO_GROW)
+        return int(begins[fits[0]]) if len(fits) else None

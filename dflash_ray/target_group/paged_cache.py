@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import torch
+from torch import Tensor
 
 
 class PagedCache:
@@ -21,12 +22,11 @@ class PagedCache:
         self.page_size = page_size
         rows = num_pages * page_size
         self.keys = [_zeros((rows, heads, head_dim), dtype, device) for heads in kv_heads]
-        self.values = [_zeros(keys.shape, dtype, device) for keys in self.keys]
+        self.values = [_zeros((rows, heads, head_dim), dtype, device) for heads in kv_heads]
 
 
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> torch.Tensor:
-    """Zeros; on a CPU memory that is not taken before it is written (numpy asks the system for zeroed pages)."""
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
+    """Zeros that take memory on a CPU only where they are written: torch writes all, numpy leaves it to the kernel."""
     if device != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    size = math.prod(shape) * dtype.itemsize
-    return torch.from_numpy(np.zeros(size, dtype=np.uint8)).view(dtype).view(shape)
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)

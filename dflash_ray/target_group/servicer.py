@@ -6,10 +6,11 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Callable
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import grpc
 
@@ -17,11 +18,16 @@ from dflash_ray.core.protocol import PROTOCOL_VERSION
 from dflash_ray.core.watchdog import Watchdog
 from dflash_ray.observability.metrics import TargetMetrics
 from dflash_ray.pb import target_pb2, target_pb2_grpc
-from dflash_ray.target_group.engine import Engine, StepOutput
-from dflash_ray.target_group.step_check import check_step
+from dflash_ray.target_group.codec import decode_step, encode_result
+from dflash_ray.target_group.engine import Engine
+from dflash_ray.target_group.feature_streams import FeatureStreams
+from dflash_ray.target_group.step import StepOutput
+from dflash_ray.target_group.step_check import StepLimits, check_step
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+_STEPS_IN_FLIGHT = 2  # of a stream: one runs, and the next is ready when it ends
+_MAX_ANSWERS = 64  # that a stream waits for; a router that sends more is read later
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +47,43 @@ class TargetInfo:
     colocated_draft_tokens: int
 
 
+class _Refusal(Exception):
+    """Ends a stream with a status."""
+
+    def __init__(self, details: str, code: grpc.StatusCode = grpc.StatusCode.FAILED_PRECONDITION) -> None:
+        super().__init__(details)
+        self.code, self.details = code, details
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """Work of the compute thread, and the responses that its result makes."""
+
+    work: asyncio.Future[Any]
+    encode: Callable[[Any], Iterable[target_pb2.TargetResponse]]
+
+
+class _Stream:
+    """A router's stream: its epoch, once it said hello, and the answers that it waits for; None ends it."""
+
+    def __init__(self) -> None:
+        self.epoch = 0
+        self.answers: asyncio.Queue[_Answer | _Refusal | None] = asyncio.Queue(_MAX_ANSWERS)
+        self.room = asyncio.Semaphore(_STEPS_IN_FLIGHT)
+
+
+def _done() -> asyncio.Future[None]:
+    future = asyncio.get_running_loop().create_future()
+    future.set_result(None)
+    return future
+
+
 class TargetServicer(target_pb2_grpc.TargetServicer):
-    """One stream at a time leads the group: the one with the highest lease epoch."""
+    """One stream at a time leads the group: the one with the highest lease epoch.
+
+    Args:
+        features: what drafters are served; None where the group keeps no features.
+    """
 
     def __init__(
         self,
@@ -51,94 +92,143 @@ class TargetServicer(target_pb2_grpc.TargetServicer):
         compute: ThreadPoolExecutor,
         watchdog: Watchdog,
         metrics: TargetMetrics,
+        features: FeatureStreams | None = None,
     ) -> None:
+        self._features = features
         self._engine = engine
         self._watchdog = watchdog
         self._info = info
         self._compute = compute
         self._metrics = metrics
+        self._limits = StepLimits(info.max_batch_tokens, info.max_model_len, info.vocab_size)
         self._epoch = 0
         self._opened: dict[int, set[int]] = {}  # epoch -> sequences opened under it
 
     async def Verify(
         self, request_iterator: AsyncIterator[target_pb2.TargetRequest], context: grpc.aio.ServicerContext
     ) -> AsyncIterator[target_pb2.TargetResponse]:
-        epoch = 0
+        stream = _Stream()
+        reader = asyncio.create_task(self._read(request_iterator, stream))
         try:
-            async for request in request_iterator:
-                kind = request.WhichOneof("message")
-                if kind == "hello":
-                    epoch = await self._greet(request.hello, context)
-                    yield target_pb2.TargetResponse(
-                        hello=target_pb2.TargetHelloReply(protocol_version=PROTOCOL_VERSION, **asdict(self._info))
-                    )
-                elif epoch == 0 or epoch < self._epoch:
-                    await context.abort(
-                        grpc.StatusCode.FAILED_PRECONDITION,
-                        f"epoch {epoch} does not lead this group (now {self._epoch}): say hello with a new lease",
-                    )
-                elif kind == "step":
-                    await self._check(request.step, context)
-                    output = await self._step(epoch, request.step)
-                    for piece in output.features:
-                        yield target_pb2.TargetResponse(features=piece)
-                    yield target_pb2.TargetResponse(result=output.result)
-                elif kind == "close":
-                    self._opened[epoch].difference_update(request.close.sequence_ids)
-                    await self._run(lambda ids=list(request.close.sequence_ids): self._engine.close(ids))
-                elif kind == "replay":
-                    replay = request.replay
-                    features = await self._run(
-                        lambda replay=replay: self._engine.replay(replay.sequence_id, replay.start)
-                    )
-                    yield target_pb2.TargetResponse(replay=target_pb2.FeaturesReplay(features=features))
+            while (answer := await stream.answers.get()) is not None:
+                if isinstance(answer, _Refusal):
+                    await context.abort(answer.code, answer.details)
+                    return
+                for response in answer.encode(await answer.work):
+                    yield response
+            await reader
         finally:
+            reader.cancel()
             # Not awaited: the handler may be ending by cancellation, and the thread keeps the order of its work.
-            self._compute.submit(self._engine.close, list(self._opened.pop(epoch, ())))
+            opened = list(self._opened.pop(stream.epoch, ()))
+            self._end_features(opened)
+            self._compute.submit(self._engine.close, opened)
 
-    async def _greet(self, hello: target_pb2.TargetHello, context: grpc.aio.ServicerContext) -> int:
+    async def Features(
+        self, request_iterator: AsyncIterator[target_pb2.FeaturesRequest], context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[target_pb2.FeaturesResponse]:
+        if self._features is None:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "this group has no features for remote drafters")
+        async for response in self._features.serve(request_iterator, context):
+            yield response
+
+    def _end_features(self, sequence_ids: Iterable[int]) -> None:
+        if self._features is not None:
+            self._features.close(sequence_ids)
+
+    async def _read(self, requests: AsyncIterator[target_pb2.TargetRequest], stream: _Stream) -> None:
+        """Puts the answers to a stream's messages into its queue, in order; nothing follows a refusal."""
+        try:
+            async for request in requests:
+                await stream.answers.put(await self._answer(request, stream))
+        except _Refusal as refusal:
+            await stream.answers.put(refusal)
+        except Exception:  # the message that fails ends its stream
+            await stream.answers.put(None)
+            raise
+        else:
+            await stream.answers.put(None)
+
+    async def _answer(self, request: target_pb2.TargetRequest, stream: _Stream) -> _Answer:
+        """Hands a message to the compute thread. Raises _Refusal for one that ends its stream."""
+        kind = request.WhichOneof("message")
+        if kind == "hello":
+            return self._greet(request.hello, stream)
+        self._check_lead(stream)
+        if kind == "step":
+            return await self._step(request.step, stream)
+        sequence_ids = list(request.close.sequence_ids)
+        self._opened[stream.epoch].difference_update(sequence_ids)
+        self._end_features(sequence_ids)
+        return _Answer(self._run(lambda: self._engine.close(sequence_ids)), lambda _: [])
+
+    def _greet(self, hello: target_pb2.TargetHello, stream: _Stream) -> _Answer:
         if hello.protocol_version != PROTOCOL_VERSION:
-            await context.abort(
-                grpc.StatusCode.FAILED_PRECONDITION,
-                f"protocol_version {hello.protocol_version} is not {PROTOCOL_VERSION}: run one release everywhere",
+            raise _Refusal(
+                f"protocol_version {hello.protocol_version} is not {PROTOCOL_VERSION}: run one release everywhere"
             )
         if hello.epoch <= self._epoch:
-            await context.abort(
-                grpc.StatusCode.FAILED_PRECONDITION, f"epoch {hello.epoch} is not above {self._epoch}: take a new lease"
-            )
+            raise _Refusal(f"epoch {hello.epoch} is not above {self._epoch}: take a new lease")
         # Sequences of the router that led before end here; it learns so from its next message.
         for epoch in list(self._opened):
             self._compute.submit(self._engine.close, list(self._opened.pop(epoch)))
-        self._epoch = hello.epoch
+        if self._features is not None:
+            self._features.lead(hello.epoch)
+        self._epoch = stream.epoch = hello.epoch
         self._opened[hello.epoch] = set()
         logger.info("router leads this group", extra={"router_id": hello.router_id, "epoch": hello.epoch})
-        return hello.epoch
+        reply = target_pb2.TargetHelloReply(protocol_version=PROTOCOL_VERSION, **asdict(self._info))
+        return _Answer(_done(), lambda _: [target_pb2.TargetResponse(hello=reply)])
 
-    async def _step(self, epoch: int, step: target_pb2.Step) -> StepOutput:
+    def _check_lead(self, stream: _Stream) -> None:
+        if stream.epoch == 0 or stream.epoch < self._epoch:
+            raise _Refusal(
+                f"epoch {stream.epoch} does not lead this group (now {self._epoch}): say hello with a new lease"
+            )
+
+    async def _step(self, message: target_pb2.Step, stream: _Stream) -> _Answer:
+        """Decodes and checks a step while another one runs, and hands it on when at most one is before it."""
         received = time.perf_counter_ns()
-        opened = self._opened.setdefault(epoch, set())
-        opened.difference_update(step.close)
-        opened.update(message.sequence_id for message in step.open)
-        output = await self._run(lambda: self._engine.step(step))
-        result, timings = output.result, output.result.timings
+        try:
+            step = decode_step(message)
+            check_step(step, self._limits)
+        except ValueError as error:
+            raise _Refusal(str(error), grpc.StatusCode.INVALID_ARGUMENT) from error
+        await stream.room.acquire()
+        self._check_lead(stream)  # another router may have said hello meanwhile
+        opened = self._opened[stream.epoch]
+        opened.difference_update(step.close.tolist())
+        opened.update(opening.sequence_id for opening in step.open)
+        if self._features is not None:
+            self._features.receive(message)
+        work = self._run(lambda: self._engine.step(step))
+        work.add_done_callback(lambda _: stream.room.release())
+        return _Answer(work, lambda output: self._encode(output, received))
+
+    def _encode(self, output: StepOutput, received: int) -> Iterator[target_pb2.TargetResponse]:
+        if self._features is not None and output.features is not None:
+            kept = output.features
+            ends = (kept.starts + kept.num_rows).tolist()
+            self._features.publish(output.step_id, kept.sequence_ids.tolist(), ends)
+        result = encode_result(output)
+        timings = result.timings
         timings.total_ns = time.perf_counter_ns() - received
         timings.queue_ns = max(0, timings.total_ns - timings.forward_ns - timings.verify_ns - timings.draft_ns)
+        yield target_pb2.TargetResponse(result=result)
         for phase in ("queue", "forward", "verify", "draft"):
             self._metrics.phase.labels(phase).observe(getattr(timings, f"{phase}_ns") / 1e9)
-        for status in result.statuses:
-            self._metrics.entries.labels(target_pb2.EntryStatus.Name(status)).inc()
-        return output
+        for status, count in Counter(output.statuses.tolist()).items():
+            self._metrics.entries.labels(target_pb2.EntryStatus.Name(status)).inc(count)
 
-    async def _check(self, step: target_pb2.Step, context: grpc.aio.ServicerContext) -> None:
-        try:
-            check_step(step, self._info.max_batch_tokens)
-        except ValueError as error:
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+    def _run(self, work: Callable[[], T]) -> asyncio.Future[T]:
+        """Queues work for the compute thread."""
+        return asyncio.get_running_loop().run_in_executor(self._compute, self._watched, work)
 
-    async def _run(self, work: Callable[[], T]) -> T:
-        """Runs work on the compute thread. What fails outside a pass ends its stream, in a pass the whole group."""
+    def _watched(self, work: Callable[[], T]) -> T:
+        """What fails outside a pass ends its stream, in a pass the whole group."""
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._compute, self._watched, work)
+            with self._watchdog.watch():
+                return work()
         except Exception:
             if self._engine.is_in_pass:
                 # The ranks may be out of step with each other now: only a new group is sure to be right.
@@ -146,10 +236,6 @@ class TargetServicer(target_pb2_grpc.TargetServicer):
                 os._exit(1)
             logger.exception("a message of the router could not be served; its stream ends")
             raise
-
-    def _watched(self, work: Callable[[], T]) -> T:
-        with self._watchdog.watch():
-            return work()
 
     def render_metrics(self) -> str:
         """This process's metrics, gauges brought up to date."""

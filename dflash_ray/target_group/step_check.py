@@ -1,57 +1,109 @@
-"""Whether a step and the sequences that it opens are well-formed, before anything of them is used."""
+"""Whether a step and the sequences that it opens are well-formed, before anything of them is used.
+
+The one place on the target's side where values and columns are checked. What depends on the state of a sequence, the
+engine decides.
+"""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
-from dflash_ray.pb import common_pb2, target_pb2
+import numpy as np
+
+from dflash_ray.sampling.parameters import SamplingParams
+from dflash_ray.target_group.step import Ints, Opening, StepInput, chain_parents
 
 _MAX_LOGPROBS = 1024
+_MAX_DRAWN_PROB = 1.001  # rounding may leave the log-probability of a certain draft above 0
 
 
-def check_step(step: target_pb2.Step, max_batch_tokens: int) -> None:
-    """Raises ValueError that names the columns which do not belong together."""
-    num_chains, num_drafts = len(step.verify_ids), sum(step.num_drafts)
+@dataclass(frozen=True, slots=True)
+class StepLimits:
+    """What a group takes: rows of a step, tokens of a sequence, tokens of the model."""
+
+    max_batch_tokens: int
+    max_model_len: int
+    vocab_size: int
+
+
+def check_step(step: StepInput, limits: StepLimits) -> None:
+    """Raises ValueError that names the columns which do not belong together.
+
+    What is wrong with one sequence alone is noted in the step: its entries will fail and their neighbours go on.
+    """
+    drafts, num_verify = step.drafts, len(step.verify_ids)
+    num_drafts = int(drafts.counts.sum())
     wanted = {
-        "prefill_lens": len(step.prefill_ids),
-        "base_lens": num_chains,
-        "num_drafts": num_chains,
-        "draft_token_ids": num_drafts,
-        "draft_parents": num_drafts,
-        "colocated_num_drafts": len(step.colocated_draft_ids),
+        "prefill_lens": (step.prefill_lens, len(step.prefill_ids)),
+        "base_lens": (step.base_lens, num_verify),
+        "num_drafts": (drafts.counts, num_verify),
+        "draft_token_ids": (drafts.token_ids, num_drafts),
+        "draft_parents": (drafts.parents, num_drafts),
+        "colocated_num_drafts": (step.draft_counts, len(step.draft_ids)),
     }
-    if step.num_draft_candidates:
-        num_candidates = sum(a * b for a, b in zip(step.num_drafts, step.num_draft_candidates, strict=False))
-        wanted |= {
-            "num_draft_candidates": num_chains,
-            "draft_candidate_ids": num_candidates,
-            "draft_log_probs": num_candidates,
-        }
-    for name, length in wanted.items():
-        if len(getattr(step, name)) != length:
-            raise ValueError(f"step: {name} has {len(getattr(step, name))} elements where {length} belong")
-    if 0 in step.prefill_lens:
+    if len(drafts.num_candidates):
+        wanted["num_draft_candidates"] = (drafts.num_candidates, num_verify)
+    for name, (column, length) in wanted.items():
+        _check_length(name, column, length)
+    if len(drafts.num_candidates):
+        num_candidates = int((drafts.counts * drafts.num_candidates).sum())
+        _check_length("draft_candidate_ids", drafts.candidate_ids, num_candidates)
+        _check_length("draft_log_probs", drafts.candidate_probs, num_candidates)
+    if (step.prefill_lens < 1).any():
         raise ValueError("step: prefill_lens must be at least 1")
-    rows = sum(step.prefill_lens) + num_chains + num_drafts
-    if rows > max_batch_tokens:
-        raise ValueError(f"step: {rows} rows are more than the group's max_batch_tokens, {max_batch_tokens}")
+    num_rows = int(step.prefill_lens.sum()) + num_verify + num_drafts
+    if num_rows > limits.max_batch_tokens:
+        raise ValueError(f"step: {num_rows} rows are more than the group's max_batch_tokens, {limits.max_batch_tokens}")
+    for index, opening in enumerate(step.open):
+        if fault := _fault_of_opening(opening, limits):
+            step.faults_of_open[index] = fault
+    _note_faults_of_drafts(step, limits.vocab_size)
 
 
-def check_sequence(message: target_pb2.OpenSequence, max_model_len: int, vocab_size: int) -> None:
-    """Raises ValueError that names the value with which a sequence cannot run."""
-    length = len(message.token_ids)
-    if not 0 < message.prompt_len <= length <= max_model_len:
-        raise ValueError(f"{length} tokens with prompt_len {message.prompt_len} of at most {max_model_len}")
-    ids = {"token_ids": message.token_ids, "bias_token_ids": message.sampling.bias_token_ids}
+def _check_length(name: str, column: np.ndarray, length: int) -> None:
+    if len(column) != length:
+        raise ValueError(f"step: {name} has {len(column)} elements where {length} belong")
+
+
+def _note_faults_of_drafts(step: StepInput, vocab_size: int) -> None:
+    """By entry; of several faults the first one counts."""
+    drafts = step.drafts
+    entry_of = np.repeat(np.arange(len(drafts.counts)), drafts.counts)
+
+    def note(is_wrong: np.ndarray, entries: Ints, fault: str) -> None:
+        for entry in np.unique(entries[is_wrong]).tolist():
+            step.faults_of_drafts.setdefault(entry, fault)
+
+    note(drafts.parents != chain_parents(drafts.counts), entry_of, "only chains of drafts can be verified")
+    note(drafts.token_ids >= vocab_size, entry_of, f"drafts must be below {vocab_size}")
+    if not len(drafts.candidate_ids):
+        return
+    candidates_of_node = drafts.num_candidates[entry_of]
+    is_drawn = candidates_of_node > 0
+    places = (np.cumsum(candidates_of_node) - candidates_of_node)[is_drawn]
+    is_other = drafts.candidate_ids[places] != drafts.token_ids[is_drawn]
+    note(is_other, entry_of[is_drawn], "the first candidate of a draft must be the draft")
+    # A NaN is not at most anything.
+    is_impossible = ~(drafts.candidate_probs <= _MAX_DRAWN_PROB)
+    note(is_impossible, np.repeat(entry_of, candidates_of_node), "draft_log_probs must be at most 0")
+
+
+def _fault_of_opening(opening: Opening, limits: StepLimits) -> str:
+    """Names the value with which the sequence cannot run; empty when there is none."""
+    length = len(opening.token_ids)
+    if not 0 < opening.prompt_len <= length <= limits.max_model_len:
+        return f"{length} tokens with prompt_len {opening.prompt_len} of at most {limits.max_model_len}"
+    ids = {"token_ids": opening.token_ids, "bias_token_ids": opening.sampling.bias_ids}
     for name, values in ids.items():
-        if max(values, default=0) >= vocab_size:
-            raise ValueError(f"{name} must be below {vocab_size}")
-    _check_sampling(message.sampling)
+        if values.max(initial=0) >= limits.vocab_size:
+            return f"{name} must be below {limits.vocab_size}"
+    return _fault_of_sampling(opening.sampling)
 
 
-def _check_sampling(sampling: common_pb2.SamplingParams) -> None:
-    if len(sampling.bias_token_ids) != len(sampling.bias_values):
-        raise ValueError("bias_values must be as many as bias_token_ids")
+def _fault_of_sampling(sampling: SamplingParams) -> str:
+    if len(sampling.bias_ids) != len(sampling.bias_values):
+        return "bias_values must be as many as bias_token_ids"
     ranges = {
         "temperature": (0.0, math.inf),
         "top_p": (0.0, 1.0),
@@ -63,11 +115,12 @@ def _check_sampling(sampling: common_pb2.SamplingParams) -> None:
     for name, (low, high) in ranges.items():
         value = getattr(sampling, name)
         if not math.isfinite(value) or not low <= value <= high:
-            raise ValueError(f"{name} is {value}; it must be a number between {low:g} and {high:g}")
+            return f"{name} is {value}; it must be a number between {low:g} and {high:g}"
     if not sampling.repetition_penalty:
-        raise ValueError("repetition_penalty must be above 0; 1 is off")
-    if not all(map(math.isfinite, sampling.bias_values)):
-        raise ValueError("bias_values must be finite numbers")
+        return "repetition_penalty must be above 0; 1 is off"
+    if not np.isfinite(sampling.bias_values).all():
+        return "bias_values must be finite numbers"
     for name in ("num_logprobs", "num_prompt_logprobs"):
         if getattr(sampling, name) > _MAX_LOGPROBS:
-            raise ValueError(f"{name} must be at most {_MAX_LOGPROBS}")
+            return f"{name} must be at most {_MAX_LOGPROBS}"
+    return ""

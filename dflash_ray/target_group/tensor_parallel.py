@@ -1,4 +1,4 @@
-"""The ranks of a group: process group, sharding by DeepSpeed AutoTP, broadcast of steps.
+"""The ranks of a group: process group, sharding by DeepSpeed AutoTP.
 
 DeepSpeed shards the base model only. Its own head layer all-reduces full logits, so the head is split by vocabulary in
 model.py instead.
@@ -10,16 +10,13 @@ import logging
 import os
 import sys
 from datetime import timedelta
-from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import distributed
 
 logger = logging.getLogger(__name__)
 
-_IDLE_TIMEOUT = timedelta(days=365)  # ranks wait for the next step as long as there is none
+IDLE_TIMEOUT = timedelta(days=365)  # ranks wait for the next step as long as there is none
 
 
 def create_store(host: str, tp_size: int, timeout_s: float) -> distributed.TCPStore:
@@ -51,7 +48,7 @@ def init_process_group(
         DS_ACCELERATOR="cpu" if device == "cpu" else "cuda",
     )
     backend = "gloo" if device == "cpu" else "nccl"
-    distributed.init_process_group(backend, store=store, rank=rank, world_size=tp_size, timeout=_IDLE_TIMEOUT)
+    distributed.init_process_group(backend, store=store, rank=rank, world_size=tp_size, timeout=IDLE_TIMEOUT)
     import deepspeed
 
     if not share_host or tp_size == 1:
@@ -74,26 +71,3 @@ def shard(base_model: torch.nn.Module, tp_size: int, dtype: torch.dtype) -> torc
     )
     module: torch.nn.Module = engine.module
     return module
-
-
-class StepChannel:
-    """Broadcast of flat int64 arrays from rank 0 over the group's own connection."""
-
-    def __init__(self, device: str) -> None:
-        self._device = device
-
-    def send(self, *arrays: NDArray[np.int64]) -> None:
-        """Rank 0: gives every other rank the arrays."""
-        header = torch.tensor([len(arrays[0]), len(arrays[1])], device=self._device)
-        distributed.broadcast(header, src=0)
-        distributed.broadcast(torch.from_numpy(np.concatenate(arrays)).to(self._device), src=0)
-
-    def receive(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Other ranks: blocks until rank 0 sends two arrays."""
-        header = torch.zeros(2, dtype=torch.int64, device=self._device)
-        distributed.broadcast(header, src=0)
-        first, second = header.tolist()
-        flat = torch.zeros(first + second, dtype=torch.int64, device=self._device)
-        distributed.broadcast(flat, src=0)
-        values: Any = flat.cpu().numpy()
-        return values[:first], values[first:]

@@ -29,11 +29,13 @@ from dflash_ray.sampling.shards import ProcessGroupShards, ShardGroup, SingleSha
 from dflash_ray.target_group.colocated import ColocatedDrafter
 from dflash_ray.target_group.engine import Engine
 from dflash_ray.target_group.feature_store import FeatureStore
+from dflash_ray.target_group.feature_streams import FeatureStreams
 from dflash_ray.target_group.model import RankModel
 from dflash_ray.target_group.rank import RankPlace, Rendezvous
 from dflash_ray.target_group.runner import GroupRunner
 from dflash_ray.target_group.servicer import TargetInfo, TargetServicer
-from dflash_ray.target_group.tensor_parallel import StepChannel, create_store, init_process_group, join_store
+from dflash_ray.target_group.step_channel import StepChannel, follow
+from dflash_ray.target_group.tensor_parallel import create_store, init_process_group, join_store
 
 logger = logging.getLogger(__name__)
 _NOT_OF_THE_MODEL = ("_name_or_path", "transformers_version")
@@ -59,7 +61,8 @@ class TargetRank:
         self._compute = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pass")
         self._watchdog = Watchdog(config.target.step_timeout_s, f"a pass of rank {place.rank}")
         self._store: torch.distributed.TCPStore | None = None
-        self._runner: GroupRunner | None = None
+        self._channel: StepChannel | None = None  # in a group of several
+        self._features: FeatureStreams | None = None
         self._server: RunningServer | None = None
 
     async def rendezvous(self) -> Rendezvous:
@@ -84,8 +87,10 @@ class TargetRank:
         """Lives as long as the rank does: other ranks follow rank 0, rank 0 waits for the end."""
         if self._place.rank == 0:
             await asyncio.Event().wait()
-        assert self._runner is not None
-        await asyncio.get_running_loop().run_in_executor(self._compute, self._runner.follow, self._watchdog)
+        assert self._channel is not None
+        await asyncio.get_running_loop().run_in_executor(
+            self._compute, follow, self._engine, self._channel, self._watchdog
+        )
 
     def _load(self, rendezvous: Rendezvous) -> dict[str, object]:
         config, place = self._config, self._place
@@ -110,21 +115,25 @@ class TargetRank:
         shards: ShardGroup = SingleShard()
         if place.tp_size > 1:
             shards = ProcessGroupShards(None, place.tp_size)
-        self._runner = GroupRunner(model, StepChannel(device), shards)
-        if is_first:
-            colocated = self._colocated(drafter)
-            store = None
-            if drafter is not None and colocated is None:
-                store = FeatureStore(config.target.kv_cache_rows, drafter.config.hidden_size, dtype)
-            self._engine = Engine(
-                self._runner,
-                config.target.num_pages,
-                config.target.page_size,
-                model.max_model_len,
-                model.vocab_size,
-                colocated,
-                store,
+            self._channel = StepChannel()
+        colocated = self._colocated(drafter)
+        features = None
+        if drafter is not None and colocated is None:
+            features = FeatureStore(config.target.kv_cache_rows, drafter.config.hidden_size, dtype)
+        self._engine = Engine(
+            GroupRunner(model, shards, device),
+            config.target.num_pages,
+            config.target.page_size,
+            model.max_model_len,
+            colocated,
+            features,
+            lead=self._channel if is_first else None,
+        )
+        if drafter is not None and features is not None:
+            self._features = FeatureStreams(
+                self._engine.read_features, features.rows_per_piece, self._target_id, drafter.fingerprint
             )
+        if is_first:
             self._info = TargetInfo(
                 target_id=self._target_id,
                 model_fingerprint=model_fingerprint(target, config.model.dtype),
@@ -159,7 +168,7 @@ class TargetRank:
     async def _listen(self) -> str:
         server = new_server(self._config.network.max_message_bytes)
         metrics = TargetMetrics()
-        servicer = TargetServicer(self._engine, self._info, self._compute, self._watchdog, metrics)
+        servicer = TargetServicer(self._engine, self._info, self._compute, self._watchdog, metrics, self._features)
         target_pb2_grpc.add_TargetServicer_to_server(servicer, server)
         add_metrics_service(server, servicer.render_metrics)
         host = bind_host(self._config.network.bind_host)

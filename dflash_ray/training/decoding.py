@@ -13,20 +13,32 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from dflash_ray.core.draft_blocks import DraftBlock
 from dflash_ray.core.stats import AcceptanceStats
+from dflash_ray.kernels.columns import Finish
 from dflash_ray.models.block_drafter import BlockDrafter
-from dflash_ray.models.context_features import rows_of
 from dflash_ray.models.drafter_checkpoint import DrafterCheckpoint
 from dflash_ray.models.target_checkpoint import TargetCheckpoint, resolve_target
-from dflash_ray.pb import common_pb2, target_pb2
+from dflash_ray.sampling.parameters import SamplingParams
 from dflash_ray.sampling.shards import SingleShard
 from dflash_ray.target_group.colocated import ColocatedDrafter
-from dflash_ray.target_group.engine import Engine, StepOutput
+from dflash_ray.target_group.engine import Engine
 from dflash_ray.target_group.model import RankModel
 from dflash_ray.target_group.runner import GroupRunner
-from dflash_ray.target_group.tensor_parallel import StepChannel, create_store, init_process_group
+from dflash_ray.target_group.step import (
+    Drafts,
+    EntryStatus,
+    Opening,
+    StepFeatures,
+    StepInput,
+    StepOutput,
+    chain_parents,
+)
+from dflash_ray.target_group.step_check import StepLimits, check_step
+from dflash_ray.target_group.tensor_parallel import create_store, init_process_group
 from dflash_ray.training.config import EngineSection
 from dflash_ray.training.trees import Candidates
 
@@ -100,12 +112,14 @@ class BatchDecoder:
 
     Args:
         settings: page size and limits that the engine was built with.
+        limits: of the engine.
         stop_ids: tokens that end a sequence.
     """
 
-    def __init__(self, engine: Engine, settings: EngineSection, stop_ids: Sequence[int]) -> None:
+    def __init__(self, engine: Engine, settings: EngineSection, limits: StepLimits, stop_ids: Sequence[int]) -> None:
         self._engine = engine
         self._settings = settings
+        self._limits = limits
         self._stop_ids = tuple(stop_ids)
 
     def run(self, requests: Iterable[DecodeRequest], stop_ids: Sequence[int] = ()) -> Iterator[tuple[int, Decoded]]:
@@ -119,11 +133,8 @@ class BatchDecoder:
         stops = [*self._stop_ids, *stop_ids]
         close: list[int] = []
         while waiting or running:
-            step = target_pb2.Step(close=close)
-            self._admit(step, waiting, running, stops)
-            step.num_candidates = max(1, *(one.request.num_candidates for one in running.values()))
-            self._add_rows(step, running)
-            output = self._engine.step(step)
+            opened = self._admit(waiting, running, stops)
+            output = self._engine.step(self._step(close, opened, running))
             close = []
             for index, decoded in self._take(output, running):
                 close.append(index)
@@ -136,86 +147,89 @@ class BatchDecoder:
         return -(-length // self._settings.page_size)
 
     def _admit(
-        self,
-        step: target_pb2.Step,
-        waiting: deque[tuple[int, DecodeRequest]],
-        running: dict[int, _Running],
-        stops: list[int],
-    ) -> None:
+        self, waiting: deque[tuple[int, DecodeRequest]], running: dict[int, _Running], stops: list[int]
+    ) -> list[Opening]:
+        opened: list[Opening] = []
         free = self._settings.kv_cache_tokens // self._settings.page_size - sum(r.num_pages for r in running.values())
         rows = sum(1 + one.request.draft_tokens for one in running.values())  # when all verify a whole block
         while waiting:
             index, request = waiting[0]
             rows += 1 + request.draft_tokens
             if running and rows > self._settings.max_batch_tokens:
-                return
+                break
             needed = self._pages(request)
             if needed > free:
                 if not running:
                     raise ValueError(f"engine.kv_cache_tokens: a sequence needs {needed} pages and {free} exist")
-                return
+                break
             waiting.popleft()
             free -= needed
             running[index] = _Running(request, list(request.token_ids), needed, AcceptanceStats(request.draft_tokens))
-            step.open.append(_opening(index, request, stops))
+            opened.append(_opening(index, request, stops))
+        return opened
 
-    def _add_rows(self, step: target_pb2.Step, running: dict[int, _Running]) -> None:
+    def _step(self, close: list[int], opened: list[Opening], running: dict[int, _Running]) -> StepInput:
         """Verify chains of all that decode, then chunks of prompts in what is left of the pass."""
-        room = self._settings.max_batch_tokens
-        for index, one in running.items():
-            if one.is_decoding:
-                drafts = one.drafts[: max(0, one.num_left - 1)]
-                step.verify_ids.append(index)
-                step.base_lens.append(len(one.tokens))
-                step.num_drafts.append(len(drafts))
-                step.draft_token_ids.extend(drafts)
-                step.draft_parents.extend(range(len(drafts)))
-                room -= 1 + len(drafts)
+        chains = {index: one for index, one in running.items() if one.is_decoding}
+        drafts = [one.drafts[: max(0, one.num_left - 1)] for one in chains.values()]
+        counts = _ints(map(len, drafts))
+        room = self._settings.max_batch_tokens - len(chains) - int(counts.sum())
+        chunks: dict[int, int] = {}
         for index, one in running.items():
             chunk = min(len(one.request.token_ids) - one.num_prefilled, room)
             if chunk > 0:
-                step.prefill_ids.append(index)
-                step.prefill_lens.append(chunk)
+                chunks[index] = chunk
                 one.num_prefilled += chunk
                 room -= chunk
-            if one.request.draft_tokens:
-                step.colocated_draft_ids.append(index)
-                step.colocated_num_drafts.append(one.request.draft_tokens)
+        drafting = {index: one.request.draft_tokens for index, one in running.items() if one.request.draft_tokens}
+        step = StepInput(
+            close=_ids(close),
+            open=opened,
+            prefill_ids=_ids(chunks),
+            prefill_lens=_ints(chunks.values()),
+            verify_ids=_ids(chains),
+            base_lens=_ints(len(one.tokens) for one in chains.values()),
+            drafts=Drafts(counts, _ints(token for chain in drafts for token in chain), chain_parents(counts)),
+            draft_ids=_ids(drafting),
+            draft_counts=_ints(drafting.values()),
+            num_candidates=max(1, *(one.request.num_candidates for one in running.values())),
+        )
+        check_step(step, self._limits)
+        return step
 
     def _take(self, output: StepOutput, running: dict[int, _Running]) -> Iterator[tuple[int, Decoded]]:
         """Books a step's tokens, features and drafts; yields what has finished."""
-        for part in output.features:
-            running[part.sequence_id].taps.append(rows_of(part).to(torch.bfloat16))
-        result = output.result
+        if output.features is not None:
+            _take_taps(output.features, running)
         offset = 0
-        finished: list[tuple[int, int]] = []
-        errors = iter(result.errors)
-        failed: list[tuple[int, str]] = []
-        for i, index in enumerate(result.sequence_ids):
-            if result.statuses[i] == target_pb2.ENTRY_STATUS_FAILED:
-                failed.append((index, next(errors)))
+        finished: dict[int, int] = {}
+        errors = iter(output.errors)
+        failed: dict[int, str] = {}
+        columns = (output.sequence_ids, output.statuses, output.num_tokens, output.num_accepted, output.finishes)
+        for index, status, count, num_accepted, finish in zip(*(c.tolist() for c in columns), strict=True):
+            if status == EntryStatus.FAILED:
+                failed[index] = next(errors)
                 continue
-            assert result.statuses[i] == target_pb2.ENTRY_STATUS_OK, "pages are promised, and sequences open until here"
-            one, count = running[index], result.num_tokens[i]
+            assert status == EntryStatus.OK, "pages are promised, and sequences open until here"
+            one = running[index]
             if one.is_decoding:
-                num_drafted = min(len(one.drafts), max(0, one.num_left - 1))
-                one.stats.record(num_drafted, result.num_accepted_drafts[i])
+                one.stats.record(min(len(one.drafts), max(0, one.num_left - 1)), num_accepted)
             one.drafts = []
-            one.tokens += result.token_ids[offset : offset + count]
+            one.tokens += output.token_ids[offset : offset + count].tolist()
             offset += count
-            if result.finish_reasons[i]:
-                finished.append((index, result.finish_reasons[i]))
-        for block in result.colocated_drafts:
+            if finish:
+                finished[index] = finish
+        for block in output.colocated_drafts:
             one = running[block.sequence_id]
             if not one.is_decoding:  # the prompt lacks its last token alone, which needs no verification
                 continue
-            one.drafts = list(block.candidate_ids[:: block.num_candidates])
-            if one.request.num_candidates and not any(index == block.sequence_id for index, _ in finished):
+            one.drafts = block.draft_ids
+            if one.request.num_candidates and block.sequence_id not in finished:
                 one.blocks.append(_candidates(block))
-        for index, error in failed:
+        for index, error in failed.items():
             one = running.pop(index)
             yield index, Decoded([], None, one.stats, False, error=error)
-        for index, reason in finished:
+        for index, reason in finished.items():
             one = running.pop(index)
             yield (
                 index,
@@ -223,30 +237,38 @@ class BatchDecoder:
                     one.tokens[len(one.request.token_ids) :],
                     torch.cat(one.taps) if one.request.wants_taps else None,
                     one.stats,
-                    reason == common_pb2.FINISH_REASON_STOP,
+                    reason == Finish.STOP,
                     one.blocks,
                 ),
             )
 
 
-def _candidates(block: common_pb2.DraftBlock) -> Candidates:
-    shape = (block.num_slots, block.num_candidates)
-    ids, logprobs = np.array(block.candidate_ids, dtype=np.int64), np.array(block.log_probs, dtype=np.float32)
-    return Candidates(block.committed_len, ids.reshape(shape), logprobs.reshape(shape))
+def _ids(values: Iterable[int]) -> NDArray[np.uint64]:
+    return np.fromiter(values, dtype=np.uint64)
 
 
-def _opening(index: int, request: DecodeRequest, stop_ids: list[int]) -> target_pb2.OpenSequence:
-    return target_pb2.OpenSequence(
+def _ints(values: Iterable[int]) -> NDArray[np.int64]:
+    return np.fromiter(values, dtype=np.int64)
+
+
+def _take_taps(features: StepFeatures, running: dict[int, _Running]) -> None:
+    columns = (features.sequence_ids, features.num_rows, features.first_rows)
+    for index, count, first in zip(*(column.tolist() for column in columns), strict=True):
+        running[index].taps.append(features.rows[first : first + count].to(torch.bfloat16, copy=True))
+
+
+def _candidates(block: DraftBlock) -> Candidates:
+    return Candidates(block.committed_len, block.candidate_ids.astype(np.int64), block.log_probs)
+
+
+def _opening(index: int, request: DecodeRequest, stop_ids: list[int]) -> Opening:
+    return Opening(
         sequence_id=index,
-        token_ids=request.token_ids,
+        token_ids=_ints(request.token_ids),
         prompt_len=len(request.token_ids),
-        sampling=common_pb2.SamplingParams(
-            temperature=request.temperature,
-            top_p=request.top_p,
-            repetition_penalty=1.0,
-            seed=request.seed & _SEED_BITS,
-        ),
-        stopping=common_pb2.StoppingParams(max_new_tokens=request.max_new_tokens, stop_token_ids=stop_ids),
+        max_new_tokens=request.max_new_tokens,
+        stop_ids=_ints(stop_ids),
+        sampling=SamplingParams(temperature=request.temperature, top_p=request.top_p, seed=request.seed & _SEED_BITS),
         wants_features=request.wants_taps or request.draft_tokens > 0,
     )
 
@@ -272,7 +294,8 @@ def local_decoder(
     if is_ours:
         init_process_group(create_store("127.0.0.1", 1, _INIT_TIMEOUT_S), 0, 1, settings.device, True, 0)
     try:
-        yield BatchDecoder(_build_engine(target, target_path, settings, tap_layer_ids, drafter), settings, stop_ids)
+        engine, limits = _build_engine(target, target_path, settings, tap_layer_ids, drafter)
+        yield BatchDecoder(engine, settings, limits, stop_ids)
     finally:
         if is_ours:
             torch.distributed.destroy_process_group()
@@ -284,7 +307,7 @@ def _build_engine(
     settings: EngineSection,
     tap_layer_ids: tuple[int, ...],
     drafter: DrafterCheckpoint | None,
-) -> Engine:
+) -> tuple[Engine, StepLimits]:
     config = settings.serving_config(target_path)
     dtype = getattr(torch, settings.dtype)
     projector: torch.nn.Module = torch.nn.Identity()
@@ -296,11 +319,11 @@ def _build_engine(
     if drafter is not None:
         block_drafter = BlockDrafter(drafter, target, settings.device, dtype)
         colocated = ColocatedDrafter(block_drafter, config.target.kv_cache_rows, raises=True)
-    return Engine(
-        GroupRunner(model, StepChannel(settings.device), SingleShard()),
+    engine = Engine(
+        GroupRunner(model, SingleShard(), settings.device),
         config.target.num_pages,
         config.target.page_size,
         model.max_model_len,
-        model.vocab_size,
         colocated,
     )
+    return engine, StepLimits(settings.max_batch_tokens, model.max_model_len, model.vocab_size)

@@ -48,30 +48,32 @@ def follow(
     projector: nn.Module,
     answers: Sequence[GreedyAnswer],
     stop_ids: Collection[int],
-    draft_tokens: int,
+    num_draft_tokens: int,
     num_candidates: int,
 ) -> Iterator[Decoded]:
-    """What decoding each answer with `draft_tokens` drafts a pass would have shown, in the order of the answers.
+    """What decoding each answer with `num_draft_tokens` drafts a pass would have shown, in the order of the answers.
 
     Args:
         stop_ids: an answer that ends with none of them was cut off by its limit of tokens.
         num_candidates: of each slot that are kept in the blocks; 0 for no blocks.
     """
     for start in range(0, len(answers), _TOGETHER):
-        together = [_begin(projector, answer, stop_ids, draft_tokens) for answer in answers[start : start + _TOGETHER]]
-        _run(drafter, together, draft_tokens, num_candidates)
+        together = [
+            _begin(projector, answer, stop_ids, num_draft_tokens) for answer in answers[start : start + _TOGETHER]
+        ]
+        _run(drafter, together, num_draft_tokens, num_candidates)
         for one in together:
             yield Decoded(one.answer.token_ids[one.answer.prompt_len :], None, one.stats, one.is_stopped, one.blocks)
 
 
 @torch.inference_mode()
-def _begin(projector: nn.Module, answer: GreedyAnswer, stop_ids: Collection[int], draft_tokens: int) -> _Followed:
+def _begin(projector: nn.Module, answer: GreedyAnswer, stop_ids: Collection[int], num_draft_tokens: int) -> _Followed:
     features = projector(answer.taps.float())
     is_stopped = answer.token_ids[-1] in stop_ids
-    return _Followed(answer, features, answer.prompt_len, is_stopped, AcceptanceStats(draft_tokens))
+    return _Followed(answer, features, answer.prompt_len, is_stopped, AcceptanceStats(num_draft_tokens))
 
 
-def _run(drafter: BlockDrafter, together: list[_Followed], draft_tokens: int, num_candidates: int) -> None:
+def _run(drafter: BlockDrafter, together: list[_Followed], num_draft_tokens: int, num_candidates: int) -> None:
     """Drafts in rounds until every answer is at its end."""
     for session in range(len(together)):
         drafter.open(session)
@@ -82,7 +84,7 @@ def _run(drafter: BlockDrafter, together: list[_Followed], draft_tokens: int, nu
         proposals = drafter.propose(
             [session for session, _ in active],
             [one.answer.token_ids[one.anchor] for _, one in active],
-            [draft_tokens] * len(active),
+            [num_draft_tokens] * len(active),
             max(1, num_candidates),
         )
         for (_, one), proposal in zip(active, proposals, strict=True):

@@ -16,11 +16,11 @@ from dflash_ray.config import ConfigError, ModelConfig
 from dflash_ray.core.files import write_text
 from dflash_ray.models.target_checkpoint import resolve_target
 from dflash_ray.text.tokenizer import ChatTokenizer
-from dflash_ray.training.captured_prompts import captured_prompts
 from dflash_ray.training.config import SelfGeneratedSection, TrainingConfig
 from dflash_ray.training.decoding import BatchDecoder, DecodeRequest, local_decoder
 from dflash_ray.training.left_out import LeftOut
 from dflash_ray.training.prompt_files import Prompt, read_prompts, write_prompts
+from dflash_ray.training.recorded_prompts import recorded_prompts
 
 _PIECE_PROMPTS = 128  # a run that was cut off loses at most these
 _SEED_STRIDE = 1_000_003
@@ -40,7 +40,7 @@ def gather_prompts(config: TrainingConfig, left_out: LeftOut) -> tuple[int, int]
         prompt for path in section.files for prompt in _some(read_prompts(path, left_out), section.prompts_per_file)
     ]
     if section.traffic is not None:
-        prompts += captured_prompts(section.traffic, left_out)
+        prompts += recorded_prompts(section.traffic, left_out)
     if section.self_generated is not None:
         prompts += self_generated_prompts(config, section.self_generated, left_out)
     if not prompts:

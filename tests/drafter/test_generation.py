@@ -10,15 +10,16 @@ from transformers import MuseGlimmerAssistantConfig, MuseGlimmerAssistantModel
 from dflash_ray.config import load_config
 from dflash_ray.models.block_drafter import BlockDrafter
 from dflash_ray.models.drafter_checkpoint import load_drafter, save_drafter
-from dflash_ray.pb import common_pb2, target_pb2
 from dflash_ray.sampling.shards import SingleShard
 from dflash_ray.target_group.colocated import ColocatedDrafter
 from dflash_ray.target_group.engine import Engine
 from dflash_ray.target_group.model import RankModel
 from dflash_ray.target_group.runner import GroupRunner
-from dflash_ray.target_group.tensor_parallel import StepChannel, create_store, init_process_group
+from dflash_ray.target_group.step import EntryStatus
+from dflash_ray.target_group.tensor_parallel import create_store, init_process_group
 from tests.drafter.parity import load_reference
 from tests.drafter.published import BLOCK, MASK, VOCAB, changed, dflash2, random_weights, sliding
+from tests.steps import opening, step_of, verify_step
 
 CONFIG = load_config(None, ["target.kv_cache_tokens=2048", "target.page_size=4", "model.max_model_len=256"])
 NUM_NEW = 50
@@ -75,42 +76,28 @@ def new_engine(directory, target) -> Engine:
     """A target group of one rank with its colocated drafter."""
     checkpoint = load_drafter(directory, target)
     rank = RankModel(target, CONFIG, 0, 1, checkpoint.build_projector(), checkpoint.config.target_layer_ids)
-    runner = GroupRunner(rank, StepChannel("cpu"), SingleShard())
+    runner = GroupRunner(rank, SingleShard())
     drafter = ColocatedDrafter(BlockDrafter(checkpoint, target), CONFIG.drafter_context_tokens, raises=True)
-    return Engine(runner, CONFIG.target.num_pages, CONFIG.target.page_size, 256, VOCAB, drafter)
+    return Engine(runner, CONFIG.target.num_pages, CONFIG.target.page_size, 256, drafter)
 
 
 def decode(engine: Engine, prompt: list[int], drafts_from: int = 0, **sampling) -> tuple[list[int], list[int]]:
     """Tokens, and how many each step produced; blocks of the colocated drafter are used after `drafts_from` tokens."""
-    opening = target_pb2.OpenSequence(
-        sequence_id=1,
-        token_ids=prompt,
-        prompt_len=len(prompt),
-        sampling=common_pb2.SamplingParams(top_p=1.0, repetition_penalty=1.0, **sampling),
-        stopping=common_pb2.StoppingParams(max_new_tokens=NUM_NEW),
-        wants_features=True,
-    )
-    step = target_pb2.Step(open=[opening], prefill_ids=[1], prefill_lens=[len(prompt)])
+    start = opening(1, prompt, max_new=NUM_NEW, wants_features=True, **sampling)
+    step = step_of([start], {1: len(prompt)}, draft={1: BLOCK - 1})
     tokens, produced = [], []
     while True:
-        step.colocated_draft_ids.append(1)
-        step.colocated_num_drafts.append(min(BLOCK - 1, max(1, NUM_NEW - len(tokens) - 2)))
-        result = engine.step(step).result
-        assert list(result.statuses) == [target_pb2.ENTRY_STATUS_OK]
+        output = engine.step(step)
+        assert output.statuses.tolist() == [EntryStatus.OK]
         if tokens:
-            produced.append(len(result.token_ids))
-        tokens += result.token_ids
-        if result.finish_reasons[0]:
+            produced.append(len(output.token_ids))
+        tokens += output.token_ids.tolist()
+        if output.finishes[0]:
             return tokens, produced
-        drafts = list(result.colocated_drafts[0].candidate_ids) if len(tokens) >= drafts_from else []
+        drafts = output.colocated_drafts[0].draft_ids if len(tokens) >= drafts_from else []
         drafts = drafts[: NUM_NEW - len(tokens) - 1]
-        step = target_pb2.Step(
-            verify_ids=[1],
-            base_lens=[len(prompt) + len(tokens)],
-            num_drafts=[len(drafts)],
-            draft_token_ids=drafts,
-            draft_parents=range(len(drafts)),
-        )
+        num_wanted = min(BLOCK - 1, max(1, NUM_NEW - len(tokens) - 2))
+        step = verify_step({1: [*prompt, *tokens]}, {1: drafts}, draft={1: num_wanted})
 
 
 @pytest.mark.usefixtures("needs_reference")

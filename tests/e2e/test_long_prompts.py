@@ -6,12 +6,13 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 
 from dflash_ray.config import DflashRayConfig, load_config
+from dflash_ray.core.errors import RequestError
 from dflash_ray.core.watchdog import Watchdog
 from dflash_ray.drafter.servicer import DrafterServicer
 from dflash_ray.models.block_drafter import BlockDrafter
@@ -20,16 +21,18 @@ from dflash_ray.models.drafter_config import parse_dflash_config
 from dflash_ray.models.target_checkpoint import TargetCheckpoint, resolve_target
 from dflash_ray.observability.metrics import DrafterMetrics, RouterMetrics, TargetMetrics
 from dflash_ray.pb import common_pb2, drafter_pb2_grpc, router_pb2, target_pb2_grpc
+from dflash_ray.router.actions import Emit
 from dflash_ray.router.pipeline import Pipeline
 from dflash_ray.rpc.channel import RunningServer, new_server, start_server
 from dflash_ray.rpc.directory import Entry
 from dflash_ray.sampling.shards import SingleShard
 from dflash_ray.target_group.engine import Engine
 from dflash_ray.target_group.feature_store import FeatureStore
+from dflash_ray.target_group.feature_streams import FeatureStreams
 from dflash_ray.target_group.model import RankModel
 from dflash_ray.target_group.runner import GroupRunner
 from dflash_ray.target_group.servicer import TargetInfo, TargetServicer
-from dflash_ray.target_group.tensor_parallel import StepChannel, create_store, init_process_group
+from dflash_ray.target_group.tensor_parallel import create_store, init_process_group
 from tests.drafter.published import changed, random_weights
 from tests.tiny import save_tiny_target
 
@@ -75,12 +78,9 @@ def target_servicer(models: Models, config: DflashRayConfig) -> TargetServicer:
     rank = RankModel(models.target, config, 0, 1, drafter.build_projector(), drafter.config.target_layer_ids)
     sizes = {"page_size": config.target.page_size, "num_pages": config.target.num_pages}
     limits = {"max_model_len": rank.max_model_len, "vocab_size": rank.vocab_size}
-    engine = Engine(
-        GroupRunner(rank, StepChannel("cpu"), SingleShard()),
-        **sizes,
-        **limits,
-        features=FeatureStore(config.target.kv_cache_rows, HIDDEN, torch.float32),
-    )
+    store = FeatureStore(config.target.kv_cache_rows, HIDDEN, torch.float32)
+    engine = Engine(GroupRunner(rank, SingleShard()), **sizes, max_model_len=rank.max_model_len, features=store)
+    features = FeatureStreams(engine.read_features, store.rows_per_piece, "t", drafter.fingerprint)
     info = TargetInfo(
         target_id="t",
         model_fingerprint=models.target.fingerprint,
@@ -92,7 +92,7 @@ def target_servicer(models: Models, config: DflashRayConfig) -> TargetServicer:
         **sizes,
         **limits,
     )
-    return TargetServicer(engine, info, ThreadPoolExecutor(1), Watchdog(600, "a pass"), TargetMetrics())
+    return TargetServicer(engine, info, ThreadPoolExecutor(1), Watchdog(600, "a pass"), TargetMetrics(), features)
 
 
 @dataclass
@@ -119,7 +119,9 @@ async def running(models: Models, *settings: str, names: str = "ab", room: int |
         for name in names:
             method = BlockDrafter(models.drafter, models.target)
             watchdog = Watchdog(600, "a draft pass")
-            servicer = DrafterServicer(name, method, room or config.drafter_context_tokens, watchdog, DrafterMetrics())
+            rows = room or config.drafter_context_tokens
+            servicer = DrafterServicer(name, method, rows, LIMIT, watchdog, DrafterMetrics())
+            closing.push_async_callback(servicer.close)
             drafters.append(await serve(drafter_pb2_grpc.add_DrafterServicer_to_server, servicer))
         pipeline = Pipeline(config, "r", RouterMetrics())
         closing.push_async_callback(pipeline.close)
@@ -127,6 +129,18 @@ async def running(models: Models, *settings: str, names: str = "ab", room: int |
         for name, server in zip(names, drafters, strict=True):
             await pipeline.connect_drafter(Entry("drafter", name, f"127.0.0.1:{server.port}", {}))
         yield Running(pipeline, drafters)
+
+
+class Listener:
+    """Keeps what a pipeline says of its only request."""
+
+    def __init__(self) -> None:
+        self.number = id(self)
+        self.said: asyncio.Queue[Emit | RequestError] = asyncio.Queue()
+        self.emit = self.said.put_nowait
+
+    def fail(self, call_id: int, error: RequestError) -> None:
+        self.said.put_nowait(error)
 
 
 async def generate(pipeline: Pipeline, prompt: list[int], at_token=None) -> list[int]:
@@ -138,12 +152,20 @@ async def generate(pipeline: Pipeline, prompt: list[int], at_token=None) -> list
         stopping=common_pb2.StoppingParams(max_new_tokens=NUM_NEW),
     )
     tokens = []
-    async with contextlib.aclosing(pipeline.generate(request)) as chunks:
-        async for chunk in chunks:
-            tokens += chunk.token_ids
+    listener = Listener()
+    sequence = pipeline.start(request, listener, 1)
+    try:
+        while True:
+            emit = await listener.said.get()
+            if isinstance(emit, RequestError):
+                raise emit
+            tokens += emit.token_ids.tolist()
             if at_token is not None:
                 await at_token(len(tokens))
-    return tokens
+            if emit.finish_reasons.any():
+                return tokens
+    finally:
+        pipeline.cancel(sequence)
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +200,7 @@ async def test_a_long_context_moves_to_another_drafter_by_replay(models, truth):
                 await app.drafters["ab".index(holder)].stop()
 
         assert await generate(pipeline, PROMPTS[0], lose_a_drafter) == truth[0]
-        assert pipeline.scheduler.drafting.num_replays > 1
+        assert pipeline.scheduler.drafting.num_replays == 1
         assert pipeline.scheduler.num_drafts_by_source["remote"] > NUM_NEW // 2
         assert pipeline.target_id == "t" and [pipeline.knows_drafter(name) for name in "ab"].count(True) == 1
 
@@ -190,3 +212,13 @@ async def test_a_drafter_without_room_for_all_keeps_those_it_has_and_the_others_
         assert scheduler.drafting.num_dropped["refused"] >= 1
         assert scheduler.num_drafts_by_source["remote"] >= NUM_NEW // 5
         assert app.pipeline.target_id == "t" and app.pipeline.knows_drafter("a")
+
+
+async def test_drafters_that_cannot_reach_the_target_cost_their_drafts_and_nothing_else(models, truth):
+    async with running(models) as app:
+        scheduler = app.pipeline.scheduler
+        scheduler.limits = replace(scheduler.limits, address="127.0.0.1:1")  # nobody listens there
+        assert await asyncio.gather(*(generate(app.pipeline, prompt) for prompt in PROMPTS)) == truth
+        assert not scheduler.num_drafts_by_source["remote"] and scheduler.num_drafts_by_source["plain"]
+        assert scheduler.drafting.num_dropped["lost"] >= 2 and not scheduler.drafting.num_dropped["timeout"]
+        assert app.pipeline.knows_drafter("a") and app.pipeline.knows_drafter("b")

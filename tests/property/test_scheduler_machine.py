@@ -5,32 +5,36 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from dflash_ray.config import load_config
+from dflash_ray.pb import router_pb2, target_pb2
 from dflash_ray.router.actions import (
     CloseSequences,
     DropDrafter,
     DropTarget,
     Emit,
     Fail,
-    Replay,
     RequestDrafts,
     RunStep,
 )
-from dflash_ray.router.drafting import DrafterState
+from dflash_ray.router.draft_requests import DrafterState
 from dflash_ray.router.scheduler import Scheduler
 from tests.toy import VOCAB, ToyDrafter, ToyTarget, answer, token_request
 
 PROMPTS = st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=30)
-ARRIVALS = st.tuples(PROMPTS, st.integers(1, 25), st.integers(0, 5))
+POLICIES = st.sampled_from([router_pb2.SPECULATION_POLICY_FIXED, router_pb2.SPECULATION_POLICY_ADAPTIVE])
+ARRIVALS = st.tuples(PROMPTS, st.integers(1, 25), st.integers(0, 5), POLICIES)
 MAX_BATCH_TOKENS = 24
 
 
 class SchedulerMachine(RuleBasedStateMachine):
     """Target and drafters answer late, wrongly or never; requests come and go."""
 
-    @initialize(cohorts=st.sampled_from([1, 2]), num_pages=st.sampled_from([14, 18, 24, 200]))
-    def start(self, cohorts, num_pages):
+    @initialize(
+        cohorts=st.sampled_from([1, 2]), depth=st.sampled_from([1, 2]), num_pages=st.sampled_from([14, 18, 24, 200])
+    )
+    def start(self, cohorts, depth, num_pages):
         overrides = [
             f"router.cohorts={cohorts}",
+            f"router.steps_in_flight={depth}",
             "router.prefill_chunk_tokens=8",
             "router.max_running=6",
             "router.draft_tokens=3",
@@ -39,13 +43,20 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.scheduler = Scheduler(load_config(None, overrides))
         self.target = ToyTarget(num_pages=num_pages, max_batch_tokens=MAX_BATCH_TOKENS)
         self.now = 0.0
-        self.step = None
-        self.closes: list[int] = []
+        self.depth = depth
+        self.sent: list[target_pb2.Step | list[int]] = []  # steps and closes that the target has not come to
         self.drafters: dict[str, ToyDrafter] = {}
-        self.replays: list[Replay] = []
         self.alive: dict[int, tuple] = {}  # sequence id -> (sequence, prompt, max new tokens, emitted tokens)
         self.scheduler.target_ready(self.target.limits, self.now)
         self.pump()
+
+    @property
+    def steps(self):
+        return [message for message in self.sent if isinstance(message, target_pb2.Step)]
+
+    @property
+    def has_preempted(self):
+        return self.scheduler.num_preemptions > 0
 
     def pump(self):
         while actions := self.scheduler.poll(self.now):
@@ -55,30 +66,31 @@ class SchedulerMachine(RuleBasedStateMachine):
     def perform(self, action):
         match action:
             case RunStep(step):
-                assert self.step is None, "one step at a time"
-                rows = sum(step.prefill_lens) + len(step.verify_ids) + len(step.draft_token_ids)
+                assert len(self.steps) < self.depth
+                rows = sum(step.prefill_lens) + len(step.verify_ids) + sum(step.num_drafts)
                 assert 0 < rows <= MAX_BATCH_TOKENS
-                self.step = step
-            case CloseSequences(ids) if self.step is not None:
-                self.closes += ids  # the stream is in order: the target runs the step first
+                self.sent.append(step)
+                ids = [i for step in self.steps for i in (*step.prefill_ids, *step.verify_ids) if i in self.alive]
+                assert self.has_preempted or len(set(ids)) == len(ids), "no sequence is in two steps"
+            case CloseSequences(ids) if self.sent:
+                self.sent.append(ids)  # the stream is in order: the target runs the steps first
             case CloseSequences(ids):
                 self.target.close(ids)
             case RequestDrafts(drafter_id, request):
                 self.drafters[drafter_id].take(request)
-            case Replay():
-                self.replays.append(action)
             case DropTarget():
                 self.lose_target()
             case DropDrafter(drafter_id):
                 self.lose_drafter(drafter_id)
-            case Emit(sequence, tokens, _, reason):
-                self.emitted(sequence, tokens, reason)
+            case Emit():
+                for sequence_id, tokens, reason in action.entries():
+                    self.emitted(sequence_id, tokens, reason)
             case Fail(sequence):
                 assert sequence.num_losses == 3, "only what ends group after group may fail"
                 del self.alive[sequence.sequence_id]
 
-    def emitted(self, sequence, tokens, reason):
-        _, prompt, max_new, so_far = self.alive[sequence.sequence_id]
+    def emitted(self, sequence_id, tokens, reason):
+        _, prompt, max_new, so_far = self.alive[sequence_id]
         so_far += tokens
         expected = answer(prompt, max_new)
         assert so_far == expected[: len(so_far)]
@@ -86,12 +98,12 @@ class SchedulerMachine(RuleBasedStateMachine):
             is_whole = so_far == expected
             fills_the_cache = len(prompt) + len(so_far) + 6 > self.target.limits.num_pages * 4
             assert is_whole or fills_the_cache
-            del self.alive[sequence.sequence_id]
+            del self.alive[sequence_id]
 
     @rule(arrivals=st.lists(ARRIVALS, min_size=1, max_size=6))
     def arrive(self, arrivals):
-        for prompt, max_new, draft_tokens in arrivals:
-            sequence = self.scheduler.arrive(token_request(prompt, max_new, draft_tokens), self.now)
+        for prompt, max_new, draft_tokens, policy in arrivals:
+            sequence = self.scheduler.arrive(token_request(prompt, max_new, draft_tokens, policy), self.now)
             self.alive[sequence.sequence_id] = (sequence, prompt, max_new, [])
             self.pump()
 
@@ -102,16 +114,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.scheduler.cancel(self.alive.pop(sequence_id)[0])
         self.pump()
 
-    @precondition(lambda self: self.step is not None)
+    @precondition(lambda self: self.steps)
     @rule()
     def finish_step(self):
-        step, self.step = self.step, None
-        result = self.target.step(step)
-        for part in self.target.features:
-            self.scheduler.features(part)
-            self.pump()
-        self.target.close(self.closes)
-        self.closes = []
+        result = self.target.step(self.sent.pop(0))
+        while self.sent and not isinstance(self.sent[0], target_pb2.Step):
+            self.target.close(self.sent.pop(0))
         self.scheduler.step_done(result, self.now)
         self.pump()
 
@@ -131,16 +139,22 @@ class SchedulerMachine(RuleBasedStateMachine):
                 return answer(prompt, at + count)[at:]
             return [(sequence_id * 7 + k) % VOCAB for k in range(count)]
 
-        reply = self.drafters[name].answer(draft)
-        for block in reply.blocks:
-            block.committed_len -= kind == "stale"
+        reply = self.drafters[name].answer(draft, self.target)
+        if kind == "stale":
+            reply.blocks.committed_lens[:] = [length - 1 for length in reply.blocks.committed_lens]
         self.scheduler.drafts_done(name, reply, self.now)
         self.pump()
 
     @precondition(lambda self: self.drafters)
     @rule(data=st.data())
     def drafter_forgets(self, data):
-        self.drafters[data.draw(st.sampled_from(sorted(self.drafters)))].sessions.clear()
+        self.drafters[data.draw(st.sampled_from(sorted(self.drafters)))].forget()
+
+    @precondition(lambda self: self.drafters)
+    @rule(data=st.data(), lag=st.integers(0, 3), is_cut_off=st.booleans())
+    def rows_come_late_or_not_at_all(self, data, lag, is_cut_off):
+        drafter = self.drafters[data.draw(st.sampled_from(sorted(self.drafters)))]
+        drafter.lag, drafter.is_cut_off = lag, is_cut_off
 
     @rule(rounds=st.integers(1, 12), kind=st.sampled_from(["right", "garbage"]))
     def everything_runs(self, rounds, kind):
@@ -148,17 +162,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             for name, drafter in list(self.drafters.items()):
                 if drafter.request is not None:
                     self.let_answer(name, kind)
-            while self.replays:
-                self.replay_arrives()
-            if self.step is not None:
+            if self.steps:
                 self.finish_step()
-
-    @precondition(lambda self: self.replays)
-    @rule()
-    def replay_arrives(self):
-        replay = self.replays.pop(0)
-        self.scheduler.replayed(self.target.replay(replay.sequence_id, replay.start))
-        self.pump()
 
     @rule(name=st.sampled_from(["a", "b"]), num_rows=st.sampled_from([20, 10_000]))
     def drafter_joins(self, name, num_rows):
@@ -188,9 +193,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.pump()
 
     def lose_target(self):
-        self.step = None
-        self.closes.clear()
-        self.replays.clear()
+        self.sent.clear()
         self.scheduler.target_lost(self.now)
         self.pump()
         self.target = ToyTarget(num_pages=self.target.limits.num_pages, max_batch_tokens=MAX_BATCH_TOKENS)
@@ -211,11 +214,11 @@ class SchedulerMachine(RuleBasedStateMachine):
                 break
             self.now += 0.2  # past every draft deadline
             self.pump()
-            if self.step is not None:
+            if self.steps:
                 self.finish_step()
         assert not self.alive
         self.pump()
-        if self.step is not None:
+        if self.steps:
             self.finish_step()
         assert self.scheduler.num_running == self.scheduler.num_waiting == 0
         assert not self.target.sequences

@@ -9,11 +9,11 @@ import pytest
 
 from dflash_ray.config import ConfigError, ModelConfig, TrafficConfig
 from dflash_ray.text.tokenizer import ChatTokenizer
-from dflash_ray.training.captured_prompts import captured_prompts
 from dflash_ray.training.config import SelfGeneratedSection
 from dflash_ray.training.left_out import LeftOut
 from dflash_ray.training.prompt_files import Prompt, read_prompts
 from dflash_ray.training.prompts import gather_prompts, self_generated_prompts, user_turn, without_near_duplicates
+from dflash_ray.training.recorded_prompts import recorded_prompts
 from tests.training.conftest import END, recipe, run_step, save_recipe, write_prompt_file
 
 GOOD_LINE = '{"prompt": "hello"}\n'
@@ -173,7 +173,7 @@ def test_traffic_is_redacted_by_patterns_and_hook(tmp_path):
         redact_patterns=(r"\S+@\S+",),
         redact_hook=f"{__name__}:mask_digits",
     )
-    (read,) = captured_prompts(section, LeftOut())
+    (read,) = recorded_prompts(section, LeftOut())
     assert read.text == "today: mail me at [redacted] or call ###"
     assert read.source == "traffic"
 
@@ -181,7 +181,7 @@ def test_traffic_is_redacted_by_patterns_and_hook(tmp_path):
 def test_traffic_past_its_retention_is_neither_used_nor_kept(tmp_path):
     capture_traffic(tmp_path, today=0, old=31)
     section = TrafficConfig(directory=tmp_path, retention_days=30, redact_patterns=("x",))
-    assert [one.text.split(":")[0] for one in captured_prompts(section, LeftOut())] == ["today"]
+    assert [one.text.split(":")[0] for one in recorded_prompts(section, LeftOut())] == ["today"]
     assert [file.name for file in tmp_path.iterdir()] == ["today.jsonl"]
 
 
@@ -198,7 +198,7 @@ def test_traffic_that_the_recorder_did_not_finish_or_the_redaction_does_not_get_
     file.write_text(file.read_text() + "".join(json.dumps(row) + "\n" for row in rows) + '{"prompt": "cut o')
     section = TrafficConfig(directory=tmp_path, retention_days=30, redact_hook=f"{__name__}:refuse_555")
     left_out = LeftOut()
-    assert [one.text for one in captured_prompts(section, left_out)] == ["good"]
+    assert [one.text for one in recorded_prompts(section, left_out)] == ["good"]
     assert left_out.rows == [
         (f"{file}, line 1", "whose redaction failed with KeyError"),
         (f"{file}, line 3", "without `time`, in seconds since 1970"),
@@ -211,7 +211,7 @@ def test_a_redaction_that_cannot_be_loaded_stops_before_traffic_is_read(tmp_path
     capture_traffic(tmp_path, today=0)
     section = TrafficConfig(directory=tmp_path, retention_days=30, redact_hook="no_such_module:f")
     with pytest.raises(ConfigError, match=r"prompts.traffic.redact_hook"):
-        list(captured_prompts(section, LeftOut()))
+        list(recorded_prompts(section, LeftOut()))
 
 
 def test_the_users_turn_is_found_in_any_template(target_dir):

@@ -1,4 +1,4 @@
-"""A replica's sessions: contexts in pieces, gaps, room that runs out, faults, and streams that end."""
+"""A replica's sessions: tokens in pieces, gaps, room that runs out, faults, and streams that end."""
 
 from __future__ import annotations
 
@@ -11,96 +11,131 @@ import torch
 
 from dflash_ray.core.protocol import PROTOCOL_VERSION
 from dflash_ray.core.watchdog import Watchdog
-from dflash_ray.drafter.methods import NgramMethod
+from dflash_ray.drafter.arrivals import Arrivals
+from dflash_ray.drafter.drafts import Drafts
+from dflash_ray.drafter.ngram import NgramMethod
 from dflash_ray.drafter.servicer import DrafterServicer
 from dflash_ray.drafter.sessions import DraftSessions
 from dflash_ray.observability.metrics import DrafterMetrics
-from dflash_ray.pb import common_pb2, drafter_pb2, drafter_pb2_grpc
+from dflash_ray.pb import drafter_pb2, drafter_pb2_grpc
 from dflash_ray.rpc.channel import new_server, open_channel, start_server
+from tests.toy import drafts_of
 
 MIB = 1 << 20
 
 
-def rows(sequence_id: int, start: int, count: int) -> common_pb2.ContextFeatures:
-    tokens = [(start + at) % 5 for at in range(count)]
-    return common_pb2.ContextFeatures(sequence_id=sequence_id, start=start, num_rows=count, token_ids=tokens)
-
-
-def request(contexts=(), committed: dict[int, int] | None = None, close=()) -> drafter_pb2.DraftRequest:
-    """Contexts, and proposals for sequences by their committed lengths."""
-    wanted = committed or {}
+def request(
+    rows: dict[int, tuple[int, int]] | None = None, committed: dict[int, int] | None = None, close=(), **columns
+) -> drafter_pb2.DraftRequest:
+    """Tokens by sequence, as (start, count), and proposals by committed lengths."""
+    rows, wanted = rows or {}, committed or {}
     count = len(wanted)
-    return drafter_pb2.DraftRequest(
-        close=close,
-        contexts=contexts,
-        sequence_ids=list(wanted),
-        epochs=[1] * count,
-        committed_lens=list(wanted.values()),
-        anchor_token_ids=[(length - 1) % 5 for length in wanted.values()],
-        num_draft_tokens=[3] * count,
-        temperatures=[0.0] * count,
-        seeds=[0] * count,
-        wants_distributions=[False] * count,
-    )
+    defaults = {
+        "max_wait_ms": 20_000,
+        "epoch": 1,
+        "close": close,
+        "token_sequence_ids": list(rows),
+        "token_starts": [start for start, _ in rows.values()],
+        "num_tokens": [size for _, size in rows.values()],
+        "token_ids": [(start + at) % 5 for start, size in rows.values() for at in range(size)],
+        "sequence_ids": list(wanted),
+        "committed_lens": list(wanted.values()),
+        "anchor_token_ids": [(length - 1) % 5 for length in wanted.values()],
+        "num_draft_tokens": [3] * count,
+        "temperatures": [0.0] * count,
+        "seeds": [0] * count,
+        "wants_distributions": [False] * count,
+    }
+    return drafter_pb2.DraftRequest(**(defaults | columns))
 
 
-def missing(reply: drafter_pb2.DraftReply) -> dict[int, tuple[int, bool]]:
-    return {one.sequence_id: (one.have_len, one.is_refused) for one in reply.missing}
+def missing(reply: drafter_pb2.DraftReply) -> dict[int, tuple[int, str]]:
+    names = [drafter_pb2.MissingReason.Name(reason).removeprefix("MISSING_REASON_") for reason in reply.missing_reasons]
+    return dict(zip(reply.missing_ids, zip(reply.have_lens, names, strict=True), strict=True))
 
 
 def drafted(reply: drafter_pb2.DraftReply) -> dict[int, list[int]]:
-    return {block.sequence_id: list(block.candidate_ids) for block in reply.blocks}
+    return drafts_of(reply.blocks)
+
+
+class Replica:
+    """The parts of a replica behind its gRPC service."""
+
+    def __init__(self, method: NgramMethod, max_context_tokens: int = 100) -> None:
+        self.sessions = DraftSessions(method, max_context_tokens)
+        self._drafts = Drafts(
+            self.sessions, Arrivals(), None, Watchdog(600, "a draft pass"), on_busy=lambda start, end: None
+        )
+        self.close = self._drafts.close
+
+    async def answer(self, message: drafter_pb2.DraftRequest, stream: int = 0) -> drafter_pb2.DraftReply:
+        return await self._drafts.answer(stream, message)
+
+    async def settle(self) -> None:
+        """Returns when the compute thread has done all that it was given."""
+        await self._drafts._run(lambda: None)
+
+    async def drop_stream(self, stream: int) -> None:
+        self._drafts.drop_stream(stream)
+        await self.settle()
 
 
 @pytest.fixture
-def sessions() -> DraftSessions:
-    return DraftSessions(NgramMethod(), max_context_tokens=100)
+async def replica() -> AsyncIterator[Replica]:
+    replica = Replica(NgramMethod())
+    yield replica
+    await replica.close()
 
 
-def test_contexts_alone_are_acknowledged_and_drafted_from_later(sessions):
+async def test_tokens_come_in_several_requests_and_are_drafted_from_later(replica):
     for start in (0, 10, 20):
-        reply = sessions.answer(0, request([rows(4, start, 10)]))
-        assert not reply.blocks and not reply.missing
-    assert drafted(sessions.answer(0, request(committed={4: 31}))) == {4: [1, 2, 3]}
+        reply = await replica.answer(request({4: (start, 10)}))
+        assert not drafted(reply) and not missing(reply)
+    assert drafted(await replica.answer(request(committed={4: 31}))) == {4: [1, 2, 3]}
 
 
-def test_a_gap_is_answered_though_no_draft_was_asked_for(sessions):
-    sessions.answer(0, request([rows(4, 0, 10)]))
-    reply = sessions.answer(0, request([rows(4, 12, 5), rows(4, 17, 5), rows(7, 3, 5), rows(8, 0, 5)]))
-    assert missing(reply) == {4: (10, False), 7: (0, False)}
-    assert missing(sessions.answer(0, request(committed={4: 23}))) == {4: (10, False)}
-    assert drafted(sessions.answer(0, request([rows(4, 8, 14)], {4: 23}))).keys() == {4}
+async def test_tokens_behind_a_gap_are_not_kept(replica):
+    await replica.answer(request({4: (0, 10)}))
+    await replica.answer(request({4: (12, 5), 7: (3, 5), 8: (0, 5)}))
+    lacking = await replica.answer(request(committed={4: 18, 7: 9, 8: 6}))
+    assert missing(lacking) == {4: (10, "LOST"), 7: (0, "LOST")} and drafted(lacking).keys() == {8}
+    assert drafted(await replica.answer(request({4: (8, 14)}, {4: 23}))).keys() == {4}
 
 
-def test_who_finds_no_room_is_refused_and_nobody_is_dropped_for_it(sessions):
-    sessions.answer(0, request([rows(1, 0, 60), rows(2, 0, 30)]))
-    reply = sessions.answer(0, request([rows(3, 0, 20), rows(3, 20, 5)], {1: 61, 2: 31, 3: 26}))
-    assert missing(reply) == {3: (0, True)} and drafted(reply).keys() == {1, 2}
-    assert sessions.num_context_rows == 90
+async def test_who_finds_no_room_is_refused_and_nobody_is_dropped_for_it(replica):
+    await replica.answer(request({1: (0, 60), 2: (0, 30)}))
+    reply = await replica.answer(request({3: (0, 25)}, {1: 61, 2: 31, 3: 26}))
+    assert missing(reply) == {3: (0, "REFUSED")} and drafted(reply).keys() == {1, 2}
+    assert replica.sessions.num_context_rows == 90
     # A session that grows past the room is the one that goes.
-    reply = sessions.answer(0, request([rows(2, 30, 20)], {1: 61, 2: 51}))
-    assert missing(reply) == {2: (0, True)} and drafted(reply).keys() == {1}
-    assert drafted(sessions.answer(0, request([rows(3, 0, 25)], {3: 26}))).keys() == {3}
+    reply = await replica.answer(request({2: (30, 20)}, {1: 61, 2: 51}))
+    assert missing(reply) == {2: (0, "REFUSED")} and drafted(reply).keys() == {1}
+    assert drafted(await replica.answer(request({3: (0, 25)}, {3: 26}))).keys() == {3}
 
 
-def test_a_context_of_another_past_is_dropped(sessions):
-    sessions.answer(0, request([rows(1, 0, 60)]))
-    assert missing(sessions.answer(0, request(committed={1: 40}))) == {1: (0, False)}
-    assert len(sessions) == 0
+async def test_a_proposal_that_the_sequence_has_passed_leaves_its_session_as_it_is(replica):
+    await replica.answer(request({1: (0, 60)}))
+    assert missing(await replica.answer(request(committed={1: 40}))) == {1: (60, "PASSED")}
+    assert drafted(await replica.answer(request(committed={1: 61}))).keys() == {1}
 
 
-def test_closing_makes_room_in_the_same_request(sessions):
-    sessions.answer(0, request([rows(1, 0, 90)]))
-    assert not sessions.answer(0, request([rows(2, 0, 90)], close=[1, 99])).missing
-    assert len(sessions) == 1
+async def test_closing_makes_room_in_the_same_request(replica):
+    await replica.answer(request({1: (0, 90)}))
+    assert drafted(await replica.answer(request({2: (0, 90)}, {2: 91}, close=[1, 99]))).keys() == {2}
+    assert len(replica.sessions) == 1
 
 
-def test_sequences_of_two_streams_are_two(sessions):
-    sessions.answer(0, request([rows(1, 0, 10)]))
-    sessions.answer(1, request([rows(1, 0, 20)]))
-    sessions.drop_stream(0)
-    assert sessions.num_context_rows == 20
-    assert missing(sessions.answer(0, request(committed={1: 11}))) == {1: (0, False)}
+async def test_sequences_of_two_streams_are_two(replica):
+    await replica.answer(request({1: (0, 10)}, {1: 11}), stream=0)
+    await replica.answer(request({1: (0, 20)}, {1: 21}), stream=1)
+    await replica.drop_stream(0)
+    assert replica.sessions.num_context_rows == 20
+    assert missing(await replica.answer(request(committed={1: 11}), stream=0)) == {1: (0, "LOST")}
+
+
+async def test_a_drafter_that_reads_tokens_refuses_to_fetch_features(replica):
+    with pytest.raises(ValueError, match="open: "):
+        await replica.answer(request(open=[1], open_lens=[5]))
 
 
 class Broken(NgramMethod):
@@ -120,22 +155,23 @@ class Broken(NgramMethod):
         return super().propose(*args)
 
 
-@pytest.mark.parametrize(("fault", "is_refused"), [(RuntimeError, False), (torch.OutOfMemoryError, True)])
+@pytest.mark.parametrize(("fault", "reason"), [(RuntimeError, "LOST"), (torch.OutOfMemoryError, "REFUSED")])
 @pytest.mark.parametrize("place", ["extend", "propose"])
-def test_a_session_lost_to_a_fault_is_missing_and_the_others_stay(place, fault, is_refused):
+async def test_a_session_lost_to_a_fault_is_missing_and_the_others_stay(place, fault, reason):
     method = Broken()
-    sessions = DraftSessions(method, 100)
-    sessions.answer(0, request([rows(1, 0, 10), rows(2, 0, 10)]))
+    replica = Replica(method)
+    await replica.answer(request({1: (0, 10), 2: (0, 10)}, {1: 11, 2: 11}))
     method.fails_at, method.fault = place, fault
-    contexts = [rows(1, 10, 5)] if place == "extend" else []
-    assert missing(sessions.answer(0, request(contexts, {1: 16 if contexts else 11}))) == {1: (0, is_refused)}
+    rows = {1: (10, 5)} if place == "extend" else {}
+    assert missing(await replica.answer(request(rows, {1: 16 if rows else 11}))) == {1: (0, reason)}
     method.fails_at = ""
-    assert drafted(sessions.answer(0, request([rows(1, 0, 10)], {1: 11, 2: 11}))).keys() == {1, 2}
+    assert drafted(await replica.answer(request({1: (0, 10)}, {1: 11, 2: 11}))).keys() == {1, 2}
+    await replica.close()
 
 
 @contextlib.asynccontextmanager
 async def served(method, max_context_tokens: int = 100_000, max_message_bytes: int = MIB):
-    servicer = DrafterServicer("d", method, max_context_tokens, Watchdog(600, "a draft pass"), DrafterMetrics())
+    servicer = DrafterServicer("d", method, max_context_tokens, MIB, Watchdog(600, "a draft pass"), DrafterMetrics())
     server = new_server(max_message_bytes)
     drafter_pb2_grpc.add_DrafterServicer_to_server(servicer, server)
     running = await start_server(server, [], "127.0.0.1", 0)
@@ -143,6 +179,7 @@ async def served(method, max_context_tokens: int = 100_000, max_message_bytes: i
         yield servicer, f"127.0.0.1:{running.port}"
     finally:
         await running.stop()
+        await servicer.close()
 
 
 @contextlib.asynccontextmanager
@@ -171,7 +208,10 @@ def change(message: drafter_pb2.DraftRequest, name: str, value) -> drafter_pb2.D
         (change(request(committed={1: 5}), "seeds", []), "seeds"),
         (change(request(committed={1: 5}), "committed_lens", [5, 6]), "committed_lens"),
         (change(request(committed={1: 5, 2: 5}), "sequence_ids", [1, 1]), "sequence_ids"),
-        (request([common_pb2.ContextFeatures(sequence_id=1, num_rows=3, token_ids=[1])]), "token_ids"),
+        (request({1: (0, 3)}, token_ids=[1]), "token_ids"),
+        (request({1: (0, 3)}, token_starts=[]), "token_starts"),
+        (request(open=[1]), "open_lens"),
+        (request(open=[1], open_lens=[1]), "open"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -186,11 +226,11 @@ async def test_a_malformed_request_gets_a_status_that_names_the_field(message, f
 
 async def test_sessions_that_a_router_forgot_end_with_its_stream():
     async with served(NgramMethod()) as (servicer, address), stream_to(address) as stays:
-        await answer_of(stays, request([rows(1, 0, 10)]))
+        await answer_of(stays, request({1: (0, 10)}, {1: 11}))
         async with stream_to(address) as leaves:
-            await answer_of(leaves, request([rows(1, 0, 30), rows(2, 0, 5)]))
+            await answer_of(leaves, request({1: (0, 30), 2: (0, 5)}, {1: 31, 2: 6}))
             assert "live_sessions 3.0" in servicer.render_metrics()
         # Work on the one compute thread is in order, so an answer that saw the stream's end is enough.
         while len(servicer._sessions) > 1:
-            await answer_of(stays, request())
+            await answer_of(stays, request(committed={1: 11}))
         assert drafted(await answer_of(stays, request(committed={1: 11}))).keys() == {1}

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dflash_ray.kernels import build
-from dflash_ray.sampling.columns import to_columns
+from tests.plans import to_columns
 from tests.unit.kernels.plans import plan_of
 
 pytestmark = pytest.mark.skipif(
@@ -37,6 +37,7 @@ def calls():
         "verify_unsharded": (logits, 0, *plan, *drafts, True, True, True, True),
         "verify_combine": (partials, *plan, *no_drafts, 3),
         "commit": (outcome, *plan, torch.randn(3, 4)),
+        "count_history": (*plan[3:], plan[1], *(torch.zeros(0, dtype=torch.int64) for _ in range(3))),
         "token_logprobs": (logits, 0, torch.tensor([1, 2, 3]), 2),
         "gumbel_noise": (torch.tensor([1]), torch.tensor([2]), torch.tensor([[3, 4]]), 0),
     }

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dflash_ray.config import load_config
 from dflash_ray.pb import target_pb2
-from dflash_ray.router.actions import CloseSequences, Emit, Fail, Replay, RequestDrafts, RunStep
-from dflash_ray.router.drafting import DrafterState
+from dflash_ray.router.actions import CloseSequences, Emit, Fail, RequestDrafts, RunStep
+from dflash_ray.router.draft_requests import DrafterState
 from dflash_ray.router.scheduler import Scheduler
 from dflash_ray.router.sequence import RouterSequence
 from tests.toy import ToyDrafter, ToyTarget, token_request
@@ -21,7 +21,6 @@ class Scene:
         self.now = 0.0
         self.step: target_pb2.Step | None = None
         self.steps: list[target_pb2.Step] = []
-        self.replays: list[Replay] = []
         self.emitted: dict[int, list[int]] = {}
         self.failed: dict[int, str] = {}
         self.finished: set[int] = set()
@@ -47,12 +46,11 @@ class Scene:
                         self.target.close(ids)
                     case RequestDrafts(drafter_id, request):
                         self.drafters[drafter_id].take(request)
-                    case Replay():
-                        self.replays.append(action)
-                    case Emit(sequence, tokens, _, reason):
-                        self.emitted[sequence.sequence_id] += tokens
-                        if reason:
-                            self.finished.add(sequence.sequence_id)
+                    case Emit():
+                        for sequence_id, tokens, reason in action.entries():
+                            self.emitted[sequence_id] += tokens
+                            if reason:
+                                self.finished.add(sequence_id)
                     case Fail(sequence, error):
                         self.failed[sequence.sequence_id] = error.message
                     case _:
@@ -63,21 +61,15 @@ class Scene:
         step, self.step = self.step, None
         assert step is not None, "no step is in flight"
         result = self.target.step(step)
-        for part in self.target.features:
-            self.scheduler.features(part)
         self.scheduler.step_done(result, self.now)
         self.pump()
 
     def answer(self, name: str, tokens: list[int] | None = None) -> None:
         """The drafter answers what it was asked, every proposal with the same tokens."""
-        reply = self.drafters[name].answer(lambda sequence_id, committed_len, count: (tokens or [0] * 9)[:count])
+        reply = self.drafters[name].answer(
+            lambda sequence_id, committed_len, count: (tokens or [0] * 9)[:count], self.target
+        )
         self.scheduler.drafts_done(name, reply, self.now)
-        self.pump()
-
-    def replay(self) -> None:
-        for replay in self.replays:
-            self.scheduler.replayed(self.target.replay(replay.sequence_id, replay.start))
-        self.replays = []
         self.pump()
 
     def lose_target(self) -> None:

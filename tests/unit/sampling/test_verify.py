@@ -7,9 +7,9 @@ from scipy.stats import chisquare
 
 from dflash_ray.models.dflash2 import Draw, walk
 from dflash_ray.sampling import verify as verify_module
-from dflash_ray.sampling.plan import COUPLED, REJECTION, SequencePlan, pack_plan, unpack_plan
+from dflash_ray.sampling.parameters import COUPLED, REJECTION
 from dflash_ray.sampling.shards import SingleShard
-from dflash_ray.sampling.verify import verify
+from tests.plans import SequencePlan, verify
 from tests.shards import run_sharded
 from tests.unit.kernels.plans import plan_of
 
@@ -48,13 +48,6 @@ def test_the_number_of_shards_changes_nothing(values, size):
     plan = [plan_of([1, 5, 9, 9, 2], seed=seed, **values) for seed in range(4)]
     alone = verify_alone(logits, plan)
     assert [o.tokens for o in verify_sharded(logits, plan, size)] == [o.tokens for o in alone]
-
-
-def test_a_plan_survives_packing():
-    drawn = plan_of([3, 7], mode=REJECTION, num_candidates=2, candidate_ids=[7, 1], candidate_probs=[0.25, 0.75])
-    plan = [plan_of([1, 2], seed=2**64 - 1, bias_ids=[4], bias_values=[0.5]), drawn]
-    assert unpack_plan(pack_plan(plan)) == plan
-    assert unpack_plan(pack_plan([])) == []
 
 
 def test_top_k_top_p_and_min_p_allow_the_tokens_that_sorting_allows():

@@ -10,7 +10,7 @@ from dflash_ray.models.target_checkpoint import TargetCheckpoint, resolve_target
 from dflash_ray.sampling.shards import SingleShard
 from dflash_ray.target_group.model import RankModel
 from dflash_ray.target_group.runner import GroupRunner
-from dflash_ray.target_group.tensor_parallel import StepChannel, create_store, init_process_group
+from dflash_ray.target_group.tensor_parallel import create_store, init_process_group
 from tests.tiny import save_tiny_target
 
 CONFIG = load_config(None, ["target.kv_cache_tokens=2048", "target.page_size=4", "model.max_model_len=256"])
@@ -35,4 +35,4 @@ def rank_model(process_group, tiny_target) -> RankModel:
 
 @pytest.fixture
 def runner(rank_model) -> GroupRunner:
-    return GroupRunner(rank_model, StepChannel("cpu"), SingleShard())
+    return GroupRunner(rank_model, SingleShard())

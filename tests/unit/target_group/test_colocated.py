@@ -8,16 +8,15 @@ import torch
 from dflash_ray.models.block_drafter import BlockDrafter
 from dflash_ray.models.drafter_checkpoint import DrafterCheckpoint
 from dflash_ray.models.drafter_config import parse_dflash_config
-from dflash_ray.pb import target_pb2
 from dflash_ray.sampling.shards import SingleShard
 from dflash_ray.target_group.colocated import ColocatedDrafter
 from dflash_ray.target_group.engine import Engine
 from dflash_ray.target_group.model import RankModel
 from dflash_ray.target_group.runner import GroupRunner
-from dflash_ray.target_group.tensor_parallel import StepChannel
 from tests.drafter.published import changed, random_weights
+from tests.steps import PROMPT, opening, step_of, tokens_of, verify_step
 from tests.unit.target_group.conftest import CONFIG
-from tests.unit.target_group.test_engine import OK, PROMPT, VOCAB, opening, verify_step
+from tests.unit.target_group.test_engine import OK
 
 NUM_NEW = 24
 
@@ -58,12 +57,12 @@ def build(process_group, tiny_target):
     values = changed(dflash_config={"target_layer_ids": [0, 2]}, num_target_layers=4)
     checkpoint = DrafterCheckpoint(parse_dflash_config(values, "test"), random_weights(values), "test")
     rank = RankModel(tiny_target, CONFIG, 0, 1, checkpoint.build_projector(), checkpoint.config.target_layer_ids)
-    runner = GroupRunner(rank, StepChannel("cpu"), SingleShard())
+    runner = GroupRunner(rank, SingleShard())
 
     def new(max_context_tokens: int = CONFIG.drafter_context_tokens, raises: bool = False, **breaks):
         method = Breakable(checkpoint, tiny_target, **breaks)
         drafter = ColocatedDrafter(method, max_context_tokens, raises)
-        engine = Engine(runner, CONFIG.target.num_pages, CONFIG.target.page_size, 256, VOCAB, drafter)
+        engine = Engine(runner, CONFIG.target.num_pages, CONFIG.target.page_size, 256, drafter)
         return engine, drafter, method
 
     return new
@@ -73,32 +72,25 @@ def generate(engine: Engine, ids: tuple[int, ...] = (1, 2)) -> tuple[dict[int, l
     """All sequences to their ends with whatever is drafted; returns new tokens and how many drafts each got."""
     tokens = {at: [*PROMPT, at] for at in ids}
     num_drafts = dict.fromkeys(ids, 0)
-    step = target_pb2.Step()
-    for at in ids:
-        step.open.append(opening(at, tokens[at], max_new=NUM_NEW, temperature=0.8))
-        step.open[-1].wants_features = True
-        step.prefill_ids.append(at)
-        step.prefill_lens.append(len(tokens[at]))
+    opened = [opening(at, tokens[at], max_new=NUM_NEW, temperature=0.8, wants_features=True) for at in ids]
+    drafting = dict.fromkeys(ids, 4)
+    step = step_of(opened, {at: len(tokens[at]) for at in ids}, draft=drafting)
     running = list(ids)
     while running:
-        step.colocated_draft_ids.extend(running)
-        step.colocated_num_drafts.extend([4] * len(running))
         output = engine.step(step)
-        assert not output.features
-        result, at = output.result, 0
-        assert set(result.statuses) == {OK}
-        for i, sequence_id in enumerate(result.sequence_ids):
-            tokens[sequence_id] += result.token_ids[at : at + result.num_tokens[i]]
-            at += result.num_tokens[i]
-            if result.finish_reasons[i]:
-                running.remove(sequence_id)
+        assert output.features is None and set(output.statuses.tolist()) == {OK}
+        for at, new in tokens_of(output).items():
+            tokens[at] += new
+        for at, finish in zip(output.sequence_ids.tolist(), output.finishes.tolist(), strict=True):
+            if finish:
+                running.remove(at)
         drafts = {at: [] for at in running}
-        for block in result.colocated_drafts:
+        for block in output.colocated_drafts:
             num_drafts[block.sequence_id] += 1
             if block.sequence_id in drafts:
                 left = len(PROMPT) + 1 + NUM_NEW - len(tokens[block.sequence_id]) - 1
-                drafts[block.sequence_id] = list(block.candidate_ids)[: max(0, left)]
-        step = verify_step(tokens, drafts)
+                drafts[block.sequence_id] = block.draft_ids[: max(0, left)]
+        step = verify_step(tokens, drafts, draft=dict.fromkeys(running, 4))
     engine.close(ids)
     engine.allocator.check_integrity()
     assert engine.allocator.num_free == engine.allocator.num_pages
@@ -168,11 +160,8 @@ def test_a_drafter_with_the_room_that_the_configuration_derives_refuses_nobody(b
     engine, drafter, _ = build()
     pages = CONFIG.target.num_pages
     length = CONFIG.target.kv_cache_rows // 8
-    step = target_pb2.Step()
-    for at in range(8):
-        step.open.append(opening(at, PROMPT * (length // len(PROMPT)), max_new=2))
-        step.open[-1].wants_features = True
-        step.prefill_ids.append(at)
-        step.prefill_lens.append(length)
+    tokens = PROMPT * (length // len(PROMPT))
+    opened = [opening(at, tokens, max_new=2, wants_features=True) for at in range(8)]
+    step = step_of(opened, dict.fromkeys(range(8), length))
     engine.step(step)
     assert engine.allocator.num_free < pages // 16 and len(drafter) == 8

@@ -1,4 +1,4 @@
-"""Context features of a step leave in pieces, are kept in the pages of their keys, and come again when asked for."""
+"""Context features of a step are kept in the pages of their keys and can be read again."""
 
 from __future__ import annotations
 
@@ -7,18 +7,16 @@ import weakref
 
 import torch
 
-from dflash_ray.models.context_features import FEATURE_PIECE_BYTES, rows_of
 from dflash_ray.models.target_checkpoint import resolve_target
-from dflash_ray.pb import common_pb2, target_pb2
 from dflash_ray.sampling.shards import SingleShard
 from dflash_ray.target_group.engine import Engine
 from dflash_ray.target_group.feature_store import FeatureStore
 from dflash_ray.target_group.model import RankModel, StepHidden
 from dflash_ray.target_group.runner import GroupRunner
-from dflash_ray.target_group.tensor_parallel import StepChannel
+from dflash_ray.target_group.step import Opening, StepOutput
+from tests.steps import PROMPT, garbage, opening, oracle, run, step_of, tokens_of, verify_step
 from tests.tiny import save_tiny_target
 from tests.unit.target_group.conftest import CONFIG
-from tests.unit.target_group.test_engine import PROMPT, VOCAB, garbage, opening, oracle, run, verify_step
 
 LAYERS = (0, 2)
 WIDTH = 2 * 48
@@ -27,132 +25,108 @@ WIDTH = 2 * 48
 def runner_with_taps(target, dtype: str = "float32", projector: torch.nn.Module | None = None) -> GroupRunner:
     config = CONFIG.model_copy(update={"model": CONFIG.model.model_copy(update={"dtype": dtype})})
     rank = RankModel(target, config, 0, 1, projector or torch.nn.Identity(), LAYERS)
-    return GroupRunner(rank, StepChannel("cpu"), SingleShard())
+    return GroupRunner(rank, SingleShard())
 
 
 def new_engine(
     runner, num_pages: int = CONFIG.target.num_pages, width: int = WIDTH, dtype: torch.dtype = torch.float32
 ) -> tuple[Engine, FeatureStore]:
     store = FeatureStore(num_pages * CONFIG.target.page_size, width, dtype)
-    return Engine(runner, num_pages, CONFIG.target.page_size, 256, VOCAB, features=store), store
+    return Engine(runner, num_pages, CONFIG.target.page_size, 256, features=store), store
 
 
-def wanting_features(*args, **kwargs) -> target_pb2.OpenSequence:
-    message = opening(*args, **kwargs)
-    message.wants_features = True
-    return message
+def wanting_features(*args, **kwargs) -> Opening:
+    return opening(*args, **kwargs, wants_features=True)
 
 
-def generate(engine: Engine, message: target_pb2.OpenSequence, draft_of=garbage, num_steps: int = 12, chunk: int = 3):
-    """Runs a sequence for some steps; returns its tokens, its pieces, and leaves it open."""
-    tokens, pieces = list(message.token_ids), []
-    step = target_pb2.Step(open=[message])
-    for _ in range(0, len(message.token_ids), chunk):
-        step.prefill_ids.append(message.sequence_id)
-        step.prefill_lens.append(chunk)
-        output = engine.step(step)
-        pieces += output.features
-        step = target_pb2.Step()
-    tokens += output.result.token_ids
+def generate(engine: Engine, start: Opening, draft_of=garbage, num_steps: int = 12, chunk: int = 3):
+    """Runs a sequence for some steps; returns its tokens, the rows of its steps, and leaves it open."""
+    tokens, parts, at = start.token_ids.tolist(), [], start.sequence_id
+    opened = [start]
+    for _ in range(0, len(start.token_ids), chunk):
+        output = engine.step(step_of(opened, {at: chunk}))
+        parts.append(rows_of(output, at))
+        opened = []
+    tokens += output.token_ids.tolist()
     for _ in range(num_steps):
-        output = engine.step(verify_step({message.sequence_id: tokens}, {message.sequence_id: draft_of(tokens)[:3]}))
-        pieces += output.features
-        tokens += output.result.token_ids
-    return tokens, pieces
+        output = engine.step(verify_step({at: tokens}, {at: draft_of(tokens)[:3]}))
+        parts.append(rows_of(output, at))
+        tokens += output.token_ids.tolist()
+    return tokens, torch.cat(parts)
 
 
-def replay(engine: Engine, sequence_id: int, start: int = 0) -> list[common_pb2.ContextFeatures]:
-    pieces = []
-    while (piece := engine.replay(sequence_id, start)).num_rows:
-        assert piece.start == start
-        pieces.append(piece)
-        start += piece.num_rows
-    return pieces
+def rows_of(output: StepOutput, sequence_id: int) -> torch.Tensor:
+    """Rows of one sequence that a step kept."""
+    kept = output.features
+    if kept is None or sequence_id not in kept.sequence_ids:
+        return torch.empty(0, WIDTH)
+    at = list(kept.sequence_ids).index(sequence_id)
+    return kept.rows[kept.first_rows[at] : kept.first_rows[at] + kept.num_rows[at]]
 
 
-def rows(pieces) -> torch.Tensor:
-    return torch.cat([rows_of(piece) for piece in pieces])
+def read(engine: Engine, sequence_id: int, count: int, start: int = 0) -> torch.Tensor:
+    return engine.read_features([sequence_id], [start], [count])
 
 
-def test_pieces_of_the_steps_and_of_a_replay_are_the_taps_of_the_whole_text(process_group, tiny_target):
+def test_rows_of_the_steps_and_those_read_later_are_the_taps_of_the_whole_text(process_group, tiny_target):
     engine, _ = new_engine(runner_with_taps(tiny_target))
     truth = run(engine, opening(), garbage)
-    tokens, pieces = generate(engine, wanting_features(), oracle(truth, len(PROMPT), wrong_at=2), num_steps=8)
+    tokens, rows = generate(engine, wanting_features(), oracle(truth, len(PROMPT), wrong_at=2), num_steps=8)
     assert tokens[len(PROMPT) :] == truth[: len(tokens) - len(PROMPT)] and len(tokens) == len(PROMPT) + 1 + 8 * 3
     with torch.no_grad():
         hidden = tiny_target.load_model()(torch.tensor([tokens[:-1]]), output_hidden_states=True).hidden_states
     expected = torch.cat([hidden[layer + 1][0] for layer in LAYERS], dim=-1)
-    torch.testing.assert_close(rows(pieces), expected, rtol=1e-4, atol=1e-4)
-    assert torch.equal(rows(replay(engine, 1)), rows(pieces))
-    assert all(len(piece.token_ids) == piece.num_rows for piece in pieces)
-    assert [token for piece in pieces for token in piece.token_ids] == tokens[:-1]
-    assert torch.equal(rows(replay(engine, 1, start=9)), rows(pieces)[9:])
+    torch.testing.assert_close(rows, expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(read(engine, 1, len(rows)), rows)
+    assert torch.equal(read(engine, 1, len(rows) - 9, start=9), rows[9:])
 
 
-def test_features_of_a_bfloat16_target_travel_and_rest_in_bfloat16(process_group, tmp_path):
+def test_rows_of_several_sequences_are_read_together(process_group, tiny_target):
+    engine, _ = new_engine(runner_with_taps(tiny_target))
+    _, first = generate(engine, wanting_features(1))
+    _, second = generate(engine, wanting_features(2, PROMPT[::-1]))
+    assert torch.equal(engine.read_features([2, 1], [3, 5], [4, 6]), torch.cat([second[3:7], first[5:11]]))
+
+
+def test_features_of_a_bfloat16_target_rest_in_bfloat16(process_group, tmp_path):
     target = resolve_target(str(save_tiny_target("llama", tmp_path)))
     engine, store = new_engine(runner_with_taps(target, "bfloat16"), dtype=torch.bfloat16)
-    _, pieces = generate(engine, wanting_features())
-    again = replay(engine, 1)
-    assert {piece.dtype for piece in (*pieces, *again)} == {common_pb2.DATA_TYPE_BFLOAT16}
-    assert torch.equal(rows(again), rows(pieces)) and rows(again).dtype is torch.bfloat16
+    _, rows = generate(engine, wanting_features())
+    again = read(engine, 1, len(rows))
+    assert torch.equal(again, rows) and again.dtype is torch.bfloat16
     assert store.num_bytes == CONFIG.target.kv_cache_rows * WIDTH * 2
 
 
-class Widened(torch.nn.Module):
-    """Features of so many values that few rows fill a piece."""
-
-    width = 30_000
-
-    def forward(self, taps: torch.Tensor) -> torch.Tensor:
-        return taps.repeat(1, self.width // WIDTH + 1)[:, : self.width].contiguous()
-
-
-def test_every_message_with_features_is_bounded(process_group, tiny_target):
-    engine, _ = new_engine(runner_with_taps(tiny_target, projector=Widened()), width=Widened.width)
-    _, pieces = generate(engine, wanting_features(), chunk=7)
-    again = replay(engine, 1)
-    for found in (pieces, again):
-        assert max(len(piece.data) for piece in found) <= FEATURE_PIECE_BYTES
-    assert pieces[0].num_rows == again[0].num_rows == FEATURE_PIECE_BYTES // (4 * Widened.width)
-    assert torch.equal(rows(again), rows(pieces))
-
-
-def test_there_is_nothing_to_replay_of_sequences_that_are_unknown_or_want_no_features(process_group, tiny_target):
+def test_sequences_that_want_no_features_have_none_in_a_steps_output(process_group, tiny_target):
     engine, _ = new_engine(runner_with_taps(tiny_target))
-    assert not engine.replay(1, 0).num_rows
-    _, pieces = generate(engine, opening(1))
-    assert not pieces and not engine.replay(1, 0).num_rows
-    tokens, _ = generate(engine, wanting_features(2))
-    assert engine.replay(2, len(tokens) - 2).num_rows == 1
-    assert not engine.replay(2, len(tokens) - 1).num_rows
-    engine.close([2])
-    assert not engine.replay(2, 0).num_rows
+    _, rows = generate(engine, opening(1))
+    assert not len(rows)
 
 
-def test_nothing_is_kept_where_nothing_replays(process_group, tiny_target):
-    engine = Engine(runner_with_taps(tiny_target), 64, CONFIG.target.page_size, 256, VOCAB)
-    _, pieces = generate(engine, wanting_features())
-    assert pieces and not engine.replay(1, 0).num_rows
+def test_reading_rows_of_a_sequence_that_is_gone_gives_rows_and_no_fault(process_group, tiny_target):
+    engine, _ = new_engine(runner_with_taps(tiny_target))
+    generate(engine, wanting_features(1))
+    engine.close([1])
+    assert read(engine, 1, 5).shape == (5, WIDTH)
 
 
 class Watched:
     """A runner that knows which of the arrays behind its steps' features are still held by someone."""
 
     def __init__(self, runner: GroupRunner) -> None:
-        self._runner = runner
+        self._runner, self.device = runner, runner.device
         self._arrays: list[weakref.ref] = []
 
-    def forward(self, batch, plan) -> StepHidden:
-        hidden = self._runner.forward(batch, plan)
+    def forward(self, batch) -> StepHidden:
+        hidden = self._runner.forward(batch)
         if hidden.features is None:
             return hidden
         array = hidden.features.numpy().copy()
         self._arrays.append(weakref.ref(array))
         return StepHidden(hidden.sampled, torch.from_numpy(array))
 
-    def verify(self, hidden, plan):
-        return self._runner.verify(hidden, plan)
+    def verify(self, hidden, columns):
+        return self._runner.verify(hidden, columns)
 
     def score(self, hidden, batch):
         return self._runner.score(hidden, batch)
@@ -165,26 +139,31 @@ class Watched:
 def test_many_short_sequences_beside_a_long_one_leave_no_memory_behind(process_group, tiny_target):
     watched = Watched(runner_with_taps(tiny_target))
     engine, store = new_engine(watched)
-    long_tokens, pieces = generate(engine, wanting_features(1, max_new=200), num_steps=0)
+    long_tokens, rows = generate(engine, wanting_features(1, max_new=200), num_steps=0)
+    parts = [rows.clone()]
+    del rows
     size = store.num_bytes
     for short in range(2, 42):
-        step = verify_step({1: long_tokens}, {1: []})
-        step.open.append(wanting_features(short))
-        step.prefill_ids.append(short)
-        step.prefill_lens.append(len(PROMPT))
-        step.close.append(short - 1 if short > 2 else 0)
+        step = verify_step(
+            {1: long_tokens},
+            {1: []},
+            open=[wanting_features(short)],
+            prefill={short: len(PROMPT)},
+            close=[short - 1] if short > 2 else [],
+        )
         output = engine.step(step)
-        pieces += [piece for piece in output.features if piece.sequence_id == 1]
-        long_tokens.append(output.result.token_ids[1])
+        parts.append(rows_of(output, 1).clone())
+        long_tokens += tokens_of(output)[1]
     del output
     assert watched.num_alive() == 0
     assert store.num_bytes == size == CONFIG.target.kv_cache_rows * WIDTH * 4
-    assert torch.equal(rows(replay(engine, 1)), rows(pieces)) and len(rows(pieces)) == len(long_tokens) - 1
+    rows = torch.cat(parts)
+    assert torch.equal(read(engine, 1, len(rows)), rows) and len(rows) == len(long_tokens) - 1
 
 
 def test_pages_that_are_handed_on_carry_the_features_of_their_new_sequence(process_group, tiny_target):
     engine, _ = new_engine(runner_with_taps(tiny_target), num_pages=6)
     for sequence_id, prompt in ((1, PROMPT), (2, PROMPT[::-1])):
-        _, pieces = generate(engine, wanting_features(sequence_id, prompt, max_new=9), num_steps=3)
-        assert torch.equal(rows(replay(engine, sequence_id)), rows(pieces))
+        _, rows = generate(engine, wanting_features(sequence_id, prompt, max_new=9), num_steps=3)
+        assert torch.equal(read(engine, sequence_id, len(rows)), rows)
         engine.close([sequence_id])

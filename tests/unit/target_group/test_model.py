@@ -110,9 +110,3 @@ def test_the_context_of_a_target_counts_its_rope_scaling(process_group, tmp_path
     rope = {"rope_type": "yarn", "factor": 2.0, "rope_theta": 10000.0, "original_max_position_embeddings": 64}
     target = resolve_target(str(save_tiny_target("llama", tmp_path, max_position_embeddings=64, rope_parameters=rope)))
     assert RankModel(target, CONFIG, 0, 1).max_model_len == 128
-
-
-def test_a_batch_survives_packing(tokens):
-    one = batch([(tokens[:5], 0, [1, 2]), (tokens[:3], 4, [7, 9])])
-    other = StepBatch.unpack(one.pack())
-    assert all(np.array_equal(getattr(one, name), getattr(other, name)) for name in StepBatch.__slots__)

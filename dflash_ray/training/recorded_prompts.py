@@ -1,4 +1,4 @@
-"""Prompts captured from an operator's own traffic: redacted before anything else, forgotten after their time."""
+"""Prompts recorded from an operator's own traffic: redacted before anything else, forgotten after their time."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dflash_ray.training.left_out import BadRow, LeftOut
 from dflash_ray.training.prompt_files import Prompt, prompt_of, read_jsonl
 
 
-def captured_prompts(section: TrafficConfig, left_out: LeftOut) -> Iterator[Prompt]:
+def recorded_prompts(section: TrafficConfig, left_out: LeftOut) -> Iterator[Prompt]:
     """Redacted prompts that are younger than the retention limit; files without any are deleted.
 
     Raises ConfigError when the redaction cannot be set up.

@@ -1,0 +1,138 @@
+"""What of a step can run: entries with their statuses, as the sequences' states and the free pages decide."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from dflash_ray.sampling.parameters import NO_LOGPROBS
+from dflash_ray.target_group.batch import Rows
+from dflash_ray.target_group.page_allocator import PageAllocator
+from dflash_ray.target_group.slots import NO_SLOT, SlotTable
+from dflash_ray.target_group.step import Drafts, EntryStatus, Ids, Ints, StepInput
+
+
+@dataclass(slots=True)
+class Entries:
+    """E entries of a step: P prefills, then verifies.
+
+    Attributes:
+        slots: [E], NO_SLOT for sequences that are unknown or could not be opened.
+        starts, counts: [E] position of the first row, rows.
+        errors: a text for each that failed, by index.
+    """
+
+    sequence_ids: Ids
+    slots: Ints
+    statuses: Ints
+    starts: Ints
+    counts: Ints
+    num_prefills: int
+    errors: dict[int, str]
+
+    def fail(self, index: int, error: str) -> None:
+        self.statuses[index], self.errors[index] = EntryStatus.FAILED, error
+
+    def running(self) -> Ints:
+        """Indices of those that run."""
+        return np.flatnonzero(self.statuses == EntryStatus.OK)
+
+
+def find_entries(table: SlotTable, allocator: PageAllocator, step: StepInput) -> Entries:
+    """The step's entries; those that are to run have the pages that their rows need."""
+    num_prefills = len(step.prefill_ids)
+    verifies = slice(num_prefills, None)
+    sequence_ids = np.concatenate((step.prefill_ids, step.verify_ids))
+    slots = table.slots(sequence_ids)
+    is_known = slots != NO_SLOT
+    places = np.where(is_known, slots, 0)
+    starts, committed_lens = table.kv_lens[places], table.committed_lens[places]
+    counts = np.concatenate((step.prefill_lens, 1 + step.drafts.counts))
+    counts[:num_prefills] = np.minimum(step.prefill_lens, (committed_lens - starts)[:num_prefills])
+    is_stale = (step.base_lens != committed_lens[verifies]) | (starts + 1 != committed_lens)[verifies]
+    statuses = np.where(is_known, EntryStatus.OK, EntryStatus.UNKNOWN)
+    statuses[verifies][is_stale & is_known[verifies]] = EntryStatus.STALE
+    entries = Entries(sequence_ids, slots, statuses, starts, counts, num_prefills, {})
+    for index, fault in step.faults_of_drafts.items():
+        if statuses[num_prefills + index] == EntryStatus.OK:
+            entries.fail(num_prefills + index, fault)
+    for index in np.flatnonzero((statuses == EntryStatus.OK) & (starts + counts > table.max_model_len)).tolist():
+        entries.fail(index, "drafts reach past the model's context")
+    _fail_misfits(step, entries)
+    _reserve(table, allocator, entries)
+    return entries
+
+
+def _fail_misfits(step: StepInput, entries: Entries) -> None:
+    """Entries of sequences that could not be opened, and all but the first of a sequence."""
+    ids = entries.sequence_ids.tolist()
+    if not step.faults_of_open and len(set(ids)) == len(ids):
+        return
+    faults = {step.open[index].sequence_id: fault for index, fault in step.faults_of_open.items()}
+    seen: set[int] = set()
+    for index, sequence_id in enumerate(ids):
+        fault = faults.get(sequence_id, "the sequence is in the step twice" if sequence_id in seen else "")
+        if fault:
+            entries.fail(index, fault)
+            entries.slots[index] = NO_SLOT
+        seen.add(sequence_id)
+
+
+def _reserve(table: SlotTable, allocator: PageAllocator, entries: Entries) -> None:
+    """Gets the pages that the entries' rows need."""
+    held = table.page_counts[entries.slots]
+    needed = -(-(entries.starts + entries.counts) // table.page_size) - held
+    growing = np.flatnonzero((needed > 0) & (entries.statuses == EntryStatus.OK))
+    if not len(growing):
+        return
+    if needed[growing].sum() <= allocator.num_free:
+        # Nobody goes without, so the order does not matter: those that take a page more, as decoding does, go together.
+        is_next = (needed[growing] == 1) & (held[growing] > 0)
+        slots = entries.slots[growing[is_next]]
+        table.add_page(slots, allocator.allocate_next(table.pages[slots, table.page_counts[slots] - 1]))
+        growing = growing[~is_next]
+    for index in growing.tolist():
+        slot, count = int(entries.slots[index]), int(held[index])
+        last = int(table.pages[slot, count - 1]) if count else None
+        pages = allocator.allocate(int(needed[index]), last)
+        if pages is None:
+            entries.statuses[index] = EntryStatus.NO_PAGES
+        else:
+            table.add_pages(slot, pages)
+
+
+def rows_of(table: SlotTable, entries: Entries, running: Ints) -> Rows:
+    """The rows of the entries that run."""
+    slots, starts, counts = entries.slots[running], entries.starts[running], entries.counts[running]
+    committed_lens, is_verify = table.committed_lens[slots], running >= entries.num_prefills
+    is_scored = (table.num_prompt_logprobs[slots] != NO_LOGPROBS) & ~is_verify
+    is_scored &= committed_lens <= table.prompt_lens[slots]
+    return Rows(
+        slots=slots,
+        starts=starts,
+        counts=counts,
+        is_verify=is_verify,
+        draws=is_verify | (starts + counts == committed_lens),
+        num_scored=np.where(is_scored, np.minimum(counts, committed_lens - starts - 1), 0),
+    )
+
+
+def drafts_of(drafts: Drafts, entries: Ints) -> Drafts:
+    """Those of some verify entries, by ascending index; negative ones are no verify entries."""
+    entries = entries[entries >= 0]
+    if len(entries) == len(drafts.counts):
+        return drafts
+    is_wanted = np.zeros(len(drafts.counts), dtype=np.bool_)
+    is_wanted[entries] = True
+    of_node = np.repeat(is_wanted, drafts.counts)
+    is_drawn = len(drafts.num_candidates) > 0
+    of_candidate = np.repeat(of_node, np.repeat(drafts.num_candidates, drafts.counts)) if is_drawn else is_wanted[:0]
+    return Drafts(
+        counts=drafts.counts[entries],
+        token_ids=drafts.token_ids[of_node],
+        parents=drafts.parents[of_node],
+        num_candidates=drafts.num_candidates[entries] if is_drawn else drafts.num_candidates,
+        candidate_ids=drafts.candidate_ids[of_candidate],
+        candidate_probs=drafts.candidate_probs[of_candidate],
+    )
