@@ -1,10 +1,10 @@
 """What everything around the model costs a step: CPU time of every part, bytes on every wire.
 
-`python benchmarks/host.py [--quick] [--case 256x1k] [--json FILE]`: router, target, ranks, drafters and gateway over a
-model that costs nothing (host_router.py, host_target.py, host_canned.py), in one process that hands the bytes of each
-wire to the next part; the ranks of TP are processes of their own over gloo. CPU time of the process, its threads
-included, median over steps; sockets and most of the event loops are not in it. Each sequence has 7 drafts a step, of
-which two are kept, so that a step gives it three tokens. Prints figures; asserts only that all tokens arrive.
+`python benchmarks/host.py [--quick] [--case 256x1k] [--json FILE]`: router, target, ranks, drafters' streams and
+gateway over a model that costs nothing (host_parts.py), in one process that hands the bytes of each wire to the next
+part; the ranks of TP are processes of their own over gloo. CPU time of the thread that does the work, median over
+steps; sockets and event loops are not in it. Each sequence has 7 drafts a step, of which two are kept, so that a step
+gives it three tokens. Prints figures; asserts only that all tokens arrive.
 """
 
 from __future__ import annotations
@@ -25,9 +25,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from host_cases import EPOCH, Case, Clock, Texts
-from host_router import Gateway, Router, indexed_at_once
-from host_target import Drafter, Rank, Target, dismiss
+from host_parts import Case, Clock, Drafter, Gateway, Rank, Router, Target, Texts, dismiss, indexed_at_once
 from rich.console import Console
 from rich.table import Table
 from torch import distributed
@@ -39,12 +37,12 @@ from dflash_ray.text.tokenizer import ChatTokenizer
 
 # What lies between a verdict and the next pass, in order; the others run beside it.
 CRITICAL = (
-    "target commit", "target codec", "router codec", "router scheduling", "features and drafts", "target batch",
-    "target columns", "target to ranks", "rank",
+    "target commit", "target codec", "router codec", "router scheduling", "drafter", "target batch", "target columns",
+    "target to ranks", "rank",
 )  # fmt: skip
-ASIDE = ("router outbox", "gateway")
+ASIDE = ("target features", "drafter features", "router chunks", "gateway")
 WIRES = (
-    "router to target", "target to router", "target to drafters, features", "router to drafters", "drafters to router",
+    "router to target", "target to router", "target to drafters", "router to drafters", "drafters to router",
     "router to gateway", "gateway to clients",
 )  # fmt: skip
 QUICK = Case(4, 64, width=64)
@@ -81,33 +79,30 @@ class Figures:
 
 
 class Loop:
-    """All parts, and the wires between them. Must be made in an event loop."""
+    """All parts, and the wires between them."""
 
     def __init__(self, case: Case, channel: StepChannel | None) -> None:
         texts = Texts(case, tokenizer())
-        self._num_requests = case.sequences
         self.clock = Clock()
         self.wires: Counter[str] = Counter()
         self._gateway = Gateway(case, self.clock, texts)
         self._router = Router(case, self.clock, texts.tokenizer.vocab_size)
         self._target = Target(case, self.clock, texts, channel)
-        self._target.features.lead(EPOCH)
-        self._drafters = {
-            f"drafter{i}": Drafter(case, self.clock, texts, self._target) for i in range(case.num_drafters)
-        }
+        self._drafters = {name: Drafter(case, self.clock, texts, self._target) for name in self._router.drafter_names}
+        self._router.take_requests(self._gateway.requests)
 
     async def start(self) -> None:
-        """Prompts are computed and what is under way arrives; then everything is as it is counted."""
-        await self._router.take_requests(self._gateway.requests())
-        with indexed_at_once():
-            while await self.step() < self._num_requests:
-                pass
-            for _ in range(3):
-                await self.step()
+        """Prompts are over: what is under way arrives, then everything is as it is counted."""
+        for _ in range(3):
+            await self.step()
         self._target.start()
         for drafter in self._drafters.values():
             drafter.start()
         await self.step()
+
+    async def close(self) -> None:
+        for drafter in self._drafters.values():
+            await drafter.close()
 
     async def step(self) -> int:
         """One pass and everything up to the next one; the requests that got tokens."""
@@ -116,26 +111,20 @@ class Loop:
             result = self._target.take(message)
             self.wires["target to router"] += len(result)
             self._router.take_from_target(result)
-        requests = self._router.to_drafters()
-        self.wires["router to drafters"] += sum(len(message) for _, message in requests)
-        self.clock.to("features and drafts")
-        replies = await asyncio.gather(*(self._drafters[name].take(message) for name, message in requests))
-        self.clock.to(None)
-        for (name, _), reply in zip(requests, replies, strict=True):
+        for drafter in self._drafters.values():
+            for part in drafter.features():
+                self.wires["target to drafters"] += len(part)
+                drafter.take_features(part)
+        for name, message in self._router.to_drafters():
+            self.wires["router to drafters"] += len(message)
+            reply = await self._drafters[name].take(message)
             self.wires["drafters to router"] += len(reply)
             self._router.take_from_drafter(name, reply)
-        for drafter in self._drafters.values():
-            self.wires["target to drafters, features"] += drafter.num_feature_bytes
-            drafter.num_feature_bytes = 0
-        progress = await self._router.to_gateway()
-        self.wires["router to gateway"] += len(progress)
-        count, size = self._gateway.take(progress)
+        messages = self._router.to_gateway()
+        self.wires["router to gateway"] += sum(len(message) for message in messages)
+        count, size = self._gateway.take(messages)
         self.wires["gateway to clients"] += size
         return count
-
-    async def close(self) -> None:
-        for drafter in self._drafters.values():
-            await drafter.close()
 
 
 @cache
@@ -145,8 +134,11 @@ def tokenizer() -> ChatTokenizer:
 
 async def measure(case: Case, steps: int, channel: StepChannel | None = None) -> Figures:
     """The case's figures; runs in an event loop because the pipeline sets timers."""
-    loop = Loop(case, channel)
-    await loop.start()
+    with indexed_at_once():
+        loop = Loop(case, channel)
+        while await loop.step() < case.sequences:
+            pass  # prompts are prefilled
+        await loop.start()
     gc.collect()
     gc.freeze()  # what stands is not looked through again: each process would only have its own part
     parts: list[Counter[str]] = []

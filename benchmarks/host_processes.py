@@ -21,10 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from host_canned import CannedDrafts
-from host_cases import DRAFTS, FINGERPRINT, Case, Clock, Texts
-from host_router import OneGroup
-from host_target import Target
+from host_parts import DRAFTS, FINGERPRINT, CannedDrafts, Case, Clock, Target, Texts
 from rich.console import Console
 from rich.table import Table
 
@@ -112,10 +109,19 @@ async def run_target(case: Case, wire: Connection) -> None:
 
 async def run_drafter(case: Case, wire: Connection) -> None:
     method = CannedDrafts(case, Clock(), Texts(case, ChatTokenizer(ModelConfig())))
-    servicer = DrafterServicer(
-        "drafter", method, 2**40, case.config().network.max_message_bytes, Watchdog(1e6, "a draft"), DrafterMetrics()
-    )
+    limit = case.config().network.max_message_bytes
+    servicer = DrafterServicer("drafter", method, 2**40, limit, Watchdog(1e6, "a draft"), DrafterMetrics())
     await _serve(case, lambda server: drafter_pb2_grpc.add_DrafterServicer_to_server(servicer, server), wire)
+
+
+class _OneGroup:
+    """Stands for the fleet: one pipeline."""
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        self._pipeline = pipeline
+
+    async def pick(self, model_fingerprint: str = "") -> Pipeline:
+        return self._pipeline
 
 
 async def run_router(case: Case, wire: Connection) -> None:
@@ -123,7 +129,7 @@ async def run_router(case: Case, wire: Connection) -> None:
     pipeline = Pipeline(case.config(), "router", RouterMetrics())
     await pipeline.connect_target(Entry("target", "target", target, {}), 1)
     await pipeline.connect_drafter(Entry("drafter", "drafter", drafter, {}))
-    servicer = RouterServicer(OneGroup(pipeline))  # type: ignore[arg-type]
+    servicer = RouterServicer(_OneGroup(pipeline))  # type: ignore[arg-type]
     await _serve(case, lambda server: router_pb2_grpc.add_RouterServicer_to_server(servicer, server), wire)
 
 
@@ -145,8 +151,7 @@ async def run_gateway(case: Case, wire: Connection) -> None:
         is_first = True
         async for deltas in generator.generate(request):
             for delta in deltas:
-                for chunk in writer.chunks(delta):
-                    json.dumps(chunk, ensure_ascii=False, separators=(",", ":"))
+                writer.events(delta)
             if is_first and any(delta.token_ids for delta in deltas):
                 is_first = False
                 started += 1
