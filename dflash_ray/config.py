@@ -155,8 +155,13 @@ def _off_of_yaml(value: object) -> object:
 class RouterConfig(_Section):
     num_replicas: int = Field(1, ge=1)
     placement: PlacementConfig = PlacementConfig()
-    policy: Annotated[Literal["adaptive", "fixed", "off"], BeforeValidator(_off_of_yaml)] = "fixed"
-    draft_tokens: int = Field(4, ge=0, le=31, description="drafts a step unless the request says otherwise")
+    policy: Annotated[Literal["adaptive", "fixed", "off"], BeforeValidator(_off_of_yaml)] = Field(
+        "adaptive",
+        description="adaptive: as many drafts as pay, none where none do; fixed: draft_tokens; requests may choose",
+    )
+    draft_tokens: int = Field(
+        4, ge=0, le=31, description="drafts a step of the fixed policy, unless the request says otherwise"
+    )
     prefer_ngram: bool = Field(
         True, description="draft from an earlier occurrence of the text's end where that is right more often"
     )

@@ -22,18 +22,19 @@ def rows_per_piece(width: int, dtype: torch.dtype) -> int:
     return max(1, FEATURE_PIECE_BYTES // (width * _wire_dtype(dtype).itemsize))
 
 
-def to_message(
+def to_response(
     subscription_ids: list[int], starts: list[int], num_rows: list[int], rows: Tensor
-) -> target_pb2.ContextFeatures:
+) -> target_pb2.FeaturesResponse:
     """A message with features [sum of num_rows, H], one subscription's rows after the other's."""
     dtype = _wire_dtype(rows.dtype)
-    return target_pb2.ContextFeatures(
-        subscription_ids=subscription_ids,
-        starts=starts,
-        num_rows=num_rows,
-        dtype=next(name for name, known in _DTYPES.items() if known is dtype),
-        data=rows.to("cpu", dtype).contiguous().view(torch.uint8).numpy().tobytes(),
-    )
+    response = target_pb2.FeaturesResponse()
+    features = response.features  # filled in place: a message that is put into another one is copied
+    features.subscription_ids.extend(subscription_ids)
+    features.starts.extend(starts)
+    features.num_rows.extend(num_rows)
+    features.dtype = next(name for name, known in _DTYPES.items() if known is dtype)
+    features.data = rows.to("cpu", dtype).contiguous().view(torch.uint8).numpy().tobytes()
+    return response
 
 
 def rows_of(message: target_pb2.ContextFeatures, width: int) -> Tensor:

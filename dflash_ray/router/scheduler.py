@@ -10,8 +10,8 @@ to ask again if nothing else happens.
 
 A sequence that waits is in the queue; all others have a slot, and everything that changes with a step is in the columns
 of `SlotTable`. `steps.py` shares out the rows of a step, `in_flight.py` has the steps at the target and says whose turn
-it is, `drafting.py` asks drafters, `ngram_drafts.py` looks n-grams up, `draft_lengths.py` says how many drafts a step
-is worth. docs/architecture.md has the invariants.
+it is, `drafting.py` asks drafters, `ngram_drafts.py` looks n-grams up, `speculating.py` says how many drafts a step is
+worth. docs/architecture.md has the invariants.
 """
 
 from __future__ import annotations
@@ -26,25 +26,14 @@ from dflash_ray.core.draft_blocks import BlockColumns
 from dflash_ray.core.errors import DeadlineExceededError, HandedOverError, OverloadedError, RequestError
 from dflash_ray.pb import common_pb2, drafter_pb2, router_pb2, target_pb2
 from dflash_ray.router.actions import Action, CloseSequences, DropTarget, Emit, Fail, RunStep
-from dflash_ray.router.draft_lengths import DraftLengths, as_requested
-from dflash_ray.router.draft_rates import DraftRates
 from dflash_ray.router.drafting import Drafting
 from dflash_ray.router.in_flight import Cohorts, StepsInFlight
 from dflash_ray.router.limits import TargetLimits
-from dflash_ray.router.ngram_drafts import NgramDrafts
 from dflash_ray.router.results import StepOutcome, read_result
 from dflash_ray.router.sequence import RouterSequence
-from dflash_ray.router.slot_table import (
-    COLOCATED,
-    DECODE,
-    DRAFT_SOURCES,
-    MAX_DRAFTS,
-    NEVER,
-    NO_DRAFT,
-    PREFILL,
-    SlotTable,
-)
-from dflash_ray.router.steps import StepInFlight, build_step
+from dflash_ray.router.slot_table import COLOCATED, DECODE, DRAFT_SOURCES, MAX_DRAFTS, NEVER, PREFILL, SlotTable
+from dflash_ray.router.speculating import Speculating
+from dflash_ray.router.steps import StepInFlight, add_colocated, build_step
 
 _MAX_LOSSES = 2  # groups that may die over a sequence before it runs alone, where one more ends it
 _STEP_PATIENCE = 1.5  # times the pass's own limit, after which its group should have ended itself
@@ -55,18 +44,15 @@ class Scheduler:
 
     Attributes:
         limits: what the target group said; None while there is none.
-        draft_lengths: how many drafts a step is worth; a policy may be put in its place.
+        speculating: how many drafts each sequence is asked for and verifies.
     """
 
     def __init__(self, config: DflashRayConfig) -> None:
         self._router = config.router
-        self._uses_ngram = config.drafter.method != "none"
         self._table = SlotTable(self._router.max_running, 1)
-        self._rates = DraftRates()
-        self._ngrams = NgramDrafts(self._table, self._rates)
+        self.speculating = Speculating(config, self._table)
         self._steps = StepsInFlight(self._router.num_steps_in_flight, _STEP_PATIENCE * config.target.step_timeout_s)
         self._cohorts = Cohorts(self._router.cohorts)
-        self.draft_lengths: DraftLengths = as_requested
         self.drafting = Drafting(config, self._table)
         self.limits: TargetLimits | None = None
         self.free_pages = 0
@@ -82,6 +68,7 @@ class Scheduler:
         self.num_preemptions = 0
         self.num_drafts_by_source: Counter[str] = Counter()
         self.num_draft_tokens = 0
+        self.num_accepted_by_position = np.zeros(MAX_DRAFTS, np.int64)
 
     @property
     def num_running(self) -> int:
@@ -103,8 +90,15 @@ class Scheduler:
         tokens = column(request.token_ids).astype(np.uint32)
         if self.limits is not None:
             self.limits.check_fits(tokens)
-        draft_tokens = self._draft_tokens(request.speculation)
-        sequence = RouterSequence(self._next_id, request, tokens, draft_tokens, stream, call_id, request.num_losses)
+        sequence = RouterSequence(
+            self._next_id,
+            request,
+            tokens,
+            *self.speculating.policy_of(request.speculation),
+            stream,
+            call_id,
+            request.num_losses,
+        )
         self._next_id += 1
         self._sequences[sequence.sequence_id] = sequence
         self._waiting.append(sequence)
@@ -115,19 +109,11 @@ class Scheduler:
         if self._sequences.get(sequence.sequence_id) is sequence:
             self._remove(sequence)
 
-    def _draft_tokens(self, speculation: router_pb2.Speculation) -> int:
-        policy = speculation.policy
-        is_default = policy == router_pb2.SPECULATION_POLICY_UNSPECIFIED
-        if policy == router_pb2.SPECULATION_POLICY_OFF or (is_default and self._router.policy == "off"):
-            return 0
-        wanted = speculation.draft_tokens if speculation.HasField("draft_tokens") else self._router.draft_tokens
-        return min(wanted, MAX_DRAFTS)
-
     def target_ready(self, limits: TargetLimits, now: float) -> None:
         """A target group said hello; it has no sequences yet, and no slot is in use."""
         if limits.max_model_len != self._table.max_len:
             self._table = self.drafting.table = SlotTable(self._router.max_running, limits.max_model_len)
-            self._ngrams = NgramDrafts(self._table, self._rates)
+        self.speculating.begin(self._table)
         self.limits = limits
         self.free_pages = limits.num_pages
         self._lost_at = None
@@ -162,6 +148,8 @@ class Scheduler:
             if part.sequence_id in self._sequences:
                 self._actions.append(Emit.one(self._sequences[part.sequence_id], prompt_logprobs=part))
         is_current = step.is_current(self._table)
+        draft_seconds = result.timings.draft_ns / 1e9
+        self.speculating.done(step, outcome, is_current & outcome.is_ok, now, draft_seconds)
         self._table.step_ids[step.slots[is_current]] = 0
         self._advance(step, outcome, (is_current & outcome.is_ok).nonzero()[0])
         lacks_pages = False
@@ -191,11 +179,11 @@ class Scheduler:
         is_chunk = entries < step.num_chunks
         has_tokens = counts > 0
         first_tokens = token_ids[(counts.cumsum() - counts)[has_tokens]]
-        self._ngrams.judge(slots[has_tokens & ~is_chunk], first_tokens[~is_chunk[has_tokens]])
+        self.speculating.judge_ngrams(slots[has_tokens & ~is_chunk], first_tokens[~is_chunk[has_tokens]])
         table.num_prefilled[slots] += step.rows[entries]
         table.start_decoding(slots[is_chunk & has_tokens])
         table.commit(slots, counts, token_ids)
-        self._ngrams.forget(slots)
+        self.speculating.ngrams.forget(slots)
         self._emit(step, outcome, entries, token_ids)
         self._idle.append(slots[(table.phases[slots] == DECODE) & (table.step_ids[slots] == 0)])
 
@@ -206,6 +194,8 @@ class Scheduler:
         told = entries[is_told]
         if not len(told):
             return
+        by_count = np.bincount(outcome.num_accepted[told], minlength=MAX_DRAFTS + 1)[1 : MAX_DRAFTS + 1]
+        self.num_accepted_by_position += by_count[::-1].cumsum()[::-1]
         slots, reasons = step.slots[told], outcome.finish_reasons[told]
         logprobs = {}
         if outcome.logprobs:
@@ -288,7 +278,7 @@ class Scheduler:
         """Everything there is to do at `now`, in order."""
         self._give_up_waiting(now)
         self._actions += self.drafting.expire(now)
-        self._ngrams.make_room()
+        self.speculating.ngrams.make_room()
         if self.limits is not None:
             self._admit(self.limits)
             self._request_drafts(self.limits, now)
@@ -336,7 +326,7 @@ class Scheduler:
             request = sequence.request
             max_len = min(limits.max_model_len, request.prompt_len + request.stopping.max_new_tokens)
             slot = table.enter(sequence, max_len, self._cohorts.smaller(table), sequence.num_losses >= _MAX_LOSSES)
-            self._ngrams.clear(slot)
+            self.speculating.enter(slot)
 
     def _promised_pages(self, limits: TargetLimits) -> int:
         """Pages that prompts on the target will still take."""
@@ -347,17 +337,18 @@ class Scheduler:
         return int((pages - -(-self._table.num_prefilled[slots] // limits.page_size)).sum())
 
     def _request_drafts(self, limits: TargetLimits, now: float) -> None:
-        """Takes n-grams where they promise more, and asks drafters for what else slots want that have got tokens."""
+        """Asks drafters for what the slots are worth that have got tokens."""
         idle = np.concatenate(self._idle) if self._idle else np.zeros(0, np.int64)
         self._idle.clear()
+        if limits.colocated_draft_tokens:
+            return  # the step asks
+        idle = idle[self._table.lacks_draft(idle)]
         if len(idle):
-            counts = self.draft_lengths(self._table, idle)
-            is_wanted = self._table.lacks_draft(idle) & (counts > 0)
-            idle, counts = idle[is_wanted], counts[is_wanted]
-        if len(idle) and self._uses_ngram and self._router.prefer_ngram and limits.has_drafter:
-            idle = idle[~self._ngrams.take_preferred(idle, counts)]
-        if not limits.colocated_draft_tokens:
-            self._actions += self.drafting.request(idle, self.draft_lengths, limits, self._step_id, now)
+            idle = self.speculating.ask(idle, self.drafting.reach, limits, now)
+        opens_all = self.speculating.controller.expects_drafts
+        if not opens_all:
+            self.drafting.rest()
+        self._actions += self.drafting.request(idle, limits, self._step_id, opens_all, now)
 
     def _start_step(self, limits: TargetLimits, now: float) -> bool:
         """Sends the next step when a cohort has all its drafts or has waited long enough for them."""
@@ -365,19 +356,19 @@ class Scheduler:
         if chosen is None:
             return False
         decoding, prefilling, is_alone = chosen
-        counts = self.draft_lengths(self._table, decoding)
-        if self._uses_ngram:
-            lacks_draft = (self._table.draft_lens[decoding] == NO_DRAFT) & (counts > 0)
-            self._ngrams.take(decoding[lacks_draft], counts[lacks_draft])
+        counts = self.speculating.cut(decoding, limits)
         self._step_id += 1
         message, step = build_step(
             self._step_id, limits, self._router, self._table, decoding, prefilling, counts, is_alone=is_alone
         )
         message.close.extend(self._close_next)
         self._close_next = []
+        num_asked = self.speculating.ask_inside(step, limits, now)
+        add_colocated(message, self._table, step.slots, num_asked)
+        self.speculating.sent(decoding, step, now, num_asked)
         self._steps.add(step, now)
         self._count_drafts(step)
-        self._actions.append(RunStep(message))
+        self._actions.append(RunStep(message, step.num_rows))
         if message.open:
             for opened in message.open:
                 self.drafting.add(self._sequences[opened.sequence_id])
