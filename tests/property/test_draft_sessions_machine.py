@@ -32,7 +32,7 @@ class DraftSessionsMachine(RuleBasedStateMachine):
 
     @rule(key=KEYS, back=st.sampled_from([0, 0, 0, 2, -1]), count=st.integers(1, 9), is_late=st.booleans())
     def rows_come(self, key, back, count, is_late):
-        """From `back` rows before the last one that came; late ones are of a stream from before the session was lost."""
+        """From `back` rows before the last one; late ones are of a stream from before the session was lost."""
         if not is_late or key not in self.come:
             self.arrivals.open(key)
             if key not in self.come or key in self.lost:
