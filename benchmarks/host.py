@@ -121,9 +121,10 @@ class Loop:
             self.wires["drafters to router"] += len(reply)
             self._router.take_from_drafter(name, reply)
         messages = self._router.to_gateway()
-        self.wires["router to gateway"] += sum(len(message) for _, message in messages)
-        self.wires["gateway to clients"] += self._gateway.take(messages)
-        return len(messages)
+        self.wires["router to gateway"] += sum(len(message) for message in messages)
+        count, size = self._gateway.take(messages)
+        self.wires["gateway to clients"] += size
+        return count
 
 
 @cache

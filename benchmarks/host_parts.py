@@ -7,7 +7,6 @@ keeps two of seven drafts and adds a token.
 
 from __future__ import annotations
 
-import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -23,25 +22,29 @@ import torch
 from numpy.typing import NDArray
 
 from dflash_ray.config import DflashRayConfig
+from dflash_ray.core.errors import RequestError
 from dflash_ray.core.watchdog import Watchdog
 from dflash_ray.drafter.arrivals import Arrival, Arrivals
 from dflash_ray.drafter.drafts import Drafts
 from dflash_ray.drafter.sessions import DraftSessions
 from dflash_ray.gateway.choice import Choice
-from dflash_ray.gateway.generation import Generator
+from dflash_ray.gateway.generation import _Progress
 from dflash_ray.gateway.openai_responses import ResponseWriter
 from dflash_ray.gateway.openai_types import ChatCompletionRequest
 from dflash_ray.gateway.requests import GenerationRequest
+from dflash_ray.gateway.token_chunks import unpack
 from dflash_ray.kernels.columns import IntColumn
 from dflash_ray.models.block_drafter import DraftProposal
 from dflash_ray.models.context_features import rows_of
 from dflash_ray.models.dflash2 import Draw
 from dflash_ray.observability.metrics import GatewayMetrics, RouterMetrics
 from dflash_ray.pb import common_pb2, drafter_pb2, router_pb2, target_pb2
-from dflash_ray.router import scheduler
+from dflash_ray.router import ngram_drafts
+from dflash_ray.router.actions import Emit
 from dflash_ray.router.draft_requests import DrafterState
 from dflash_ray.router.limits import TargetLimits
-from dflash_ray.router.pipeline import Pipeline, to_chunk
+from dflash_ray.router.outbox import Outbox
+from dflash_ray.router.pipeline import Pipeline
 from dflash_ray.sampling.columns import PlanColumns
 from dflash_ray.sampling.logprobs import Logprobs
 from dflash_ray.sampling.verify import Verdict
@@ -179,7 +182,7 @@ class Texts:
 
 def indexed_at_once() -> AbstractContextManager[object]:
     """While it lasts a poll indexes all texts for n-grams, as they are once a server has run for a while."""
-    return patch.object(scheduler, "_INDEXED_AT_ONCE", 2**31)
+    return patch.object(ngram_drafts, "_INDEXED_AT_ONCE", 2**31)
 
 
 class _Outbox:
@@ -204,14 +207,21 @@ class Router:
     def __init__(self, case: Case, clock: Clock, vocab_size: int) -> None:
         config = case.config()
         self._clock = clock
-        self._target, self._gateways = _Outbox(), _Outbox()
+        self._target, self._gateway = _Outbox(), Outbox()
+        self._receiver = _GatewayStream(self._gateway)
         self._pipeline = Pipeline(config, "router", RouterMetrics())
         self._pipeline._target = self._target
         self._drafters = {f"drafter{i}": _Outbox() for i in range(case.num_drafters)}
         self._pipeline._drafters.update(self._drafters)
         target = config.target
         limits = TargetLimits(
-            1, config.model.max_model_len, vocab_size, target.page_size, target.num_pages, target.max_batch_tokens
+            1,
+            config.model.max_model_len,
+            vocab_size,
+            target.page_size,
+            target.num_pages,
+            target.max_batch_tokens,
+            feature_fingerprint="canned",
         )
         self._pipeline.scheduler.target_ready(limits, time.monotonic())
         for name in self._drafters:
@@ -222,9 +232,7 @@ class Router:
     def take_requests(self, messages: list[bytes]) -> None:
         for index, message in enumerate(messages):
             request = router_pb2.GenerateTokensRequest.FromString(message)
-            sequence = self._pipeline.scheduler.arrive(request, time.monotonic())
-            self._pipeline._queues[sequence.sequence_id] = self._gateways
-            self.indexes[sequence.sequence_id] = index
+            self._pipeline.start(request, self._receiver, index)
         self._pipeline._pump()
 
     def take_from_target(self, data: bytes) -> None:
@@ -255,16 +263,25 @@ class Router:
         self._clock.to(None)
         return messages
 
-    def to_gateway(self) -> list[tuple[int, bytes]]:
-        """Messages with the numbers of the requests that they are for."""
+    def to_gateway(self) -> list[bytes]:
         self._clock.to("router chunks")
-        now = time.monotonic()
-        emits = self._gateways.take()
-        messages = [to_chunk(emit.sequence, emit, now).SerializeToString() for emit in emits]
+        messages = []
+        while (message := self._gateway.pop()) is not None:
+            messages.append(message.SerializeToString())
         self._clock.to(None)
-        return [
-            (self.indexes[emit.sequence.sequence_id], message) for emit, message in zip(emits, messages, strict=True)
-        ]
+        return messages
+
+
+class _GatewayStream:
+    """The requests' stream, of which each is a call under its own number."""
+
+    number = 1
+
+    def __init__(self, outbox: Outbox) -> None:
+        self.emit: Callable[[Emit], None] = outbox.add
+
+    def fail(self, call_id: int, error: RequestError) -> None:
+        raise error
 
 
 class _RingStore(FeatureStore):
@@ -532,7 +549,7 @@ class Gateway:
             ResponseWriter("chat", request.request_id, "model", texts.tokenizer, body, [request])
             for request in self._requests
         ]
-        self._metrics = Generator(None, texts.tokenizer, GatewayMetrics(), "model", 1.0, 1.0)  # type: ignore[arg-type]
+        self._progress = [_Progress(GatewayMetrics(), "model") for _ in self._requests]
 
     @cached_property
     def requests(self) -> list[bytes]:
@@ -549,20 +566,20 @@ class Gateway:
             for request in self._requests
         ]
 
-    def take(self, messages: list[tuple[int, bytes]]) -> int:
-        """The bytes that clients get."""
+    def take(self, messages: list[bytes]) -> tuple[int, int]:
+        """Requests that got tokens, and the bytes that clients get."""
         self._clock.to("gateway")
-        size = 0
-        for index, data in messages:
-            chunk = router_pb2.TokenChunk.FromString(data)
-            choice = self._choices[index]
-            before = choice.num_tokens
-            delta = choice.take(chunk)
-            self._metrics._observe(len(delta.token_ids), before, 0.01, 0.01)
-            for event in self._writers[index].chunks(delta):
-                size += len(f"data: {json.dumps(event, ensure_ascii=False, separators=(',', ':'))}\n\n".encode())
+        count = size = 0
+        for data in messages:
+            for index, chunk in unpack(router_pb2.RouterResponse.FromString(data).progress):
+                if isinstance(chunk, RequestError):
+                    raise chunk
+                delta = self._choices[index].take(chunk)
+                self._progress[index].observe(delta)
+                count += 1
+                size += len(self._writers[index].events(delta).encode())
         self._clock.to(None)
-        return size
+        return count, size
 
 
 class Rank:

@@ -149,10 +149,10 @@ async def run_gateway(case: Case, wire: Connection) -> None:
         request = texts.request(index)
         writer = ResponseWriter("chat", request.request_id, "model", tokenizer, body, [request])
         is_first = True
-        async for delta in generator.generate(request):
-            for chunk in writer.chunks(delta):
-                json.dumps(chunk, ensure_ascii=False, separators=(",", ":"))
-            if is_first and delta.token_ids:
+        async for deltas in generator.generate(request):
+            for delta in deltas:
+                writer.events(delta)
+            if is_first and any(delta.token_ids for delta in deltas):
                 is_first = False
                 started += 1
                 if started == case.sequences:

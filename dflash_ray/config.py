@@ -154,6 +154,9 @@ class RouterConfig(_Section):
     )
     num_candidates: int = Field(1, ge=1, le=16, description="candidates a draft slot that drafters return")
     cohorts: Literal[1, 2] = Field(1, description="2: one cohort is verified while the other is drafted")
+    steps_in_flight: Literal[1, 2] | None = Field(
+        None, description="2: the next step is sent while one runs; as many as there are cohorts unless set"
+    )
     draft_timeout_ms: float = Field(100.0, gt=0, description="a slower draft is replaced by an n-gram or none")
     max_missed_drafts: int = Field(3, ge=1, description="late drafts in a row before a drafter is left for a while")
     prefill_chunk_tokens: int = Field(256, ge=1)
@@ -163,6 +166,11 @@ class RouterConfig(_Section):
     target_wait_s: float = Field(
         180.0, gt=0, description="requests wait this long for a target group while no router leads one"
     )
+
+    @property
+    def num_steps_in_flight(self) -> int:
+        """Steps that a target group is sent ahead of their results."""
+        return self.steps_in_flight or self.cohorts
 
 
 class TrafficConfig(_Section):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import socket
 from collections.abc import AsyncIterator, Callable
@@ -16,14 +17,19 @@ import uvicorn
 
 from dflash_ray.config import ModelConfig, load_config
 from dflash_ray.core.errors import RequestError
+from dflash_ray.core.protocol import PROTOCOL_VERSION
+from dflash_ray.core.stats import DecodePass
 from dflash_ray.gateway.core import GatewayCore
 from dflash_ray.gateway.grpc_api import GenerationServicer
 from dflash_ray.gateway.http_api import build_http_app
+from dflash_ray.gateway.token_chunks import TokenChunk
 from dflash_ray.pb import common_pb2, generation_pb2_grpc, router_pb2, router_pb2_grpc
+from dflash_ray.router.outbox import Outbox
 from dflash_ray.rpc.channel import new_server
 from dflash_ray.rpc.directory import DirectoryClient, Entry
 from dflash_ray.rpc.malformed import RefuseMalformed
 from dflash_ray.text.tokenizer import ChatTokenizer
+from tests.toy import emit_of
 
 
 @functools.cache  # the embedded model's takes seconds to read
@@ -35,24 +41,21 @@ def shared_tokenizer(config: ModelConfig) -> ChatTokenizer:
     return _tokenizer(config.model_dump_json())
 
 
-Respond = Callable[[router_pb2.GenerateTokensRequest], AsyncIterator[router_pb2.TokenChunk]]
+Respond = Callable[[router_pb2.GenerateTokensRequest], AsyncIterator[TokenChunk]]
 
 
-def chunk(*token_ids: int, drafted: int | None = None, reason: int = 0) -> router_pb2.TokenChunk:
+def chunk(*token_ids: int, drafted: int | None = None, reason: int = 0) -> TokenChunk:
     """What a pass brings: with `drafted` it is one of the decode phase, whose tokens are drafts but the last."""
-    made = router_pb2.TokenChunk(token_ids=token_ids, finish_reason=reason)
-    if drafted is not None:
-        made.decode_pass.num_drafts = made.decode_pass.num_spec_tokens = drafted
-        made.decode_pass.num_accepted_drafts = len(token_ids) - 1
-    return made
+    decode_pass = None if drafted is None else DecodePass(drafted, len(token_ids) - 1, drafted)
+    return TokenChunk(list(token_ids), reason, decode_pass)
 
 
 def says(text: str, pass_size: int = 1, end: int = common_pb2.FINISH_REASON_LENGTH) -> Respond:
     """A router whose target always says the same, `pass_size` tokens a pass."""
 
-    async def respond(request: router_pb2.GenerateTokensRequest) -> AsyncIterator[router_pb2.TokenChunk]:
+    async def respond(request: router_pb2.GenerateTokensRequest) -> AsyncIterator[TokenChunk]:
         ids = shared_tokenizer(ModelConfig()).encode(text)[: request.stopping.max_new_tokens]
-        yield router_pb2.TokenChunk()
+        yield TokenChunk()
         yield chunk(ids[0], reason=0 if len(ids) > 1 else end)
         for at in range(1, len(ids), pass_size):
             part = ids[at : at + pass_size]
@@ -70,15 +73,37 @@ class ScriptedRouter(router_pb2_grpc.RouterServicer):
     num_running: int = 0
     most_running: int = 0
 
-    async def Generate(self, request, context):
-        self.requests.append(request)
+    async def Generate(self, request_iterator, context):
+        outbox, calls = Outbox(), {}
+
+        async def read() -> None:
+            async for message in request_iterator:
+                for opened in message.open:
+                    calls[opened.call_id] = asyncio.create_task(self._answer(opened, outbox))
+                for call_id in message.cancel:
+                    calls[call_id].cancel()
+
+        reading = asyncio.create_task(read())
+        try:
+            yield router_pb2.RouterResponse(hello=router_pb2.RouterHello(protocol_version=PROTOCOL_VERSION))
+            while True:
+                yield await outbox.take()
+        finally:
+            for task in (reading, *calls.values()):
+                task.cancel()
+
+    async def _answer(self, opened: router_pb2.OpenCall, outbox: Outbox) -> None:
+        self.requests.append(opened.request)
         self.num_running += 1
         self.most_running = max(self.most_running, self.num_running)
         try:
-            async for part in self.respond(request):
-                yield part
+            async with contextlib.aclosing(self.respond(opened.request)) as parts:
+                async for part in parts:
+                    outbox.add(emit_of(opened.call_id, part))
         except RequestError as error:
-            await context.abort(getattr(grpc.StatusCode, error.grpc_code), error.message)
+            outbox.add_error(opened.call_id, error)
+        except Exception as fault:  # of the test
+            outbox.add_error(opened.call_id, RequestError(repr(fault)))
         finally:
             self.num_running -= 1
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from dflash_ray.core.draft_blocks import DraftBlock, to_message
+from dflash_ray.core.arrays import packed, unpacked
+from dflash_ray.core.draft_blocks import BlockColumns, DraftBlock, to_message
 from dflash_ray.pb import common_pb2, drafter_pb2, router_pb2, target_pb2
+from dflash_ray.router.actions import Emit
 from dflash_ray.router.limits import TargetLimits
+from dflash_ray.router.sequence import RouterSequence
 
 VOCAB = 50
 STOP_TOKEN = 7
@@ -26,6 +29,12 @@ def answer(prompt: list[int], max_new_tokens: int) -> list[int]:
     return tokens[len(prompt) :]
 
 
+def drafts_of(message: common_pb2.DraftBlocks) -> dict[int, list[int]]:
+    """The drafts of a message's blocks, by sequence."""
+    blocks = BlockColumns.of(message)
+    return {block.sequence_id: block.draft_ids for block in map(blocks.block, range(len(blocks.sequence_ids)))}
+
+
 def token_request(prompt: list[int], max_new: int, draft_tokens: int) -> router_pb2.GenerateTokensRequest:
     return router_pb2.GenerateTokensRequest(
         token_ids=prompt,
@@ -35,11 +44,16 @@ def token_request(prompt: list[int], max_new: int, draft_tokens: int) -> router_
     )
 
 
+def tokens_of(data: bytes) -> list[int]:
+    """What travelled as packed token ids."""
+    return unpacked("token_ids", data).tolist()
+
+
 class ToyTarget:
     """Pages, statuses and tokens as the contract says; no model behind it."""
 
     def __init__(self, num_pages: int = 64, page_size: int = 4, max_batch_tokens: int = 64) -> None:
-        self.limits = TargetLimits(1, 200, VOCAB, page_size, num_pages, max_batch_tokens)
+        self.limits = TargetLimits(1, 200, VOCAB, page_size, num_pages, max_batch_tokens, feature_fingerprint="toy")
         self.sequences: dict[int, dict] = {}
         self.step_id = 0  # the last one that was run
 
@@ -63,7 +77,7 @@ class ToyTarget:
             self._entry(result, sequence_id, length, None)
         offset = 0
         for sequence_id, base, count in zip(step.verify_ids, step.base_lens, step.num_drafts, strict=True):
-            drafts = list(step.draft_token_ids[offset : offset + count])
+            drafts = tokens_of(step.draft_token_ids)[offset : offset + count]
             offset += count
             self._entry(result, sequence_id, base, drafts)
         result.free_pages = self.limits.num_pages - self.used_pages
@@ -95,7 +109,7 @@ class ToyTarget:
         result.statuses.append(status)
         result.num_accepted_drafts.append(min(accepted, len(kept)))
         result.num_tokens.append(len(kept))
-        result.token_ids.extend(kept)
+        result.token_ids += packed(np.array(kept, np.uint32))
         result.finish_reasons.append(reason)
         result.committed_lens.append(len(sequence["tokens"]) if sequence else 0)
 
@@ -211,3 +225,9 @@ class ToyDrafter:
                 self.refused.add(sequence_id)
             else:
                 self.sessions[sequence_id] = rows
+
+
+def emit_of(call_id: int, told, stream: int = 0) -> Emit:
+    """The action that tells one call of a stream something; `told` is a gateway's TokenChunk."""
+    sequence = RouterSequence(0, router_pb2.GenerateTokensRequest(), [], 0, stream, call_id)
+    return Emit.one(sequence, told.token_ids, told.finish_reason, told.decode_pass, told.logprobs, told.prompt_logprobs)

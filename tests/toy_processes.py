@@ -14,9 +14,11 @@ import grpc
 
 from dflash_ray.config import DflashRayConfig, NetworkConfig, load_config
 from dflash_ray.core.protocol import PROTOCOL_VERSION
+from dflash_ray.gateway.mailbox import Mailbox
 from dflash_ray.gateway.requests import GenerationRequest
 from dflash_ray.gateway.resumption import ResumedCall
 from dflash_ray.gateway.routers import Routers
+from dflash_ray.gateway.token_chunks import TokenChunk
 from dflash_ray.observability.metrics import RouterMetrics
 from dflash_ray.pb import (
     common_pb2,
@@ -176,7 +178,8 @@ class ToyRouter(_Process):
         self.fleet = Fleet(config, self.id, directory, RouterMetrics())
 
     def _add_to(self, server: grpc.aio.Server) -> None:
-        router_pb2_grpc.add_RouterServicer_to_server(RouterServicer(self.fleet), server)
+        self.servicer = RouterServicer(self.fleet)
+        router_pb2_grpc.add_RouterServicer_to_server(self.servicer, server)
 
     def _info(self) -> dict:
         return self.fleet.info()
@@ -198,6 +201,7 @@ class ToyRouter(_Process):
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._directory.unregister("router", self.id)
         await self.fleet.close()
+        self.servicer.close()
         await self._server.stop(1.0)
 
 
@@ -261,12 +265,17 @@ class Cluster:
         def count() -> None:
             self.num_resumed += 1
 
-        chunks = ResumedCall(self.routers, request, deadline, wait_s, count).chunks()
+        mailbox: Mailbox[TokenChunk] = Mailbox()
+        call = ResumedCall(self.routers, request, lambda chunk: chunk, mailbox.put, deadline, wait_s, count)
+        call.start()
         try:
-            async for chunk in chunks:
-                tokens.extend(chunk.token_ids)
+            is_finished = False
+            while not is_finished:
+                for chunk in await mailbox.take():
+                    tokens.extend(chunk.token_ids)
+                    is_finished = bool(chunk.finish_reason)
         finally:
-            await chunks.aclose()
+            call.close()
         return tokens
 
 

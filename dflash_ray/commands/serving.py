@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -42,7 +43,7 @@ def run_serve(config_path: Path | None, overrides: list[str], log: str | None) -
     config = _load(config_path, overrides)
     began = time.monotonic()
     with logs_kept_apart("serve", log), Steps() as steps, _running(config, steps):
-        http, grpc = _addresses(config)
+        http, grpc = _http_url(config), _grpc_address(config)
         seconds = time.monotonic() - began
         console.out(f"ready in {seconds:.0f} s: HTTP on {http}, gRPC on {grpc}; Ctrl-C stops", style="bold green")
         body = f'{{"model": "{config.model.served_name}", "messages": [{{"role": "user", "content": "Hello!"}}]}}'
@@ -59,7 +60,7 @@ def run_demo(config_path: Path | None, overrides: list[str], log: str | None) ->
     with logs_kept_apart("demo", log), Steps() as steps:
         answers: dict[str, list[Answer]] = {"off": [], "fixed": []}
         with _running(config, steps):
-            _, address = _addresses(config)
+            address = _grpc_address(config)
             console.out(f"> {_DEMO_PROMPTS[0]}", style="bold")
             _answer(address, _DEMO_PROMPTS[0], "fixed", show=True)
             total = _DEMO_ROUNDS * len(_DEMO_PROMPTS) * len(answers)
@@ -86,7 +87,7 @@ def _running(config: DflashRayConfig, steps: Steps) -> Iterator[None]:
             _compile_operators()
         with running_app(config, on_step=steps.begin):
             steps.begin("waiting until it can answer")
-            _wait_until_ready(_addresses(config)[0])
+            _wait_until_ready(_http_url(config))
             steps.end()
             yield
     except AppStartError as error:
@@ -104,13 +105,27 @@ def _compile_operators() -> None:
         notes.out(f"the operators run in plain torch, which is slower: they could not be compiled ({reason})")
 
 
-def _addresses(config: DflashRayConfig) -> tuple[str, str]:
-    """URL of the HTTP API and address of the gRPC API, as this machine reaches them."""
+def _http_url(config: DflashRayConfig) -> str:
+    """The HTTP API, as this machine reaches it."""
     from dflash_ray.rpc.node import bind_host
 
-    gateway = config.gateway
-    http = local_address(bind_host(gateway.http_host), gateway.http_port)
-    return f"http://{http}", local_address(bind_host(gateway.grpc_host), gateway.grpc_port)
+    return f"http://{local_address(bind_host(config.gateway.http_host), config.gateway.http_port)}"
+
+
+def _grpc_address(config: DflashRayConfig) -> str:
+    """The same of the gRPC API of the running application."""
+    from dflash_ray.rpc.node import bind_host
+
+    return local_address(bind_host(config.gateway.grpc_host), config.gateway.grpc_port or _grpc_port())
+
+
+def _grpc_port() -> int:
+    """The port that the running gateway was given."""
+    from dflash_ray.rpc.directory import DirectoryClient
+
+    [entry, *_] = asyncio.run(DirectoryClient().entries("gateway"))
+    port: int = entry.info["grpc_port"]
+    return port
 
 
 def _wait_until_ready(url: str) -> None:

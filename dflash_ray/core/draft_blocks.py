@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dflash_ray.core.arrays import Flags, Ints, Tokens, column
 from dflash_ray.pb import common_pb2
 
 _IDS, _LOG_PROBS = np.dtype("<u4"), np.dtype("<f4")
@@ -54,25 +55,66 @@ def _joined(parts: list[NDArray[np.generic]], dtype: np.dtype[np.generic]) -> by
     return np.concatenate([part.ravel() for part in parts]).astype(dtype, copy=False).tobytes() if parts else b""
 
 
-def blocks_of(message: common_pb2.DraftBlocks) -> Iterator[DraftBlock]:
-    """A message's blocks, views of its bytes. Raises ValueError when its columns do not belong together."""
-    count = len(message.sequence_ids)
-    for name in ("committed_lens", "num_slots", "num_candidates", "is_drawn"):
-        if len(getattr(message, name)) != count:
-            raise ValueError(f"blocks: {name} has {len(getattr(message, name))} elements for {count} sequence_ids")
-    total = sum(slots * size for slots, size in zip(message.num_slots, message.num_candidates, strict=True))
-    for name, dtype in (("candidate_ids", _IDS), ("log_probs", _LOG_PROBS)):
-        if len(getattr(message, name)) != total * dtype.itemsize:
-            raise ValueError(f"blocks: {name} has {len(getattr(message, name))} bytes for {total} candidates")
-    ids = np.frombuffer(message.candidate_ids, dtype=_IDS)
-    log_probs = np.frombuffer(message.log_probs, dtype=_LOG_PROBS)
-    at = 0
-    columns = (
-        message.sequence_ids, message.committed_lens, message.num_slots, message.num_candidates, message.is_drawn
-    )  # fmt: skip
-    for sequence_id, committed_len, num_slots, num_candidates, is_drawn in zip(*columns, strict=True):
-        shape, stop = (num_slots, num_candidates), at + num_slots * num_candidates
-        yield DraftBlock(
-            sequence_id, committed_len, ids[at:stop].reshape(shape), log_probs[at:stop].reshape(shape), is_drawn
+@dataclass(frozen=True, slots=True)
+class BlockColumns:
+    """The blocks of a message, columns [num_blocks] unless said.
+
+    Attributes:
+        starts: of each block in candidate_ids and log_probs.
+        candidate_ids, log_probs: [num_slots[i], num_candidates[i]] of every block, one after the other.
+    """
+
+    sequence_ids: Ints
+    committed_lens: Ints
+    num_slots: Ints
+    num_candidates: Ints
+    is_drawn: Flags
+    starts: Ints
+    candidate_ids: Tokens
+    log_probs: NDArray[np.float32]
+
+    @classmethod
+    def of(cls, message: common_pb2.DraftBlocks) -> BlockColumns:
+        """Views of a message's bytes. Raises ValueError when its columns do not belong together."""
+        count = len(message.sequence_ids)
+        for name in ("committed_lens", "num_slots", "num_candidates", "is_drawn"):
+            if len(getattr(message, name)) != count:
+                raise ValueError(f"blocks: {name} has {len(getattr(message, name))} elements for {count} sequence_ids")
+        num_slots, num_candidates = column(message.num_slots), column(message.num_candidates)
+        ends = np.cumsum(num_slots * num_candidates)
+        total = int(ends[-1]) if count else 0
+        for name, dtype in (("candidate_ids", _IDS), ("log_probs", _LOG_PROBS)):
+            if len(getattr(message, name)) != total * dtype.itemsize:
+                raise ValueError(f"blocks: {name} has {len(getattr(message, name))} bytes for {total} candidates")
+        if np.any((num_candidates == 0) & (num_slots > 0)):
+            raise ValueError("blocks: num_candidates must not be 0 where there are slots")
+        return cls(
+            column(message.sequence_ids),
+            column(message.committed_lens),
+            num_slots,
+            num_candidates,
+            np.fromiter(message.is_drawn, np.bool_, count),
+            ends - num_slots * num_candidates,
+            np.frombuffer(message.candidate_ids, dtype=_IDS),
+            np.frombuffer(message.log_probs, dtype=_LOG_PROBS),
         )
-        at = stop
+
+    def draft_places(self, blocks: Ints, width: int) -> tuple[Ints, Flags]:
+        """Where blocks have their drafts in candidate_ids and log_probs, and which there are; [len(blocks), width]."""
+        slots = np.arange(width)
+        is_there: Flags = slots < self.num_slots[blocks][:, None]
+        places: Ints = self.starts[blocks][:, None] + slots * self.num_candidates[blocks][:, None]
+        places[~is_there] = 0
+        return places, is_there
+
+    def block(self, i: int) -> DraftBlock:
+        """One of them."""
+        shape = int(self.num_slots[i]), int(self.num_candidates[i])
+        of_block = slice(self.starts[i], self.starts[i] + shape[0] * shape[1])
+        return DraftBlock(
+            int(self.sequence_ids[i]),
+            int(self.committed_lens[i]),
+            self.candidate_ids[of_block].reshape(shape),
+            self.log_probs[of_block].reshape(shape),
+            bool(self.is_drawn[i]),
+        )

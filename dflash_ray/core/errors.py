@@ -118,6 +118,15 @@ _BY_GRPC_CODE: dict[str, type[RequestError]] = {
 }
 
 
-def error_from_grpc(code_name: str, details: str) -> RequestError:
-    """The error that a gRPC status of an inner call stands for; unknown codes become internal errors."""
-    return _BY_GRPC_CODE.get(code_name, RequestError)(details)
+def error_of_call(code_name: str, message: str, param: str | None, num_losses: int) -> RequestError:
+    """The error with which a router ended a call; unknown codes become internal errors."""
+    if num_losses:
+        return HandedOverError(message, num_losses)
+    return _BY_GRPC_CODE.get(code_name, RequestError)(message, param)
+
+
+def prompt_too_long(num_tokens: int | str, context: int, field: str) -> InvalidRequestError:
+    """The refusal of a prompt that leaves no room for an answer."""
+    # Client libraries know this error by OpenAI's words for the limit.
+    message = f"has {num_tokens} tokens, but this model's maximum context length is {context} tokens; shorten it"
+    return InvalidRequestError(message, field, "context_length_exceeded")

@@ -1,6 +1,10 @@
-"""Prompt lookup: the tokens that followed the latest earlier occurrence of the sequence's last n-gram.
+"""Prompt lookup: the tokens that followed the latest earlier occurrence of a sequence's last n-gram.
 
 Source of the idea: Saxena, Prompt Lookup Decoding (2023). Needs no weights and no context features.
+
+A follower is the position after an n-gram; it stands for the n-grams of all sizes that end just before it. For each
+size and row, `heads` has the latest follower by the n-gram's hash, and `earlier` the one before each of the same hash;
+a lookup goes down that chain until the tokens are the same. Everything is done for many rows and tokens at a time.
 """
 
 from __future__ import annotations
@@ -8,12 +12,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
+from dflash_ray.core.arrays import Ints, Tokens
+
 MAX_NGRAM = 5
 MIN_NGRAM = 2
 WINDOW = 8192  # tokens that are looked through, the last ones
-_SIZES = range(MIN_NGRAM, MAX_NGRAM + 1)
-_TOKEN_BITS = 32
+_SIZES = np.arange(MIN_NGRAM, MAX_NGRAM + 1)
+_NUM_SIZES = 4  # a power of two: positions and sizes are told apart by shifts
+_SIZE_BITS = 2
+_POSITION_BITS = 28
 _MOST_NEW = 64  # tokens that may have come since the last look without starting again; no step yields as many
+_MIN_BUCKET_BITS = 6
+_SHARED = -1
+_MULTIPLIER = np.uint32(0x9E3779B1)
+_BACK = np.arange(1, MAX_NGRAM + 1)  # the tokens before a follower, the last one first
+_IGNORED = np.arange(MAX_NGRAM) >= _SIZES[:, None]  # [size, token]: tokens that a smaller n-gram does not have
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,107 +41,196 @@ class NgramDraft:
 
 @dataclass(slots=True)
 class IndexingRoom:
-    """How many tokens may still be indexed now, by all who share it; a microsecond or two each."""
+    """How many tokens of long texts may still be indexed now, by all who share it; a quarter of a microsecond each."""
 
     left: int
 
 
-class NgramIndex:
-    """Latest positions of every n-gram in the last `window` tokens of one growing sequence.
+class NgramTable:
+    """Every n-gram in the last `window` tokens of many growing sequences, one a row.
 
-    Long texts are indexed in slices, the newest tokens first: until all are, older occurrences are not found. A lookup
-    takes time independent of the length, and memory stays flat once the window is full.
+    A text is indexed when it is first looked at, whole, where there is room; until then nothing is found in it. Memory
+    is flat once the window is full.
     """
+
+    def __init__(self, tokens: Tokens, window: int = WINDOW) -> None:
+        """`tokens` [num_rows, capacity] is its owner's, who appends to rows, and clears a row that starts anew."""
+        num_rows, self._capacity = tokens.shape
+        assert self._capacity < 1 << _POSITION_BITS
+        self._tokens = tokens.reshape(-1)
+        self._window = window
+        self._ring_bits = (min(window, self._capacity) - 1).bit_length()
+        self._bucket_bits = max(_MIN_BUCKET_BITS, self._ring_bits)
+        self._heads = np.zeros(num_rows * _NUM_SIZES << self._bucket_bits, np.int32)
+        self._earlier = np.zeros(num_rows * _NUM_SIZES << self._ring_bits, np.int32)
+        self._high = np.zeros(num_rows, np.int64)  # followers below are indexed; 0: the row is not
+        self._row_bits = np.zeros(num_rows, np.uint32)  # of the buckets that a row uses
+
+    def clear(self, row: int) -> None:
+        """The row's tokens are another sequence's now."""
+        self._high[row] = 0
+
+    def catch_up(self, rows: Ints, lens: Ints, room: IndexingRoom) -> None:
+        """Indexes a step's new tokens of rows with `lens` tokens, and whole texts as far as there is room."""
+        high = np.maximum(self._high[rows], (lens - self._window) * (self._high[rows] > 0))
+        num_new = lens - high
+        has_outgrown = (lens > 1 << self._row_bits[rows].astype(np.int64)) & (self._row_bits[rows] < self._bucket_bits)
+        is_whole = (high == 0) | (num_new > _MOST_NEW) | has_outgrown
+        old = ~is_whole
+        starts, counts, at = high[old], num_new[old], rows[old]
+        if is_whole.any():
+            wholes = []
+            for row, length in zip(rows[is_whole].tolist(), lens[is_whole].tolist(), strict=True):
+                if room.left <= 0 and length > _MOST_NEW:
+                    self._high[row] = 0
+                    continue
+                start = max(0, length - self._window)
+                room.left -= length - start
+                self._start_row(row, length - start)
+                wholes.append((row, start + MIN_NGRAM, max(0, length - start - MIN_NGRAM)))
+                self._high[row] = length
+            if wholes:
+                more = np.array(wholes, np.int64)
+                at, starts, counts = (np.concatenate(pair) for pair in zip((at, starts, counts), more.T, strict=True))
+        self._high[rows[old]] = lens[old]
+        total = int(counts.sum())
+        if total:
+            ends = counts.cumsum()
+            followers = np.arange(total) + np.repeat(starts - ends + counts, counts)
+            self._enter(np.repeat(at, counts), followers)
+
+    def _start_row(self, row: int, length: int) -> None:
+        bits = min(self._bucket_bits, max(_MIN_BUCKET_BITS, (2 * length - 1).bit_length()))
+        self._row_bits[row] = bits
+        for size in range(_NUM_SIZES):
+            first = row * _NUM_SIZES + size << self._bucket_bits
+            self._heads[first : first + (1 << bits)] = 0
+
+    def _enter(self, rows: Ints, followers: Ints) -> None:
+        """Indexes followers, those of a row in rising order."""
+        ends = rows * self._capacity + followers
+        shift = 32 - self._row_bits[rows]
+        first_heads = rows << (self._bucket_bits + _SIZE_BITS)
+        ring_bits = self._ring_bits
+        in_ring = ((rows << ring_bits) + (followers & ((1 << ring_bits) - 1))) << _SIZE_BITS
+        heads: Ints = np.empty((_NUM_SIZES, len(rows)), np.int64)
+        cells: Ints = in_ring + np.arange(_NUM_SIZES)[:, None]
+        hashed = self._tokens[ends - 1] * _MULTIPLIER
+        for i in range(_NUM_SIZES):
+            hashed ^= self._tokens[ends - (i + MIN_NGRAM)]
+            hashed *= _MULTIPLIER
+            np.add(first_heads + (i << self._bucket_bits), hashed >> shift, out=heads[i])
+        position = np.broadcast_to(followers.astype(np.int32), heads.shape)
+        if followers[0] < MAX_NGRAM or followers.min() < MAX_NGRAM:
+            is_whole = followers >= _SIZES[:, None]
+            heads, cells, position = heads[is_whole], cells[is_whole], position[is_whole]
+        else:
+            heads, cells, position = heads.reshape(-1), cells.reshape(-1), position.reshape(-1)
+        before = self._heads[heads]
+        self._heads[heads] = position
+        is_lost = self._heads[heads] != position
+        if is_lost.any():  # several of these followers have the same head
+            self._heads[heads[is_lost]] = _SHARED
+            shared = (self._heads[heads] == _SHARED).nonzero()[0]
+            shared = shared[np.argsort((heads[shared] << _POSITION_BITS) + position[shared])]
+            its_heads, its_position = heads[shared], position[shared]
+            is_later = its_heads[1:] == its_heads[:-1]
+            before[shared[1:][is_later]] = its_position[:-1][is_later]
+            is_last = np.append(~is_later, True)
+            self._heads[its_heads[is_last]] = its_position[is_last]
+        self._earlier[cells] = before
+
+    def propose(self, rows: Ints, lens: Ints, counts: Ints) -> tuple[Tokens, Ints, Ints]:
+        """At most `counts` tokens after the longest match of each row's end in what is indexed, of its `lens` tokens.
+
+        Returns drafts [num_rows, max(counts)], how many of them there are, and the lengths of the matches.
+        """
+        suffix = self._tokens[(rows * self._capacity + lens)[:, None] - _BACK]
+        return self._follow(rows, lens, suffix, lens, counts)
+
+    def propose_after(self, row: int, length: int, token_id: int, count: int) -> NgramDraft:
+        """As `propose` for one row, with one more token that is not appended."""
+        rows, lens, counts = (np.array([value]) for value in (row, length, count))
+        suffix = self._tokens[(rows * self._capacity + lens)[:, None] - np.maximum(_BACK - 1, 1)]
+        suffix[0, 0] = token_id
+        drafts, draft_lens, match_lens = self._follow(rows, lens, suffix, lens + 1, counts)
+        return NgramDraft(drafts[0, : draft_lens[0]].tolist(), int(match_lens[0]))
+
+    def _follow(
+        self, rows: Ints, lens: Ints, suffix: Tokens, suffix_lens: Ints, counts: Ints
+    ) -> tuple[Tokens, Ints, Ints]:
+        """`suffix` [num_rows, MAX_NGRAM] has the last tokens, the very last first."""
+        heads: Ints = np.empty((len(rows), _NUM_SIZES), np.int64)
+        hashed = suffix[:, 0] * _MULTIPLIER
+        shift = 32 - np.maximum(self._row_bits[rows], 1)
+        for i in range(_NUM_SIZES):
+            hashed ^= suffix[:, i + 1]
+            hashed *= _MULTIPLIER
+            heads[:, i] = ((rows * _NUM_SIZES + i) << self._bucket_bits) + (hashed >> shift)
+        lowest: Ints = np.maximum(lens - self._window, 0)[:, None] + _SIZES
+        lowest[(suffix_lens[:, None] < _SIZES) | (self._high[rows] != lens)[:, None]] = 1 << _POSITION_BITS
+        heads, lowest = heads.reshape(-1), lowest.reshape(-1)
+        position = self._heads[heads]
+        found = np.zeros_like(position)
+        left = (position >= lowest).nonzero()[0]
+        while len(left):
+            at = position[left]
+            row = left >> _SIZE_BITS
+            seen = self._tokens[(rows[row] * self._capacity + at)[:, None] - _BACK]
+            is_same = ((seen == suffix[row]) | _IGNORED[left & (_NUM_SIZES - 1)]).all(axis=1)
+            found[left[is_same]] = at[is_same]
+            left, at = left[~is_same], at[~is_same]
+            in_ring = (rows[left >> _SIZE_BITS] << self._ring_bits) + (at & ((1 << self._ring_bits) - 1))
+            position[left] = self._earlier[(in_ring << _SIZE_BITS) + (left & (_NUM_SIZES - 1))]
+            left = left[position[left] >= lowest[left]]
+        by_size = found.reshape(len(rows), _NUM_SIZES)
+        sizes = (by_size > 0) * _SIZES
+        match_lens = sizes.max(axis=1, initial=0)
+        at = by_size[np.arange(len(rows)), np.maximum(match_lens - MIN_NGRAM, 0)]
+        draft_lens = np.where(match_lens > 0, np.minimum(counts, lens - at), 0)
+        ahead = np.arange(int(draft_lens.max(initial=0)))
+        drafts = self._tokens[np.minimum((rows * self._capacity + at)[:, None] + ahead, len(self._tokens) - 1)]
+        return drafts, draft_lens, match_lens
+
+
+class NgramIndex:
+    """The n-grams of one sequence, which is kept here; of a long one no more than two windows."""
 
     def __init__(self, window: int = WINDOW) -> None:
         self._window = window
-        self._tokens: list[int] = []  # the window, and up to as many before it
-        self._first = 0  # position of self._tokens[0] in the sequence
-        # By size: tokens packed into one integer -> position of the token after the latest occurrence.
-        self._followers: dict[int, dict[int, int]] = {size: {} for size in _SIZES}
-        self._low = 0  # followers in [low, high) are indexed
-        self._high = 0
-        self._start = 0  # where the window starts
+        self._tokens: Tokens = np.zeros((1, 2 * window), np.uint32)
+        self._table = NgramTable(self._tokens, window)
+        self._length = 0  # tokens of the sequence in self._tokens
+        self._num_dropped = 0  # before them
 
     def __len__(self) -> int:
-        """Tokens of the sequence, those before the window included."""
-        return self._first + len(self._tokens)
+        """Tokens of the sequence, those that are not kept included."""
+        return self._num_dropped + self._length
 
     def extend(self, token_ids: Sequence[int]) -> None:
         """Appends committed tokens; `catch_up` indexes them."""
-        self._tokens.extend(token_ids)
+        kept = token_ids[-self._window :]
+        if self._length + len(token_ids) > 2 * self._window:
+            old = self._tokens[0, : self._length][-(self._window - len(kept)) :] if len(kept) < self._window else ()
+            self._num_dropped += self._length + len(token_ids) - len(old) - len(kept)
+            self._tokens[0, : len(old)] = old
+            self._length = len(old)
+            self._table.clear(0)
+        else:
+            kept = token_ids
+        self._tokens[0, self._length : self._length + len(kept)] = kept
+        self._length += len(kept)
 
     def catch_up(self, room: IndexingRoom) -> None:
-        """Indexes a step's new tokens in any case, and the text before as far as there is room, backwards."""
-        end = len(self)
-        start = max(0, end - self._window)
-        if end - self._high > _MOST_NEW or self._high < start:
-            self._forget(start, end)
-        self._move_window(start)
-        self._index(range(self._high, end), is_newest=True)
-        low = max(self._start, self._low - max(0, room.left))
-        self._index(range(self._low - 1, low - 1, -1), is_newest=False)
-        room.left -= end - self._high + self._low - low
-        self._low, self._high = low, end
+        """Indexes a step's new tokens in any case, and a long text when there is room."""
+        self._table.catch_up(np.zeros(1, np.int64), np.array([self._length]), room)
 
     def propose(self, num_draft_tokens: int) -> NgramDraft:
         """At most `num_draft_tokens` tokens after the longest match in what is indexed."""
-        return self._follow(self._tokens[-MAX_NGRAM:], num_draft_tokens)
+        rows = np.zeros(1, np.int64)
+        drafts, lens, matches = self._table.propose(rows, np.array([self._length]), np.array([num_draft_tokens]))
+        return NgramDraft(drafts[0, : lens[0]].tolist(), int(matches[0]))
 
     def propose_after(self, token_id: int, num_draft_tokens: int) -> NgramDraft:
         """As `propose`, for the sequence with one more token that is not appended."""
-        return self._follow([*self._tokens[-(MAX_NGRAM - 1) :], token_id], num_draft_tokens)
-
-    def _follow(self, suffix: list[int], num_draft_tokens: int) -> NgramDraft:
-        for size in range(len(suffix), MIN_NGRAM - 1, -1):
-            follower = self._followers[size].get(_packed(suffix[-size:]))
-            if follower is not None:
-                at = follower - self._first
-                return NgramDraft(self._tokens[at : at + num_draft_tokens], size)
-        return NgramDraft([], 0)
-
-    def _index(self, positions: range, is_newest: bool) -> None:
-        """Enters the n-grams that end just before each position; where they are known the newest occurrence counts."""
-        tokens, first, start = self._tokens, self._first, self._start
-        sizes = list(self._followers.items())
-        for position in positions:
-            at = position - first
-            key = tokens[at - 1]
-            shift = 0
-            for size, followers in sizes:
-                if position - size < start:
-                    break
-                shift += _TOKEN_BITS
-                key |= tokens[at - size] << shift
-                if is_newest:
-                    followers[key] = position
-                else:
-                    followers.setdefault(key, position)
-
-    def _move_window(self, start: int) -> None:
-        """Drops the n-grams that begin before `start`, unless they occur again after it."""
-        for position in range(self._start, start):
-            at = position - self._first
-            for size, followers in self._followers.items():
-                key = _packed(self._tokens[at : at + size])
-                if followers.get(key) == position + size:
-                    del followers[key]
-        self._start = start
-        self._low = max(self._low, start)
-        if start - self._first >= self._window:
-            del self._tokens[: start - self._first]
-            self._first = start
-
-    def _forget(self, start: int, end: int) -> None:
-        for followers in self._followers.values():
-            followers.clear()
-        self._low = self._high = end
-        self._start = start
-
-
-def _packed(ngram: Sequence[int]) -> int:
-    """An n-gram as one integer, its last token in the lowest bits."""
-    key = 0
-    for token in ngram:
-        key = key << _TOKEN_BITS | token
-    return key
+        return self._table.propose_after(0, self._length, token_id, num_draft_tokens)

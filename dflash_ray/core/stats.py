@@ -8,6 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
+
+
+class DecodePass(NamedTuple):
+    """How a pass of the decode phase took a sequence's drafts: its first `num_accepted_drafts` tokens are drafts."""
+
+    num_drafts: int
+    num_accepted_drafts: int
+    num_spec_tokens: int  # the longest draft block asked for
 
 
 @dataclass(slots=True)

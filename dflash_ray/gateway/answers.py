@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from typing import Any
 
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from dflash_ray.core.errors import RequestError
 from dflash_ray.gateway.choice import ChoiceDelta
 from dflash_ray.gateway.core import GatewayCore
-from dflash_ray.gateway.generation import merge
-from dflash_ray.gateway.openai_responses import Kind, ResponseWriter, error_object
+from dflash_ray.gateway.mailbox import Mailbox
+from dflash_ray.gateway.openai_responses import Kind, ResponseWriter, error_object, event
 from dflash_ray.gateway.openai_types import ChatCompletionRequest, CompletionRequest
 from dflash_ray.gateway.requests import GenerationRequest
 
@@ -35,100 +33,97 @@ async def answer(
     """The response to a checked request. Raises RequestError; a stream that has begun ends with an error event."""
     writer = ResponseWriter(kind, request_id, core.config.model.served_name, core.tokenizer, body, generations)
     parallel = core.config.gateway.parallel_prompts
-    deltas = _deltas(core, generations, parallel)
+    batches = _batches(core, generations, parallel, core.config.gateway.keepalive_s)
     headers = {"x-request-id": request_id}
     if not body.stream:
-        async with aclosing(deltas):
-            async for delta in deltas:
-                writer.add(delta)
+        async with aclosing(batches):
+            async for batch in batches:
+                for delta in batch:
+                    writer.add(delta)
         return JSONResponse(writer.whole(), headers=headers)
     # Headers leave when a router has taken the request: what is refused is refused with its status.
-    first = await _one_of_each(deltas, sum(generation.num_choices for generation in generations[:parallel]))
-    paced = _paced(first, deltas, core.config.gateway.keepalive_s)
-    return StreamingResponse(_events(writer, paced), media_type="text/event-stream", headers=headers | _STREAM_HEADERS)
+    first = await _one_of_each(batches, sum(generation.num_choices for generation in generations[:parallel]))
+    events = _events(writer, first, batches)
+    return StreamingResponse(events, media_type="text/event-stream", headers=headers | _STREAM_HEADERS)
 
 
-async def _deltas(
-    core: GatewayCore, generations: Sequence[GenerationRequest], parallel: int
-) -> AsyncGenerator[ChoiceDelta, None]:
-    """Deltas of all prompts of a request, `parallel` of them running at a time, choices numbered through."""
+async def _batches(
+    core: GatewayCore, generations: Sequence[GenerationRequest], parallel: int, silence_s: float
+) -> AsyncGenerator[list[ChoiceDelta], None]:
+    """Deltas of all prompts of a request, `parallel` of them running at a time, choices numbered through.
+
+    An empty list comes whenever nothing has come for `silence_s`.
+    """
+    if len(generations) == 1:
+        async with aclosing(core.generator.generate(generations[0], silence_s=silence_s)) as batches:
+            async for batch in batches:
+                yield batch
+        return
     slots = asyncio.Semaphore(parallel)
+    mailbox: Mailbox[ChoiceDelta] = Mailbox(silence_s)
 
-    async def one(generation: GenerationRequest, offset: int) -> AsyncGenerator[ChoiceDelta, None]:
-        async with slots, aclosing(core.generator.generate(generation)) as deltas:
-            async for delta in deltas:
-                delta.index += offset
-                yield delta
+    async def run(generation: GenerationRequest, offset: int) -> None:
+        try:
+            async with slots, aclosing(core.generator.generate(generation)) as batches:
+                async for batch in batches:
+                    for delta in batch:
+                        delta.index += offset
+                        mailbox.put(delta)
+        except Exception as error:
+            mailbox.put(error)
 
-    sources, offset = [], 0
+    tasks, num_running = [], 0
     for generation in generations:
-        sources.append(one(generation, offset))
-        offset += generation.num_choices
-    async with aclosing(merge(sources)) as merged:
-        async for delta in merged:
-            yield delta
+        tasks.append(asyncio.create_task(run(generation, num_running)))
+        num_running += generation.num_choices
+    try:
+        while num_running:
+            batch = await mailbox.take()
+            num_running -= sum(1 for delta in batch if delta.finish_reason)
+            yield batch
+    finally:
+        mailbox.close()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _one_of_each(deltas: AsyncGenerator[ChoiceDelta, None], num_choices: int) -> list[ChoiceDelta]:
+async def _one_of_each(batches: AsyncGenerator[list[ChoiceDelta], None], num_choices: int) -> list[ChoiceDelta]:
     """The first deltas, at least one of each choice; a choice's first comes when a router has taken it."""
     first: list[ChoiceDelta] = []
-    seen: set[int] = set()
     try:
-        while len(seen) < num_choices:
-            first.append(await anext(deltas))
-            seen.add(first[-1].index)
+        while len({delta.index for delta in first}) < num_choices:
+            first += await anext(batches)
     except BaseException:
-        await deltas.aclose()
+        await batches.aclose()
         raise
     return first
 
 
-async def _paced(
-    first: Sequence[ChoiceDelta], deltas: AsyncGenerator[ChoiceDelta, None], silence_s: float
-) -> AsyncGenerator[ChoiceDelta | None, None]:
-    """The deltas, and None whenever none has come for `silence_s`."""
-    coming: asyncio.Future[ChoiceDelta | None] | None = None
-    try:
-        for delta in first:
-            yield delta
-        while True:
-            coming = asyncio.ensure_future(anext(deltas, None))
-            while not (await asyncio.wait({coming}, timeout=silence_s))[0]:
-                yield None
-            following = coming.result()
-            if following is None:
-                return
-            yield following
-    finally:
-        if coming is not None and not coming.done():
-            coming.cancel()
-            await asyncio.gather(coming, return_exceptions=True)
-        await deltas.aclose()
-
-
 async def _events(
-    writer: ResponseWriter, deltas: AsyncGenerator[ChoiceDelta | None, None]
+    writer: ResponseWriter, first: list[ChoiceDelta], batches: AsyncGenerator[list[ChoiceDelta], None]
 ) -> AsyncGenerator[str, None]:
-    """Server-sent events; after an error event nothing follows."""
+    """Server-sent events, those of a batch together; after an error event nothing follows."""
     try:
-        async with aclosing(deltas):
-            async for delta in deltas:
-                if delta is None:
+        async with aclosing(batches):
+            if opening := _text(writer, first):
+                yield opening
+            async for batch in batches:
+                if not batch:
                     yield _KEEP_ALIVE
-                    continue
-                for chunk in writer.chunks(delta):
-                    yield _event(chunk)
+                elif events := _text(writer, batch):
+                    yield events
         for chunk in writer.last_chunks():
-            yield _event(chunk)
+            yield event(chunk)
     except RequestError as error:
-        yield _event(error_object(error))
+        yield event(error_object(error))
         return
     except Exception:
         logger.exception("a stream ends with a fault of ours")
-        yield _event(error_object(RequestError("internal error; the server's log says more")))
+        yield event(error_object(RequestError("internal error; the server's log says more")))
         return
     yield "data: [DONE]\n\n"
 
 
-def _event(values: dict[str, Any]) -> str:
-    return f"data: {json.dumps(values, ensure_ascii=False, separators=(',', ':'))}\n\n"
+def _text(writer: ResponseWriter, deltas: Sequence[ChoiceDelta]) -> str:
+    return "".join([writer.events(delta) for delta in deltas])

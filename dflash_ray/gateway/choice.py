@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from dflash_ray.core.stats import AcceptanceStats, merge
+from dflash_ray.core.stats import AcceptanceStats, DecodePass, merge
 from dflash_ray.gateway.detokenizer import Detokenizer, StopStrings
 from dflash_ray.gateway.requests import GenerationRequest
-from dflash_ray.pb import common_pb2, router_pb2
+from dflash_ray.gateway.token_chunks import TokenChunk
+from dflash_ray.pb import common_pb2
 from dflash_ray.text.tokenizer import ChatTokenizer
 
 STOP = common_pb2.FINISH_REASON_STOP
@@ -47,35 +48,61 @@ class Choice:
         self._stops = StopStrings(request.stop_strings, request.include_stop_strings)
         self._stats = AcceptanceStats()
         self.num_tokens = 0
+        self._has_ended = False
         self._num_scored = 1  # prompt tokens whose log-probabilities are known; the first has none
 
-    def take(self, chunk: router_pb2.TokenChunk) -> ChoiceDelta:
+    def take(self, chunk: TokenChunk) -> ChoiceDelta:
         """The delta of a chunk: everything in it ends with the token that completes a stop string."""
         delta = ChoiceDelta(self._index)
-        if chunk.HasField("prompt_logprobs"):
+        if self._has_ended:  # what the router sent before it heard of the end
+            return delta
+        if chunk.prompt_logprobs is not None:
             self._score(delta, chunk.prompt_logprobs)
         if self._request.is_prompt_only:
             if chunk.token_ids or chunk.finish_reason:
                 delta.finish_reason, delta.stats = common_pb2.FINISH_REASON_LENGTH, self._stats
+                self._has_ended = True
             return delta
-        for at, token in enumerate(chunk.token_ids):
-            delta.token_ids.append(token)
-            self.num_tokens += 1
-            is_stop_token = chunk.finish_reason == STOP and at == len(chunk.token_ids) - 1
-            if not is_stop_token or self._request.include_stop_strings:
-                self._show(delta, self._detokenizer.push([token]))
-            if delta.finish_reason:
-                break
+        hides_last = chunk.finish_reason == STOP and not self._request.include_stop_strings
+        shown = chunk.token_ids[:-1] if hides_last else chunk.token_ids
+        if shown and not self._show_all(delta, shown):
+            for token in shown:
+                self._add(delta, [token], self._detokenizer.push([token]))
+                if delta.finish_reason:
+                    break
+        if hides_last and not delta.finish_reason:
+            self._add(delta, chunk.token_ids[-1:], "")
         if chunk.finish_reason and not delta.finish_reason:
             self._end(delta, chunk.finish_reason)
         num_kept = len(delta.token_ids)
-        if chunk.HasField("logprobs"):
+        if chunk.logprobs is not None:
             delta.logprobs = _between(chunk.logprobs, 0, num_kept)
-        if chunk.HasField("decode_pass"):
+        if chunk.decode_pass is not None:
             self._count(chunk.decode_pass, num_kept)
         if delta.finish_reason:
             delta.stats = self._stats
+            self._has_ended = True
         return delta
+
+    def _show_all(self, delta: ChoiceDelta, token_ids: list[int]) -> bool:
+        """Adds tokens and their text, unless it matters which of them completes a stop string."""
+        if not self._request.stop_strings:
+            self._add(delta, token_ids, self._detokenizer.push(token_ids))
+            return True
+        if self.num_tokens < self._request.stopping.min_new_tokens:
+            return False
+        ahead = self._detokenizer.copy()
+        text = ahead.push(token_ids)
+        if self._stops.completes(text):
+            return False
+        self._detokenizer = ahead
+        self._add(delta, token_ids, text)
+        return True
+
+    def _add(self, delta: ChoiceDelta, token_ids: list[int], text: str) -> None:
+        delta.token_ids += token_ids
+        self.num_tokens += len(token_ids)
+        self._show(delta, text)
 
     def _score(self, delta: ChoiceDelta, part: common_pb2.PromptLogprobs) -> None:
         """Adds what is new; a prompt that another router or another attempt prefills is scored again."""
@@ -86,6 +113,9 @@ class Choice:
 
     def _show(self, delta: ChoiceDelta, text: str) -> None:
         """Adds text to the delta, up to a stop string. None may end within the first min_new_tokens tokens."""
+        if not self._request.stop_strings:
+            delta.text += text
+            return
         match = self._stops.push(text, self.num_tokens > self._request.stopping.min_new_tokens)
         delta.text += match.text
         if match.stop is not None:
@@ -101,7 +131,7 @@ class Choice:
         if reason == STOP and delta.token_ids and delta.token_ids[-1] not in self._request.eos_ids:
             delta.stop = delta.token_ids[-1]
 
-    def _count(self, decode_pass: router_pb2.DecodePass, num_kept: int) -> None:
+    def _count(self, decode_pass: DecodePass, num_kept: int) -> None:
         if decode_pass.num_spec_tokens > self._stats.num_spec_tokens:
             self._stats = merge([self._stats, AcceptanceStats(decode_pass.num_spec_tokens)])
         self._stats.record(decode_pass.num_drafts, min(decode_pass.num_accepted_drafts, num_kept))

@@ -20,6 +20,12 @@ class Detokenizer:
         self._pending: list[int] = []  # tokens since the last safe point, one emitted token before them
         self._emitted = ""  # text of the part of `_pending` that has been emitted
 
+    def copy(self) -> Detokenizer:
+        """Another one that goes on from here."""
+        made = Detokenizer(self._tokenizer)
+        made._pending, made._emitted = self._pending.copy(), self._emitted
+        return made
+
     def push(self, token_ids: Sequence[int]) -> str:
         """New text that is sure; bytes of an incomplete character wait."""
         self._pending.extend(token_ids)
@@ -36,10 +42,11 @@ class Detokenizer:
 
     def _forget(self, text: str, keep: int) -> None:
         """Goes on with the last `keep` tokens, where they decode alone to the end of the text."""
-        last = self._tokenizer.decode(self._pending[-keep:])
+        kept = self._pending[-keep:]
+        last = self._tokenizer.decode_token(kept[0]) if len(kept) == 1 else self._tokenizer.decode(kept)
         num_held = len(text) - len(self._emitted)
         if text.endswith(last) and len(last) >= num_held:
-            self._pending, self._emitted = self._pending[-keep:], last[: len(last) - num_held]
+            self._pending, self._emitted = kept, last[: len(last) - num_held]
         elif not num_held:
             self._pending, self._emitted = [], ""
 
@@ -91,6 +98,11 @@ class StopStrings:
         shown, self._held = self._held[:num_shown], self._held[num_shown:]
         self._num_barred = max(0, self._num_barred - num_shown)
         return StopMatch(shown)
+
+    def completes(self, text: str) -> bool:
+        """Whether text that is pushed next would complete a stop string."""
+        held = self._held + text
+        return any(stop in held for stop in self._stops)
 
     def _find(self, stop: str) -> int:
         return self._held.find(stop, max(0, self._num_barred - len(stop) + 1))

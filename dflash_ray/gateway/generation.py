@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator
 from dataclasses import replace
-from itertools import count
 
 from dflash_ray.gateway.choice import Choice, ChoiceDelta
+from dflash_ray.gateway.mailbox import Mailbox
 from dflash_ray.gateway.requests import GenerationRequest
 from dflash_ray.gateway.resumption import ResumedCall
 from dflash_ray.gateway.routers import Routers
@@ -37,60 +36,81 @@ class Generator:
         self._wait_s = wait_s
 
     async def generate(
-        self, request: GenerationRequest, timeout_s: float | None = None
-    ) -> AsyncGenerator[ChoiceDelta, None]:
-        """Deltas of all choices as they come. Raises RequestError; leaving early cancels the router calls.
+        self, request: GenerationRequest, timeout_s: float | None = None, silence_s: float | None = None
+    ) -> AsyncGenerator[list[ChoiceDelta], None]:
+        """Deltas of all choices, all that are there at a time. Raises RequestError; leaving early cancels the calls.
 
         A choice's first delta is empty and comes when a router has taken it.
+
+        Args:
+            silence_s: an empty list comes whenever nothing has come for so long.
         """
         deadline = time.monotonic() + min(timeout_s or self._timeout_s, self._timeout_s)
         self._metrics.prompt_tokens.labels(self._model).inc(len(request.prompt_ids))
         self._metrics.request_prompt_tokens.labels(self._model).observe(len(request.prompt_ids))
-        choices = [self._choice(_seeded(request, index), index, deadline) for index in range(request.num_choices)]
-        deltas = choices[0] if len(choices) == 1 else merge(choices)
+        mailbox: Mailbox[ChoiceDelta] = Mailbox(silence_s)
+        calls = [self._call(_seeded(request, i), i, deadline, mailbox) for i in range(request.num_choices)]
         try:
-            async for delta in deltas:
-                yield delta
+            for call in calls:
+                call.start()
+            num_running = len(calls)
+            while num_running:
+                deltas = await mailbox.take()
+                num_running -= sum(1 for delta in deltas if delta.finish_reason)
+                yield deltas
         finally:
-            await deltas.aclose()
+            mailbox.close()
+            for call in calls:
+                call.close()
 
-    async def _choice(
-        self, request: GenerationRequest, index: int, deadline: float
-    ) -> AsyncGenerator[ChoiceDelta, None]:
+    def _call(
+        self, request: GenerationRequest, index: int, deadline: float, mailbox: Mailbox[ChoiceDelta]
+    ) -> ResumedCall[ChoiceDelta]:
         choice = Choice(request, index, self._tokenizer)
-        started = last = time.monotonic()
+        progress = _Progress(self._metrics, self._model)
+
+        def tell(delta: ChoiceDelta | Exception) -> None:
+            if isinstance(delta, ChoiceDelta):
+                progress.observe(delta)
+                if delta.finish_reason:  # by a stop string, of which the router knows nothing
+                    call.close()
+            mailbox.put(delta)
+
         resumed = self._metrics.resumed.labels(self._model).inc
-        chunks = ResumedCall(self._routers, request, deadline, self._wait_s, resumed).chunks()
-        try:
-            async for chunk in chunks:
-                now = time.monotonic()
-                num_before = choice.num_tokens
-                delta = choice.take(chunk)
-                self._observe(len(delta.token_ids), num_before, now - started, now - last)
-                last = now
-                if delta.finish_reason:
-                    self._finish(delta.finish_reason, choice.num_tokens, now - started)
-                yield delta
-                if delta.finish_reason:
-                    return
-        finally:
-            await chunks.aclose()
+        call = ResumedCall(self._routers, request, choice.take, tell, deadline, self._wait_s, resumed)
+        return call
 
-    def _observe(self, new: int, before: int, since_start: float, since_last: float) -> None:
-        if not new:
-            return
-        self._metrics.generation_tokens.labels(self._model).inc(new)
-        if before == 0:
-            self._metrics.time_to_first_token.labels(self._model).observe(since_start)
-        else:
-            for _ in range(new):
-                self._metrics.inter_token_latency.labels(self._model).observe(since_last / new)
 
-    def _finish(self, reason: common_pb2.FinishReason, num_tokens: int, seconds: float) -> None:
+class _Progress:
+    """The metrics of one choice."""
+
+    def __init__(self, metrics: GatewayMetrics, model: str) -> None:
+        self._metrics = metrics
+        self._model = model
+        self._num_generated = metrics.generation_tokens.labels(model)
+        self._inter_token_latency = metrics.inter_token_latency.labels(model)
+        self._started = self._last = time.monotonic()
+        self._num_tokens = 0
+
+    def observe(self, delta: ChoiceDelta) -> None:
+        now = time.monotonic()
+        count = len(delta.token_ids)
+        if count:
+            self._num_generated.inc(count)
+            if self._num_tokens:
+                self._inter_token_latency.observe((now - self._last) / count, count)
+            else:
+                self._metrics.time_to_first_token.labels(self._model).observe(now - self._started)
+            self._num_tokens += count
+        self._last = now
+        if delta.finish_reason:
+            self._finish(delta.finish_reason, now - self._started)
+
+    def _finish(self, reason: common_pb2.FinishReason, seconds: float) -> None:
         name = common_pb2.FinishReason.Name(reason).removeprefix("FINISH_REASON_").lower()
         self._metrics.request_success.labels(self._model, name).inc()
         self._metrics.e2e_latency.labels(self._model).observe(seconds)
-        self._metrics.request_generation_tokens.labels(self._model).observe(num_tokens)
+        self._metrics.request_generation_tokens.labels(self._model).observe(self._num_tokens)
 
 
 def _seeded(request: GenerationRequest, index: int) -> GenerationRequest:
@@ -99,30 +119,3 @@ def _seeded(request: GenerationRequest, index: int) -> GenerationRequest:
     sampling.CopyFrom(request.sampling)
     sampling.seed = (sampling.seed + index) % 2**64
     return replace(request, sampling=sampling)
-
-
-async def merge(sources: Sequence[AsyncGenerator[ChoiceDelta, None]]) -> AsyncGenerator[ChoiceDelta, None]:
-    """Items of several generators in the order they come; the first error ends all."""
-    queue: asyncio.Queue[ChoiceDelta | Exception | None] = asyncio.Queue()
-
-    async def drain(source: AsyncIterator[ChoiceDelta]) -> None:
-        try:
-            async for item in source:
-                queue.put_nowait(item)
-            queue.put_nowait(None)
-        except Exception as error:
-            queue.put_nowait(error)
-
-    tasks = [asyncio.create_task(drain(source)) for source in sources]
-    try:
-        for ended in count():
-            if ended == len(tasks):
-                return
-            while (item := await queue.get()) is not None:
-                if isinstance(item, Exception):
-                    raise item
-                yield item
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)

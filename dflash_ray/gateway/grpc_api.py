@@ -6,6 +6,7 @@ import functools
 import logging
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
 from typing import Any
 
 import grpc
@@ -83,11 +84,11 @@ class GenerationServicer(generation_pb2_grpc.GenerationServicer):
         request_id = request.request_id or uuid.uuid4().hex
         request_id_var.set(request_id)
         generation = await self._core.in_thread(self._core.requests.from_grpc, request, request_id)
-        deltas = self._core.generator.generate(generation, context.time_remaining())
+        batches = self._core.generator.generate(generation, context.time_remaining())
         writer = _OutputWriter(request.response, generation.num_choices)
         is_taken = False
-        try:
-            async for delta in deltas:
+        async with aclosing(batches):
+            async for delta in _each(batches):
                 if not delta.token_ids and not delta.finish_reason:
                     if not is_taken:  # by a router: a client that waits for its answer knows that it will come
                         await context.send_initial_metadata(())
@@ -99,8 +100,6 @@ class GenerationServicer(generation_pb2_grpc.GenerationServicer):
                 if delta.stats is not None and generation.num_choices == 1:
                     response.speculative_decoding.CopyFrom(_speculation(delta.stats))
                 yield response
-        finally:
-            await deltas.aclose()
 
     @_with_status
     async def Tokenize(
@@ -148,6 +147,12 @@ class GenerationServicer(generation_pb2_grpc.GenerationServicer):
             default_draft_tokens=config.router.draft_tokens,
             version=__version__,
         )
+
+
+async def _each(batches: AsyncIterator[list[ChoiceDelta]]) -> AsyncIterator[ChoiceDelta]:
+    async for batch in batches:
+        for delta in batch:
+            yield delta
 
 
 class _OutputWriter:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -46,6 +47,15 @@ def error_object(error: RequestError) -> dict[str, Any]:
     return {"error": {"message": str(error), "type": error.kind, "param": error.param, "code": error.code}}
 
 
+_to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+_ANY_TEXT = "\0text\0"
+
+
+def event(values: dict[str, Any]) -> str:
+    """A server-sent event."""
+    return f"data: {_to_json(values)}\n\n"
+
+
 @dataclass
 class _Choice:
     """What a choice has got so far.
@@ -53,6 +63,7 @@ class _Choice:
     Attributes:
         request: what was asked; its prompt comes first where it is echoed.
         num_logged: characters that the log-probabilities so far stand for.
+        around_text: an event that brings text and nothing else, up to the text and after it.
     """
 
     request: GenerationRequest
@@ -64,6 +75,7 @@ class _Choice:
     stop: str | int | None = None
     is_open: bool = False
     num_logged: int = 0
+    around_text: tuple[str, str] | None = None
 
 
 class ResponseWriter:
@@ -92,6 +104,9 @@ class ResponseWriter:
         self._with_token_ids = body.return_token_ids
         self._with_logprobs = body.num_logprobs is not None
         self._stream_options = body.stream_options
+        self._brings_more_than_text = (
+            self._with_token_ids or self._with_logprobs or body.stream_options.continuous_usage_stats
+        )
         self._num_prompt_tokens = sum(len(generation.prompt_ids) for generation in generations)
         self._choices = [_Choice(generation) for generation in generations for _ in range(generation.num_choices)]
         self._stats: AcceptanceStats | None = None
@@ -130,6 +145,21 @@ class ResponseWriter:
         body = self._frame("chat.completion" if self._kind == "chat" else "text_completion", choices)
         return {**body, "usage": self.usage, "metrics": self._metrics()}
 
+    def events(self, delta: ChoiceDelta) -> str:
+        """The server-sent events of a delta."""
+        choice = self._choices[delta.index]
+        if not choice.is_open or delta.finish_reason or self._brings_more_than_text:
+            return "".join(map(event, self.chunks(delta)))
+        self.add(delta)
+        if not delta.text:
+            return ""
+        if choice.around_text is None:
+            chunk = self._chunk(self._choice_object(delta.index, self._delta(_ANY_TEXT), choice, [], []))
+            before, _, after = event(chunk).rpartition(_to_json(_ANY_TEXT))
+            choice.around_text = before, after
+        before, after = choice.around_text
+        return before + _to_json(delta.text) + after
+
     def chunks(self, delta: ChoiceDelta) -> Iterator[dict[str, Any]]:
         """The chunks of a delta, if it has anything to show yet. The very last also says how speculation went."""
         choice = self._choices[delta.index]
@@ -148,7 +178,7 @@ class ResponseWriter:
         shows_tokens = self._with_token_ids or self._with_logprobs
         if not (delta.text or delta.finish_reason or shows_tokens):
             return
-        content: dict[str, Any] = {"delta": {"content": delta.text}} if self._kind == "chat" else {"text": delta.text}
+        content = self._delta(delta.text)
         chunk = self._chunk(self._choice_object(delta.index, content, choice, choice.logprobs[first:], delta.token_ids))
         if all(other.finish_reason for other in self._choices):
             chunk["metrics"] = self._metrics()
@@ -180,6 +210,9 @@ class ResponseWriter:
 
     def _metrics(self) -> dict[str, Any]:
         return {"speculative_decoding": speculation_metrics(self._stats)}
+
+    def _delta(self, text: str) -> dict[str, Any]:
+        return {"delta": {"content": text}} if self._kind == "chat" else {"text": text}
 
     def _message(self, text: str) -> dict[str, Any]:
         if self._kind == "completion":

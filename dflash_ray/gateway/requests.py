@@ -10,13 +10,13 @@ from typing import Any
 from google.protobuf.json_format import MessageToDict
 
 from dflash_ray.config import DflashRayConfig
-from dflash_ray.core.errors import InvalidRequestError, UnknownModelError
+from dflash_ray.core.errors import InvalidRequestError, UnknownModelError, prompt_too_long
 from dflash_ray.gateway.grpc_options import options_of, renamed
 from dflash_ray.gateway.openai_types import ChatCompletionRequest, CompletionRequest
 from dflash_ray.gateway.options import GenerationOptions
 from dflash_ray.gateway.traffic import TrafficRecorder
 from dflash_ray.pb import common_pb2, generation_pb2, router_pb2
-from dflash_ray.text.tokenizer import ChatTokenizer, prompt_too_long
+from dflash_ray.text.tokenizer import ChatTokenizer
 
 _POLICIES = {
     None: router_pb2.SPECULATION_POLICY_UNSPECIFIED,

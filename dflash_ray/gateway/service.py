@@ -12,6 +12,7 @@ from fastapi import FastAPI
 from ray import serve
 
 from dflash_ray.config import DflashRayConfig
+from dflash_ray.core.garbage import leave_out_what_stands
 from dflash_ray.gateway.core import GatewayCore
 from dflash_ray.gateway.grpc_api import GenerationServicer
 from dflash_ray.gateway.http_api import build_http_app
@@ -57,6 +58,7 @@ class GatewayReplica:
         loops = (registration, self.core.routers.run(), self.core.metrics_page.run(), self._report_health())
         self._tasks += [asyncio.create_task(loop) for loop in loops]
         self._closing.push_async_callback(self._unregister)
+        leave_out_what_stands()
 
     async def _serve(self) -> RunningServer:
         """The clients' server. Gateways of one node share its port: the system spreads connections over them."""

@@ -10,8 +10,15 @@ Names that start with `vllm:` mean what they mean in vLLM, so that its dashboard
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+
 import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import HistogramMetricFamily
+from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 _LATENCY_BUCKETS_S = (
     0.005,
@@ -34,6 +41,41 @@ _LATENCY_BUCKETS_S = (
 )
 _STEP_BUCKETS_S = (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.024, 0.032, 0.048, 0.064, 0.128, 0.256, 0.512, 1.0, 4.0)
 _TOKEN_BUCKETS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000)
+
+
+class CountedHistogram(Collector):
+    """A histogram with one label that takes many equal values at once, for one thread."""
+
+    def __init__(self, name: str, text: str, buckets: Sequence[float], label: str) -> None:
+        self._name, self._text, self._label = name, text, label
+        self._bounds = [*buckets, float("inf")]
+        self._counts: dict[str, Counts] = {}
+
+    def labels(self, value: str) -> Counts:
+        """The values under a value of the label."""
+        return self._counts.setdefault(value, Counts(self._bounds))
+
+    def collect(self) -> Iterator[HistogramMetricFamily]:
+        """As prometheus_client asks for it."""
+        family = HistogramMetricFamily(self._name, self._text, labels=[self._label])
+        for value, counts in self._counts.items():
+            names = map(floatToGoString, self._bounds)
+            family.add_metric([value], list(zip(names, accumulate(counts.counts), strict=True)), counts.total)
+        yield family
+
+
+class Counts:
+    """How many values lie below each bound and above the one before."""
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self._bounds = bounds
+        self.counts = [0] * len(bounds)
+        self.total = 0.0
+
+    def observe(self, value: float, count: int) -> None:
+        """Takes `count` equal values."""
+        self.counts[bisect_left(self._bounds, value)] += count
+        self.total += value * count
 
 
 class _ProcessMetrics:
@@ -67,12 +109,13 @@ class GatewayMetrics(_ProcessMetrics):
         self.time_to_first_token = self._seconds(
             "vllm:time_to_first_token_seconds", "Arrival to first token", _LATENCY_BUCKETS_S, model
         )
-        self.inter_token_latency = self._seconds(
+        self.inter_token_latency = CountedHistogram(
             "vllm:inter_token_latency_seconds",
             "Time between tokens, a chunk's time over its tokens",
             _STEP_BUCKETS_S,
-            model,
+            "model_name",
         )
+        self.registry.register(self.inter_token_latency)
         self.e2e_latency = self._seconds(
             "vllm:e2e_request_latency_seconds", "Arrival to last token", _LATENCY_BUCKETS_S, model
         )

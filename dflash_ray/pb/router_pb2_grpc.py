@@ -34,17 +34,17 @@ class RouterStub:
         Args:
             channel: A grpc.Channel.
         """
-        self.Generate = channel.unary_stream(
+        self.Generate = channel.stream_stream(
                 '/dflash_ray.v1.Router/Generate',
-                request_serializer=dflash__ray_dot_pb_dot_router__pb2.GenerateTokensRequest.SerializeToString,
-                response_deserializer=dflash__ray_dot_pb_dot_router__pb2.TokenChunk.FromString,
+                request_serializer=dflash__ray_dot_pb_dot_router__pb2.RouterRequest.SerializeToString,
+                response_deserializer=dflash__ray_dot_pb_dot_router__pb2.RouterResponse.FromString,
                 _registered_method=True)
 
 
 class RouterServicer:
     """Missing associated documentation comment in .proto file."""
 
-    def Generate(self, request, context):
+    def Generate(self, request_iterator, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -53,10 +53,10 @@ class RouterServicer:
 
 def add_RouterServicer_to_server(servicer, server):
     rpc_method_handlers = {
-            'Generate': grpc.unary_stream_rpc_method_handler(
+            'Generate': grpc.stream_stream_rpc_method_handler(
                     servicer.Generate,
-                    request_deserializer=dflash__ray_dot_pb_dot_router__pb2.GenerateTokensRequest.FromString,
-                    response_serializer=dflash__ray_dot_pb_dot_router__pb2.TokenChunk.SerializeToString,
+                    request_deserializer=dflash__ray_dot_pb_dot_router__pb2.RouterRequest.FromString,
+                    response_serializer=dflash__ray_dot_pb_dot_router__pb2.RouterResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -70,7 +70,7 @@ class Router:
     """Missing associated documentation comment in .proto file."""
 
     @staticmethod
-    def Generate(request,
+    def Generate(request_iterator,
             target,
             options=(),
             channel_credentials=None,
@@ -80,12 +80,12 @@ class Router:
             wait_for_ready=None,
             timeout=None,
             metadata=None):
-        return grpc.experimental.unary_stream(
-            request,
+        return grpc.experimental.stream_stream(
+            request_iterator,
             target,
             '/dflash_ray.v1.Router/Generate',
-            dflash__ray_dot_pb_dot_router__pb2.GenerateTokensRequest.SerializeToString,
-            dflash__ray_dot_pb_dot_router__pb2.TokenChunk.FromString,
+            dflash__ray_dot_pb_dot_router__pb2.RouterRequest.SerializeToString,
+            dflash__ray_dot_pb_dot_router__pb2.RouterResponse.FromString,
             options,
             channel_credentials,
             insecure,

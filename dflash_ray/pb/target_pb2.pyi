@@ -143,7 +143,7 @@ class Step(_message.Message):
     verify_ids: _containers.RepeatedScalarFieldContainer[int]
     base_lens: _containers.RepeatedScalarFieldContainer[int]
     num_drafts: _containers.RepeatedScalarFieldContainer[int]
-    draft_token_ids: _containers.RepeatedScalarFieldContainer[int]
+    draft_token_ids: bytes
     draft_parents: _containers.RepeatedScalarFieldContainer[int]
     colocated_draft_ids: _containers.RepeatedScalarFieldContainer[int]
     colocated_num_drafts: _containers.RepeatedScalarFieldContainer[int]
@@ -151,7 +151,7 @@ class Step(_message.Message):
     num_draft_candidates: _containers.RepeatedScalarFieldContainer[int]
     draft_candidate_ids: _containers.RepeatedScalarFieldContainer[int]
     draft_log_probs: _containers.RepeatedScalarFieldContainer[float]
-    def __init__(self, step_id: _Optional[int] = ..., epoch: _Optional[int] = ..., open: _Optional[_Iterable[_Union[OpenSequence, _Mapping]]] = ..., close: _Optional[_Iterable[int]] = ..., prefill_ids: _Optional[_Iterable[int]] = ..., prefill_lens: _Optional[_Iterable[int]] = ..., verify_ids: _Optional[_Iterable[int]] = ..., base_lens: _Optional[_Iterable[int]] = ..., num_drafts: _Optional[_Iterable[int]] = ..., draft_token_ids: _Optional[_Iterable[int]] = ..., draft_parents: _Optional[_Iterable[int]] = ..., colocated_draft_ids: _Optional[_Iterable[int]] = ..., colocated_num_drafts: _Optional[_Iterable[int]] = ..., num_candidates: _Optional[int] = ..., num_draft_candidates: _Optional[_Iterable[int]] = ..., draft_candidate_ids: _Optional[_Iterable[int]] = ..., draft_log_probs: _Optional[_Iterable[float]] = ...) -> None: ...
+    def __init__(self, step_id: _Optional[int] = ..., epoch: _Optional[int] = ..., open: _Optional[_Iterable[_Union[OpenSequence, _Mapping]]] = ..., close: _Optional[_Iterable[int]] = ..., prefill_ids: _Optional[_Iterable[int]] = ..., prefill_lens: _Optional[_Iterable[int]] = ..., verify_ids: _Optional[_Iterable[int]] = ..., base_lens: _Optional[_Iterable[int]] = ..., num_drafts: _Optional[_Iterable[int]] = ..., draft_token_ids: _Optional[bytes] = ..., draft_parents: _Optional[_Iterable[int]] = ..., colocated_draft_ids: _Optional[_Iterable[int]] = ..., colocated_num_drafts: _Optional[_Iterable[int]] = ..., num_candidates: _Optional[int] = ..., num_draft_candidates: _Optional[_Iterable[int]] = ..., draft_candidate_ids: _Optional[_Iterable[int]] = ..., draft_log_probs: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class CloseSequences(_message.Message):
     __slots__ = ("sequence_ids",)
@@ -181,7 +181,7 @@ class StepResult(_message.Message):
     committed_lens: _containers.RepeatedScalarFieldContainer[int]
     num_accepted_drafts: _containers.RepeatedScalarFieldContainer[int]
     num_tokens: _containers.RepeatedScalarFieldContainer[int]
-    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    token_ids: bytes
     finish_reasons: _containers.RepeatedScalarFieldContainer[_common_pb2.FinishReason]
     logprobs: _containers.RepeatedCompositeFieldContainer[_common_pb2.TokenLogprobs]
     colocated_drafts: _common_pb2.DraftBlocks
@@ -189,7 +189,7 @@ class StepResult(_message.Message):
     timings: StepTimings
     errors: _containers.RepeatedScalarFieldContainer[str]
     prompt_logprobs: _containers.RepeatedCompositeFieldContainer[_common_pb2.PromptLogprobs]
-    def __init__(self, step_id: _Optional[int] = ..., sequence_ids: _Optional[_Iterable[int]] = ..., statuses: _Optional[_Iterable[_Union[EntryStatus, str]]] = ..., committed_lens: _Optional[_Iterable[int]] = ..., num_accepted_drafts: _Optional[_Iterable[int]] = ..., num_tokens: _Optional[_Iterable[int]] = ..., token_ids: _Optional[_Iterable[int]] = ..., finish_reasons: _Optional[_Iterable[_Union[_common_pb2.FinishReason, str]]] = ..., logprobs: _Optional[_Iterable[_Union[_common_pb2.TokenLogprobs, _Mapping]]] = ..., colocated_drafts: _Optional[_Union[_common_pb2.DraftBlocks, _Mapping]] = ..., free_pages: _Optional[int] = ..., timings: _Optional[_Union[StepTimings, _Mapping]] = ..., errors: _Optional[_Iterable[str]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[_common_pb2.PromptLogprobs, _Mapping]]] = ...) -> None: ...
+    def __init__(self, step_id: _Optional[int] = ..., sequence_ids: _Optional[_Iterable[int]] = ..., statuses: _Optional[_Iterable[_Union[EntryStatus, str]]] = ..., committed_lens: _Optional[_Iterable[int]] = ..., num_accepted_drafts: _Optional[_Iterable[int]] = ..., num_tokens: _Optional[_Iterable[int]] = ..., token_ids: _Optional[bytes] = ..., finish_reasons: _Optional[_Iterable[_Union[_common_pb2.FinishReason, str]]] = ..., logprobs: _Optional[_Iterable[_Union[_common_pb2.TokenLogprobs, _Mapping]]] = ..., colocated_drafts: _Optional[_Union[_common_pb2.DraftBlocks, _Mapping]] = ..., free_pages: _Optional[int] = ..., timings: _Optional[_Union[StepTimings, _Mapping]] = ..., errors: _Optional[_Iterable[str]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[_common_pb2.PromptLogprobs, _Mapping]]] = ...) -> None: ...
 
 class StepTimings(_message.Message):
     __slots__ = ("queue_ns", "forward_ns", "verify_ns", "draft_ns", "total_ns")

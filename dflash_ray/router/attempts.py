@@ -6,7 +6,9 @@ import asyncio
 import logging
 import math
 from collections.abc import Awaitable, Callable, Container, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from dflash_ray.core.back_off import BackOff
 
 logger = logging.getLogger(__name__)
 _FIRST_BACK_OFF_S = 0.5
@@ -20,7 +22,7 @@ class FinalError(ConnectionError):
 @dataclass(slots=True)
 class _Attempt:
     task: asyncio.Task[None] | None = None
-    back_off_s: float = _FIRST_BACK_OFF_S
+    back_off: BackOff = field(default_factory=lambda: BackOff(_FIRST_BACK_OFF_S, _MAX_BACK_OFF_S))
     not_before: float = 0.0
 
 
@@ -62,8 +64,8 @@ async def _run(attempt: _Attempt, connect: Callable[[], Awaitable[None]]) -> Non
         attempt.not_before = math.inf
     except Exception as error:  # whatever it is, it concerns this one only
         is_expected = isinstance(error, ConnectionError)
-        logger.warning("trying again in %g s: %s", attempt.back_off_s, error, exc_info=not is_expected)
-        attempt.not_before = asyncio.get_running_loop().time() + attempt.back_off_s
-        attempt.back_off_s = min(_MAX_BACK_OFF_S, 2 * attempt.back_off_s)
+        pause_s = attempt.back_off.next()
+        logger.warning("trying again in %g s: %s", pause_s, error, exc_info=not is_expected)
+        attempt.not_before = asyncio.get_running_loop().time() + pause_s
     else:
-        attempt.back_off_s = _FIRST_BACK_OFF_S
+        attempt.back_off.reset()

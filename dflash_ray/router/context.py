@@ -14,20 +14,18 @@ class DrafterContext:
 
     Attributes:
         drafter_id: the drafter that serves it, or None.
-        held_rows: rows that its drafter is known to hold, or was sent as tokens.
         is_open: its drafter was told to fetch the rows, of the sequence as the target has it open now.
+        was_open: its drafter was told so at any time.
         is_moved: rows that a drafter had already must be given once more.
         num_losses: drafters that died over a request with this sequence in it.
-        num_cut_offs: times in a row that its drafter was cut off from its rows, with no draft since.
         num_refusals: times that a drafter had no room for it.
     """
 
     drafter_id: str | None = None
-    held_rows: int = 0
     is_open: bool = False
+    was_open: bool = False
     is_moved: bool = False
     num_losses: int = 0
-    num_cut_offs: int = 0
     num_refusals: int = 0
 
     @property
@@ -37,5 +35,5 @@ class DrafterContext:
 
     def leave(self) -> None:
         """No drafter serves it."""
-        self.is_moved = self.is_moved or self.is_open or self.held_rows > 0
-        self.drafter_id, self.held_rows, self.is_open, self.num_cut_offs = None, 0, False, 0
+        self.is_moved = self.is_moved or self.was_open
+        self.drafter_id, self.is_open, self.was_open = None, False, False

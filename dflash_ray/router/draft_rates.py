@@ -6,6 +6,9 @@ a drafter's where it was. The rates are of all sequences of a target group toget
 
 from __future__ import annotations
 
+import numpy as np
+
+from dflash_ray.core.arrays import Flags, Ints
 from dflash_ray.core.ngram import MAX_NGRAM, MIN_NGRAM
 
 _WEIGHT = 1 / 64  # of the newest observation
@@ -18,16 +21,25 @@ class DraftRates:
     """Moving averages of first drafts that were right."""
 
     def __init__(self) -> None:
-        self._ngram = {size: _NGRAM_START[size] for size in range(MIN_NGRAM, MAX_NGRAM + 1)}
+        self._ngram = np.array([_NGRAM_START.get(size, 0.0) for size in range(MAX_NGRAM + 1)])
         self._drafter = _DRAFTER_START
 
-    def prefers_ngram(self, match_len: int) -> bool:
-        """Whether an n-gram with a match of this length has been right more often than the drafters."""
-        return self._ngram.get(match_len, 0.0) > self._drafter
+    def prefers_ngrams(self, match_lens: Ints) -> Flags:
+        """Whether n-grams with matches of these lengths have been right more often than the drafters."""
+        is_preferred: Flags = self._ngram[match_lens] > self._drafter
+        return is_preferred
 
-    def saw_ngram(self, match_len: int, is_right: bool) -> None:
-        if match_len in self._ngram:
-            self._ngram[match_len] += _WEIGHT * (is_right - self._ngram[match_len])
+    def saw_ngrams(self, match_lens: Ints, is_right: Flags) -> None:
+        """First drafts of n-grams that were judged, in order."""
+        for size in range(MIN_NGRAM, MAX_NGRAM + 1):
+            self._ngram[size] = _averaged(float(self._ngram[size]), is_right[match_lens == size])
 
-    def saw_drafter(self, is_right: bool) -> None:
-        self._drafter += _WEIGHT * (is_right - self._drafter)
+    def saw_drafters(self, is_right: Flags) -> None:
+        """First drafts of drafters that were judged, in order."""
+        self._drafter = _averaged(self._drafter, is_right)
+
+
+def _averaged(average: float, observed: Flags) -> float:
+    """The average after these observations, one after the other."""
+    kept = (1 - _WEIGHT) ** np.arange(len(observed), -1, -1)
+    return float(average * kept[0] + _WEIGHT * (observed @ kept[1:]))

@@ -5,19 +5,21 @@ its sequences want meanwhile goes with the next one. It fetches their context fe
 that is late is skipped and its drafter keeps the sequence; a drafter that was late several times in a row is left, and
 its sequences move to another one, which fetches their features anew.
 
-Nothing here looks at all sequences: a drafter has sets of those that it serves, must still open, and is to draft for.
-Entries of the last two are checked when they are used, since sequences move on in the meantime.
+A sequence's drafter is in its context for as long as it lives, and in the table's column while the target has it open.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+
+import numpy as np
 
 from dflash_ray.config import DflashRayConfig
-from dflash_ray.core.draft_blocks import blocks_of
-from dflash_ray.pb import drafter_pb2
+from dflash_ray.core.arrays import Ints
+from dflash_ray.core.draft_blocks import BlockColumns
+from dflash_ray.pb import common_pb2, drafter_pb2
 from dflash_ray.router.actions import Action, DropDrafter, RequestDrafts
+from dflash_ray.router.draft_lengths import DraftLengths
 from dflash_ray.router.draft_requests import (
     FIRST_BACK_OFF_S,
     DrafterState,
@@ -29,31 +31,39 @@ from dflash_ray.router.draft_requests import (
 )
 from dflash_ray.router.limits import TargetLimits
 from dflash_ray.router.sequence import RouterSequence
+from dflash_ray.router.slot_table import NEVER, REMOTE, SlotTable
 
 _MAX_BACK_OFF_S = 10.0
 _FULL_PAUSE_S = 1.0  # before a drafter that had no room is offered another sequence
-_MAX_CUT_OFFS = 1  # times in a row that a drafter opens a sequence again whose rows were lost
+_MAX_LOST = 1  # times in a row that a drafter opens a sequence again whose rows were lost
 _ROWS_A_TIMEOUT = 64  # context rows for which a drafter gets its time once more
 _WAIT_SHARE = 0.5  # of a draft's time, in which a drafter may wait for rows
 
 
 class Drafting:
-    """Drafters and the drafts under way."""
+    """Drafters and the drafts under way.
 
-    def __init__(self, config: DflashRayConfig) -> None:
+    Attributes:
+        table: the slots of the sequences on the target; the scheduler's.
+    """
+
+    def __init__(self, config: DflashRayConfig, table: SlotTable) -> None:
+        self.table = table
         self._timeout_s = config.router.draft_timeout_ms / 1000
         self._max_misses = config.router.max_missed_drafts
         self._hang_s = config.drafter.step_timeout_s
         self._num_candidates = config.router.num_candidates
         self._drafters: dict[str, DrafterState] = {}
         self._lone: Sequences = {}  # on the target, and without a drafter
-        self._waiting: Sequences = {}  # for a draft, by their deadlines; entries without one are over
+        self._num_joined = 0
         self._next_request_id = 1
         self.num_dropped: Counter[str] = Counter()
         self.num_replays = 0
 
     def join(self, drafter: DrafterState) -> None:
         """A drafter said hello."""
+        drafter.number = self._num_joined
+        self._num_joined += 1
         self._drafters[drafter.drafter_id] = drafter
 
     def lose(self, drafter_id: str) -> None:
@@ -62,49 +72,66 @@ class Drafting:
         if drafter is None:
             return
         in_flight = drafter.in_flight
-        for sequence in list(drafter.sequences.values()):
+        for sequence_id, sequence in list(drafter.sequences.items()):
             if in_flight is not None:
-                at_work = sequence.sequence_id in in_flight.committed_lens or sequence.sequence_id in in_flight.opened
+                at_work = in_flight.asked_at(sequence_id) is not None or sequence_id in in_flight.opened
                 sequence.context.num_losses += at_work
-            self._leave(sequence)
+            self._leave(drafter, sequence)
 
     def add(self, sequence: RouterSequence) -> None:
         """The step that opens a sequence on the target is sent."""
+        assert sequence.slot is not None
         if not sequence.draft_tokens:
             return
         drafter = self._drafters.get(sequence.context.drafter_id or "")
         if drafter is None:
             self._lone[sequence.sequence_id] = sequence
         else:
-            drafter.to_open[sequence.sequence_id] = sequence
+            self._serve(drafter, sequence)
+
+    def _serve(self, drafter: DrafterState, sequence: RouterSequence) -> None:
+        """From now on the drafter drafts for an open sequence."""
+        sequence.context.drafter_id = drafter.drafter_id
+        drafter.sequences[sequence.sequence_id] = drafter.to_open[sequence.sequence_id] = sequence
+        self.table.drafters[sequence.slot] = drafter.number
+
+    def suspend(self, sequence: RouterSequence) -> None:
+        """The target is to forget the sequence, which goes back to the queue."""
+        sequence.context.is_open = False
+        self._lone.pop(sequence.sequence_id, None)
 
     def close(self, sequence: RouterSequence) -> None:
         """The sequence is over; its drafter is told with the next request."""
-        self._waiting.pop(sequence.sequence_id, None)
         self._lone.pop(sequence.sequence_id, None)
         drafter = self._drafters.get(sequence.context.drafter_id or "")
         if drafter is not None:
             drafter.forget(sequence.sequence_id)
             drafter.closed.append(sequence.sequence_id)
 
-    def request(self, idle: Iterable[RouterSequence], limits: TargetLimits, step_id: int, now: float) -> list[Action]:
+    def request(
+        self, idle: Ints, draft_lengths: DraftLengths, limits: TargetLimits, step_id: int, now: float
+    ) -> list[Action]:
         """What to ask of drafters.
 
         Args:
-            idle: sequences that have come to want a draft.
+            idle: slots that have come to want a draft.
             step_id: the last step sent.
         """
+        if not self._drafters:
+            return []
         self._assign(now)
-        for sequence in idle:
-            drafter = self._drafters.get(sequence.context.drafter_id or "")
-            if drafter is not None:
-                drafter.wanting[sequence.sequence_id] = sequence
-                if drafter.in_flight is None or not drafter.in_flight.is_given_up:
-                    self._wait(sequence, now)
-        actions: list[Action] = []
+        table, actions = self.table, []
+        served_by = table.drafters[idle]
         for drafter in self._drafters.values():
-            if drafter.in_flight is None and (drafter.closed or drafter.to_open or drafter.wanting):
-                actions += self._next_request(drafter, limits, step_id, now)
+            its_idle = idle[served_by == drafter.number]
+            if len(its_idle):
+                table.is_asking[its_idle] = True
+                if drafter.in_flight is None or not drafter.in_flight.is_given_up:
+                    self._wait(its_idle, now)
+            if drafter.in_flight is None:
+                asking = (table.is_asking & (table.drafters == drafter.number)).nonzero()[0]
+                if len(asking) or drafter.closed or drafter.to_open:
+                    actions += self._next_request(drafter, asking, draft_lengths, limits, step_id, now)
         return actions
 
     def _assign(self, now: float) -> None:
@@ -113,20 +140,25 @@ class Drafting:
         if not free:
             return
         lone, self._lone = self._lone, {}
-        for sequence_id, sequence in lone.items():
-            if sequence.is_open and sequence.context.may_be_drafted_for:
-                drafter = min(free, key=lambda drafter: len(drafter.sequences))
-                sequence.context.drafter_id = drafter.drafter_id
-                drafter.sequences[sequence_id] = drafter.to_open[sequence_id] = sequence
+        for sequence in lone.values():
+            if sequence.slot is not None and sequence.context.may_be_drafted_for:
+                self._serve(min(free, key=lambda drafter: len(drafter.sequences)), sequence)
 
-    def _wait(self, sequence: RouterSequence, now: float) -> None:
-        if sequence.draft_deadline is None:
-            sequence.draft_deadline = now + self._timeout_s
-            self._waiting.pop(sequence.sequence_id, None)
-            self._waiting[sequence.sequence_id] = sequence
+    def _wait(self, slots: Ints, now: float) -> None:
+        deadlines = self.table.draft_deadlines
+        deadlines[slots] = np.minimum(deadlines[slots], now + self._timeout_s)
 
-    def _next_request(self, drafter: DrafterState, limits: TargetLimits, step_id: int, now: float) -> list[Action]:
+    def _next_request(
+        self,
+        drafter: DrafterState,
+        asking: Ints,
+        draft_lengths: DraftLengths,
+        limits: TargetLimits,
+        step_id: int,
+        now: float,
+    ) -> list[Action]:
         """What an idle drafter is to close, to open, and to draft."""
+        table = self.table
         request = drafter_pb2.DraftRequest(
             request_id=self._next_request_id,
             epoch=limits.epoch,
@@ -134,50 +166,49 @@ class Drafting:
             max_wait_ms=int(1000 * _WAIT_SHARE * self._timeout_s),
             num_candidates=self._num_candidates,
         )
-        wanting = [s for s in drafter.wanting.values() if s.wants_draft(limits.max_model_len)]
-        lacking = sum(s.committed_len - 1 - s.context.held_rows for s in wanting)
-        drafter.wanting, drafter.closed = {}, []
+        drafter.closed = []
+        table.is_asking[asking] = False
+        slots = asking[table.lacks_draft(asking)]
+        lacking = int((table.committed_lens[slots] - 1 - table.held_rows[slots]).sum())
         if drafter.needs_features:
             add_opened(request, self._take_opened(drafter), limits.address, step_id)
         else:
-            wanting = self._bring_tokens(request, drafter, wanting)
-        for sequence in wanting:
-            self._wait(sequence, now)
-        add_proposals(request, wanting, limits.max_model_len, drafter.max_draft_tokens)
+            drafter.to_open = {}
+            whole = add_tokens(request, table, slots)
+            partial = np.setdiff1d(slots, whole)
+            table.is_asking[partial] = True  # the next request goes on with them, and no step waits for it
+            table.draft_deadlines[partial] = NEVER
+            slots = whole
+        self._wait(slots, now)
+        slots = slots[np.argsort(table.ids[slots])]
+        add_proposals(request, table, slots, np.minimum(draft_lengths(table, slots), drafter.max_draft_tokens))
         if not (request.close or request.open or request.token_sequence_ids or request.sequence_ids):
             return []
         patience_s = self._timeout_s * (1 + lacking / _ROWS_A_TIMEOUT)
-        committed_lens = {sequence.sequence_id: sequence.committed_len for sequence in wanting}
         drafter.in_flight = InFlight(
-            request.request_id, committed_lens, frozenset(request.open), now, patience_s, now + patience_s
+            request.request_id,
+            slots,
+            table.ids[slots],
+            table.committed_lens[slots],
+            frozenset(request.open),
+            now,
+            patience_s,
+            now + patience_s,
         )
         self._next_request_id += 1
         return [RequestDrafts(drafter.drafter_id, request)]
 
     def _take_opened(self, drafter: DrafterState) -> list[RouterSequence]:
         """The sequences that a drafter is told to open now."""
-        opened = [s for s in drafter.to_open.values() if s.is_open and not s.context.is_open]
+        opened = [s for s in drafter.to_open.values() if s.slot is not None and not s.context.is_open]
         drafter.to_open = {}
         for sequence in opened:
-            self.num_replays += sequence.context.is_moved
-            sequence.context.is_open, sequence.context.is_moved = True, False
+            context = sequence.context
+            self.num_replays += context.is_moved
+            context.is_open, context.was_open, context.is_moved = True, True, False
         return opened
 
-    def _bring_tokens(
-        self, request: drafter_pb2.DraftRequest, drafter: DrafterState, wanting: list[RouterSequence]
-    ) -> list[RouterSequence]:
-        """Adds tokens for a drafter that reads them; returns the sequences of which it has all then."""
-        drafter.to_open = {}
-        whole = []
-        for sequence in wanting:
-            if add_tokens(request, sequence):
-                whole.append(sequence)
-            else:  # the next request goes on with them, and no step waits for it
-                sequence.draft_deadline = None
-                drafter.wanting[sequence.sequence_id] = sequence
-        return whole
-
-    def answer(self, drafter_id: str, reply: drafter_pb2.DraftReply, epoch: int | None, now: float) -> None:
+    def answer(self, drafter_id: str, reply: drafter_pb2.DraftReply, limits: TargetLimits | None, now: float) -> None:
         """Takes a drafter's drafts; those for another past are dropped."""
         drafter = self._drafters.get(drafter_id)
         if drafter is None or drafter.in_flight is None or drafter.in_flight.request_id != reply.request_id:
@@ -186,24 +217,38 @@ class Drafting:
         if not in_flight.is_late:
             drafter.num_misses = 0
             drafter.back_off_s = FIRST_BACK_OFF_S
-        for block in blocks_of(reply.blocks):
-            sequence = drafter.sequences.get(block.sequence_id)
-            if sequence is None or reply.blocks.epoch != epoch or block.committed_len != sequence.committed_len:
-                self.num_dropped["stale"] += 1
-                continue
-            sequence.context.held_rows, sequence.context.num_cut_offs = block.committed_len - 1, 0
-            if sequence.draft_deadline is None:
-                self.num_dropped["late"] += 1
-            else:
-                sequence.take_draft(block, "remote")
-                sequence.draft_deadline = None
+        if len(in_flight.ids):
+            self._take(drafter, in_flight, reply.blocks, limits)
         columns = (reply.missing_ids, reply.have_lens, reply.missing_reasons)
         for sequence_id, have_len, reason in zip(*columns, strict=True):
             sequence = drafter.sequences.get(sequence_id)
             if sequence is not None:
-                if in_flight.committed_lens.get(sequence_id) == sequence.committed_len:
-                    sequence.miss_draft()
+                if sequence.slot is not None and in_flight.asked_at(sequence_id) == sequence.committed_len:
+                    self.table.miss_drafts(np.array([sequence.slot]))
                 self._miss(drafter, sequence, have_len, reason, now)
+
+    def _take(
+        self,
+        drafter: DrafterState,
+        in_flight: InFlight,
+        message: common_pb2.DraftBlocks,
+        limits: TargetLimits | None,
+    ) -> None:
+        table, blocks = self.table, BlockColumns.of(message)
+        slots = in_flight.slots[in_flight.places(blocks.sequence_ids)]
+        is_right = (table.ids[slots] == blocks.sequence_ids) & (table.drafters[slots] == drafter.number)
+        is_right &= table.committed_lens[slots] == blocks.committed_lens
+        if limits is None or message.epoch != limits.epoch:
+            is_right[:] = False
+        num_right = int(is_right.sum())
+        self._drop("stale", len(slots) - num_right)
+        if limits is None or not num_right:
+            return
+        table.held_rows[slots[is_right]] = blocks.committed_lens[is_right] - 1
+        table.num_lost[slots[is_right]] = 0
+        is_awaited = is_right & (table.draft_deadlines[slots] < NEVER)
+        self._drop("late", num_right - int(is_awaited.sum()))
+        table.take_blocks(slots, blocks, is_awaited, REMOTE, limits.vocab_size)
 
     def _miss(
         self,
@@ -214,31 +259,39 @@ class Drafting:
         now: float,
     ) -> None:
         """A drafter lacks rows of a sequence."""
-        context = sequence.context
-        if reason in (drafter_pb2.MISSING_REASON_COMING, drafter_pb2.MISSING_REASON_LOST):
-            context.held_rows = have_len
-        if reason == drafter_pb2.MISSING_REASON_LOST and drafter.needs_features:
-            if not context.is_open:
-                return  # the target has opened it anew meanwhile: it is in `to_open`
+        context, table, slot = sequence.context, self.table, sequence.slot
+        is_lost = reason == drafter_pb2.MISSING_REASON_LOST
+        if slot is not None and (is_lost or reason == drafter_pb2.MISSING_REASON_COMING):
+            table.held_rows[slot] = have_len
+        is_lost_again = False
+        if is_lost and drafter.needs_features:
+            if slot is None or not context.is_open:
+                return  # the target has opened it anew meanwhile, or will: then it is in `to_open`
             context.is_open, context.is_moved = False, True
-            context.num_cut_offs += 1
-        is_cut_off_again = context.num_cut_offs > _MAX_CUT_OFFS
-        if reason == drafter_pb2.MISSING_REASON_REFUSED or is_cut_off_again:
+            table.num_lost[slot] += 1
+            is_lost_again = bool(table.num_lost[slot] > _MAX_LOST)
+        if reason == drafter_pb2.MISSING_REASON_REFUSED or is_lost_again:
             context.num_refusals += 1
-            self._leave(sequence)
+            self._leave(drafter, sequence)
             drafter.aside_until = max(drafter.aside_until, now + _FULL_PAUSE_S)
-            self.num_dropped["cut_off" if is_cut_off_again else "refused"] += 1
-        elif reason == drafter_pb2.MISSING_REASON_LOST and drafter.needs_features:
+            self._drop("lost" if is_lost_again else "refused", 1)
+        elif is_lost and drafter.needs_features:
             drafter.to_open[sequence.sequence_id] = sequence
+
+    def _drop(self, reason: str, count: int) -> None:
+        if count:
+            self.num_dropped[reason] += count
 
     def expire(self, now: float) -> list[Action]:
         """Goes on without drafts that are late; leaves drafters that are late all the time or do not answer at all."""
-        while (first := self._first_waiting()) is not None and (first.draft_deadline or 0.0) <= now:
-            first.miss_draft()
-            self.num_dropped["timeout"] += 1
-            drafter = self._drafters.get(first.context.drafter_id or "")
-            if drafter is not None and drafter.in_flight is not None:
-                drafter.in_flight.is_given_up = True
+        late = (self.table.draft_deadlines <= now).nonzero()[0]
+        if len(late):
+            self.table.miss_drafts(late)
+            self._drop("timeout", len(late))
+            numbers = set(self.table.drafters[late].tolist())
+            for drafter in self._drafters.values():
+                if drafter.number in numbers and drafter.in_flight is not None:
+                    drafter.in_flight.is_given_up = True
         actions: list[Action] = []
         for drafter in self._drafters.values():
             in_flight = drafter.in_flight
@@ -253,15 +306,6 @@ class Drafting:
                 actions.append(DropDrafter(drafter.drafter_id))
         return actions
 
-    def _first_waiting(self) -> RouterSequence | None:
-        """Who has waited longest for a draft."""
-        while self._waiting:
-            sequence_id, sequence = next(iter(self._waiting.items()))
-            if sequence.draft_deadline is not None:
-                return sequence
-            del self._waiting[sequence_id]
-        return None
-
     def _put_aside(self, drafter: DrafterState, now: float) -> None:
         """Leaves a drafter for a while; what it holds is closed there with the first request that it gets again."""
         drafter.num_misses = 0
@@ -269,20 +313,18 @@ class Drafting:
         drafter.back_off_s = min(_MAX_BACK_OFF_S, 2 * drafter.back_off_s)
         drafter.closed.extend(drafter.sequences)
         for sequence in list(drafter.sequences.values()):
-            self._leave(sequence)
+            self._leave(drafter, sequence)
 
-    def _leave(self, sequence: RouterSequence) -> None:
-        """The sequence's drafter serves it no more; another one may."""
-        drafter = self._drafters.get(sequence.context.drafter_id or "")
-        if drafter is not None:
-            drafter.forget(sequence.sequence_id)
-        sequence.leave_drafter()
-        self._lone[sequence.sequence_id] = sequence
+    def _leave(self, drafter: DrafterState, sequence: RouterSequence) -> None:
+        """The drafter serves the sequence no more; another one may."""
+        drafter.forget(sequence.sequence_id)
+        if sequence.slot is not None:
+            self.table.leave_drafter(sequence.slot)
+            if self.table.is_open[sequence.slot]:
+                self._lone[sequence.sequence_id] = sequence
+        sequence.context.leave()
 
-    def next_deadline(self) -> float | None:
-        """When a draft's or a drafter's time is over."""
-        deadlines = [d.in_flight.deadline for d in self._drafters.values() if d.in_flight is not None]
-        first = self._first_waiting()
-        if first is not None and first.draft_deadline is not None:
-            deadlines.append(first.draft_deadline)
-        return min(deadlines, default=None)
+    def next_deadline(self) -> float:
+        """When a draft's or a drafter's time is over; NEVER when nothing is waited for."""
+        in_flight = [d.in_flight.deadline for d in self._drafters.values() if d.in_flight is not None]
+        return min([float(self.table.draft_deadlines.min()), *in_flight])

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dflash_ray.core.errors import InvalidRequestError
-from dflash_ray.pb import router_pb2
+from dflash_ray.core.arrays import Tokens
+from dflash_ray.core.errors import InvalidRequestError, prompt_too_long
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,23 +20,29 @@ class TargetLimits:
     max_batch_tokens: int
     colocated_draft_tokens: int = 0
     address: str = ""
+    feature_fingerprint: str = ""
+
+    @property
+    def has_drafter(self) -> bool:
+        """Whether a drafter beside n-grams may draft, in the group or out of it."""
+        return bool(self.feature_fingerprint or self.colocated_draft_tokens)
+
+    @property
+    def makes_features(self) -> bool:
+        """Whether drafters out of the group need context features."""
+        return bool(self.feature_fingerprint) and not self.colocated_draft_tokens
 
     def pages(self, tokens: int) -> int:
         """KV pages of so many rows."""
         return -(-tokens // self.page_size)
 
-    def check_fits(self, request: router_pb2.GenerateTokensRequest) -> None:
-        """Raises InvalidRequestError when the request can never run here."""
-        length = len(request.token_ids)
-        if length >= self.max_model_len:
+    def check_fits(self, token_ids: Tokens) -> None:
+        """Raises InvalidRequestError when a request with these tokens can never run here."""
+        if len(token_ids) >= self.max_model_len:
+            raise prompt_too_long(len(token_ids), self.max_model_len, "prompt")
+        if self.pages(len(token_ids) + 1) > self.num_pages:
             raise InvalidRequestError(
-                f"the prompt has {length} tokens, but prompt and answer must fit the context of "
-                f"{self.max_model_len}; shorten the prompt",
-                "prompt",
+                f"has {len(token_ids)} tokens, more than the KV cache holds; shorten it", "prompt"
             )
-        if self.pages(length + 1) > self.num_pages:
-            raise InvalidRequestError(
-                f"the prompt has {length} tokens, more than the KV cache holds; shorten the prompt", "prompt"
-            )
-        if max(request.token_ids) >= self.vocab_size:
+        if int(token_ids.max()) >= self.vocab_size:
             raise InvalidRequestError(f"token ids must be below {self.vocab_size}", "prompt")

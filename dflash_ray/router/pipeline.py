@@ -1,4 +1,4 @@
-"""The I/O around one target group: streams in and out of the scheduler, one queue of tokens for each request.
+"""The I/O around one target group: streams in and out of the scheduler, and tokens to those who wait for them.
 
 Every event is put into the scheduler at once, and what it asks for is done at once; a timer wakes it at its next
 deadline. Nothing here decides anything.
@@ -9,11 +9,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import Callable
+from typing import Protocol
+from weakref import WeakValueDictionary
 
 from dflash_ray.config import DflashRayConfig
+from dflash_ray.core.errors import RequestError
 from dflash_ray.observability.metrics import RouterMetrics
-from dflash_ray.pb import common_pb2, drafter_pb2, router_pb2, target_pb2
+from dflash_ray.pb import drafter_pb2, router_pb2, target_pb2
 from dflash_ray.router.actions import (
     Action,
     CloseSequences,
@@ -35,6 +38,22 @@ from dflash_ray.rpc.directory import Entry
 logger = logging.getLogger(__name__)
 
 
+class Receiver(Protocol):
+    """Whoever started requests.
+
+    Attributes:
+        number: its own, in this process.
+    """
+
+    number: int
+
+    def emit(self, emit: Emit) -> None:
+        """New tokens of its calls; after a finish reason nothing follows."""
+
+    def fail(self, call_id: int, error: RequestError) -> None:
+        """A call ends with an error."""
+
+
 class Pipeline:
     """Requests, one target stream, and a stream to every drafter that fits."""
 
@@ -50,7 +69,8 @@ class Pipeline:
         self._target: Stream | None = None
         self._feature_fingerprint = ""
         self._drafters: dict[str, Stream] = {}
-        self._queues: dict[int, asyncio.Queue[Emit | Fail]] = {}
+        self._receivers: WeakValueDictionary[int, Receiver] = WeakValueDictionary()
+        self._is_pump_due = False
         self._timer: asyncio.TimerHandle | None = None
         self._sent_at: dict[str, float] = {}
         self._step_done_at: float | None = None
@@ -82,6 +102,7 @@ class Pipeline:
             num_pages=hello.num_pages,
             max_batch_tokens=hello.max_batch_tokens,
             colocated_draft_tokens=hello.colocated_draft_tokens,
+            feature_fingerprint=hello.feature_fingerprint,
             address=entry.address,
         )
         self._streams.add(stream)
@@ -169,25 +190,23 @@ class Pipeline:
             del self._sent_at[key]
         self.scheduler.drafter_lost(drafter_id)
 
-    async def generate(self, request: router_pb2.GenerateTokensRequest) -> AsyncGenerator[Emit, None]:
-        """Tokens of a request as they are committed. Raises RequestError; leaving early frees the sequence."""
-        sequence = self.scheduler.arrive(request, time.monotonic())
-        queue: asyncio.Queue[Emit | Fail] = asyncio.Queue()
-        self._queues[sequence.sequence_id] = queue
-        self._pump()
-        try:
-            yield Emit(sequence, [], None, common_pb2.FINISH_REASON_UNSPECIFIED)  # it has been taken
-            while True:
-                item = await queue.get()
-                if isinstance(item, Fail):
-                    raise item.error
-                yield item
-                if item.finish_reason:
-                    return
-        finally:
-            self._queues.pop(sequence.sequence_id, None)
-            self.scheduler.cancel(sequence)
-            self._pump()
+    def start(self, request: router_pb2.GenerateTokensRequest, receiver: Receiver, call_id: int) -> RouterSequence:
+        """Takes a request, whose tokens go to the receiver. Raises RequestError."""
+        sequence = self.scheduler.arrive(request, time.monotonic(), receiver.number, call_id)
+        self._receivers[receiver.number] = receiver
+        self._pump_soon()
+        return sequence
+
+    def cancel(self, sequence: RouterSequence) -> None:
+        """Frees a sequence that nobody listens to any more; one that has ended is passed over."""
+        self.scheduler.cancel(sequence)
+        self._pump_soon()
+
+    def _pump_soon(self) -> None:
+        """One pump for all requests that come and go in a turn of the event loop."""
+        if not self._is_pump_due:
+            self._is_pump_due = True
+            asyncio.get_running_loop().call_soon(self._wake)
 
     def check_health(self) -> None:
         """Raises what has left this pipeline in a state that nothing here puts right."""
@@ -205,6 +224,7 @@ class Pipeline:
 
     def _pump(self) -> None:
         """Does everything there is to do now."""
+        self._is_pump_due = False
         now = time.monotonic()
         has_events = True
         while has_events:
@@ -222,6 +242,11 @@ class Pipeline:
 
     def _perform(self, action: Action, now: float) -> None:
         match action:
+            case Emit():
+                for stream in set(action.streams.tolist()):
+                    receiver = self._receivers.get(stream)
+                    if receiver is not None:
+                        receiver.emit(action.of_stream(stream))
             case RunStep(step):
                 self._sent_at["step"] = now
                 self._observe_step(step, now)
@@ -237,12 +262,12 @@ class Pipeline:
             case DropDrafter(drafter_id):
                 logger.error("a drafter did not answer in time; it is left", extra={"drafter_id": drafter_id})
                 self._drop_drafter(drafter_id)
-            case Emit(sequence) | Fail(sequence):
-                if isinstance(action, Fail) and action.error.__cause__ is not None:
-                    logger.error("a sequence failed", exc_info=action.error.__cause__)
-                queue = self._queues.get(sequence.sequence_id)
-                if queue is not None:
-                    queue.put_nowait(action)
+            case Fail(sequence, error):
+                if error.__cause__ is not None:
+                    logger.error("a sequence failed", exc_info=error.__cause__)
+                receiver = self._receivers.get(sequence.stream)
+                if receiver is not None:
+                    receiver.fail(sequence.call_id, error)
 
     def _send(self, request: target_pb2.TargetRequest) -> None:
         if self._target is not None:
@@ -251,7 +276,7 @@ class Pipeline:
     def _observe_step(self, step: target_pb2.Step, now: float) -> None:
         if self._step_done_at is not None and step.verify_ids:
             self._metrics.step_gap.observe(now - self._step_done_at)
-        rows = sum(step.prefill_lens) + len(step.verify_ids) + len(step.draft_token_ids)
+        rows = sum(step.prefill_lens) + len(step.verify_ids) + sum(step.num_drafts)
         self._metrics.step_tokens.labels(self._model).observe(rows)
 
     def _record_acceptance(self, result: target_pb2.StepResult) -> None:
@@ -284,21 +309,3 @@ class Pipeline:
             self._timer.cancel()
         for stream in (*self._drafters.values(), *([self._target] if self._target else [])):
             await stream.close()
-
-
-def to_chunk(sequence: RouterSequence, emit: Emit, now: float) -> router_pb2.TokenChunk:
-    """A request's chunk for the wire; the last one carries its timings."""
-    chunk = router_pb2.TokenChunk(
-        token_ids=emit.token_ids,
-        logprobs=emit.logprobs,
-        finish_reason=emit.finish_reason,
-        decode_pass=emit.decode_pass,
-        prompt_logprobs=emit.prompt_logprobs,
-    )
-    if emit.finish_reason:
-        decoding_since = sequence.decoding_since or now
-        chunk.timings.queue_ns = int(max(0.0, sequence.admitted_at - sequence.arrived_at) * 1e9)
-        chunk.timings.prefill_ns = int(max(0.0, decoding_since - sequence.admitted_at) * 1e9)
-        chunk.timings.decode_ns = int(max(0.0, now - decoding_since) * 1e9)
-        chunk.timings.num_preemptions = sequence.num_preemptions
-    return chunk

@@ -3,85 +3,108 @@
 Sans-IO: time comes with every event, and there are no sockets, clocks, tasks or Ray here. The same code runs in the
 router, under property tests and in simulations. After any event, `poll` says what to do now and `next_deadline` when
 to ask again if nothing else happens.
+
+    arrive -> WAITING --admitted--> PREFILL --first token--> DECODE --finish reason, cancel, error--> gone
+                 ^                     |                       |
+                 +---- preempted, STALE or UNKNOWN, target lost (its tokens stay) ----+
+
+A sequence that waits is in the queue; all others have a slot, and everything that changes with a step is in the columns
+of `SlotTable`. `steps.py` shares out the rows of a step, `in_flight.py` has the steps at the target and says whose turn
+it is, `drafting.py` asks drafters, `ngram_drafts.py` looks n-grams up, `draft_lengths.py` says how many drafts a step
+is worth. docs/architecture.md has the invariants.
 """
 
 from __future__ import annotations
 
 from collections import Counter, deque
 
+import numpy as np
+
 from dflash_ray.config import DflashRayConfig
-from dflash_ray.core.draft_blocks import blocks_of
+from dflash_ray.core.arrays import Ints, Tokens, column
+from dflash_ray.core.draft_blocks import BlockColumns
 from dflash_ray.core.errors import DeadlineExceededError, HandedOverError, OverloadedError, RequestError
-from dflash_ray.core.ngram import IndexingRoom
 from dflash_ray.pb import common_pb2, drafter_pb2, router_pb2, target_pb2
 from dflash_ray.router.actions import Action, CloseSequences, DropTarget, Emit, Fail, RunStep
+from dflash_ray.router.draft_lengths import DraftLengths, as_requested
 from dflash_ray.router.draft_rates import DraftRates
 from dflash_ray.router.drafting import Drafting
+from dflash_ray.router.in_flight import Cohorts, StepsInFlight
 from dflash_ray.router.limits import TargetLimits
-from dflash_ray.router.sequence import Phase, RouterSequence
-from dflash_ray.router.steps import build_step
+from dflash_ray.router.ngram_drafts import NgramDrafts
+from dflash_ray.router.results import StepOutcome, read_result
+from dflash_ray.router.sequence import RouterSequence
+from dflash_ray.router.slot_table import (
+    COLOCATED,
+    DECODE,
+    DRAFT_SOURCES,
+    MAX_DRAFTS,
+    NEVER,
+    NO_DRAFT,
+    PREFILL,
+    SlotTable,
+)
+from dflash_ray.router.steps import StepInFlight, build_step
 
 _MAX_LOSSES = 2  # groups that may die over a sequence before it runs alone, where one more ends it
 _STEP_PATIENCE = 1.5  # times the pass's own limit, after which its group should have ended itself
-_INDEXED_AT_ONCE = 2048  # tokens of long texts that one poll indexes for n-grams: some two milliseconds
 
 
 class Scheduler:
-    """Requests of one target group, from arrival to their last token."""
+    """Requests of one target group, from arrival to their last token.
+
+    Attributes:
+        limits: what the target group said; None while there is none.
+        draft_lengths: how many drafts a step is worth; a policy may be put in its place.
+    """
 
     def __init__(self, config: DflashRayConfig) -> None:
         self._router = config.router
         self._uses_ngram = config.drafter.method != "none"
-        self._weighs_ngrams = config.router.prefer_ngram and config.uses_features
+        self._table = SlotTable(self._router.max_running, 1)
         self._rates = DraftRates()
-        self._indexing_room = IndexingRoom(_INDEXED_AT_ONCE)
-        self._is_colocated = config.drafter.placement_mode == "colocated"
-        self._wants_features = config.uses_features
-        self._step_timeout_s = _STEP_PATIENCE * config.target.step_timeout_s
-        self.drafting = Drafting(config)
+        self._ngrams = NgramDrafts(self._table, self._rates)
+        self._steps = StepsInFlight(self._router.num_steps_in_flight, _STEP_PATIENCE * config.target.step_timeout_s)
+        self._cohorts = Cohorts(self._router.cohorts)
+        self.draft_lengths: DraftLengths = as_requested
+        self.drafting = Drafting(config, self._table)
         self.limits: TargetLimits | None = None
         self.free_pages = 0
         self._sequences: dict[int, RouterSequence] = {}
         self._waiting: deque[RouterSequence] = deque()
-        self._running: list[RouterSequence] = []
         self._close_next: list[int] = []
-        self._idle: list[RouterSequence] = []  # that have got tokens since drafters were asked
+        self._idle: list[Ints] = []  # slots that have got tokens since drafts were asked for
         self._actions: list[Action] = []
         self._next_id = 1
         self._step_id = 0
-        self._step: dict[int, RouterSequence] | None = None  # entries of the step in flight
-        self._step_deadline = 0.0
-        self._closes_since_step = False
+        self._closed_after = 0  # the last step that was sent when a sequence was closed
         self._lost_at: float | None = 0.0
-        self._next_cohort = 0
         self.num_preemptions = 0
         self.num_drafts_by_source: Counter[str] = Counter()
         self.num_draft_tokens = 0
 
     @property
     def num_running(self) -> int:
-        return len(self._running)
+        return self._table.num_running
 
     @property
     def num_waiting(self) -> int:
         return len(self._waiting)
 
-    def arrive(self, request: router_pb2.GenerateTokensRequest, now: float) -> RouterSequence:
-        """Takes a request. Raises OverloadedError when the queue is full, InvalidRequestError when it can never run."""
-        if len(self._waiting) >= self._router.max_waiting + max(0, self._router.max_running - len(self._running)):
+    def arrive(
+        self, request: router_pb2.GenerateTokensRequest, now: float, stream: int = 0, call_id: int = 0
+    ) -> RouterSequence:
+        """Takes a request, with two numbers that come back with its tokens.
+
+        Raises OverloadedError when the queue is full, InvalidRequestError when it can never run.
+        """
+        if len(self._waiting) >= self._router.max_waiting + max(0, self._router.max_running - self.num_running):
             raise OverloadedError(f"{len(self._waiting)} requests are waiting; try again later")
+        tokens = column(request.token_ids).astype(np.uint32)
         if self.limits is not None:
-            self.limits.check_fits(request)
+            self.limits.check_fits(tokens)
         draft_tokens = self._draft_tokens(request.speculation)
-        sequence = RouterSequence(
-            sequence_id=self._next_id,
-            request=request,
-            tokens=list(request.token_ids),
-            draft_tokens=draft_tokens,
-            wants_features=self._wants_features and draft_tokens > 0,
-            arrived_at=now,
-            num_losses=request.num_losses,
-        )
+        sequence = RouterSequence(self._next_id, request, tokens, draft_tokens, stream, call_id, request.num_losses)
         self._next_id += 1
         self._sequences[sequence.sequence_id] = sequence
         self._waiting.append(sequence)
@@ -97,16 +120,20 @@ class Scheduler:
         is_default = policy == router_pb2.SPECULATION_POLICY_UNSPECIFIED
         if policy == router_pb2.SPECULATION_POLICY_OFF or (is_default and self._router.policy == "off"):
             return 0
-        return speculation.draft_tokens if speculation.HasField("draft_tokens") else self._router.draft_tokens
+        wanted = speculation.draft_tokens if speculation.HasField("draft_tokens") else self._router.draft_tokens
+        return min(wanted, MAX_DRAFTS)
 
     def target_ready(self, limits: TargetLimits, now: float) -> None:
-        """A target group said hello; it has no sequences yet."""
+        """A target group said hello; it has no sequences yet, and no slot is in use."""
+        if limits.max_model_len != self._table.max_len:
+            self._table = self.drafting.table = SlotTable(self._router.max_running, limits.max_model_len)
+            self._ngrams = NgramDrafts(self._table, self._rates)
         self.limits = limits
         self.free_pages = limits.num_pages
         self._lost_at = None
         for sequence in list(self._waiting):
             try:
-                limits.check_fits(sequence.request)
+                limits.check_fits(sequence.tokens)
             except RequestError as error:
                 self._fail(sequence, error)
 
@@ -115,128 +142,120 @@ class Scheduler:
 
         A sequence whose steps end group after group is a suspect: it then runs alone, and ends with the next one.
         """
-        entries = list((self._step or {}).values())
         self.limits = None
-        self._step = None
         self._lost_at = now
-        for sequence in entries:
-            if sequence.sequence_id not in self._sequences or not sequence.in_step:
-                continue  # cancelled or preempted meanwhile
+        for sequence in [self._table.sequence(slot) for slot in self._steps.lose(self._table).tolist()]:
             sequence.num_losses += 1
             if sequence.num_losses > _MAX_LOSSES:
                 self._fail(sequence, RequestError("the target group ended three times while it ran this request"))
-        for sequence in reversed(self._running):
-            sequence.leave_target()
-            self._waiting.appendleft(sequence)
-        self._running.clear()
+        for sequence in reversed(self._table.running()):
+            self._put_back(sequence)
         self._close_next.clear()
+        self._idle.clear()
 
     def step_done(self, result: target_pb2.StepResult, now: float) -> None:
-        """Takes the tokens of a step."""
-        entries = self._step or {}
-        self._step = None
+        """Takes the tokens of the oldest step in flight. Raises ValueError for a result that is not about it."""
+        step = self._steps.take(result.step_id, now)
+        outcome = read_result(result, step)
         self.free_pages = result.free_pages
         for part in result.prompt_logprobs:
             if part.sequence_id in self._sequences:
-                scored = self._sequences[part.sequence_id]
-                unfinished = common_pb2.FINISH_REASON_UNSPECIFIED
-                self._actions.append(Emit(scored, [], None, unfinished, prompt_logprobs=part))
-        logprobs = iter(result.logprobs)
-        errors = iter(result.errors)
+                self._actions.append(Emit.one(self._sequences[part.sequence_id], prompt_logprobs=part))
+        is_current = step.is_current(self._table)
+        self._table.step_ids[step.slots[is_current]] = 0
+        self._advance(step, outcome, (is_current & outcome.is_ok).nonzero()[0])
         lacks_pages = False
-        offset = 0
-        for i, sequence_id in enumerate(result.sequence_ids):
-            count = result.num_tokens[i]
-            tokens = list(result.token_ids[offset : offset + count])
-            offset += count
-            sequence = entries[sequence_id]
-            asked = sequence.request.sampling.HasField("num_logprobs")
-            token_logprobs = next(logprobs) if asked and count else None
-            error = next(errors) if result.statuses[i] == target_pb2.ENTRY_STATUS_FAILED else ""
-            if sequence_id not in self._sequences or not sequence.in_step:
-                continue  # cancelled or preempted while the step ran
-            sequence.in_step = False
-            if result.statuses[i] == target_pb2.ENTRY_STATUS_OK:
-                try:
-                    decode_pass = self._advance(sequence, tokens, result.num_accepted_drafts[i], now)
-                except Exception as fault:  # its neighbours are not concerned
-                    self._fail(sequence, _internal_error(fault))
-                    continue
-                self._emit(sequence, tokens, token_logprobs, result.finish_reasons[i], decode_pass)
-                if sequence.phase is Phase.DECODE and not result.finish_reasons[i]:
-                    self._idle.append(sequence)
-            elif result.statuses[i] == target_pb2.ENTRY_STATUS_NO_PAGES:
+        for entry in (is_current & ~outcome.is_ok).nonzero()[0].tolist():
+            sequence = self._table.sequence(int(step.slots[entry]))
+            if outcome.statuses[entry] == target_pb2.ENTRY_STATUS_NO_PAGES:
                 lacks_pages = True
-            elif result.statuses[i] == target_pb2.ENTRY_STATUS_FAILED:
-                self._fail(sequence, RequestError(error))
+            elif outcome.statuses[entry] == target_pb2.ENTRY_STATUS_FAILED:
+                self._fail(sequence, RequestError(outcome.errors[entry]))
             else:  # the target has another past or none: start again with the tokens known here
                 self._requeue(sequence)
         if lacks_pages:
-            self._free_pages()
-        for block in blocks_of(result.colocated_drafts):
-            drafted = self._sequences.get(block.sequence_id)
-            if drafted is not None and drafted.committed_len == block.committed_len:
-                drafted.take_draft(block, "colocated")
+            self._free_pages(step)
+        if result.colocated_drafts.sequence_ids:
+            self._take_colocated(BlockColumns.of(result.colocated_drafts))
 
-    def _advance(
-        self, sequence: RouterSequence, tokens: list[int], num_accepted: int, now: float
-    ) -> router_pb2.DecodePass | None:
-        decode_pass = None
-        if sequence.phase is Phase.DECODE:
-            decode_pass = router_pb2.DecodePass(
-                num_drafts=len(sequence.draft or ()),
-                num_accepted_drafts=num_accepted,
-                num_spec_tokens=sequence.draft_tokens,
-            )
-            if tokens:
-                self._judge_drafts(sequence, tokens[0])
-        else:
-            sequence.num_prefilled += sequence.rows_in_step
-            if tokens:
-                sequence.phase = Phase.DECODE
-                sequence.decoding_since = sequence.decoding_since or now
-        sequence.append(tokens)
-        return decode_pass
+    def _advance(self, step: StepInFlight, outcome: StepOutcome, entries: Ints) -> None:
+        """Takes what these entries have computed and committed."""
+        table = self._table
+        slots, counts = step.slots[entries], outcome.num_tokens[entries]
+        is_too_long = table.committed_lens[slots] + counts > table.max_lens[slots]
+        if is_too_long.any():
+            for slot in slots[is_too_long].tolist():
+                self._fail(table.sequence(slot), RequestError("the target group gave more tokens than were asked for"))
+            entries, slots, counts = entries[~is_too_long], slots[~is_too_long], counts[~is_too_long]
+        token_ids = outcome.tokens_of(entries)
+        is_chunk = entries < step.num_chunks
+        has_tokens = counts > 0
+        first_tokens = token_ids[(counts.cumsum() - counts)[has_tokens]]
+        self._ngrams.judge(slots[has_tokens & ~is_chunk], first_tokens[~is_chunk[has_tokens]])
+        table.num_prefilled[slots] += step.rows[entries]
+        table.start_decoding(slots[is_chunk & has_tokens])
+        table.commit(slots, counts, token_ids)
+        self._ngrams.forget(slots)
+        self._emit(step, outcome, entries, token_ids)
+        self._idle.append(slots[(table.phases[slots] == DECODE) & (table.step_ids[slots] == 0)])
 
-    def _judge_drafts(self, sequence: RouterSequence, token: int) -> None:
-        """Takes note of whose first draft was the token that came."""
-        ngram = sequence.ngram_draft
-        if ngram is not None and ngram.tokens:
-            self._rates.saw_ngram(ngram.match_len, ngram.tokens[0] == token)
-        if sequence.draft and sequence.draft_source in ("remote", "colocated"):
-            self._rates.saw_drafter(sequence.draft[0] == token)
-
-    def _emit(
-        self,
-        sequence: RouterSequence,
-        tokens: list[int],
-        logprobs: common_pb2.TokenLogprobs | None,
-        finish_reason: common_pb2.FinishReason,
-        decode_pass: router_pb2.DecodePass | None,
-    ) -> None:
-        if tokens:
-            self._actions.append(Emit(sequence, tokens, logprobs, finish_reason, decode_pass))
-        if finish_reason:
-            self._remove(sequence)
-
-    def _free_pages(self) -> None:
-        """Entries found no pages: the youngest sequence is put back, one a step; a lone one has filled the cache."""
-        if self._closes_since_step:
-            return  # the pages of those are on their way: what failed tries again first
-        if len(self._running) == 1:
-            sequence = self._running[0]
-            self._actions.append(Emit(sequence, [], None, common_pb2.FINISH_REASON_LENGTH))
-            self._remove(sequence)
+    def _emit(self, step: StepInFlight, outcome: StepOutcome, entries: Ints, token_ids: Tokens) -> None:
+        """Tells the requests, and ends those that are finished."""
+        table = self._table
+        is_told = (outcome.num_tokens[entries] > 0) | (outcome.finish_reasons[entries] > 0)
+        told = entries[is_told]
+        if not len(told):
             return
-        youngest = max(self._running, key=lambda other: other.sequence_id)
-        youngest.num_preemptions += 1
+        slots, reasons = step.slots[told], outcome.finish_reasons[told]
+        logprobs = {}
+        if outcome.logprobs:
+            logprobs = {i: outcome.logprobs[e] for i, e in enumerate(told.tolist()) if e in outcome.logprobs}
+        self._actions.append(
+            Emit(
+                table.ids[slots],
+                table.streams[slots],
+                table.call_ids[slots],
+                outcome.num_tokens[told],
+                token_ids,
+                reasons,
+                told >= step.num_chunks,
+                step.num_drafts[told],
+                outcome.num_accepted[told],
+                table.draft_tokens[slots],
+                logprobs,
+            )
+        )
+        for slot in slots[reasons > 0].tolist():
+            self._remove(table.sequence(slot))
+
+    def _take_colocated(self, blocks: BlockColumns) -> None:
+        """Drafts that the group's own drafter made after the pass."""
+        assert self.limits is not None
+        sequences = [self._sequences.get(sequence_id) for sequence_id in blocks.sequence_ids.tolist()]
+        slots = np.array([-1 if s is None or s.slot is None else s.slot for s in sequences], np.int64)
+        is_right = (slots >= 0) & (self._table.committed_lens[slots] == blocks.committed_lens)
+        self._table.take_blocks(slots, blocks, is_right, COLOCATED, self.limits.vocab_size)
+
+    def _free_pages(self, step: StepInFlight) -> None:
+        """Entries found no pages: the youngest sequence is put back, one a step; a lone one has filled the cache."""
+        if self._closed_after >= step.step_id:
+            return  # the pages of those are on their way: what failed tries again first
+        youngest = self._sequences[int(self._table.ids.max())]
+        if self.num_running == 1:
+            self._actions.append(Emit.one(youngest, finish_reason=common_pb2.FINISH_REASON_LENGTH))
+            self._remove(youngest)
+            return
         self.num_preemptions += 1
         self._requeue(youngest)
 
     def _requeue(self, sequence: RouterSequence) -> None:
-        self._running.remove(sequence)
         self._close(sequence)
-        sequence.leave_target()
+        self._put_back(sequence)
+
+    def _put_back(self, sequence: RouterSequence) -> None:
+        assert sequence.slot is not None
+        self.drafting.suspend(sequence)
+        self._table.leave(sequence.slot)
         self._waiting.appendleft(sequence)
 
     def _fail(self, sequence: RouterSequence, error: RequestError) -> None:
@@ -246,37 +265,36 @@ class Scheduler:
     def _remove(self, sequence: RouterSequence) -> None:
         del self._sequences[sequence.sequence_id]
         self.drafting.close(sequence)
-        if sequence.phase is Phase.WAITING:
+        if sequence.slot is None:
             self._waiting.remove(sequence)
         else:
-            self._running.remove(sequence)
             self._close(sequence)
+            self._table.leave(sequence.slot)
 
     def _close(self, sequence: RouterSequence) -> None:
         """The target is to forget the sequence, with the next message."""
-        if sequence.is_open:
+        if self._table.is_open[sequence.slot]:
             self._close_next.append(sequence.sequence_id)
-            self._closes_since_step = True
+            self._closed_after = self._step_id
 
     def drafter_lost(self, drafter_id: str) -> None:
         self.drafting.lose(drafter_id)
 
     def drafts_done(self, drafter_id: str, reply: drafter_pb2.DraftReply, now: float) -> None:
-        epoch = self.limits.epoch if self.limits is not None else None
-        self.drafting.answer(drafter_id, reply, epoch, now)
+        """Takes a drafter's answer. Raises ValueError for one whose columns do not belong together."""
+        self.drafting.answer(drafter_id, reply, self.limits, now)
 
     def poll(self, now: float) -> list[Action]:
         """Everything there is to do at `now`, in order."""
         self._give_up_waiting(now)
         self._actions += self.drafting.expire(now)
-        self._indexing_room.left = _INDEXED_AT_ONCE
+        self._ngrams.make_room()
         if self.limits is not None:
-            self._admit(now)
-            self._request_drafts(now)
-            if self._step is None:
-                self._start_step(now)
-                self._request_drafts(now)  # those that the step opens
-            elif now >= self._step_deadline:
+            self._admit(self.limits)
+            self._request_drafts(self.limits, now)
+            while self._steps.has_room and self._start_step(self.limits, now):
+                pass
+            if now >= self._steps.deadline:
                 self._actions.append(DropTarget())
             if self._close_next:  # no step takes them along
                 self._actions.append(CloseSequences(self._close_next))
@@ -284,33 +302,12 @@ class Scheduler:
         actions, self._actions = self._actions, []
         return actions
 
-    def _request_drafts(self, now: float) -> None:
-        """Asks drafters for what the sequences want that have got tokens since."""
-        assert self.limits is not None
-        idle, self._idle = self._idle, []
-        idle = [s for s in idle if s.sequence_id in self._sequences and s.wants_draft(self.limits.max_model_len)]
-        if self._weighs_ngrams:
-            idle = [sequence for sequence in idle if not self._prefers_ngram(sequence, self.limits.max_model_len)]
-        if not self._is_colocated:
-            self._actions += self.drafting.request(idle, self.limits, self._step_id, now)
-
-    def _prefers_ngram(self, sequence: RouterSequence, max_model_len: int) -> bool:
-        """Gives a sequence an n-gram in a drafter's place, where that promises more."""
-        count = sequence.num_drafts(max_model_len)
-        if not self._rates.prefers_ngram(sequence.look_up(count, self._indexing_room).match_len):
-            return False
-        sequence.take_ngram(count, self._indexing_room)
-        return True
-
     def next_deadline(self) -> float | None:
         """When `poll` has something to do even if no event comes."""
-        draft_deadline = self.drafting.next_deadline()
-        deadlines = [] if draft_deadline is None else [draft_deadline]
-        if self._step is not None:
-            deadlines.append(self._step_deadline)
+        deadline = min(self.drafting.next_deadline(), self._steps.deadline)
         if self._lost_at is not None and self._waiting:
-            deadlines.append(self._lost_at + self._router.target_wait_s)
-        return min(deadlines, default=None)
+            deadline = min(deadline, self._lost_at + self._router.target_wait_s)
+        return None if deadline == NEVER else deadline
 
     def _give_up_waiting(self, now: float) -> None:
         wait_s = self._router.target_wait_s
@@ -323,90 +320,73 @@ class Scheduler:
         for sequence in list(self._sequences.values()):
             self._fail(sequence, HandedOverError(reason, sequence.num_losses))
 
-    def _admit(self, now: float) -> None:
+    def _admit(self, limits: TargetLimits) -> None:
         """Moves waiting sequences to the target while their tokens and a block for each running one fit."""
-        limits = self.limits
-        assert limits is not None
-        while self._waiting and len(self._running) < self._router.max_running:
+        table = self._table
+        if not self._waiting or self.num_running == table.num_slots:
+            return
+        promised = self._promised_pages(limits) + table.num_in_phase[DECODE]
+        while self._waiting and self.num_running < table.num_slots:
             sequence = self._waiting[0]
-            promised = sum(
-                limits.pages(s.committed_len + 1) - limits.pages(s.num_prefilled)
-                for s in self._running
-                if s.phase is Phase.PREFILL
-            )
-            margin = sum(1 for s in self._running if s.phase is Phase.DECODE)
             needed = limits.pages(sequence.committed_len + 1 + sequence.draft_tokens)
-            if self._running and needed + promised + margin > self.free_pages:
+            if self.num_running and needed + promised > self.free_pages:
                 return
             self._waiting.popleft()
-            sequence.phase = Phase.PREFILL
-            sequence.admitted_at = sequence.admitted_at or now
-            sequence.cohort = self._smaller_cohort()
-            self._running.append(sequence)
+            promised += limits.pages(sequence.committed_len + 1)
+            request = sequence.request
+            max_len = min(limits.max_model_len, request.prompt_len + request.stopping.max_new_tokens)
+            slot = table.enter(sequence, max_len, self._cohorts.smaller(table), sequence.num_losses >= _MAX_LOSSES)
+            self._ngrams.clear(slot)
 
-    def _smaller_cohort(self) -> int:
-        if self._router.cohorts == 1:
+    def _promised_pages(self, limits: TargetLimits) -> int:
+        """Pages that prompts on the target will still take."""
+        if not self._table.num_in_phase[PREFILL]:
             return 0
-        sizes = [sum(1 for s in self._running if s.cohort == cohort) for cohort in (0, 1)]
-        return sizes.index(min(sizes))
+        slots = (self._table.phases == PREFILL).nonzero()[0]
+        pages = -(-(self._table.committed_lens[slots] + 1) // limits.page_size)
+        return int((pages - -(-self._table.num_prefilled[slots] // limits.page_size)).sum())
 
-    def _start_step(self, now: float) -> None:
+    def _request_drafts(self, limits: TargetLimits, now: float) -> None:
+        """Takes n-grams where they promise more, and asks drafters for what else slots want that have got tokens."""
+        idle = np.concatenate(self._idle) if self._idle else np.zeros(0, np.int64)
+        self._idle.clear()
+        if len(idle):
+            counts = self.draft_lengths(self._table, idle)
+            is_wanted = self._table.lacks_draft(idle) & (counts > 0)
+            idle, counts = idle[is_wanted], counts[is_wanted]
+        if len(idle) and self._uses_ngram and self._router.prefer_ngram and limits.has_drafter:
+            idle = idle[~self._ngrams.take_preferred(idle, counts)]
+        if not limits.colocated_draft_tokens:
+            self._actions += self.drafting.request(idle, self.draft_lengths, limits, self._step_id, now)
+
+    def _start_step(self, limits: TargetLimits, now: float) -> bool:
         """Sends the next step when a cohort has all its drafts or has waited long enough for them."""
-        decoding: list[RouterSequence] = []
-        is_waiting = False
-        for cohort in (self._next_cohort, 1 - self._next_cohort):
-            members = [s for s in self._running if s.phase is Phase.DECODE and s.cohort == cohort]
-            if members and all(s.draft_deadline is None for s in members):
-                decoding = members
-                self._next_cohort = (1 - cohort) if self._router.cohorts == 2 else 0
-                break
-            is_waiting |= bool(members)
-        prefilling = [s for s in self._running if s.phase is Phase.PREFILL]
-        if (decoding or prefilling) and not (is_waiting and not decoding):
-            suspects = [s for s in (*decoding, *prefilling) if s.num_losses >= _MAX_LOSSES]
-            if suspects:
-                decoding, prefilling = _apart(decoding, prefilling, suspects)
-            self._actions.append(RunStep(self._send_step(decoding, prefilling, now)))
-
-    def _send_step(
-        self, decoding: list[RouterSequence], prefilling: list[RouterSequence], now: float
-    ) -> target_pb2.Step:
-        limits = self.limits
-        assert limits is not None
+        chosen = self._cohorts.choose(self._table, is_target_idle=not len(self._steps))
+        if chosen is None:
+            return False
+        decoding, prefilling, is_alone = chosen
+        counts = self.draft_lengths(self._table, decoding)
+        if self._uses_ngram:
+            lacks_draft = (self._table.draft_lens[decoding] == NO_DRAFT) & (counts > 0)
+            self._ngrams.take(decoding[lacks_draft], counts[lacks_draft])
         self._step_id += 1
-        for sequence in decoding:
-            count = sequence.num_drafts(limits.max_model_len)
-            if sequence.draft is None and count and self._uses_ngram:
-                sequence.take_ngram(count, self._indexing_room)
-        step, entries = build_step(self._step_id, limits, self._router, decoding, prefilling)
-        for message in step.open:
-            self.drafting.add(self._sequences[message.sequence_id])
-        step.close.extend(self._close_next)
+        message, step = build_step(
+            self._step_id, limits, self._router, self._table, decoding, prefilling, counts, is_alone=is_alone
+        )
+        message.close.extend(self._close_next)
         self._close_next = []
-        self._closes_since_step = False
-        self._step_deadline = now + self._step_timeout_s
-        self._step = {sequence.sequence_id: sequence for sequence in entries}
-        for sequence in entries:
-            sequence.in_step = True
-            sequence.last_step = self._step_id
-            if sequence.phase is Phase.DECODE:
-                self.num_drafts_by_source[sequence.draft_source] += 1
-                self.num_draft_tokens += len(sequence.draft or ())
-        return step
+        self._steps.add(step, now)
+        self._count_drafts(step)
+        self._actions.append(RunStep(message))
+        if message.open:
+            for opened in message.open:
+                self.drafting.add(self._sequences[opened.sequence_id])
+            self._request_drafts(limits, now)  # drafters are told of them at once
+        return True
 
-
-def _internal_error(cause: Exception) -> RequestError:
-    error = RequestError("this request met an internal error; the log of the router says which")
-    error.__cause__ = cause
-    return error
-
-
-def _apart(
-    decoding: list[RouterSequence], prefilling: list[RouterSequence], suspects: list[RouterSequence]
-) -> tuple[list[RouterSequence], list[RouterSequence]]:
-    """The others together, or one suspect by itself: whoever waited longest."""
-    others = [s for s in (*decoding, *prefilling) if s not in suspects]
-    suspect = min(suspects, key=lambda sequence: sequence.last_step)
-    if others and min(other.last_step for other in others) <= suspect.last_step:
-        return [s for s in decoding if s not in suspects], [s for s in prefilling if s not in suspects]
-    return [s for s in decoding if s is suspect], [s for s in prefilling if s is suspect]
+    def _count_drafts(self, step: StepInFlight) -> None:
+        chains = step.slots[step.num_chunks :]
+        for source, count in enumerate(np.bincount(self._table.draft_sources[chains]).tolist()):
+            if count:
+                self.num_drafts_by_source[DRAFT_SOURCES[source]] += count
+        self.num_draft_tokens += int(step.num_drafts.sum())

@@ -9,6 +9,7 @@ import uuid
 from contextlib import AsyncExitStack
 
 from dflash_ray.config import DflashRayConfig
+from dflash_ray.core.garbage import leave_out_what_stands
 from dflash_ray.observability.logs import configure_logging
 from dflash_ray.observability.metrics import RouterMetrics
 from dflash_ray.pb import router_pb2, router_pb2_grpc
@@ -36,18 +37,21 @@ class RouterReplica:
         self._directory = DirectoryClient()
         self._metrics = RouterMetrics()
         self._fleet = Fleet(config, self._router_id, self._directory, self._metrics)
+        self._servicer = RouterServicer(self._fleet)
         host = bind_host(config.network.bind_host)
         self._server = await self._serve(host)
         self._closing.push_async_callback(self._server.stop, grace_s=1.0)
+        self._closing.callback(self._servicer.close)
         self._closing.push_async_callback(self._fleet.close)
         self._address = format_address(host, self._server.port)
         registration = keep_registered(self._directory, self._entry, config.network.entry_ttl_s)
         self._tasks = [asyncio.create_task(loop) for loop in (self._fleet.run(), registration, self._report_health())]
         self._closing.push_async_callback(self._unregister)
+        leave_out_what_stands()
 
     async def _serve(self, host: str) -> RunningServer:
         server = new_server(self._config.network.max_message_bytes)
-        router_pb2_grpc.add_RouterServicer_to_server(RouterServicer(self._fleet), server)
+        router_pb2_grpc.add_RouterServicer_to_server(self._servicer, server)
         add_metrics_service(server, self._render_metrics)
         return await start_server(server, [_SERVICE_NAME, METRICS_SERVICE_NAME], host, 0)
 

@@ -2,80 +2,134 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import islice, takewhile
+from dataclasses import dataclass
+
+import numpy as np
 
 from dflash_ray.config import RouterConfig
+from dflash_ray.core.arrays import Flags, Ints, packed
 from dflash_ray.pb import target_pb2
 from dflash_ray.router.limits import TargetLimits
-from dflash_ray.router.sequence import RouterSequence
+from dflash_ray.router.slot_table import SlotTable
 
 _PREFILL_SHARE = 4  # one row in so many is prompts' where prompts wait
+
+
+@dataclass(frozen=True, slots=True)
+class StepInFlight:
+    """A step that was sent, and its entries in the order of the result: prompts' chunks, then chains.
+
+    Attributes:
+        slots, ids: of the entries; a slot may be another sequence's by now.
+        num_chunks: how many entries are prompts' chunks.
+        rows: of a chunk; 0 for chains.
+        num_drafts: of a chain; 0 for chunks.
+        asks_logprobs: whether log-probabilities come with an entry's tokens.
+        is_alone: it has a suspect, and no other step may be in flight with it.
+    """
+
+    step_id: int
+    slots: Ints
+    ids: Ints
+    num_chunks: int
+    rows: Ints
+    num_drafts: Ints
+    asks_logprobs: Flags
+    is_alone: bool
+
+    def is_current(self, table: SlotTable) -> Flags:
+        """Which entries are still in it: a sequence that ended or was put back since then is not."""
+        is_current: Flags = (table.ids[self.slots] == self.ids) & (table.step_ids[self.slots] == self.step_id)
+        return is_current
 
 
 def build_step(
     step_id: int,
     limits: TargetLimits,
     config: RouterConfig,
-    decoding: Sequence[RouterSequence],
-    prefilling: Sequence[RouterSequence],
-) -> tuple[target_pb2.Step, list[RouterSequence]]:
-    """A step of chains and prompts' chunks, and the sequences in it; who was left out of the last ones comes first."""
+    table: SlotTable,
+    decoding: Ints,
+    prefilling: Ints,
+    most_drafts: Ints,
+    *,
+    is_alone: bool,
+) -> tuple[target_pb2.Step, StepInFlight]:
+    """A step of chains and prompts' chunks; who was left out of the last ones comes first.
+
+    `most_drafts` [len(decoding)] is how many of their drafts are to be verified. Drafts that find no room are cut off.
+    The entries count as sent.
+    """
     step = target_pb2.Step(step_id=step_id, epoch=limits.epoch, num_candidates=config.num_candidates)
-    decoding = sorted(decoding, key=lambda sequence: sequence.last_step)
-    prefilling = sorted(prefilling, key=lambda sequence: sequence.last_step)
-    reserved = min(config.prefill_chunk_tokens, limits.max_batch_tokens // _PREFILL_SHARE) if prefilling else 0
-    wanted = [min(s.num_drafts(limits.max_model_len), len(s.draft or ())) for s in decoding]
+    reserved = min(config.prefill_chunk_tokens, limits.max_batch_tokens // _PREFILL_SHARE) if len(prefilling) else 0
+    wanted = np.clip(table.draft_lens[decoding], 0, most_drafts)
+    if len(wanted) + int(wanted.sum()) > limits.max_batch_tokens - reserved:
+        first = np.lexsort((table.turns[decoding], table.last_steps[decoding]))
+        decoding, wanted = decoding[first], wanted[first]
     counts = draft_rows(wanted, limits.max_batch_tokens - reserved)
-    entries = list(decoding[: len(counts)])
-    for sequence, count in zip(entries, counts, strict=True):
-        _add_chain(step, sequence, count, limits.vocab_size)
-    room = limits.max_batch_tokens - len(step.verify_ids) - len(step.draft_token_ids)
-    for sequence in prefilling:
-        count = min(sequence.committed_len - sequence.num_prefilled, config.prefill_chunk_tokens, room)
-        if count:
-            _add_chunk(step, sequence, count)
-            entries.append(sequence)
-            room -= count
-    for sequence in entries if limits.colocated_draft_tokens else ():
-        if sequence.draft_tokens:
-            step.colocated_draft_ids.append(sequence.sequence_id)
-            step.colocated_num_drafts.append(min(sequence.draft_tokens, limits.colocated_draft_tokens))
-    return step, entries
+    chains = decoding[: len(counts)]
+    _add_chains(step, table, chains, counts)
+    chunks, rows = _chunks(config, table, prefilling, limits.max_batch_tokens - len(counts) - int(counts.sum()))
+    _add_chunks(step, limits, table, chunks, rows)
+    slots = np.concatenate((chunks, chains))
+    if limits.colocated_draft_tokens:
+        drafted = slots[table.draft_tokens[slots] > 0]
+        step.colocated_draft_ids.extend(table.ids[drafted].tolist())
+        asked = np.minimum(table.draft_tokens[drafted], limits.colocated_draft_tokens)
+        step.colocated_num_drafts.extend(asked.tolist())
+    in_flight = StepInFlight(
+        step_id,
+        slots,
+        table.ids[slots],
+        len(chunks),
+        np.concatenate((rows, np.zeros_like(counts))),
+        np.concatenate((np.zeros_like(rows), counts)),
+        table.asks_logprobs[slots],
+        is_alone,
+    )
+    table.step_ids[slots] = table.last_steps[slots] = step_id
+    return step, in_flight
 
 
-def draft_rows(wanted: Sequence[int], room: int) -> list[int]:
+def draft_rows(wanted: Ints, room: int) -> Ints:
     """Drafts of each chain: all get an anchor's row before any gets a draft's. A chain without a row has no count."""
     chains = wanted[:room]
-    room -= len(chains)
-    counts = []
-    for want in chains:
-        counts.append(min(want, room))
-        room -= counts[-1]
-    return counts
+    before = chains.cumsum() - chains
+    return np.clip(room - len(chains) - before, 0, chains)
 
 
-def _add_chain(step: target_pb2.Step, sequence: RouterSequence, count: int, vocab_size: int) -> None:
-    """Adds a verify entry with at most `count` of the sequence's drafts."""
-    # A draft that the target does not have ends the chain before it.
-    in_vocabulary = takewhile(lambda token: token < vocab_size, sequence.draft or [])
-    sequence.draft = list(islice(in_vocabulary, count))
-    step.verify_ids.append(sequence.sequence_id)
-    step.base_lens.append(sequence.committed_len)
-    step.num_drafts.append(len(sequence.draft))
-    step.draft_token_ids.extend(sequence.draft)
-    step.draft_parents.extend(range(len(sequence.draft)))
-    step.num_draft_candidates.append(sequence.drawn.candidate_ids.shape[1] if sequence.drawn is not None else 0)
-    if sequence.drawn is not None:
-        step.draft_candidate_ids.extend(sequence.drawn.candidate_ids[: len(sequence.draft)].ravel().tolist())
-        step.draft_log_probs.extend(sequence.drawn.log_probs[: len(sequence.draft)].ravel().tolist())
+def _add_chains(step: target_pb2.Step, table: SlotTable, slots: Ints, counts: Ints) -> None:
+    """Adds verify entries with counts[i] of the drafts of slots[i]."""
+    columns = np.arange(table.drafts.shape[1])
+    is_sent = columns < counts[:, None]
+    table.draft_lens[slots] = counts
+    step.verify_ids.extend(table.ids[slots].tolist())
+    step.base_lens.extend(table.committed_lens[slots].tolist())
+    step.num_drafts.extend(counts.tolist())
+    step.draft_token_ids = packed(table.drafts[slots][is_sent])
+    if not table.drawn:
+        return
+    for slot, count in zip(slots.tolist(), counts.tolist(), strict=True):
+        drawn = table.drawn.get(slot)
+        step.num_draft_candidates.append(0 if drawn is None else drawn.candidate_ids.shape[1])
+        if drawn is not None:
+            step.draft_candidate_ids.extend(drawn.candidate_ids[:count].ravel().tolist())
+            step.draft_log_probs.extend(drawn.log_probs[:count].ravel().tolist())
 
 
-def _add_chunk(step: target_pb2.Step, sequence: RouterSequence, count: int) -> None:
-    """Adds the next `count` rows of a prompt; the first chunk brings the whole sequence."""
-    if not sequence.is_open:
-        step.open.append(sequence.open_message())
-        sequence.is_open = True
-    step.prefill_ids.append(sequence.sequence_id)
-    step.prefill_lens.append(count)
-    sequence.rows_in_step = count
+def _chunks(config: RouterConfig, table: SlotTable, prefilling: Ints, room: int) -> tuple[Ints, Ints]:
+    """Prompts that find rows, and how many each."""
+    first = np.lexsort((table.turns[prefilling], table.last_steps[prefilling]))
+    slots = prefilling[first]
+    wanted = np.minimum(table.committed_lens[slots] - table.num_prefilled[slots], config.prefill_chunk_tokens)
+    rows = np.clip(room - (wanted.cumsum() - wanted), 0, wanted)
+    return slots[rows > 0], rows[rows > 0]
+
+
+def _add_chunks(step: target_pb2.Step, limits: TargetLimits, table: SlotTable, slots: Ints, rows: Ints) -> None:
+    """Adds the next rows of prompts; the first chunk brings the whole sequence."""
+    for slot in slots[~table.is_open[slots]].tolist():
+        sequence = table.sequence(slot)
+        step.open.append(sequence.open_message(limits.makes_features and sequence.draft_tokens > 0))
+    table.is_open[slots] = True
+    step.prefill_ids.extend(table.ids[slots].tolist())
+    step.prefill_lens.extend(rows.tolist())

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from dflash_ray.core.arrays import packed, unpacked
 from dflash_ray.core.draft_blocks import to_message
 from dflash_ray.pb import common_pb2, target_pb2
 from dflash_ray.sampling.logprobs import Logprobs
 from dflash_ray.sampling.parameters import COUPLED, NO_LOGPROBS, REJECTION, SamplingParams
-from dflash_ray.target_group.step import Drafts, Ids, Ints, Opening, StepInput, StepOutput
+from dflash_ray.target_group.step import Drafts, Ids, Ints, Opening, StepInput, StepOutput, chain_parents
 
 _MODES = {common_pb2.VERIFY_MODE_REJECTION: REJECTION}
 
@@ -21,9 +22,13 @@ def to_ids(values: Sequence[int]) -> Ids:
 
 
 def decode_step(step: target_pb2.Step) -> StepInput:
-    """A step as it was sent, not checked yet."""
+    """A step as it was sent, not checked yet. Raises ValueError for bytes that are no column."""
     with np.errstate(over="ignore"):  # what is no log-probability is refused as a probability
         probs = np.exp(np.array(step.draft_log_probs, dtype=np.float64)).astype(np.float32)
+    counts, token_ids = _ints(step.num_drafts), unpacked("step: draft_token_ids", step.draft_token_ids).astype(np.int64)
+    parents = _ints(step.draft_parents)
+    if not len(parents) and counts.sum() == len(token_ids):
+        parents = chain_parents(counts)
     return StepInput(
         step_id=step.step_id,
         epoch=step.epoch,
@@ -34,9 +39,9 @@ def decode_step(step: target_pb2.Step) -> StepInput:
         verify_ids=to_ids(step.verify_ids),
         base_lens=_ints(step.base_lens),
         drafts=Drafts(
-            counts=_ints(step.num_drafts),
-            token_ids=_ints(step.draft_token_ids),
-            parents=_ints(step.draft_parents),
+            counts=counts,
+            token_ids=token_ids,
+            parents=parents,
             num_candidates=_ints(step.num_draft_candidates),
             candidate_ids=_ints(step.draft_candidate_ids),
             candidate_probs=probs,
@@ -89,7 +94,7 @@ def encode_result(output: StepOutput) -> target_pb2.StepResult:
         committed_lens=output.committed_lens.tolist(),
         num_accepted_drafts=output.num_accepted.tolist(),
         num_tokens=output.num_tokens.tolist(),
-        token_ids=output.token_ids.tolist(),
+        token_ids=packed(output.token_ids),
         finish_reasons=output.finishes.tolist(),
         logprobs=map(_encode_logprobs, output.logprobs),
         colocated_drafts=to_message(output.epoch, output.colocated_drafts) if output.colocated_drafts else None,

@@ -189,8 +189,8 @@ class TargetServicer(target_pb2_grpc.TargetServicer):
     async def _step(self, message: target_pb2.Step, stream: _Stream) -> _Answer:
         """Decodes and checks a step while another one runs, and hands it on when at most one is before it."""
         received = time.perf_counter_ns()
-        step = decode_step(message)
         try:
+            step = decode_step(message)
             check_step(step, self._limits)
         except ValueError as error:
             raise _Refusal(str(error), grpc.StatusCode.INVALID_ARGUMENT) from error

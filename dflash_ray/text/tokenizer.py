@@ -12,7 +12,7 @@ from typing import Any
 from tokenizers import AddedToken
 
 from dflash_ray.config import ModelConfig
-from dflash_ray.core.errors import InvalidRequestError
+from dflash_ray.core.errors import InvalidRequestError, prompt_too_long
 from dflash_ray.text.chat_template import ChatTemplate, text_pattern
 from dflash_ray.text.token_sizes import token_sizes
 from dflash_ray.text.tokenizer_files import TokenizerFiles, load_tokenizer_files
@@ -45,6 +45,7 @@ class ChatTokenizer:
         self._sizes = token_sizes(self._tokenizer)
         self._prefix, self._suffix = self._post_processing()
         self._newline = self._encode_piece("\n")
+        self._decoded: dict[int, str] = {}  # at most the vocabulary
         self.eos_ids = files.eos_ids
         self.vocab_size = min(self._tokenizer.get_vocab_size(), files.vocab_size or 2**32)
         self.sampling_defaults = files.sampling_defaults
@@ -92,6 +93,13 @@ class ChatTokenizer:
         if len(ids) > _LONG:
             return str(self._tokenizer.decode_batch([ids], skip_special_tokens=True)[0])
         return str(self._tokenizer.decode(ids, skip_special_tokens=True))
+
+    def decode_token(self, token_id: int) -> str:
+        """The same of one token."""
+        text = self._decoded.get(token_id)
+        if text is None:
+            text = self._decoded[token_id] = self.decode([token_id])
+        return text
 
     def token_text(self, token_id: int) -> str:
         """Text of one token, special tokens included."""
@@ -158,13 +166,6 @@ class ChatTokenizer:
         if start is None:
             raise ValueError("model.path: the post-processor in tokenizer.json changes a text's own tokens")
         return whole[:start], whole[start + len(plain) :]
-
-
-def prompt_too_long(num_tokens: int | str, context: int, field: str) -> InvalidRequestError:
-    """The refusal of a prompt that leaves no room for an answer."""
-    # Client libraries know this error by OpenAI's words for the limit.
-    message = f"has {num_tokens} tokens, but this model's maximum context length is {context} tokens; shorten it"
-    return InvalidRequestError(message, field, "context_length_exceeded")
 
 
 def _choose_template(config: ModelConfig, files: TokenizerFiles, added: Any) -> ChatTemplate | None:

@@ -10,13 +10,10 @@ from dflash_ray.drafter.sessions import DraftSessions, Proposal, Rows
 from dflash_ray.models.block_drafter import BlockDrafter
 from dflash_ray.models.dflash2 import Draw
 from dflash_ray.models.drafter_checkpoint import load_drafter
-from dflash_ray.pb import common_pb2, router_pb2
-from dflash_ray.router.actions import RequestDrafts
-from dflash_ray.router.draft_requests import DrafterState
-from dflash_ray.router.drafting import Drafting
-from dflash_ray.router.limits import TargetLimits
-from dflash_ray.router.sequence import Phase, RouterSequence
+from dflash_ray.pb import common_pb2
 from tests.drafter.published import HIDDEN, VALUES, dflash2, save_random
+from tests.toy import token_request
+from tests.unit.router.scenes import Scene
 
 
 def drafts_of_two(drafter: BlockDrafter, rows: torch.Tensor, draws: tuple[Draw, Draw]) -> list[DraftBlock]:
@@ -35,25 +32,19 @@ def drafts_of_two(drafter: BlockDrafter, rows: torch.Tensor, draws: tuple[Draw, 
 
 
 def test_the_router_sends_each_sequences_temperature_and_seed():
-    drafting = Drafting(load_config(None, ["router.num_candidates=2"]))
-    drafting.join(DrafterState("d", needs_features=False, max_draft_tokens=5))
-    sequences = []
+    scene = Scene("router.num_candidates=2", "router.prefer_ngram=false", drafters=("d",))
     rejection = common_pb2.VERIFY_MODE_REJECTION
-    for i, (temperature, seed, mode) in enumerate(((0.0, 3, 0), (0.5, 2**64 - 1, rejection))):
-        request = router_pb2.GenerateTokensRequest(
-            prompt_len=3,
-            sampling=common_pb2.SamplingParams(temperature=temperature, seed=seed, mode=mode),
-            stopping=common_pb2.StoppingParams(max_new_tokens=20),
-        )
-        sequence = RouterSequence(i, request, [1, 2, 3, 4], 4, wants_features=False, arrived_at=0.0, phase=Phase.DECODE)
-        sequence.is_open = True
-        drafting.add(sequence)
-        sequences.append(sequence)
-    (action,) = drafting.request(sequences, TargetLimits(1, 100, 50, 4, 100, 64), step_id=1, now=0.0)
-    assert isinstance(action, RequestDrafts)
-    assert list(action.request.temperatures) == [0.0, 0.5]
-    assert list(action.request.seeds) == [3, 2**64 - 1]
-    assert list(action.request.wants_distributions) == [False, True]
+    for temperature, seed, mode in ((0.0, 3, 0), (0.5, 2**64 - 1, rejection)):
+        request = token_request([1, 2, 3], max_new=20, draft_tokens=4)
+        request.sampling.CopyFrom(common_pb2.SamplingParams(temperature=temperature, seed=seed, mode=mode))
+        scene.scheduler.arrive(request, 0.0)
+    scene.emitted = {1: [], 2: []}
+    scene.finish_step()
+    scene.answer("d")
+    request = scene.drafters["d"].request
+    assert list(request.temperatures) == [0.0, 0.5]
+    assert list(request.seeds) == [3, 2**64 - 1]
+    assert list(request.wants_distributions) == [False, True]
 
 
 def test_a_replica_drafts_with_the_temperature_and_seed_it_is_sent(target, tmp_path):

@@ -5,10 +5,12 @@ import re
 import signal
 from pathlib import Path
 
+import grpc
 import httpx
 import psutil
 import pytest
 
+from dflash_ray.pb import generation_pb2, generation_pb2_grpc
 from tests.applications import free_port
 from tests.terminal import COMMAND, OnTerminal, behind_a_proxy, run
 
@@ -19,8 +21,8 @@ CHATTER = re.compile(r"WARNING|INFO|pid=\d|it/s|raylet|GET /health|Traceback|\"l
 
 
 def on_free_ports() -> tuple[list[str], int]:
-    http, grpc = free_port(), free_port()
-    return ["--config", CONFIG, "--set", f"gateway.http_port={http}", "--set", f"gateway.grpc_port={grpc}"], http
+    http, inner = free_port(), free_port()
+    return ["--config", CONFIG, "--set", f"gateway.http_port={http}", "--set", f"gateway.grpc_port={inner}"], http
 
 
 def started_by(pid: int) -> list[psutil.Process]:
@@ -60,10 +62,15 @@ def test_the_demo_behind_a_proxy_shows_its_answer_a_table_and_the_logs_name_and_
 @pytest.mark.parametrize("stop", ["Ctrl-C", "SIGTERM"])
 def test_serve_says_ready_with_its_addresses_and_ends_cleanly(stop, tmp_path):
     options, http_port = on_free_ports()
+    options += ["--set", "gateway.grpc_port=0"]
     log = str(tmp_path / "serve.log")
     terminal = OnTerminal([*COMMAND, "serve", *options, "--log", log])
-    url = terminal.wait_for(r"ready in \d+ s: HTTP on (http://\S+), gRPC on 127.0.0.1:\d+", timeout_s=240)[1]
+    ready = terminal.wait_for(r"ready in \d+ s: HTTP on (http://\S+), gRPC on (127.0.0.1:\d+);", timeout_s=240)
+    url, grpc_address = ready.groups()
     assert url == f"http://127.0.0.1:{http_port}"
+    with grpc.insecure_channel(grpc_address) as channel:
+        info = generation_pb2_grpc.GenerationStub(channel).ModelInfo(generation_pb2.ModelInfoRequest(), timeout=20)
+        assert info.vocab_size
     body = {"messages": [{"role": "user", "content": "Say hello."}], "max_tokens": 4}
     answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60)
     assert answer.status_code == 200

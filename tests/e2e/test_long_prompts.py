@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from dflash_ray.config import DflashRayConfig, load_config
+from dflash_ray.core.errors import RequestError
 from dflash_ray.core.watchdog import Watchdog
 from dflash_ray.drafter.servicer import DrafterServicer
 from dflash_ray.models.block_drafter import BlockDrafter
@@ -20,6 +21,7 @@ from dflash_ray.models.drafter_config import parse_dflash_config
 from dflash_ray.models.target_checkpoint import TargetCheckpoint, resolve_target
 from dflash_ray.observability.metrics import DrafterMetrics, RouterMetrics, TargetMetrics
 from dflash_ray.pb import common_pb2, drafter_pb2_grpc, router_pb2, target_pb2_grpc
+from dflash_ray.router.actions import Emit
 from dflash_ray.router.pipeline import Pipeline
 from dflash_ray.rpc.channel import RunningServer, new_server, start_server
 from dflash_ray.rpc.directory import Entry
@@ -129,6 +131,18 @@ async def running(models: Models, *settings: str, names: str = "ab", room: int |
         yield Running(pipeline, drafters)
 
 
+class Listener:
+    """Keeps what a pipeline says of its only request."""
+
+    def __init__(self) -> None:
+        self.number = id(self)
+        self.said: asyncio.Queue[Emit | RequestError] = asyncio.Queue()
+        self.emit = self.said.put_nowait
+
+    def fail(self, call_id: int, error: RequestError) -> None:
+        self.said.put_nowait(error)
+
+
 async def generate(pipeline: Pipeline, prompt: list[int], at_token=None) -> list[int]:
     """New tokens; `at_token` is awaited with the number of tokens after each chunk."""
     request = router_pb2.GenerateTokensRequest(
@@ -138,12 +152,20 @@ async def generate(pipeline: Pipeline, prompt: list[int], at_token=None) -> list
         stopping=common_pb2.StoppingParams(max_new_tokens=NUM_NEW),
     )
     tokens = []
-    async with contextlib.aclosing(pipeline.generate(request)) as chunks:
-        async for chunk in chunks:
-            tokens += chunk.token_ids
+    listener = Listener()
+    sequence = pipeline.start(request, listener, 1)
+    try:
+        while True:
+            emit = await listener.said.get()
+            if isinstance(emit, RequestError):
+                raise emit
+            tokens += emit.token_ids.tolist()
             if at_token is not None:
                 await at_token(len(tokens))
-    return tokens
+            if emit.finish_reasons.any():
+                return tokens
+    finally:
+        pipeline.cancel(sequence)
 
 
 @pytest.fixture(scope="module")
@@ -198,5 +220,5 @@ async def test_drafters_that_cannot_reach_the_target_cost_their_drafts_and_nothi
         scheduler.limits = replace(scheduler.limits, address="127.0.0.1:1")  # nobody listens there
         assert await asyncio.gather(*(generate(app.pipeline, prompt) for prompt in PROMPTS)) == truth
         assert not scheduler.num_drafts_by_source["remote"] and scheduler.num_drafts_by_source["plain"]
-        assert scheduler.drafting.num_dropped["cut_off"] >= 2 and not scheduler.drafting.num_dropped["timeout"]
+        assert scheduler.drafting.num_dropped["lost"] >= 2 and not scheduler.drafting.num_dropped["timeout"]
         assert app.pipeline.knows_drafter("a") and app.pipeline.knows_drafter("b")

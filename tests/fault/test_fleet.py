@@ -165,7 +165,7 @@ async def test_a_drafter_for_other_features_is_asked_once_and_a_dead_one_less_an
         await cluster.group()
         await until(lambda: unfit.num_hellos)
         attempts = router.fleet._attempts._by_key
-        await until(lambda: any(attempt.back_off_s >= 2 for attempt in attempts.values()))
+        await until(lambda: any(attempt.back_off.pause_s >= 2 for attempt in attempts.values()))
         assert unfit.num_hellos == 1
         await cluster.directory.unregister("drafter", unfit.id)
         await until(lambda: not any(unfit.id in key for key in attempts))
@@ -281,9 +281,9 @@ async def test_channels_to_routers_that_are_gone_are_closed():
         await cluster.group()
         await until(lambda: cluster.routers.has_ready)
         await cluster.generate(prompts(1)[0], 3)
-        assert list(cluster.routers._channels) == [router.id]
+        assert list(cluster.routers._links) == [router.id]
         await router.stop()
-        await until(lambda: not cluster.routers._channels)
+        await until(lambda: not cluster.routers._links)
 
 
 async def test_a_router_that_cannot_reach_the_directory_goes_on():

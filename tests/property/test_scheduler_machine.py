@@ -5,6 +5,7 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from dflash_ray.config import load_config
+from dflash_ray.pb import target_pb2
 from dflash_ray.router.actions import (
     CloseSequences,
     DropDrafter,
@@ -26,10 +27,13 @@ MAX_BATCH_TOKENS = 24
 class SchedulerMachine(RuleBasedStateMachine):
     """Target and drafters answer late, wrongly or never; requests come and go."""
 
-    @initialize(cohorts=st.sampled_from([1, 2]), num_pages=st.sampled_from([14, 18, 24, 200]))
-    def start(self, cohorts, num_pages):
+    @initialize(
+        cohorts=st.sampled_from([1, 2]), depth=st.sampled_from([1, 2]), num_pages=st.sampled_from([14, 18, 24, 200])
+    )
+    def start(self, cohorts, depth, num_pages):
         overrides = [
             f"router.cohorts={cohorts}",
+            f"router.steps_in_flight={depth}",
             "router.prefill_chunk_tokens=8",
             "router.max_running=6",
             "router.draft_tokens=3",
@@ -38,12 +42,20 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.scheduler = Scheduler(load_config(None, overrides))
         self.target = ToyTarget(num_pages=num_pages, max_batch_tokens=MAX_BATCH_TOKENS)
         self.now = 0.0
-        self.step = None
-        self.closes: list[int] = []
+        self.depth = depth
+        self.sent: list[target_pb2.Step | list[int]] = []  # steps and closes that the target has not come to
         self.drafters: dict[str, ToyDrafter] = {}
         self.alive: dict[int, tuple] = {}  # sequence id -> (sequence, prompt, max new tokens, emitted tokens)
         self.scheduler.target_ready(self.target.limits, self.now)
         self.pump()
+
+    @property
+    def steps(self):
+        return [message for message in self.sent if isinstance(message, target_pb2.Step)]
+
+    @property
+    def has_preempted(self):
+        return self.scheduler.num_preemptions > 0
 
     def pump(self):
         while actions := self.scheduler.poll(self.now):
@@ -53,12 +65,14 @@ class SchedulerMachine(RuleBasedStateMachine):
     def perform(self, action):
         match action:
             case RunStep(step):
-                assert self.step is None, "one step at a time"
-                rows = sum(step.prefill_lens) + len(step.verify_ids) + len(step.draft_token_ids)
+                assert len(self.steps) < self.depth
+                rows = sum(step.prefill_lens) + len(step.verify_ids) + sum(step.num_drafts)
                 assert 0 < rows <= MAX_BATCH_TOKENS
-                self.step = step
-            case CloseSequences(ids) if self.step is not None:
-                self.closes += ids  # the stream is in order: the target runs the step first
+                self.sent.append(step)
+                ids = [i for step in self.steps for i in (*step.prefill_ids, *step.verify_ids) if i in self.alive]
+                assert self.has_preempted or len(set(ids)) == len(ids), "no sequence is in two steps"
+            case CloseSequences(ids) if self.sent:
+                self.sent.append(ids)  # the stream is in order: the target runs the steps first
             case CloseSequences(ids):
                 self.target.close(ids)
             case RequestDrafts(drafter_id, request):
@@ -67,14 +81,15 @@ class SchedulerMachine(RuleBasedStateMachine):
                 self.lose_target()
             case DropDrafter(drafter_id):
                 self.lose_drafter(drafter_id)
-            case Emit(sequence, tokens, _, reason):
-                self.emitted(sequence, tokens, reason)
+            case Emit():
+                for sequence_id, tokens, reason in action.entries():
+                    self.emitted(sequence_id, tokens, reason)
             case Fail(sequence):
                 assert sequence.num_losses == 3, "only what ends group after group may fail"
                 del self.alive[sequence.sequence_id]
 
-    def emitted(self, sequence, tokens, reason):
-        _, prompt, max_new, so_far = self.alive[sequence.sequence_id]
+    def emitted(self, sequence_id, tokens, reason):
+        _, prompt, max_new, so_far = self.alive[sequence_id]
         so_far += tokens
         expected = answer(prompt, max_new)
         assert so_far == expected[: len(so_far)]
@@ -82,7 +97,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             is_whole = so_far == expected
             fills_the_cache = len(prompt) + len(so_far) + 6 > self.target.limits.num_pages * 4
             assert is_whole or fills_the_cache
-            del self.alive[sequence.sequence_id]
+            del self.alive[sequence_id]
 
     @rule(arrivals=st.lists(ARRIVALS, min_size=1, max_size=6))
     def arrive(self, arrivals):
@@ -98,13 +113,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.scheduler.cancel(self.alive.pop(sequence_id)[0])
         self.pump()
 
-    @precondition(lambda self: self.step is not None)
+    @precondition(lambda self: self.steps)
     @rule()
     def finish_step(self):
-        step, self.step = self.step, None
-        result = self.target.step(step)
-        self.target.close(self.closes)
-        self.closes = []
+        result = self.target.step(self.sent.pop(0))
+        while self.sent and not isinstance(self.sent[0], target_pb2.Step):
+            self.target.close(self.sent.pop(0))
         self.scheduler.step_done(result, self.now)
         self.pump()
 
@@ -147,7 +161,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             for name, drafter in list(self.drafters.items()):
                 if drafter.request is not None:
                     self.let_answer(name, kind)
-            if self.step is not None:
+            if self.steps:
                 self.finish_step()
 
     @rule(name=st.sampled_from(["a", "b"]), num_rows=st.sampled_from([20, 10_000]))
@@ -178,8 +192,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.pump()
 
     def lose_target(self):
-        self.step = None
-        self.closes.clear()
+        self.sent.clear()
         self.scheduler.target_lost(self.now)
         self.pump()
         self.target = ToyTarget(num_pages=self.target.limits.num_pages, max_batch_tokens=MAX_BATCH_TOKENS)
@@ -200,11 +213,11 @@ class SchedulerMachine(RuleBasedStateMachine):
                 break
             self.now += 0.2  # past every draft deadline
             self.pump()
-            if self.step is not None:
+            if self.steps:
                 self.finish_step()
         assert not self.alive
         self.pump()
-        if self.step is not None:
+        if self.steps:
             self.finish_step()
         assert self.scheduler.num_running == self.scheduler.num_waiting == 0
         assert not self.target.sequences

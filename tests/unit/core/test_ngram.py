@@ -1,11 +1,10 @@
 """The index says what a search of the whole window says, however the text came and whatever room there was."""
 
-import sys
-
+import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dflash_ray.core.ngram import MAX_NGRAM, MIN_NGRAM, WINDOW, IndexingRoom, NgramDraft, NgramIndex
+from dflash_ray.core.ngram import MAX_NGRAM, MIN_NGRAM, WINDOW, IndexingRoom, NgramDraft, NgramIndex, NgramTable
 
 ENDLESS = 10**9
 # Few distinct tokens, so that n-grams of all lengths repeat; and the largest that fit the wire.
@@ -52,55 +51,60 @@ def test_lookups_equal_a_search_of_the_window(parts, window, anchor, count):
         assert len(index) == len(text)
 
 
-@settings(max_examples=400)
-@given(parts=st.lists(st.tuples(TEXT, st.integers(0, 30)), max_size=8), window=st.integers(6, 60))
-def test_slices_lead_to_the_same_index_and_what_they_propose_meanwhile_did_follow(parts, window):
-    index, text = NgramIndex(window), []
-    for part, room in parts:
-        index.extend(part)
-        text += part
-        index.catch_up(IndexingRoom(room))
-        draft, best = index.propose(4), search(text[-window:], text[-window:], 4)
-        assert draft.match_len <= best.match_len
-        seen, size = text[-window:], draft.match_len
-        ends = range(size, len(seen))
-        assert not size or any(seen[e - size : e] == seen[-size:] and seen[e : e + 4] == draft.tokens for e in ends)
-    for _ in range(window + 1):
-        index.catch_up(IndexingRoom(1))
-    assert index.propose(4) == search(text[-window:], text[-window:], 4)
+@settings(max_examples=200)
+@given(
+    rounds=st.lists(st.lists(TEXT, min_size=3, max_size=3), max_size=6),
+    window=st.integers(6, 60),
+    counts=st.lists(st.integers(0, 6), min_size=3, max_size=3),
+    renewed=st.integers(0, 5),
+)
+def test_rows_of_a_table_are_looked_up_side_by_side_and_start_anew(rounds, window, counts, renewed):
+    tokens = np.zeros((4, 300), np.uint32)
+    table = NgramTable(tokens, window)
+    texts = {0: [], 1: [], 3: []}
+    rows = np.array(list(texts))
+    for number, parts in enumerate(rounds):
+        if number == renewed:
+            texts[1] = []
+            table.clear(1)
+        for row, part in zip(texts, parts, strict=True):
+            texts[row] += part
+            tokens[row, : len(texts[row])] = texts[row]
+        lens = np.array([len(text) for text in texts.values()])
+        table.catch_up(rows, lens, IndexingRoom(ENDLESS))
+        drafts, draft_lens, match_lens = table.propose(rows, lens, np.array(counts))
+        for i, text in enumerate(texts.values()):
+            seen = text[-window:]
+            assert NgramDraft(drafts[i, : draft_lens[i]].tolist(), match_lens[i]) == search(seen, seen, counts[i])
 
 
-def test_a_long_text_takes_no_more_room_at_once_than_there_is_and_the_newest_is_found_first():
-    text = [7, 8, 9, 5, *range(100, 5100), 7, 8, 9, 6, *range(6000, 6050), 7, 8, 9]
-    room = IndexingRoom(100)
+def test_a_long_text_is_indexed_when_there_is_room_and_what_comes_meanwhile_with_it():
     index = NgramIndex()
-    index.extend(text)
+    index.extend([7, 8, 9, 5, *range(100, 5100), 7, 8, 9])
+    room = IndexingRoom(0)
     index.catch_up(room)
-    assert room.left == 0
-    assert index.propose(1) == NgramDraft([6], match_len=3)
-    index = index_of([*text[:5004], 7, 8, 9], room=100)
     assert index.propose(1) == NgramDraft([], match_len=0)
-    index.catch_up(IndexingRoom(ENDLESS))
-    assert index.propose(1) == NgramDraft([5], match_len=3)
+    index.extend([5, *range(100, 105)])
+    index.catch_up(room)
+    assert index.propose(1) == NgramDraft([], match_len=0)
+    room.left = 1
+    index.catch_up(room)
+    assert index.propose(2) == NgramDraft([105, 106], match_len=5)
+    assert room.left < -5000, "who comes next waits"
 
 
-def test_the_new_tokens_of_a_step_are_indexed_when_there_is_no_room_for_old_ones():
-    index = index_of(list(range(5000)), room=0)
-    for token in (1, 2, 3, 9, 1, 2):
-        index.extend([token])
-        index.catch_up(IndexingRoom(0))
-    assert index.propose(2) == NgramDraft([3, 9], match_len=2)
-
-
-def test_memory_is_flat_once_the_window_is_full():
-    def entries(index: NgramIndex) -> int:
-        return sum(len(followers) for followers in index._followers.values()) + len(index._tokens)
+def test_memory_is_flat_and_the_latest_occurrence_is_found_once_the_window_is_full():
+    def kept(index: NgramIndex) -> int:
+        table = index._table
+        return sum(array.nbytes for array in (index._tokens, table._heads, table._earlier))
 
     index = index_of(list(range(3 * WINDOW)))
-    full = entries(index)
-    assert full < 6 * WINDOW
+    full = kept(index)
     for start in range(3 * WINDOW, 8 * WINDOW, 50):
         index.extend(range(start, start + 50))
-        index.catch_up(IndexingRoom(2048))
-        assert entries(index) <= full + WINDOW
-    assert sys.getsizeof(index._tokens) < 40 * WINDOW
+        index.catch_up(IndexingRoom(1))
+    assert kept(index) == full < 48 * WINDOW and len(index) >= 8 * WINDOW
+    assert index.propose_after(7 * WINDOW, 1) == NgramDraft([], 0)
+    index.extend([7 * WINDOW + 50, 7 * WINDOW + 51])
+    index.catch_up(IndexingRoom(1))
+    assert index.propose(1) == NgramDraft([7 * WINDOW + 52], 2)

@@ -5,8 +5,10 @@ import pytest
 from hypothesis import given, settings
 
 from dflash_ray.config import ModelConfig
+from dflash_ray.core.stats import DecodePass
 from dflash_ray.gateway.choice import Choice
 from dflash_ray.gateway.requests import GenerationRequest
+from dflash_ray.gateway.token_chunks import TokenChunk
 from dflash_ray.pb import common_pb2, router_pb2
 from dflash_ray.text.tokenizer import ChatTokenizer
 
@@ -33,25 +35,22 @@ def logprobs(ids: list[int]) -> common_pb2.TokenLogprobs:
     )
 
 
-def chunks(ids: list[int], sizes: list[int], reason: int) -> list[router_pb2.TokenChunk]:
+def chunks(ids: list[int], sizes: list[int], reason: int) -> list[TokenChunk]:
     """The first token from the prefill, then passes whose tokens are all drafts but the last."""
     parts, at = [ids[:1]], 1
     for size in [*sizes, len(ids)]:
         if at < len(ids):
             parts.append(ids[at : at + size])
             at += size
-    made = [router_pb2.TokenChunk()]
+    made = [TokenChunk()]
     for i, part in enumerate(parts):
-        chunk = router_pb2.TokenChunk(token_ids=part, logprobs=logprobs(part))
-        if i:
-            chunk.decode_pass.num_drafts, chunk.decode_pass.num_spec_tokens = 4, 4
-            chunk.decode_pass.num_accepted_drafts = len(part) - 1
-        made.append(chunk)
+        decode_pass = DecodePass(4, len(part) - 1, 4) if i else None
+        made.append(TokenChunk(part, decode_pass=decode_pass, logprobs=logprobs(part)))
     made[-1].finish_reason = reason
     return made
 
 
-def run(tokenizer: ChatTokenizer, asked: GenerationRequest, parts: list[router_pb2.TokenChunk]):
+def run(tokenizer: ChatTokenizer, asked: GenerationRequest, parts: list[TokenChunk]):
     """Text, tokens, log-probabilities, the end and the statistics of a whole answer."""
     choice = Choice(asked, 0, tokenizer)
     text, ids, chosen = "", [], []
@@ -125,5 +124,5 @@ def test_a_token_that_stops_is_text_only_where_the_request_says_so(tokenizer):
 
 
 def test_an_empty_chunk_says_nothing(tokenizer):
-    delta = Choice(request([]), 0, tokenizer).take(router_pb2.TokenChunk())
+    delta = Choice(request([]), 0, tokenizer).take(TokenChunk())
     assert not delta.text and not delta.token_ids and not delta.finish_reason

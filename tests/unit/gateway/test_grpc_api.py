@@ -6,6 +6,7 @@ import grpc
 import pytest
 
 from dflash_ray.core.errors import OverloadedError
+from dflash_ray.gateway.token_chunks import TokenChunk
 from dflash_ray.pb import common_pb2, generation_pb2, generation_pb2_grpc, router_pb2
 from tests.applications import request
 from tests.gateways import gateway, says
@@ -120,7 +121,7 @@ async def test_a_stream_says_when_a_router_has_taken_it():
     may_answer = asyncio.Event()
 
     async def respond(asked):
-        yield router_pb2.TokenChunk()
+        yield TokenChunk()
         await may_answer.wait()
         async for part in says(WORDS)(asked):
             yield part

@@ -8,7 +8,8 @@ import openai
 import pytest
 
 from dflash_ray.core.errors import OverloadedError, RequestError, UnavailableError
-from dflash_ray.pb import common_pb2, router_pb2
+from dflash_ray.gateway.token_chunks import TokenChunk
+from dflash_ray.pb import common_pb2
 from tests.gateways import chunk, gateway, says
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -230,7 +231,7 @@ async def test_a_streams_headers_leave_when_the_router_has_taken_it_and_comments
     may_answer = asyncio.Event()
 
     async def respond(request):
-        yield router_pb2.TokenChunk()
+        yield TokenChunk()
         await may_answer.wait()
         async for part in says(WORDS)(request):
             yield part
@@ -250,7 +251,7 @@ async def test_a_streams_headers_leave_when_the_router_has_taken_it_and_comments
 
 async def test_nothing_follows_an_error_event():
     async def respond(request):
-        yield router_pb2.TokenChunk()
+        yield TokenChunk()
         yield chunk(504)
         raise RequestError("no more")
 
@@ -306,11 +307,10 @@ async def test_usage_comes_with_every_chunk_only_where_it_is_asked_for():
 async def test_log_probabilities_of_a_streamed_completion_say_where_their_text_stands():
     async def respond(request):
         async for part in says(WORDS, 3)(request):
-            part.logprobs.chosen.extend([-0.5] * len(part.token_ids))
-            if part.token_ids:
-                part.logprobs.num_top = 1
-                part.logprobs.top_token_ids.extend([5] * len(part.token_ids))
-                part.logprobs.top_logprobs.extend([float("-inf")] * len(part.token_ids))
+            count = len(part.token_ids)
+            part.logprobs = common_pb2.TokenLogprobs(
+                chosen=[-0.5] * count, num_top=1, top_token_ids=[5] * count, top_logprobs=[float("-inf")] * count
+            )
             yield part
 
     async with gateway(respond) as app:
@@ -326,7 +326,7 @@ async def test_log_probabilities_of_a_streamed_completion_say_where_their_text_s
 
 async def test_the_prompts_of_a_list_run_together_but_not_more_than_allowed():
     async def respond(request):
-        yield router_pb2.TokenChunk()
+        yield TokenChunk()
         await asyncio.sleep(0.05)
         yield chunk(request.token_ids[0], reason=STOP)
 
@@ -347,7 +347,7 @@ async def test_one_refused_prompt_of_a_list_ends_the_others():
     async def respond(request):
         if request.token_ids[0] == 6:
             raise OverloadedError("full")
-        yield router_pb2.TokenChunk()
+        yield TokenChunk()
         await asyncio.sleep(30)
 
     async with gateway(respond) as app:
@@ -360,7 +360,7 @@ async def test_one_refused_prompt_of_a_list_ends_the_others():
 
 async def test_a_client_that_leaves_a_waiting_stream_frees_its_request():
     async def respond(request):
-        yield router_pb2.TokenChunk()
+        yield TokenChunk()
         await asyncio.sleep(30)
 
     async with gateway(respond, "gateway.keepalive_s=0.05") as app:
@@ -402,23 +402,23 @@ async def test_pages_of_other_origins_may_call_only_where_the_configuration_says
         assert "access-control-allow-origin" not in other.headers
 
 
-def scored(start: int, values: list[float]) -> router_pb2.TokenChunk:
+def scored(start: int, values: list[float]) -> TokenChunk:
     """Log-probabilities of the prompt's tokens from `start` on."""
     part = common_pb2.TokenLogprobs(
         chosen=values, num_top=1, top_token_ids=[5] * len(values), top_logprobs=[-0.25] * len(values)
     )
-    return router_pb2.TokenChunk(prompt_logprobs=common_pb2.PromptLogprobs(start=start, logprobs=part))
+    return TokenChunk(prompt_logprobs=common_pb2.PromptLogprobs(start=start, logprobs=part))
 
 
 @pytest.mark.parametrize("max_tokens", [0, 1, 3])
 async def test_an_echoed_prompt_comes_with_its_own_log_probabilities(max_tokens):
     async def respond(request):
         assert request.sampling.num_prompt_logprobs == 1
-        yield router_pb2.TokenChunk()
+        yield TokenChunk()
         yield scored(1, [-1.0, -2.0])
         yield scored(1, [-1.0, -2.0, -3.0])  # the prompt was prefilled again
         async for part in says(WORDS)(request):
-            part.logprobs.chosen.extend([-0.5] * len(part.token_ids))
+            part.logprobs = common_pb2.TokenLogprobs(chosen=[-0.5] * len(part.token_ids))
             yield part
 
     async with gateway(respond) as app:
@@ -452,7 +452,7 @@ async def test_echo_without_log_probabilities_is_the_prompt_and_the_answer():
 
 async def test_the_openai_package_reads_over_comments_and_raises_what_a_stream_ends_with():
     async def respond(request):
-        yield router_pb2.TokenChunk()
+        yield TokenChunk()
         await asyncio.sleep(0.15)
         async for part in says(WORDS)(request):
             yield part
@@ -467,7 +467,7 @@ async def test_the_openai_package_reads_over_comments_and_raises_what_a_stream_e
             assert raised.value.code == "model_not_found"
 
     async def breaks(request):
-        yield router_pb2.TokenChunk()
+        yield TokenChunk()
         yield chunk(504)
         raise RequestError("broken")
 

@@ -1,12 +1,15 @@
 """Which router a call goes to."""
 
+import time
 from collections import Counter
+from unittest import mock
 
 import pytest
 
 from dflash_ray.config import NetworkConfig
 from dflash_ray.core.errors import UnavailableError
 from dflash_ray.gateway.routers import Routers
+from dflash_ray.pb import router_pb2
 from dflash_ray.rpc.directory import Entry
 from tests.directories import LocalDirectory
 
@@ -30,11 +33,15 @@ def test_gateways_that_know_nothing_of_each_others_requests_do_not_all_choose_th
     assert min(counts["a"], counts["b"]) > 50
 
 
-def test_a_router_that_leads_more_groups_takes_more_requests():
+async def test_a_router_that_leads_more_groups_takes_more_requests():
     routers = routers_of(a=led(2), b=led(1))
+    asked: Counter[str] = Counter()
     for _ in range(30):
-        routers._outstanding[routers.pick().id] += 1
-    assert routers._outstanding == {"a": 20, "b": 10}
+        router = routers.pick()
+        routers.open(router, router_pb2.GenerateTokensRequest(), time.monotonic() + 60, mock.Mock())
+        asked[router.id] += 1
+    assert asked == {"a": 20, "b": 10}
+    await routers.close()
 
 
 def test_the_router_that_failed_is_asked_again_only_when_no_other_is_ready():

@@ -46,10 +46,11 @@ class Scene:
                         self.target.close(ids)
                     case RequestDrafts(drafter_id, request):
                         self.drafters[drafter_id].take(request)
-                    case Emit(sequence, tokens, _, reason):
-                        self.emitted[sequence.sequence_id] += tokens
-                        if reason:
-                            self.finished.add(sequence.sequence_id)
+                    case Emit():
+                        for sequence_id, tokens, reason in action.entries():
+                            self.emitted[sequence_id] += tokens
+                            if reason:
+                                self.finished.add(sequence_id)
                     case Fail(sequence, error):
                         self.failed[sequence.sequence_id] = error.message
                     case _:

@@ -9,7 +9,7 @@ from dflash_ray.pb import common_pb2, drafter_pb2, router_pb2, target_pb2
 from dflash_ray.router.actions import RequestDrafts, RunStep
 from dflash_ray.router.draft_requests import DrafterState
 from dflash_ray.router.scheduler import Scheduler
-from tests.toy import VOCAB, ToyTarget
+from tests.toy import VOCAB, ToyTarget, tokens_of
 
 NUM_CANDIDATES = 2
 
@@ -47,7 +47,7 @@ def step_with(drafts: list[int], *, is_drawn: bool, max_new_tokens: int = 20) ->
 def test_a_drawn_draft_goes_on_with_the_distribution_of_the_slots_that_are_kept(max_new_tokens):
     step = step_with([5, 6, 7], is_drawn=True, max_new_tokens=max_new_tokens)
     kept = {20: 3, 4: 2}[max_new_tokens]
-    assert list(step.draft_token_ids) == [5, 6, 7][:kept]
+    assert tokens_of(step.draft_token_ids) == [5, 6, 7][:kept]
     assert list(step.num_draft_candidates) == [NUM_CANDIDATES]
     assert list(step.draft_candidate_ids) == [5, 6, 6, 7, 7, 8][: 2 * kept]
     assert list(step.draft_log_probs) == [0.0, -0.5, -1.0, -1.5, -2.0, -2.5][: 2 * kept]
@@ -55,10 +55,10 @@ def test_a_drawn_draft_goes_on_with_the_distribution_of_the_slots_that_are_kept(
 
 def test_a_draft_that_was_not_drawn_goes_on_alone():
     step = step_with([5, 6, 7], is_drawn=False)
-    assert list(step.num_draft_candidates) == [0]
+    assert not step.num_draft_candidates
     assert not step.draft_candidate_ids and not step.draft_log_probs
 
 
 def test_a_draft_ends_before_a_token_that_the_target_does_not_have():
     step = step_with([5, VOCAB, 7], is_drawn=True)
-    assert list(step.draft_token_ids) == [5] and list(step.draft_candidate_ids) == [5, 6]
+    assert tokens_of(step.draft_token_ids) == [5] and list(step.draft_candidate_ids) == [5, 6]

@@ -2,6 +2,7 @@
 
 from collections import Counter
 
+import numpy as np
 import pytest
 
 from dflash_ray.config import ConfigError, load_config
@@ -40,7 +41,7 @@ def test_a_prompt_goes_on_while_all_rows_could_be_chains():
     [([3, 3, 3], 12, [3, 3, 3]), ([3, 3, 3], 5, [2, 0, 0]), ([3, 3, 3], 2, [0, 0]), ([], 4, [])],
 )
 def test_every_chain_gets_its_anchor_before_drafts_are_shared_out(wanted, room, counts):
-    assert draft_rows(wanted, room) == counts
+    assert draft_rows(np.array(wanted, np.int64), room).tolist() == counts
 
 
 def test_more_sequences_than_a_pass_has_rows_for_are_refused_by_name():

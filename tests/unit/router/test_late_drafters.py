@@ -2,6 +2,7 @@
 
 from dflash_ray.router.actions import DropDrafter
 from dflash_ray.router.limits import TargetLimits
+from tests.toy import ToyTarget
 from tests.unit.router.scenes import Scene
 
 PROMPT = list(range(20))
@@ -28,7 +29,8 @@ def miss(scene) -> None:
 def test_a_late_draft_is_skipped_and_its_drafter_keeps_the_sequence():
     scene, sequence, drafter = decoding()
     assert scene.step is None, "the step waits for the draft"
-    held = sequence.context.held_rows
+    table = scene.scheduler.drafting.table
+    held = table.held_rows[sequence.slot]
     miss(scene)
     assert scene.steps[-1].num_drafts[0] == 0
     scene.answer(drafter)  # too late
@@ -36,7 +38,7 @@ def test_a_late_draft_is_skipped_and_its_drafter_keeps_the_sequence():
     scene.finish_step()  # the one that was not to wait
     scene.answer(drafter)  # the next request
     scene.finish_step()
-    assert sequence.context.drafter_id == drafter and sequence.context.held_rows > held
+    assert sequence.context.drafter_id == drafter and table.held_rows[sequence.slot] > held
     assert scene.drafters[drafter].starts == [(sequence.sequence_id, 0)] and scene.scheduler.drafting.num_replays == 0
     assert scene.scheduler.num_drafts_by_source["remote"] == 1
 
@@ -118,8 +120,9 @@ def test_a_drafter_without_room_is_not_asked_again_for_a_while():
 
 
 def test_a_drafter_is_told_of_a_long_prompt_when_its_first_rows_are_computed():
-    scene = Scene("router.prefill_chunk_tokens=64", "model.max_model_len=4096", drafters=("a",))
-    scene.target.limits = scene.scheduler.limits = TargetLimits(1, 4096, 50, 16, 300, 512, address="t:1")
+    target = ToyTarget()
+    target.limits = TargetLimits(1, 4096, 50, 16, 300, 512, address="t:1", feature_fingerprint="toy")
+    scene = Scene("router.prefill_chunk_tokens=64", target=target, drafters=("a",))
     sequence = scene.arrive([k % 50 for k in range(1000)], max_new=60, draft_tokens=3)
     scene.pump()
     request = scene.drafters["a"].request
@@ -127,7 +130,7 @@ def test_a_drafter_is_told_of_a_long_prompt_when_its_first_rows_are_computed():
     assert (request.source.address, request.source.step_id) == ("t:1", scene.step.step_id)
     scene.finish_step()
     scene.answer("a")
-    while sequence.num_prefilled < 900:
+    while scene.scheduler.drafting.table.num_prefilled[sequence.slot] < 900:
         scene.finish_step()
         assert scene.drafters["a"].request is None
     assert scene.scheduler.drafting.num_replays == 0
@@ -149,7 +152,7 @@ def test_a_sequence_whose_rows_are_lost_is_opened_again_and_then_drafted_for_els
     scene.answer(second)
     scene.finish_step()
     scene.answer(second)
-    assert scene.scheduler.drafting.num_replays == 2 and scene.scheduler.drafting.num_dropped["cut_off"] == 1
+    assert scene.scheduler.drafting.num_replays == 2 and scene.scheduler.drafting.num_dropped["lost"] == 1
     assert scene.drafters[second].starts == [(sequence.sequence_id, 0)]
     assert scene.scheduler.num_drafts_by_source["remote"] == 2
 

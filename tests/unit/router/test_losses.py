@@ -27,10 +27,9 @@ def test_a_loss_without_a_step_in_flight_counts_against_nobody():
     scene = Scene()
     sequence = scene.arrive([1, 2, 3], max_new=20)
     for _ in range(5):
-        scene.finish_step()
-        scene.step = None
-        scene.scheduler._step = None  # the result came, and no step went out before the group was lost
-        sequence.in_step = False
+        scene.pump()
+        result = scene.target.step(scene.step)
+        scene.scheduler.step_done(result, scene.now)  # and no step went out before the group was lost
         scene.lose_target()
     assert sequence.num_losses == 0 and not scene.failed
 

@@ -1,8 +1,10 @@
 """An n-gram takes a drafter's place where it is right more often, and the drafter misses no context by it."""
 
 import numpy as np
+import pytest
 
 from dflash_ray.config import load_config
+from dflash_ray.core.arrays import packed
 from dflash_ray.core.draft_blocks import DraftBlock, to_message
 from dflash_ray.pb import common_pb2, drafter_pb2, router_pb2, target_pb2
 from dflash_ray.router.actions import RequestDrafts, RunStep
@@ -10,8 +12,9 @@ from dflash_ray.router.draft_rates import DraftRates
 from dflash_ray.router.draft_requests import DrafterState
 from dflash_ray.router.limits import TargetLimits
 from dflash_ray.router.scheduler import Scheduler
+from tests.toy import tokens_of
 
-LIMITS = TargetLimits(1, 4096, 1000, 16, 512, 512)
+LIMITS = TargetLimits(1, 4096, 1000, 16, 512, 512, feature_fingerprint="f")
 CYCLE = [11, 12, 13, 14, 15, 16, 17]
 
 
@@ -27,7 +30,7 @@ class CyclingTarget:
         return self.says.get(position, CYCLE[position % len(CYCLE)])
 
     def step(self, step: target_pb2.Step) -> target_pb2.StepResult:
-        drafts, new = list(step.draft_token_ids), []
+        drafts, new = tokens_of(step.draft_token_ids), []
         for draft in [*drafts, None]:
             new.append(self.next_token(len(self.tokens) + len(new)))
             if new[-1] != draft:
@@ -38,7 +41,7 @@ class CyclingTarget:
         result.statuses.append(target_pb2.ENTRY_STATUS_OK)
         result.num_accepted_drafts.append(len(new) - 1)
         result.num_tokens.append(len(new))
-        result.token_ids.extend(new)
+        result.token_ids = packed(np.array(new))
         result.finish_reasons.append(common_pb2.FINISH_REASON_UNSPECIFIED)
         self.kv_len += rows
         self.tokens += new
@@ -93,13 +96,23 @@ def test_a_drafter_is_asked_every_time_where_ngrams_are_not_preferred():
 
 
 def test_whoever_was_right_more_often_drafts():
-    rates = DraftRates()
-    assert rates.prefers_ngram(5) and not rates.prefers_ngram(0)
-    for _ in range(200):
-        rates.saw_drafter(True)
-    assert not any(rates.prefers_ngram(size) for size in range(6))
-    for _ in range(400):
-        rates.saw_drafter(False)
-        rates.saw_ngram(3, False)
-    rates.saw_drafter(True)
-    assert rates.prefers_ngram(2) and not rates.prefers_ngram(3)
+    rates, sizes = DraftRates(), np.arange(6)
+    assert rates.prefers_ngrams(sizes)[[0, 5]].tolist() == [False, True]
+    rates.saw_drafters(np.ones(200, np.bool_))
+    assert not rates.prefers_ngrams(sizes).any()
+    rates.saw_drafters(np.zeros(400, np.bool_))
+    rates.saw_ngrams(np.full(400, 3), np.zeros(400, np.bool_))
+    rates.saw_drafters(np.ones(1, np.bool_))
+    assert rates.prefers_ngrams(sizes)[[2, 3]].tolist() == [True, False]
+
+
+def test_rates_are_the_same_one_observation_at_a_time_and_all_at_once():
+    together, apart = DraftRates(), DraftRates()
+    is_right = np.array([True, False, False, True, True])
+    sizes = np.array([2, 3, 2, 3, 2])
+    together.saw_ngrams(sizes, is_right)
+    together.saw_drafters(is_right)
+    for i in range(5):
+        apart.saw_ngrams(sizes[i : i + 1], is_right[i : i + 1])
+        apart.saw_drafters(is_right[i : i + 1])
+    assert together._ngram == pytest.approx(apart._ngram) and together._drafter == pytest.approx(apart._drafter)

@@ -5,8 +5,10 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
+import numpy as np
 import pytest
 
+from dflash_ray.core.arrays import packed
 from dflash_ray.core.protocol import PROTOCOL_VERSION
 from dflash_ray.core.watchdog import Watchdog
 from dflash_ray.observability.metrics import TargetMetrics
@@ -95,15 +97,21 @@ async def run(call, step: target_pb2.Step) -> target_pb2.StepResult:
     return reply.result
 
 
+DRAFT_OF_5 = packed(np.array([5]))
 MALFORMED = {
     "prefill_lens": target_pb2.Step(open=[opening()], prefill_ids=[1], prefill_lens=[3, 3]),
     "prefill_lens must be at least 1": target_pb2.Step(open=[opening()], prefill_ids=[1], prefill_lens=[0]),
     "base_lens": target_pb2.Step(verify_ids=[1, 2], base_lens=[3], num_drafts=[0, 0]),
     "num_drafts": target_pb2.Step(verify_ids=[1], base_lens=[3]),
-    "draft_token_ids": target_pb2.Step(verify_ids=[1], base_lens=[3], num_drafts=[2], draft_token_ids=[5]),
-    "draft_parents": target_pb2.Step(verify_ids=[1], base_lens=[3], num_drafts=[1], draft_token_ids=[5]),
+    "draft_token_ids": target_pb2.Step(verify_ids=[1], base_lens=[3], num_drafts=[2], draft_token_ids=DRAFT_OF_5),
+    "draft_token_ids has 3 bytes": target_pb2.Step(
+        verify_ids=[1], base_lens=[3], num_drafts=[1], draft_token_ids=DRAFT_OF_5[:3]
+    ),
+    "draft_parents": target_pb2.Step(
+        verify_ids=[1], base_lens=[3], num_drafts=[1], draft_token_ids=DRAFT_OF_5, draft_parents=[0, 1]
+    ),
     "draft_log_probs": target_pb2.Step(
-        verify_ids=[1], base_lens=[3], num_drafts=[1], draft_token_ids=[5], draft_parents=[0],
+        verify_ids=[1], base_lens=[3], num_drafts=[1], draft_token_ids=DRAFT_OF_5, draft_parents=[0],
         num_draft_candidates=[2], draft_candidate_ids=[5, 6],
     ),
     "colocated_num_drafts": target_pb2.Step(colocated_draft_ids=[1]),
@@ -120,7 +128,7 @@ async def test_a_malformed_step_gets_a_status_that_names_the_column_and_the_grou
     assert error.value.code() == grpc.StatusCode.INVALID_ARGUMENT and named in error.value.details()
     call = await lead(stub, 2)
     result = await run(call, target_pb2.Step(open=[opening()], prefill_ids=[1], prefill_lens=[7]))
-    assert list(result.statuses) == [OK] and len(result.token_ids) == 1
+    assert list(result.statuses) == [OK] and len(result.token_ids) == 4
 
 
 @pytest.mark.parametrize(
@@ -160,7 +168,7 @@ def verify_message(base_len: int, drafts=()) -> target_pb2.Step:
         verify_ids=[1],
         base_lens=[base_len],
         num_drafts=[len(drafts)],
-        draft_token_ids=drafts,
+        draft_token_ids=packed(np.array(drafts, np.uint32)),
         draft_parents=range(len(drafts)),
     )
 

@@ -1,0 +1,41 @@
+"""Types of arrays that many modules share, and what is done to them in more than one."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import numpy as np
+import numpy.typing as npt
+
+_TOKEN_IDS = np.dtype("<u4")
+
+Ints = npt.NDArray[np.int64]
+Ids = npt.NDArray[np.uint64]  # of others' making
+Tokens = npt.NDArray[np.uint32]
+Flags = npt.NDArray[np.bool_]
+Floats = npt.NDArray[np.float64]
+
+
+def spans(starts: Ints, counts: Ints) -> Ints:
+    """The numbers starts[i], starts[i] + 1, ... of which there are counts[i], for one i after the other."""
+    ends = counts.cumsum()
+    numbers: Ints = np.arange(int(ends[-1]) if len(ends) else 0)
+    numbers += np.repeat(starts - ends + counts, counts)
+    return numbers
+
+
+def column(field: Collection[int]) -> Ints:
+    """A repeated field of integers as an array."""
+    return np.fromiter(field, np.int64, len(field))
+
+
+def packed(token_ids: Tokens | Ints) -> bytes:
+    """Token ids as they travel."""
+    return token_ids.astype(_TOKEN_IDS, copy=False).tobytes()
+
+
+def unpacked(name: str, data: bytes) -> Tokens:
+    """Token ids that travelled in the field `name`. Raises ValueError for bytes that are none."""
+    if len(data) % _TOKEN_IDS.itemsize:
+        raise ValueError(f"{name} has {len(data)} bytes, which are no whole number of token ids")
+    return np.frombuffer(data, dtype=_TOKEN_IDS)

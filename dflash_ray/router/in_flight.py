@@ -1,0 +1,106 @@
+"""Steps at the target, and which sequences the next one may have. Sans-IO, a part of the scheduler."""
+
+from __future__ import annotations
+
+from collections import deque
+
+import numpy as np
+
+from dflash_ray.core.arrays import Ints
+from dflash_ray.router.slot_table import DECODE, NEVER, PREFILL, SlotTable
+from dflash_ray.router.steps import StepInFlight
+
+_NO_SLOTS: Ints = np.zeros(0, np.int64)
+
+
+class StepsInFlight:
+    """Steps without a result, oldest first; the target runs them, and answers, in this order.
+
+    Attributes:
+        deadline: when the oldest should have been answered.
+    """
+
+    def __init__(self, depth: int, timeout_s: float) -> None:
+        self._depth = depth
+        self._timeout_s = timeout_s
+        self._steps: deque[StepInFlight] = deque()
+        self.deadline = NEVER
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    @property
+    def has_room(self) -> bool:
+        """Whether another step may be sent; beside one with a suspect in it none may."""
+        return len(self._steps) < self._depth and not (self._steps and self._steps[-1].is_alone)
+
+    def add(self, step: StepInFlight, now: float) -> None:
+        """A step is sent."""
+        if not self._steps:
+            self.deadline = now + self._timeout_s
+        self._steps.append(step)
+
+    def take(self, step_id: int, now: float) -> StepInFlight:
+        """The step that a result is for. Raises ValueError for one that is not the oldest in flight."""
+        if not self._steps or self._steps[0].step_id != step_id:
+            raise ValueError(f"a result for step {step_id} came out of turn")
+        step = self._steps.popleft()
+        self.deadline = now + self._timeout_s if self._steps else NEVER
+        return step
+
+    def lose(self, table: SlotTable) -> Ints:
+        """Forgets all steps, as nothing answers them any more; returns the slots of their entries."""
+        lost = [step.slots[step.is_current(table)] for step in self._steps]
+        self._steps.clear()
+        self.deadline = NEVER
+        return np.concatenate([_NO_SLOTS, *lost])
+
+
+class Cohorts:
+    """Whose turn it is. With two cohorts one is verified while the other is drafted for."""
+
+    def __init__(self, num_cohorts: int) -> None:
+        self._num_cohorts = num_cohorts
+        self._next = 0
+
+    def smaller(self, table: SlotTable) -> int:
+        """Where a sequence that is admitted belongs."""
+        return int(self._num_cohorts == 2 and table.num_in_cohort[1] < table.num_in_cohort[0])
+
+    def choose(self, table: SlotTable, is_target_idle: bool) -> tuple[Ints, Ints, bool] | None:
+        """Slots to decode and slots to prefill in the next step, and whether a suspect is alone in it; or None.
+
+        A cohort decodes when none of it is in flight and all its drafts have come or have been waited for long enough.
+        While a cohort waits for drafts there is no step without chains.
+        """
+        decoding, is_waiting = _NO_SLOTS, False
+        for cohort in (self._next, 1 - self._next):
+            members = ((table.phases == DECODE) & (table.cohorts == cohort)).nonzero()[0]
+            if not len(members) or table.step_ids[members].any():
+                continue
+            if (table.draft_deadlines[members] == NEVER).all():
+                decoding = members
+                self._next = 1 - cohort if self._num_cohorts == 2 else 0
+                break
+            is_waiting = True
+        if is_waiting and not len(decoding):
+            return None
+        prefilling = ((table.phases == PREFILL) & (table.step_ids == 0)).nonzero()[0]
+        if not len(decoding) and not len(prefilling):
+            return None
+        return _apart(table, decoding, prefilling, is_target_idle)
+
+
+def _apart(table: SlotTable, decoding: Ints, prefilling: Ints, is_target_idle: bool) -> tuple[Ints, Ints, bool] | None:
+    """The others together, or one suspect by itself with nothing else in flight: whoever waited longest."""
+    candidates = np.concatenate((decoding, prefilling))
+    is_suspect = table.is_suspect[candidates]
+    if not is_suspect.any():
+        return decoding, prefilling, False
+    suspects, others = candidates[is_suspect], candidates[~is_suspect]
+    suspect = suspects[np.argmin(table.last_steps[suspects])]
+    if len(others) and table.last_steps[others].min() <= table.last_steps[suspect]:
+        return decoding[~table.is_suspect[decoding]], prefilling[~table.is_suspect[prefilling]], False
+    if not is_target_idle:
+        return None
+    return decoding[decoding == suspect], prefilling[prefilling == suspect], True

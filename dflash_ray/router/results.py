@@ -1,0 +1,71 @@
+"""A target's result as arrays, checked against the step that it is for. Sans-IO, a part of the scheduler."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from dflash_ray.core.arrays import Flags, Ints, Tokens, column, spans, unpacked
+from dflash_ray.pb import common_pb2, target_pb2
+from dflash_ray.router.steps import StepInFlight
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutcome:
+    """Columns over the entries of a step, in its order.
+
+    Attributes:
+        token_ids: what each entry committed, one after the other.
+        logprobs: of entries that asked and got tokens.
+        errors: of entries that FAILED.
+    """
+
+    statuses: Ints
+    num_accepted: Ints
+    num_tokens: Ints
+    token_ids: Tokens
+    finish_reasons: Ints
+    logprobs: dict[int, common_pb2.TokenLogprobs]
+    errors: dict[int, str]
+
+    @property
+    def is_ok(self) -> Flags:
+        """Entries that did what they were to do."""
+        is_ok: Flags = self.statuses == target_pb2.ENTRY_STATUS_OK
+        return is_ok
+
+    def tokens_of(self, entries: Ints) -> Tokens:
+        """What these entries committed; `entries` is rising."""
+        if len(entries) == len(self.num_tokens):
+            return self.token_ids
+        counts = self.num_tokens[entries]
+        starts = self.num_tokens.cumsum()[entries] - counts
+        return self.token_ids[spans(starts, counts)]
+
+
+def read_result(result: target_pb2.StepResult, step: StepInFlight) -> StepOutcome:
+    """Raises ValueError when the result is not about the step's entries, or its columns do not belong together."""
+    ids = column(result.sequence_ids)
+    if not np.array_equal(ids, step.ids):
+        raise ValueError(f"the result of step {step.step_id} has other entries than the step")
+    names = ("statuses", "num_accepted_drafts", "num_tokens", "finish_reasons")
+    columns = [column(getattr(result, name)) for name in names]
+    for name, values in zip(names, columns, strict=True):
+        if len(values) != len(ids):
+            raise ValueError(f"{name} has {len(values)} elements for {len(ids)} entries")
+    statuses, num_accepted, num_tokens, finish_reasons = columns
+    token_ids = unpacked("token_ids", result.token_ids)
+    if int(num_tokens.sum()) != len(token_ids):
+        raise ValueError(f"token_ids has {len(token_ids)} elements for {int(num_tokens.sum())} tokens")
+    with_logprobs = (step.asks_logprobs & (num_tokens > 0)).nonzero()[0].tolist()
+    failed = (statuses == target_pb2.ENTRY_STATUS_FAILED).nonzero()[0].tolist()
+    return StepOutcome(
+        statuses,
+        num_accepted,
+        num_tokens,
+        token_ids,
+        finish_reasons,
+        dict(zip(with_logprobs, result.logprobs, strict=True)),
+        dict(zip(failed, result.errors, strict=True)),
+    )

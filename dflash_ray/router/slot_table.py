@@ -1,0 +1,242 @@
+"""The sequences that are on the target, as columns by slot.
+
+A sequence has a slot from its admission until it ends or goes back to the queue. Whoever keeps slot numbers longer than
+one call must be able to tell whether a slot is still the same sequence's: by `ids`, and an entry of a step by
+`step_ids`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dflash_ray.core.arrays import Flags, Ints, Tokens, spans
+from dflash_ray.core.draft_blocks import BlockColumns, DraftBlock
+
+if TYPE_CHECKING:
+    from dflash_ray.router.sequence import RouterSequence
+
+MAX_DRAFTS = 31  # of one sequence in a step
+NO_DRAFT = -1  # draft_lens: none has come; 0 is one without tokens
+NO_DRAFTER = -1
+NEVER = np.inf
+
+
+# Where a sequence is.
+WAITING = 0  # not on the target; it has no slot
+PREFILL = 1  # on the target, rows still to compute before it can decode
+DECODE = 2
+
+# Where the drafts of a step come from.
+DRAFT_SOURCES = ("plain", "ngram", "remote", "colocated")
+PLAIN, NGRAM, REMOTE, COLOCATED = range(len(DRAFT_SOURCES))
+
+
+class SlotTable:
+    """Columns [num_slots] unless said.
+
+    Attributes:
+        sequences: who has the slot.
+        ids: their sequence ids; 0 in a free slot.
+        streams, call_ids: where they came from.
+        phases: WAITING (a free slot), PREFILL or DECODE.
+        step_ids: the step in flight with this sequence in it, 0 when none is.
+        last_steps: the last step with it, in flight or done; who waited longest comes first.
+        turns: order of admission, among sequences with the same last step.
+        tokens: [num_slots, max_len] prompt and emitted tokens, the router's copy of the committed truth.
+        committed_lens: how many of them there are.
+        max_lens: at how many the sequence ends.
+        num_prefilled: rows that the target says it has computed, while in PREFILL.
+        is_open: the target was sent the sequence.
+        cohorts: 0 or 1; those of one cohort decode in the same steps.
+        is_suspect: so many groups died over it that it runs alone.
+        draft_tokens: drafts wanted a step; 0 is plain decoding.
+        draft_lens: drafts for the next step, NO_DRAFT while none have come.
+        drafts: [num_slots, MAX_DRAFTS] their tokens.
+        draft_sources: place in DRAFT_SOURCES.
+        draft_deadlines: when the next step goes on without a drafter's draft; NEVER when none is waited for.
+        is_draft_missed: the next step goes on without a drafter's draft.
+        drawn: the block a draft comes from, by slot, when it was drawn from its probabilities.
+        drafters: number of the drafter that serves it, or NO_DRAFTER.
+        is_asking: its drafter is to draft for it and was not asked yet.
+        held_rows: context rows that its drafter is known to hold, or was sent as tokens.
+        num_lost: times in a row that such rows were lost, with no draft since.
+        temperatures, seeds, wants_distributions: of its draws, as drafters are told.
+        asks_logprobs: log-probabilities come with its tokens.
+    """
+
+    def __init__(self, num_slots: int, max_len: int) -> None:
+        self.num_slots, self.max_len = num_slots, max_len
+        self.sequences: list[RouterSequence | None] = [None] * num_slots
+        self.drawn: dict[int, DraftBlock] = {}
+        self.ids = np.zeros(num_slots, np.int64)
+        self.streams = np.zeros(num_slots, np.int64)
+        self.call_ids = np.zeros(num_slots, np.uint64)
+        self.phases = np.zeros(num_slots, np.int8)
+        self.step_ids = np.zeros(num_slots, np.int64)
+        self.last_steps = np.zeros(num_slots, np.int64)
+        self.turns = np.zeros(num_slots, np.int64)
+        self.tokens = np.zeros((num_slots, max_len), np.uint32)
+        self.committed_lens = np.zeros(num_slots, np.int64)
+        self.max_lens = np.zeros(num_slots, np.int64)
+        self.num_prefilled = np.zeros(num_slots, np.int64)
+        self.is_open = np.zeros(num_slots, np.bool_)
+        self.cohorts = np.zeros(num_slots, np.int8)
+        self.is_suspect = np.zeros(num_slots, np.bool_)
+        self.draft_tokens = np.zeros(num_slots, np.int64)
+        self.draft_lens = np.full(num_slots, NO_DRAFT, np.int64)
+        self.drafts = np.zeros((num_slots, MAX_DRAFTS), np.uint32)
+        self.draft_sources = np.zeros(num_slots, np.int64)
+        self.draft_deadlines = np.full(num_slots, NEVER)
+        self.is_draft_missed = np.zeros(num_slots, np.bool_)
+        self.drafters = np.full(num_slots, NO_DRAFTER, np.int64)
+        self.is_asking = np.zeros(num_slots, np.bool_)
+        self.held_rows = np.zeros(num_slots, np.int64)
+        self.num_lost = np.zeros(num_slots, np.int64)
+        self.temperatures = np.zeros(num_slots, np.float32)
+        self.seeds = np.zeros(num_slots, np.uint64)
+        self.wants_distributions = np.zeros(num_slots, np.bool_)
+        self.asks_logprobs = np.zeros(num_slots, np.bool_)
+        self.num_in_phase = [num_slots, 0, 0]
+        self.num_in_cohort = [0, 0]
+        self._free = list(range(num_slots))[::-1]
+        self._next_turn = 1
+
+    @property
+    def num_running(self) -> int:
+        """Slots in use."""
+        return self.num_slots - len(self._free)
+
+    def enter(self, sequence: RouterSequence, max_len: int, cohort: int, is_suspect: bool) -> int:
+        """Gives a sequence a slot, in PREFILL; there must be a free one, and `max_len` is at most the table's."""
+        slot = self._free.pop()
+        tokens = sequence.tokens
+        sampling = sequence.request.sampling
+        self.sequences[slot] = sequence
+        self.ids[slot] = sequence.sequence_id
+        self.streams[slot] = sequence.stream
+        self.call_ids[slot] = sequence.call_id
+        self._move(slot, PREFILL)
+        self.last_steps[slot] = sequence.last_step
+        self.turns[slot] = self._next_turn
+        self.tokens[slot, : len(tokens)] = tokens
+        self.committed_lens[slot] = len(tokens)
+        self.max_lens[slot] = max_len
+        self.num_prefilled[slot] = 0
+        self.is_open[slot] = False
+        self.cohorts[slot] = cohort
+        self.is_suspect[slot] = is_suspect
+        self.draft_tokens[slot] = sequence.draft_tokens
+        self.temperatures[slot] = sampling.temperature
+        self.seeds[slot] = sampling.seed
+        self.wants_distributions[slot] = sequence.wants_distribution
+        self.asks_logprobs[slot] = sampling.HasField("num_logprobs")
+        self.num_in_cohort[cohort] += 1
+        self._next_turn += 1
+        sequence.enter(self, slot)
+        return slot
+
+    def leave(self, slot: int) -> None:
+        """Takes the slot from its sequence, whose tokens go with it."""
+        sequence = self.sequence(slot)
+        sequence.leave()
+        self.forget_drafts(np.array([slot]))
+        self.num_in_cohort[self.cohorts[slot]] -= 1
+        self._move(slot, WAITING)
+        self.sequences[slot] = None
+        self.ids[slot] = self.step_ids[slot] = 0
+        self.leave_drafter(slot)
+        self._free.append(slot)
+
+    def _move(self, slot: int, phase: int) -> None:
+        self.num_in_phase[self.phases[slot]] -= 1
+        self.num_in_phase[phase] += 1
+        self.phases[slot] = phase
+
+    def sequence(self, slot: int) -> RouterSequence:
+        """Who has a slot that is in use."""
+        sequence = self.sequences[slot]
+        assert sequence is not None
+        return sequence
+
+    def running(self) -> list[RouterSequence]:
+        """All that have slots, in the order of their admission."""
+        slots = self.ids.nonzero()[0]
+        return [self.sequence(slot) for slot in slots[np.argsort(self.turns[slots])].tolist()]
+
+    def start_decoding(self, slots: Ints) -> None:
+        """Prompts whose first token came."""
+        self.phases[slots] = DECODE
+        self.num_in_phase[PREFILL] -= len(slots)
+        self.num_in_phase[DECODE] += len(slots)
+
+    def commit(self, slots: Ints, counts: Ints, token_ids: Tokens) -> None:
+        """Appends counts[i] tokens to slots[i]; drafts were for those before them."""
+        lens = self.committed_lens[slots]
+        self.tokens.reshape(-1)[spans(slots * self.max_len + lens, counts)] = token_ids
+        self.committed_lens[slots] = lens + counts
+        self.forget_drafts(slots)
+
+    def anchors(self, slots: Ints) -> Tokens:
+        """The last token of each."""
+        return self.tokens[slots, self.committed_lens[slots] - 1]
+
+    def most_drafts(self, slots: Ints) -> Ints:
+        """Drafts that can be of use in a step: one with k drafts can emit k + 1 tokens."""
+        left = self.max_lens[slots] - self.committed_lens[slots] - 1
+        most: Ints = np.maximum(0, np.minimum(self.draft_tokens[slots], left))
+        return most
+
+    def lacks_draft(self, slots: Ints) -> Flags:
+        """Which of them decode, in no step, without a draft and not resigned to have none."""
+        lacks: Flags = (self.phases[slots] == DECODE) & (self.step_ids[slots] == 0)
+        lacks &= (self.draft_lens[slots] == NO_DRAFT) & ~self.is_draft_missed[slots]
+        return lacks
+
+    def take_blocks(self, slots: Ints, blocks: BlockColumns, is_taken: Flags, source: int, vocab_size: int) -> None:
+        """The drafts of the blocks that are taken; slots[i] is block i's.
+
+        A draft that the target does not have ends its chain before it; what is beyond MAX_DRAFTS is left out.
+        """
+        taken = is_taken.nonzero()[0]
+        slots = slots[taken]
+        width = min(MAX_DRAFTS, int(blocks.num_slots[taken].max(initial=0)))
+        lens = np.minimum(blocks.num_slots[taken], width)
+        if width:
+            places, is_there = blocks.draft_places(taken, width)
+            token_ids = blocks.candidate_ids[places]
+            is_wrong = is_there & (token_ids >= vocab_size)
+            if is_wrong.any():
+                lens = np.where(is_wrong.any(axis=1), is_wrong.argmax(axis=1), lens)
+            self.drafts[slots, :width] = token_ids
+        self.draft_lens[slots] = lens
+        self.draft_sources[slots] = source
+        self.draft_deadlines[slots] = NEVER
+        self.is_asking[slots] = False
+        for place in blocks.is_drawn[taken].nonzero()[0].tolist():
+            self.drawn[int(slots[place])] = blocks.block(int(taken[place]))
+
+    def leave_drafter(self, slot: int) -> None:
+        """No drafter holds anything of it."""
+        self.drafters[slot] = NO_DRAFTER
+        self.draft_deadlines[slot] = NEVER
+        self.is_asking[slot] = False
+        self.held_rows[slot] = self.num_lost[slot] = 0
+
+    def miss_drafts(self, slots: Ints) -> None:
+        """The next step goes on without the drafts that were waited for."""
+        self.draft_deadlines[slots] = NEVER
+        self.is_draft_missed[slots] = True
+        self.is_asking[slots] = False
+
+    def forget_drafts(self, slots: Ints) -> None:
+        """Nothing is known of a draft for the tokens that there are now."""
+        self.draft_lens[slots] = NO_DRAFT
+        self.draft_sources[slots] = PLAIN
+        self.draft_deadlines[slots] = NEVER
+        self.is_draft_missed[slots] = False
+        self.is_asking[slots] = False
+        if self.drawn:
+            for slot in slots.tolist():
+                self.drawn.pop(slot, None)
