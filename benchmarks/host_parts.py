@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 from unittest.mock import patch
@@ -292,9 +292,9 @@ class _RingStore(FeatureStore):
         self._narrow = torch.zeros(1, case.prompt_width, dtype=self._rows.dtype)
         self.is_starting = case.prompt_width != case.width
 
-    def put(self, slots: NDArray[np.int64], features: StepFeatures) -> None:
+    def put(self, features: StepFeatures) -> None:
         if features.rows.shape[1] == self._rows.shape[1]:
-            super().put(slots % STORE_ROWS, features)
+            super().put(replace(features, cache_rows=features.cache_rows % STORE_ROWS))
 
     def get(self, slots: NDArray[np.int64]) -> torch.Tensor:
         if self.is_starting:
@@ -400,6 +400,7 @@ class Target:
         self._clock.to("target features")
         kept = output.features
         if kept is not None:
+            self.engine.keep_features(kept)
             ends = (kept.starts + kept.num_rows).tolist()
             self.features.publish(output.step_id, kept.sequence_ids.tolist(), ends)
         self._clock.to("target codec")
