@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -31,9 +32,9 @@ class RingStore(FeatureStore):
         self._narrow = torch.zeros(1, case.prompt_width, dtype=self._rows.dtype)
         self.is_starting = case.prompt_width != case.width
 
-    def put(self, slots: NDArray[np.int64], features: StepFeatures) -> None:
+    def put(self, features: StepFeatures) -> None:
         if features.rows.shape[1] == self._rows.shape[1]:
-            super().put(slots % STORE_ROWS, features)
+            super().put(replace(features, cache_rows=features.cache_rows % STORE_ROWS))
 
     def get(self, slots: NDArray[np.int64]) -> torch.Tensor:
         if self.is_starting:

@@ -80,6 +80,7 @@ class Target:
         self._clock.to("target features")
         kept = output.features
         if kept is not None:
+            self.engine.keep_features(kept)
             ends = (kept.starts + kept.num_rows).tolist()
             self.features.publish(1, output.step_id, kept.sequence_ids.tolist(), ends)
         self._clock.to("target codec")
