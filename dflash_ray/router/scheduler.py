@@ -113,7 +113,7 @@ class Scheduler:
         """A target group said hello; it has no sequences yet, and no slot is in use."""
         if limits.max_model_len != self._table.max_len:
             self._table = self.drafting.table = SlotTable(self._router.max_running, limits.max_model_len)
-        self.speculating.begin(self._table)
+        self.speculating.begin(self._table, limits)
         self.limits = limits
         self.free_pages = limits.num_pages
         self._lost_at = None

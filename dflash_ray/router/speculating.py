@@ -36,23 +36,20 @@ class Speculating:
     def __init__(self, config: DflashRayConfig, table: SlotTable) -> None:
         self._router = config.router
         self._uses_ngrams = config.drafter.method != "none"
-        self._is_colocated = config.drafter.placement_mode == "colocated"
         self._is_split = config.router.cohorts == 2
-        self.controller = SpeculationController(
-            config.router.max_running,
-            prefers_ngram=config.router.prefer_ngram and config.uses_features,
-            is_colocated=self._is_colocated,
-        )
+        self.controller = SpeculationController(config.router.max_running)
         self._set_table(table)
 
     def _set_table(self, table: SlotTable) -> None:
         self.table = table
         self.ngrams = NgramDrafts(table)
 
-    def begin(self, table: SlotTable) -> None:
-        """A target group is there; no slot is in use."""
+    def begin(self, table: SlotTable, limits: TargetLimits) -> None:
+        """A target group is there; no slot is in use. What drafters there are follows from what it says."""
         if table is not self.table:
             self._set_table(table)
+        self.controller.prefers_ngram = self._router.prefer_ngram and limits.has_drafter
+        self.controller.is_colocated = limits.colocated_draft_tokens > 0
         self.controller.steps_lost()
 
     def policy_of(self, speculation: router_pb2.Speculation) -> tuple[Policy, int]:

@@ -68,13 +68,15 @@ class SpeculationController:
 
     Args:
         num_slots: sequences at a time.
+
+    Attributes:
         prefers_ngram: whether n-grams may take a drafter's place.
         is_colocated: the drafter drafts behind a step's pass, inside the step.
     """
 
     def __init__(self, num_slots: int, prefers_ngram: bool = True, is_colocated: bool = False) -> None:
-        self._prefers_ngram = prefers_ngram
-        self._is_colocated = is_colocated
+        self.prefers_ngram = prefers_ngram
+        self.is_colocated = is_colocated
         self._policies = np.zeros(num_slots, np.int64)
         self._limits = np.zeros(num_slots, np.int64)
         self.acceptance = Acceptance(num_slots, MOST_DRAFTS)
@@ -103,7 +105,7 @@ class SpeculationController:
         policies = self._policies[slots]
         is_fixed, is_free = policies == Policy.FIXED, policies == Policy.ADAPTIVE
         if has_draft is None:
-            may_choose = self._prefers_ngram and not self._pauses.is_resting
+            may_choose = self.prefers_ngram and not self._pauses.is_resting
             is_fixed, is_free = is_fixed & may_choose, is_free & may_choose
         else:
             is_fixed &= ~has_draft
@@ -131,7 +133,7 @@ class SpeculationController:
         ngrams = self.acceptance.ngram_survival(candidates.match_lens, np.minimum(candidates.ngram_lens, room))
         drafts = _cut(self.acceptance.survival(slots), draft_room)
         asks = np.where(policies == Policy.FIXED, draft_room, 0)
-        if self._prefers_ngram:
+        if self.prefers_ngram:
             asks[ngrams.sum(axis=1) > drafts.sum(axis=1)] = 0
         if not is_free.any():
             self._look_out(cohort, _Outlook(Reason.FIXED, int(np.count_nonzero(asks)), int(asks.sum()), np.inf, now))
@@ -335,7 +337,7 @@ class SpeculationController:
     def _learn_costs(self, step: _Step, busy: float, draft_seconds: float) -> None:
         outlook, batch = step.outlook, step.batch
         self.costs.saw_pass(batch, self._free_rows(step), busy)
-        num_asked, num_slots = step.asked_inside if self._is_colocated else (outlook.num_asked, outlook.num_slots)
+        num_asked, num_slots = step.asked_inside if self.is_colocated else (outlook.num_asked, outlook.num_slots)
         self.costs.saw_wait(num_asked, num_slots, batch.is_split, step.wait + draft_seconds)
 
     def _free_rows(self, step: _Step) -> int:
@@ -360,7 +362,7 @@ class SpeculationController:
             self.ledger.add(plain, plain)
 
     def _may_draft(self) -> bool:
-        return self._is_colocated or self._pauses.may_draft()
+        return self.is_colocated or self._pauses.may_draft()
 
     def _plain_reason(self, batch: Batch) -> Reason | None:
         """Why the step must be plain, if it must."""
