@@ -43,6 +43,7 @@ SETTINGS = (
     "model.max_model_len=2048",
     "target.kv_cache_tokens=6144",
     "router.draft_timeout_ms=30000",
+    "router.policy=fixed",
     "router.prefer_ngram=false",
     "drafter.num_replicas=2",
 )
