@@ -9,13 +9,12 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from dflash_ray.core.draft_blocks import DraftBlock, to_message
 from dflash_ray.core.watchdog import Watchdog
-from dflash_ray.drafter.arrivals import Arrivals, Wait
+from dflash_ray.drafter.arrivals import Arrival, Arrivals, Wait
 from dflash_ray.drafter.feature_sources import FeatureSources
 from dflash_ray.drafter.sessions import COMING, LOST, PASSED, DraftSessions, Key, Proposal, Reason, Rows
 from dflash_ray.models.dflash2 import Draw
-from dflash_ray.pb import drafter_pb2
+from dflash_ray.pb import common_pb2, drafter_pb2
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -69,8 +68,10 @@ class Drafts:
         self._take_tokens(stream, request)
         reply = drafter_pb2.DraftReply(request_id=request.request_id)
         if request.sequence_ids:
-            await self._wait(stream, request)
-            await self._draft(stream, request, reply)
+            keys = [(stream, sequence_id) for sequence_id in request.sequence_ids]
+            arrivals = [self._arrivals.get(key) for key in keys]
+            await self._wait(arrivals, request)
+            await self._draft(keys, arrivals, request, reply)
         reply.queue_ns = max(0, time.perf_counter_ns() - received_ns - reply.draft_ns)
         return reply
 
@@ -111,15 +112,16 @@ class Drafts:
             self._arrivals.put(arrival, start, None, request.token_ids[at : at + count])
             at += count
 
-    async def _wait(self, stream: int, request: drafter_pb2.DraftRequest) -> None:
+    async def _wait(self, arrivals: list[Arrival | None], request: drafter_pb2.DraftRequest) -> None:
         """Gives rows that are on their way some time to come."""
         wait = Wait()
         lacking = []
-        for sequence_id, committed_len in zip(request.sequence_ids, request.committed_lens, strict=True):
-            arrival = self._arrivals.get((stream, sequence_id))
-            if arrival is not None and arrival.end >= committed_len - 1:
+        for arrival, committed_len in zip(arrivals, request.committed_lens, strict=True):
+            if arrival is None:
+                continue
+            if arrival.end >= committed_len - 1:
                 arrival.is_behind = False
-            elif arrival is not None and arrival.is_coming and not arrival.is_behind:
+            elif arrival.is_coming and not arrival.is_behind:
                 arrival.wait_for(committed_len - 1, wait)
                 lacking.append(arrival)
         await wait.over(request.max_wait_ms / 1000)
@@ -127,48 +129,38 @@ class Drafts:
             arrival.is_behind = arrival.end < arrival.wanted
             arrival.wait = None
 
-    async def _draft(self, stream: int, request: drafter_pb2.DraftRequest, reply: drafter_pb2.DraftReply) -> None:
+    async def _draft(
+        self,
+        keys: list[Key],
+        arrivals: list[Arrival | None],
+        request: drafter_pb2.DraftRequest,
+        reply: drafter_pb2.DraftReply,
+    ) -> None:
         """Drafts for the sessions whose rows have come."""
-        ready, faults = self._ready(stream, request)
-        if ready:
-            rows = self._arrivals.take(arrival for one in ready if (arrival := self._arrivals.get(one.key)) is not None)
+        proposals, sources, faults = _ready(keys, arrivals, request)
+        if proposals:
+            rows = self._arrivals.take(sources)
             lost, blocks, missing, reply.draft_ns = await self._run(
-                lambda: self._extend_and_propose(rows, ready, request.num_candidates)
+                lambda: self._extend_and_propose(rows, proposals, request)
             )
             self._lose(lost)
             faults |= missing | lost
-            reply.blocks.CopyFrom(to_message(request.epoch, blocks))
+            reply.blocks.CopyFrom(blocks)
         for key, reason in faults.items():
             arrival = self._arrivals.get(key)
             reply.missing_ids.append(key[1])
             reply.have_lens.append(0 if arrival is None else arrival.end)
             reply.missing_reasons.append(reason)
 
-    def _ready(self, stream: int, request: drafter_pb2.DraftRequest) -> tuple[list[Proposal], dict[Key, Reason]]:
-        """Proposals whose rows have come, and why there is none for the others."""
-        ready, faults = [], {}
-        for i, sequence_id in enumerate(request.sequence_ids):
-            key, wanted = (stream, sequence_id), request.committed_lens[i] - 1
-            arrival = self._arrivals.get(key)
-            if arrival is None or arrival.fault is not None:
-                faults[key] = LOST if arrival is None or arrival.fault is None else arrival.fault
-            elif arrival.end > wanted:
-                faults[key] = PASSED
-            elif arrival.end < wanted:
-                faults[key] = COMING if arrival.is_coming else LOST
-            else:
-                draw = Draw(request.temperatures[i], request.seeds[i], request.wants_distributions[i])
-                anchor_id, count = request.anchor_token_ids[i], request.num_draft_tokens[i]
-                ready.append(Proposal(key, wanted + 1, anchor_id, count, draw))
-        return ready, faults
-
     def _extend_and_propose(
-        self, rows: list[Rows], proposals: list[Proposal], num_candidates: int
-    ) -> tuple[dict[Key, Reason], list[DraftBlock], dict[Key, Reason], int]:
+        self, rows: list[Rows], proposals: list[Proposal], request: drafter_pb2.DraftRequest
+    ) -> tuple[dict[Key, Reason], common_pb2.DraftBlocks, dict[Key, Reason], int]:
         """Sessions that were lost, blocks, why others have none, and how long it took."""
         started_ns = time.perf_counter_ns()
         lost = self._sessions.extend(rows)
-        blocks, missing = self._sessions.propose([one for one in proposals if one.key not in lost], num_candidates)
+        if lost:
+            proposals = [one for one in proposals if one.key not in lost]
+        blocks, missing = self._sessions.propose(proposals, request.num_candidates, request.epoch)
         for key, reason in missing.items():
             if reason != PASSED:
                 lost[key] = reason
@@ -208,6 +200,30 @@ class Drafts:
             self._taking.cancel()
         if self._sources is not None:
             await self._sources.close()
+
+
+def _ready(
+    keys: list[Key], arrivals: list[Arrival | None], request: drafter_pb2.DraftRequest
+) -> tuple[list[Proposal], list[Arrival], dict[Key, Reason]]:
+    """Proposals whose rows have come, where these are, and why there is none for the others."""
+    ready: list[Proposal] = []
+    sources: list[Arrival] = []
+    faults: dict[Key, Reason] = {}
+    columns = (
+        request.committed_lens, request.anchor_token_ids, request.num_draft_tokens,
+        request.temperatures, request.seeds, request.wants_distributions,
+    )  # fmt: skip
+    for key, arrival, committed_len, anchor_id, count, *draw in zip(keys, arrivals, *columns, strict=True):
+        if arrival is None or arrival.fault is not None:
+            faults[key] = LOST if arrival is None or arrival.fault is None else arrival.fault
+        elif arrival.end >= committed_len:
+            faults[key] = PASSED
+        elif arrival.end < committed_len - 1:
+            faults[key] = COMING if arrival.is_coming else LOST
+        else:
+            ready.append(Proposal(key, committed_len, anchor_id, count, Draw(*draw)))
+            sources.append(arrival)
+    return ready, sources, faults
 
 
 def _check_columns(request: drafter_pb2.DraftRequest) -> None:

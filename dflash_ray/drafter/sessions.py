@@ -1,21 +1,20 @@
 """Sessions of one replica: rows taken into contexts, and drafts from them.
 
-All work on tensors happens here, on the one thread that the servicer gives it. Knows nothing of streams and messages.
+All work on tensors happens here, on the one thread that it is given. Knows nothing of streams.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from dflash_ray.core.draft_blocks import DraftBlock
 from dflash_ray.models.dflash2 import Draw
-from dflash_ray.models.draft_contexts import DraftContexts, DraftMethod, Extension, to_block
-from dflash_ray.pb import drafter_pb2
+from dflash_ray.models.draft_contexts import DraftContexts, DraftMethod, Extension, to_message
+from dflash_ray.pb import common_pb2, drafter_pb2
 
 logger = logging.getLogger(__name__)
 
@@ -25,8 +24,7 @@ COMING, LOST = drafter_pb2.MISSING_REASON_COMING, drafter_pb2.MISSING_REASON_LOS
 REFUSED, PASSED = drafter_pb2.MISSING_REASON_REFUSED, drafter_pb2.MISSING_REASON_PASSED
 
 
-@dataclass(frozen=True, slots=True)
-class Rows:
+class Rows(NamedTuple):
     """Rows of positions start, start + 1, ... of a session: features [n, H] in parts, or tokens."""
 
     key: Key
@@ -35,8 +33,7 @@ class Rows:
     token_ids: Sequence[int] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Proposal:
+class Proposal(NamedTuple):
     """A draft that is wanted for a committed length."""
 
     key: Key
@@ -88,18 +85,20 @@ class DraftSessions:
                 faults[part.key] = REFUSED if extension is Extension.REFUSED else LOST
         return faults
 
-    def propose(self, proposals: Sequence[Proposal], num_candidates: int) -> tuple[list[DraftBlock], dict[Key, Reason]]:
+    def propose(
+        self, wanted: Sequence[Proposal], num_candidates: int, epoch: int
+    ) -> tuple[common_pb2.DraftBlocks, dict[Key, Reason]]:
         """Blocks for sessions whose context is whole, and why there is none for the others."""
         faults: dict[Key, Reason] = {}
         ready = []
-        for one in proposals:
+        for one in wanted:
             held = self._contexts.context_len(one.key)
             if held and held == one.committed_len - 1:
                 ready.append(one)
             else:
                 faults[one.key] = PASSED if held >= one.committed_len else LOST
         if not ready:
-            return [], faults
+            return common_pb2.DraftBlocks(), faults
         try:
             drafts = self._contexts.propose(
                 [one.key for one in ready],
@@ -112,6 +111,6 @@ class DraftSessions:
             # A draft is advice: the router goes on without it, and the sessions at fault are rebuilt.
             logger.exception("a draft pass failed; its sessions are dropped")
             reason = REFUSED if isinstance(error, torch.OutOfMemoryError) else LOST
-            return [], faults | {one.key: reason for one in ready}
-        wanted = zip(ready, drafts, strict=True)
-        return [to_block(one.key[1], one.committed_len, draft) for one, draft in wanted], faults
+            return common_pb2.DraftBlocks(), faults | {one.key: reason for one in ready}
+        lens = [one.committed_len for one in ready]
+        return to_message(epoch, [one.key[1] for one in ready], lens, drafts), faults

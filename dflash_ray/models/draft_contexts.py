@@ -19,6 +19,7 @@ from torch import Tensor
 from dflash_ray.core.draft_blocks import DraftBlock
 from dflash_ray.models.block_drafter import DraftProposal
 from dflash_ray.models.dflash2 import Draw
+from dflash_ray.pb import common_pb2
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -163,3 +164,24 @@ def to_block(sequence_id: int, committed_len: int, proposal: DraftProposal) -> D
         proposal.logprobs.float().cpu().numpy(),
         proposal.is_drawn,
     )
+
+
+def to_message(
+    epoch: int, sequence_ids: Sequence[int], committed_lens: Sequence[int], proposals: Sequence[DraftProposal]
+) -> common_pb2.DraftBlocks:
+    """The proposals of many sequences for the wire."""
+    shapes = [proposal.candidate_ids.shape for proposal in proposals]
+    message = common_pb2.DraftBlocks(
+        epoch=epoch,
+        sequence_ids=sequence_ids,
+        committed_lens=committed_lens,
+        num_slots=[shape[0] for shape in shapes],
+        num_candidates=[shape[1] for shape in shapes],
+        is_drawn=[proposal.is_drawn for proposal in proposals],
+    )
+    if proposals:
+        ids = torch.cat([proposal.candidate_ids.reshape(-1) for proposal in proposals])
+        log_probs = torch.cat([proposal.logprobs.reshape(-1) for proposal in proposals])
+        message.candidate_ids = ids.cpu().numpy().astype("<u4").tobytes()
+        message.log_probs = log_probs.float().cpu().numpy().astype("<f4", copy=False).tobytes()
+    return message

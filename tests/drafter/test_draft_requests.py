@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from dflash_ray.config import load_config
-from dflash_ray.core.draft_blocks import DraftBlock
+from dflash_ray.core.draft_blocks import BlockColumns, DraftBlock
 from dflash_ray.drafter.sessions import DraftSessions, Proposal, Rows
 from dflash_ray.models.block_drafter import BlockDrafter
 from dflash_ray.models.dflash2 import Draw
@@ -20,15 +20,17 @@ def drafts_of_two(drafter: BlockDrafter, rows: torch.Tensor, draws: tuple[Draw, 
     """Blocks of two sequences with the same context that draw differently."""
     sessions = DraftSessions(drafter, 1000)
     assert not sessions.extend([Rows((0, 4), 0, [rows]), Rows((0, 9), 0, [rows[:2], rows[2:]])])
-    blocks, faults = sessions.propose(
+    message, faults = sessions.propose(
         [
             Proposal((0, sequence_id), len(rows) + 1, 11, 5, draw)
             for sequence_id, draw in zip((4, 9), draws, strict=True)
         ],
         num_candidates=3,
+        epoch=1,
     )
     assert not faults
-    return blocks
+    blocks = BlockColumns.of(message)
+    return [blocks.block(0), blocks.block(1)]
 
 
 def test_the_router_sends_each_sequences_temperature_and_seed():
