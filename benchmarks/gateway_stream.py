@@ -16,9 +16,10 @@ import subprocess
 import sys
 import time
 
+import numpy as np
+
 from dflash_ray.config import ModelConfig, NetworkConfig
 from dflash_ray.core.garbage import leave_out_what_stands
-from dflash_ray.core.stats import DecodePass
 from dflash_ray.gateway.answers import _events
 from dflash_ray.gateway.generation import Generator
 from dflash_ray.gateway.openai_responses import ResponseWriter
@@ -46,37 +47,53 @@ class EmittingPipeline:
     def __init__(self, args: argparse.Namespace, token_ids: list[int]) -> None:
         self._args = args
         self._token_ids = token_ids
-        self._listeners = []
+        self._call_ids: list[int] = []
         self.done = asyncio.get_running_loop().create_future()
 
     async def pick(self, fingerprint: str) -> EmittingPipeline:
         """A fleet of this pipeline alone."""
         return self
 
-    def start(self, request, listener):
-        self._listeners.append(listener)
-        if len(self._listeners) == self._args.sequences[0]:
+    def start(self, request, receiver, call_id):
+        self._receiver = receiver
+        self._call_ids.append(call_id)
+        if len(self._call_ids) == self._args.sequences[0]:
             self._running = asyncio.create_task(self._run())
+            self._running.add_done_callback(lambda run: run.exception() and self.done.set_exception(run.exception()))
         return request
 
     def cancel(self, sequence) -> None:
         pass
 
+    def _emit(self, step: int, is_last: bool) -> Emit:
+        """What the scheduler makes of a step's result."""
+        size, count = len(self._call_ids), self._args.tokens
+        at = step * count % (len(self._token_ids) - count)
+        reason = common_pb2.FINISH_REASON_LENGTH if is_last else common_pb2.FINISH_REASON_UNSPECIFIED
+        drafts = np.full(size, count - 1)
+        return Emit(
+            sequence_ids=np.arange(size),
+            streams=np.full(size, self._receiver.number),
+            call_ids=np.array(self._call_ids, np.uint64),
+            num_tokens=np.full(size, count),
+            token_ids=np.tile(np.array(self._token_ids[at : at + count], np.uint32), size),
+            finish_reasons=np.full(size, reason),
+            is_decode_pass=np.full(size, True),
+            num_drafts=drafts,
+            num_accepted=drafts,
+            num_spec_tokens=drafts,
+        )
+
     async def _run(self) -> None:
         await asyncio.sleep(0.5)
         leave_out_what_stands()
-        count, steps = self._args.tokens, self._args.steps
-        decode_pass = DecodePass(count - 1, count - 1, count - 1)
+        steps = self._args.steps
         for step in range(steps + 2 * SETTLED):
             if step == SETTLED:
                 started = time.process_time()
             if step == steps + SETTLED:
                 used = time.process_time() - started
-            at = step * count % (len(self._token_ids) - count)
-            is_last = step == steps + 2 * SETTLED - 1
-            reason = common_pb2.FINISH_REASON_LENGTH if is_last else common_pb2.FINISH_REASON_UNSPECIFIED
-            for listener in self._listeners:
-                listener.emit(Emit(None, self._token_ids[at : at + count], None, reason, decode_pass))
+            self._receiver.emit(self._emit(step, step == steps + 2 * SETTLED - 1))
             await asyncio.sleep(self._args.period_ms / 1000)
         self.done.set_result(1000 * used / steps)
 
