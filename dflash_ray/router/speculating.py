@@ -36,23 +36,20 @@ class Speculating:
     def __init__(self, config: DflashRayConfig, table: SlotTable) -> None:
         self._router = config.router
         self._uses_ngrams = config.drafter.method != "none"
-        self._is_colocated = config.drafter.placement_mode == "colocated"
         self._is_split = config.router.cohorts == 2
-        self.controller = SpeculationController(
-            config.router.max_running,
-            prefers_ngram=config.router.prefer_ngram and config.uses_features,
-            is_colocated=self._is_colocated,
-        )
+        self.controller = SpeculationController(config.router.max_running)
         self._set_table(table)
 
     def _set_table(self, table: SlotTable) -> None:
         self.table = table
         self.ngrams = NgramDrafts(table)
 
-    def begin(self, table: SlotTable) -> None:
-        """A target group is there; no slot is in use."""
+    def begin(self, table: SlotTable, limits: TargetLimits) -> None:
+        """A target group is there; no slot is in use. What drafters there are follows from what it says."""
         if table is not self.table:
             self._set_table(table)
+        self.controller.prefers_ngram = self._router.prefer_ngram and limits.has_drafter
+        self.controller.is_colocated = limits.colocated_draft_tokens > 0
         self.controller.steps_lost()
 
     def policy_of(self, speculation: router_pb2.Speculation) -> tuple[Policy, int]:
@@ -82,7 +79,8 @@ class Speculating:
         for cohort in (0, 1):
             members = slots[table.cohorts[slots] == cohort]
             if len(members):
-                candidates = self._candidates(members, reach(members))
+                wanted = self.controller.wants_ngrams(members)
+                candidates = self._candidates(members, reach(members), wanted)
                 table.num_asked[members] = self._plan(candidates, cohort, limits, now)
         return slots[table.num_asked[slots] > 0]
 
@@ -92,12 +90,11 @@ class Speculating:
         batch = self._batch(decoding, self._rows_of_prompts(limits))
         return self.controller.plan(candidates, batch, limits.max_batch_tokens - batch.num_rows, now, cohort)
 
-    def _candidates(self, slots: Ints, draft_room: Ints) -> Candidates:
+    def _candidates(self, slots: Ints, draft_room: Ints, wants_ngram: Flags) -> Candidates:
         room = self.table.most_drafts(slots)
-        if self._uses_ngrams:
-            match_lens, lens = self.ngrams.look_up(slots, room)
-        else:
-            match_lens = lens = np.zeros(len(slots), np.int64)
+        match_lens, lens = np.zeros(len(slots), np.int64), np.zeros(len(slots), np.int64)
+        if self._uses_ngrams and wants_ngram.any():
+            match_lens[wants_ngram], lens[wants_ngram] = self.ngrams.look_up(slots[wants_ngram], room[wants_ngram])
         return Candidates(slots, room, draft_room, match_lens, lens)
 
     def _batch(self, slots: Ints, prefill_rows: int) -> Batch:
@@ -133,18 +130,21 @@ class Speculating:
         table = self.table
         if not len(slots):
             return np.zeros(0, np.int64)
-        candidates = self._candidates(slots, np.zeros(len(slots), np.int64))
+        cohort = int(table.cohorts[slots[0]])
+        draft_lens = np.maximum(0, table.draft_lens[slots])
+        wants_ngram = self.controller.wants_ngrams(slots, draft_lens > 0, cohort)
+        candidates = self._candidates(slots, np.zeros(len(slots), np.int64), wants_ngram)
         log_probs = table.draft_log_probs[slots, :MOST_DRAFTS].astype(float)
         # The law of rejection sampling bears no cut that looks at what was drawn.
         log_probs[table.wants_distributions[slots]] = np.nan
         batch = self._batch(slots, self._rows_of_prompts(limits))
         counts, from_ngram = self.controller.cut(
             candidates,
-            np.maximum(0, table.draft_lens[slots]),
+            draft_lens,
             log_probs,
             batch,
             limits.max_batch_tokens - batch.num_rows,
-            int(table.cohorts[slots[0]]),
+            cohort,
         )
         self.ngrams.take(slots[from_ngram], counts[from_ngram])
         table.draft_sources[slots[counts == 0]] = PLAIN

@@ -20,7 +20,7 @@ from dflash_ray.router.speculation.records import Floats
 
 KEPT = 15  # times of a bucket, the last ones
 _TRUSTED = 4  # times that a bucket needs before it speaks for the machine's speed
-_REFIT_EVERY = 16  # observations
+_REFIT_EVERY = 64  # observations; the first ones oftener
 _DRIFT_WEIGHT = 0.1  # of the newest observation
 _SPREAD_WEIGHT = 0.02
 _FIRST_SPREAD = 0.05
@@ -129,7 +129,7 @@ class PassTimes:
         cell.seen_at = self._num_seen
         self._num_seen += 1
         self._ratios.pop(group, None)
-        if self._num_seen % _REFIT_EVERY == 1 or self._num_seen < _REFIT_EVERY:
+        if self._num_seen % _REFIT_EVERY == 0 or self._num_seen < 8 or self._num_seen in (12, 16, 24, 32, 48):
             self._fit()
 
     def seconds(self, group: int, rows: Floats, terms: Floats) -> Floats:
@@ -169,7 +169,7 @@ class PassTimes:
         count = np.array([1 if cell.is_seed else len(cell.seconds) for cell in cells])
         weight = np.sqrt(count * 0.5 ** (age / _OLD)) / seconds
         scale = float(np.median(seconds / (terms @ self._prior)))
-        lean = 0.3 * np.max(terms, axis=0) / float(np.median(seconds))
+        lean = 0.3 * np.maximum(1.0, np.max(terms, axis=0)) / float(np.median(seconds))
         rows = np.vstack([terms * weight[:, None], np.diag(lean)])
         wanted = np.concatenate([seconds * weight, lean * self._prior * scale])
         self._law = _non_negative(rows, wanted)
@@ -178,10 +178,11 @@ class PassTimes:
 
 def _non_negative(rows: Floats, wanted: Floats) -> Floats:
     """Least squares whose negative weights are left out, worst first."""
-    used = np.ones(rows.shape[1], bool)
-    weights = np.zeros(rows.shape[1])
+    squares, products = rows.T @ rows, rows.T @ wanted
+    used = np.ones(len(squares), bool)
+    weights = np.zeros(len(squares))
     while used.any():
-        found = np.linalg.lstsq(rows[:, used], wanted, rcond=None)[0]
+        found = np.linalg.solve(squares[np.ix_(used, used)], products[used])
         if (found >= 0).all():
             weights[used] = found
             break
