@@ -18,9 +18,9 @@ from typing import Annotated
 
 import psutil
 import typer
+from ports import free_port
 
 from dflash_ray.commands.client import stream_answer
-from tests.applications import free_port
 
 _MIB = 1024.0 * 1024.0
 _SAMPLE_S = 0.5

@@ -28,8 +28,7 @@ from typing import Annotated, Any
 import httpx
 import typer
 from peers_files import FLOAT32_GGUF, HF_FOLDER, prompt_ids, venv_python, write_model
-
-from tests.applications import free_port
+from ports import free_port
 
 OURS = "dflash_ray"
 _START_TIMEOUT_S = 300.0

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import gguf
 import numpy as np
+from safetensors.torch import save_file
 
 from dflash_ray.config import BUILTIN_MODEL
 from dflash_ray.models.target_checkpoint import TargetCheckpoint, resolve_target
@@ -37,7 +38,18 @@ def write_model(folder: Path) -> None:
         _write_gguf(target, folder / FLOAT32_GGUF)
     if not (folder / HF_FOLDER / "config.json").exists():
         target.load_tokenizer().save_pretrained(folder / HF_FOLDER)
-        target.load_model().save_pretrained(folder / HF_FOLDER)
+        _write_safetensors(target, folder / HF_FOLDER)
+
+
+def _write_safetensors(target: TargetCheckpoint, folder: Path) -> None:
+    model = target.load_model()
+    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        del weights["lm_head.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    config = model.config.to_dict() | {"architectures": [type(model).__name__], "dtype": "float32"}
+    config.pop("quantization_config", None)
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
 
 
 def _write_gguf(target: TargetCheckpoint, path: Path) -> None:

@@ -35,7 +35,7 @@ _QUIET = {
     "RAY_object_manager_timer_freq_ms": "1000",
     "RAY_raylet_check_gc_period_milliseconds": "1000",
     # Serve's controller looks at its replicas this often; a dead one is seen by its callers at once.
-    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
+    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "1",
 }
 
 _AGENT = Path(__file__).with_name("ray_agent.py")

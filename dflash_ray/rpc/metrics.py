@@ -66,7 +66,7 @@ class MetricsPage:
     async def run(self) -> None:
         """Remembers who is there until cancelled, however seldom the page is asked for."""
         while True:
-            await self._refresh()
+            await refresh(self._directory, self._known, is_patient=True)
             await asyncio.sleep(self._poll_s)
 
     async def _refresh(self) -> list[Entry]:
