@@ -37,7 +37,7 @@ from dflash_ray.target_group.step_channel import StepChannel
 from dflash_ray.target_group.tensor_parallel import create_store, join_store
 from dflash_ray.text.tokenizer import ChatTokenizer
 
-# What lies between a verdict and the next pass, in order; the others run beside it.
+# What lies between a verdict and the next pass, in order; the others run beside it, features in part.
 CRITICAL = (
     "target commit", "target codec", "router codec", "router scheduling", "drafter", "target batch", "target columns",
     "target to ranks", "rank",
@@ -68,10 +68,16 @@ class Figures:
 
     @property
     def critical(self) -> float:
-        """The other ranks do what rank 0 does, and at the same time."""
+        """The other ranks do what rank 0 does, and at the same time.
+
+        Features are on their way to the drafter while the result goes to the router and the request from there: half of
+        what codecs and scheduling take, the other half is the step's way back. What features take longer counts.
+        """
         shared = sum(self.ms[part] for part in ("target batch", "target columns", "target commit"))
         hidden = min(self.ms.get("rank", 0.0), shared)
-        return sum(self.ms.get(part, 0.0) for part in CRITICAL) - hidden
+        request = sum(self.ms[part] for part in ("target codec", "router codec", "router scheduling")) / 2
+        features = self.ms["target features"] + self.ms["drafter features"]
+        return sum(self.ms.get(part, 0.0) for part in CRITICAL) - hidden + max(0.0, features - request)
 
     @property
     def total(self) -> float:

@@ -64,6 +64,7 @@ class Case:
                 "router": {
                     "max_running": self.sequences,
                     "max_waiting": self.sequences,
+                    "policy": "fixed",
                     "draft_tokens": DRAFTS,
                     "draft_timeout_ms": 1e9,
                     "prefill_chunk_tokens": CHUNK,
