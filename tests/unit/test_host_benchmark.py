@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import multiprocessing
+import sys
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -27,6 +30,14 @@ async def test_every_part_and_every_wire_reports_a_figure(host, penalties):
     assert all(figures.bytes.values())
 
 
-def test_other_ranks_report_theirs(host):
-    figures = host.run(replace(host.QUICK, tp=2), steps=2)
-    assert figures.ms["rank"] > 0 and figures.ms["target to ranks"] > 0
+def run_two_ranks() -> dict[str, float]:
+    """In a process of its own: rank 0's is in no other group."""
+    sys.path.insert(0, str(BENCHMARKS))
+    host = importlib.import_module("host")
+    return host.run(replace(host.QUICK, tp=2), steps=2).ms
+
+
+def test_other_ranks_report_theirs():
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        figures = pool.submit(run_two_ranks).result(timeout=240)
+    assert figures["rank"] > 0 and figures["target to ranks"] > 0
