@@ -47,7 +47,7 @@ def generate(
     max_tokens: Annotated[int, typer.Option(min=1)] = 128,
     temperature: Annotated[float, typer.Option(min=0.0)] = 0.0,
     seed: Annotated[int | None, typer.Option(min=0)] = None,
-    speculation: Annotated[str, typer.Option(help="adaptive, fixed or off")] = "fixed",
+    speculation: Annotated[str, typer.Option(help="adaptive, fixed or off")] = "adaptive",
     grpc: GrpcOption = "127.0.0.1:9000",
 ) -> None:
     """Answer one prompt on a running server, and print how speculation went."""
@@ -59,7 +59,7 @@ def generate(
 @app.command()
 def chat(
     temperature: Annotated[float, typer.Option(min=0.0)] = 0.7,
-    speculation: Annotated[str, typer.Option(help="adaptive, fixed or off")] = "fixed",
+    speculation: Annotated[str, typer.Option(help="adaptive, fixed or off")] = "adaptive",
     grpc: GrpcOption = "127.0.0.1:9000",
 ) -> None:
     """Talk to a running server; an empty line ends the conversation."""
@@ -85,6 +85,41 @@ def drain(
     from dflash_ray.commands.drain import run_drain
 
     run_drain(timeout, node)
+
+
+@app.command()
+def plan(
+    profile: Annotated[str, typer.Option(help="times of a machine: a JSON file of `dflash-ray profile`, or a name")] = (
+        "qwen3-8b-h100"
+    ),
+    workload: Annotated[Path | None, typer.Option(help="YAML of arrivals, lengths and acceptance by category")] = None,
+    clients: Annotated[str, typer.Option(help="closed loops of so many clients, in the workload's place")] = "",
+    policies: Annotated[str, typer.Option(help="of off, fixed, adaptive")] = "off,fixed,adaptive",
+    groups: Annotated[str, typer.Option(help="numbers of target groups")] = "1,10,100,1000",
+    draft_tokens: Annotated[int, typer.Option(min=0, max=31, help="of the fixed policy")] = 5,
+    link_ms: Annotated[float, typer.Option(min=0.0, help="a message's time between two processes")] = 0.2,
+    cohorts: Annotated[int, typer.Option(min=1, max=2, help="2: one is verified while the other is drafted")] = 1,
+    prices: Annotated[Path | None, typer.Option(help="YAML of what devices cost and use")] = None,
+    plot: Annotated[Path | None, typer.Option(help="PNG or SVG of the curves over the clients")] = None,
+) -> None:
+    """Simulate a deployment: throughput, latencies, drafters, energy and cost, before anything is bought."""
+    from dflash_ray.commands.planning import run_plan
+
+    run_plan(profile, workload, clients, policies, groups, draft_tokens, link_ms, cohorts, prices, plot)
+
+
+@app.command()
+def profile(
+    config: ConfigOption = None,
+    overrides: SetOption = [],  # noqa: B006
+    out: Annotated[
+        Path | None, typer.Option(help="JSON file; without, one in the cache for this machine and model")
+    ] = None,
+) -> None:
+    """Measure what the target's and the drafter's passes take on this machine, for `plan` and for the router."""
+    from dflash_ray.commands.planning import run_profile
+
+    run_profile(config, overrides, out)
 
 
 kernels = typer.Typer(no_args_is_help=True, help="Compile the operators ahead of time, and look at the CUDA kernels.")

@@ -13,6 +13,8 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from dflash_ray.core.drafter_kinds import DRAFTER_KINDS
+
 BUILTIN_MODEL = "builtin:smollm2"
 BUILTIN_DRAFTER = "builtin:smollm2-135m-dflash"
 _BYTES_PER_NUMBER = 4  # of a token id or log-probability in a message
@@ -111,15 +113,21 @@ class DrafterAutoscaling(_Section):
         return self
 
 
+def _check_method(method: str) -> str:
+    if method not in (*DRAFTER_KINDS, "none"):
+        raise ValueError(f"there is no drafter of that kind; give one of {', '.join(DRAFTER_KINDS)}, or none")
+    return method
+
+
 class DrafterConfig(_Section):
-    method: Literal["dflash", "dflash2", "ngram", "none"] = Field(
+    method: Annotated[str, AfterValidator(_check_method)] = Field(
         "dflash", description="dflash and dflash2 read drafter.path, whose architecture says which of the two runs"
     )
     path: str = Field(BUILTIN_DRAFTER, description="drafter checkpoint directory (layout of z-lab or speculators)")
     placement_mode: Literal["remote", "colocated"] = Field(
         "remote", description="remote: replicas of their own; colocated: inside the target's rank 0"
     )
-    num_replicas: int = Field(2, ge=1)
+    num_replicas: int = Field(1, ge=1)
     autoscaling: DrafterAutoscaling | None = None
     placement: PlacementConfig = PlacementConfig(num_cpus=0.25)
     device: Literal["cpu", "cuda"] = "cpu"
@@ -147,8 +155,13 @@ def _off_of_yaml(value: object) -> object:
 class RouterConfig(_Section):
     num_replicas: int = Field(1, ge=1)
     placement: PlacementConfig = PlacementConfig()
-    policy: Annotated[Literal["adaptive", "fixed", "off"], BeforeValidator(_off_of_yaml)] = "fixed"
-    draft_tokens: int = Field(4, ge=0, le=31, description="drafts a step unless the request says otherwise")
+    policy: Annotated[Literal["adaptive", "fixed", "off"], BeforeValidator(_off_of_yaml)] = Field(
+        "adaptive",
+        description="adaptive: as many drafts as pay, none where none do; fixed: draft_tokens; requests may choose",
+    )
+    draft_tokens: int = Field(
+        4, ge=0, le=31, description="drafts a step of the fixed policy, unless the request says otherwise"
+    )
     prefer_ngram: bool = Field(
         True, description="draft from an earlier occurrence of the text's end where that is right more often"
     )
@@ -259,7 +272,7 @@ class DflashRayConfig(_Section):
     @property
     def uses_features(self) -> bool:
         """Whether the target runs the drafter's fc and keeps context features."""
-        return self.drafter.method in ("dflash", "dflash2")
+        return self.drafter.method != "none" and DRAFTER_KINDS[self.drafter.method].reads_features
 
     def sequence_limit(self, model_context: int | None) -> int:
         """Tokens that a sequence may have: at most what the model takes, and what the KV cache of a group holds."""

@@ -17,7 +17,11 @@ from dflash_ray.pb import common_pb2, generation_pb2, generation_pb2_grpc, route
 from dflash_ray.rpc.channel import DIRECT
 
 PROMPTS = [json.loads(line) for line in (Path(__file__).parent / "data/prompts.jsonl").read_text().splitlines()]
-POLICIES = {"off": router_pb2.SPECULATION_POLICY_OFF, "fixed": router_pb2.SPECULATION_POLICY_FIXED}
+POLICIES = {
+    "off": router_pb2.SPECULATION_POLICY_OFF,
+    "fixed": router_pb2.SPECULATION_POLICY_FIXED,
+    "adaptive": router_pb2.SPECULATION_POLICY_ADAPTIVE,
+}
 
 
 def free_port() -> int:

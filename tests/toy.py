@@ -10,6 +10,7 @@ from dflash_ray.pb import common_pb2, drafter_pb2, router_pb2, target_pb2
 from dflash_ray.router.actions import Emit
 from dflash_ray.router.limits import TargetLimits
 from dflash_ray.router.sequence import RouterSequence
+from dflash_ray.router.speculation.records import Policy
 
 VOCAB = 50
 STOP_TOKEN = 7
@@ -35,12 +36,14 @@ def drafts_of(message: common_pb2.DraftBlocks) -> dict[int, list[int]]:
     return {block.sequence_id: block.draft_ids for block in map(blocks.block, range(len(blocks.sequence_ids)))}
 
 
-def token_request(prompt: list[int], max_new: int, draft_tokens: int) -> router_pb2.GenerateTokensRequest:
+def token_request(
+    prompt: list[int], max_new: int, draft_tokens: int, policy: int = router_pb2.SPECULATION_POLICY_FIXED
+) -> router_pb2.GenerateTokensRequest:
     return router_pb2.GenerateTokensRequest(
         token_ids=prompt,
         prompt_len=len(prompt),
         stopping=common_pb2.StoppingParams(max_new_tokens=max_new),
-        speculation=router_pb2.Speculation(policy=router_pb2.SPECULATION_POLICY_FIXED, draft_tokens=draft_tokens),
+        speculation=router_pb2.Speculation(policy=policy, draft_tokens=draft_tokens),
     )
 
 
@@ -229,5 +232,5 @@ class ToyDrafter:
 
 def emit_of(call_id: int, told, stream: int = 0) -> Emit:
     """The action that tells one call of a stream something; `told` is a gateway's TokenChunk."""
-    sequence = RouterSequence(0, router_pb2.GenerateTokensRequest(), [], 0, stream, call_id)
+    sequence = RouterSequence(0, router_pb2.GenerateTokensRequest(), [], Policy.OFF, 0, stream, call_id)
     return Emit.one(sequence, told.token_ids, told.finish_reason, told.decode_pass, told.logprobs, told.prompt_logprobs)

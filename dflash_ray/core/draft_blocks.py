@@ -76,27 +76,33 @@ class BlockColumns:
     @classmethod
     def of(cls, message: common_pb2.DraftBlocks) -> BlockColumns:
         """Views of a message's bytes. Raises ValueError when its columns do not belong together."""
-        count = len(message.sequence_ids)
-        for name in ("committed_lens", "num_slots", "num_candidates", "is_drawn"):
-            if len(getattr(message, name)) != count:
-                raise ValueError(f"blocks: {name} has {len(getattr(message, name))} elements for {count} sequence_ids")
-        num_slots, num_candidates = column(message.num_slots), column(message.num_candidates)
-        ends = np.cumsum(num_slots * num_candidates)
+        sequence_ids = column(message.sequence_ids)
+        count = len(sequence_ids)
+        columns = {
+            name: column(getattr(message, name))
+            for name in ("committed_lens", "num_slots", "num_candidates", "is_drawn")
+        }
+        for name, values in columns.items():
+            if len(values) != count:
+                raise ValueError(f"blocks: {name} has {len(values)} elements for {count} sequence_ids")
+        committed_lens, num_slots, num_candidates, is_drawn = columns.values()
+        ends = (num_slots * num_candidates).cumsum()
         total = int(ends[-1]) if count else 0
-        for name, dtype in (("candidate_ids", _IDS), ("log_probs", _LOG_PROBS)):
-            if len(getattr(message, name)) != total * dtype.itemsize:
-                raise ValueError(f"blocks: {name} has {len(getattr(message, name))} bytes for {total} candidates")
+        candidate_ids, log_probs = message.candidate_ids, message.log_probs
+        for name, data in (("candidate_ids", candidate_ids), ("log_probs", log_probs)):
+            if len(data) != total * _IDS.itemsize:
+                raise ValueError(f"blocks: {name} has {len(data)} bytes for {total} candidates")
         if np.any((num_candidates == 0) & (num_slots > 0)):
             raise ValueError("blocks: num_candidates must not be 0 where there are slots")
         return cls(
-            column(message.sequence_ids),
-            column(message.committed_lens),
+            sequence_ids,
+            committed_lens,
             num_slots,
             num_candidates,
-            np.fromiter(message.is_drawn, np.bool_, count),
+            is_drawn > 0,
             ends - num_slots * num_candidates,
-            np.frombuffer(message.candidate_ids, dtype=_IDS),
-            np.frombuffer(message.log_probs, dtype=_LOG_PROBS),
+            np.frombuffer(candidate_ids, dtype=_IDS),
+            np.frombuffer(log_probs, dtype=_LOG_PROBS),
         )
 
     def draft_places(self, blocks: Ints, width: int) -> tuple[Ints, Flags]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dflash_ray.core.arrays import Ints, Tokens
+from dflash_ray.core.arrays import Flags, Ints, Tokens
 
 MAX_NGRAM = 5
 MIN_NGRAM = 2
@@ -27,8 +27,8 @@ _MOST_NEW = 64  # tokens that may have come since the last look without starting
 _MIN_BUCKET_BITS = 6
 _SHARED = -1
 _MULTIPLIER = np.uint32(0x9E3779B1)
+Positions = np.ndarray[tuple[int, ...], np.dtype[np.int32]]
 _BACK = np.arange(1, MAX_NGRAM + 1)  # the tokens before a follower, the last one first
-_IGNORED = np.arange(MAX_NGRAM) >= _SIZES[:, None]  # [size, token]: tokens that a smaller n-gram does not have
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +61,8 @@ class NgramTable:
         self._window = window
         self._ring_bits = (min(window, self._capacity) - 1).bit_length()
         self._bucket_bits = max(_MIN_BUCKET_BITS, self._ring_bits)
-        self._heads = np.zeros(num_rows * _NUM_SIZES << self._bucket_bits, np.int32)
-        self._earlier = np.zeros(num_rows * _NUM_SIZES << self._ring_bits, np.int32)
+        self._heads = np.zeros((num_rows * _NUM_SIZES << self._bucket_bits) + 1, np.int32)  # the last is of no n-gram
+        self._earlier = np.zeros((num_rows << self._ring_bits, _NUM_SIZES), np.int32)
         self._high = np.zeros(num_rows, np.int64)  # followers below are indexed; 0: the row is not
         self._row_bits = np.zeros(num_rows, np.uint32)  # of the buckets that a row uses
 
@@ -74,7 +74,7 @@ class NgramTable:
         """Indexes a step's new tokens of rows with `lens` tokens, and whole texts as far as there is room."""
         high = np.maximum(self._high[rows], (lens - self._window) * (self._high[rows] > 0))
         num_new = lens - high
-        has_outgrown = (lens > 1 << self._row_bits[rows].astype(np.int64)) & (self._row_bits[rows] < self._bucket_bits)
+        has_outgrown = (lens > 2 << self._row_bits[rows].astype(np.int64)) & (self._row_bits[rows] < self._bucket_bits)
         is_whole = (high == 0) | (num_new > _MOST_NEW) | has_outgrown
         old = ~is_whole
         starts, counts, at = high[old], num_new[old], rows[old]
@@ -100,7 +100,7 @@ class NgramTable:
             self._enter(np.repeat(at, counts), followers)
 
     def _start_row(self, row: int, length: int) -> None:
-        bits = min(self._bucket_bits, max(_MIN_BUCKET_BITS, (2 * length - 1).bit_length()))
+        bits = min(self._bucket_bits, max(_MIN_BUCKET_BITS, (length - 1).bit_length()))
         self._row_bits[row] = bits
         for size in range(_NUM_SIZES):
             first = row * _NUM_SIZES + size << self._bucket_bits
@@ -110,35 +110,35 @@ class NgramTable:
         """Indexes followers, those of a row in rising order."""
         ends = rows * self._capacity + followers
         shift = 32 - self._row_bits[rows]
-        first_heads = rows << (self._bucket_bits + _SIZE_BITS)
-        ring_bits = self._ring_bits
-        in_ring = ((rows << ring_bits) + (followers & ((1 << ring_bits) - 1))) << _SIZE_BITS
-        heads: Ints = np.empty((_NUM_SIZES, len(rows)), np.int64)
-        cells: Ints = in_ring + np.arange(_NUM_SIZES)[:, None]
+        heads = (rows << self._bucket_bits + _SIZE_BITS) + (np.arange(_NUM_SIZES) << self._bucket_bits)[:, None]
         hashed = self._tokens[ends - 1] * _MULTIPLIER
         for i in range(_NUM_SIZES):
             hashed ^= self._tokens[ends - (i + MIN_NGRAM)]
             hashed *= _MULTIPLIER
-            np.add(first_heads + (i << self._bucket_bits), hashed >> shift, out=heads[i])
-        position = np.broadcast_to(followers.astype(np.int32), heads.shape)
+            heads[i] += hashed >> shift
         if followers[0] < MAX_NGRAM or followers.min() < MAX_NGRAM:
-            is_whole = followers >= _SIZES[:, None]
-            heads, cells, position = heads[is_whole], cells[is_whole], position[is_whole]
-        else:
-            heads, cells, position = heads.reshape(-1), cells.reshape(-1), position.reshape(-1)
+            heads[followers < _SIZES[:, None]] = len(self._heads) - 1  # the text begins within these n-grams
+        position = followers.astype(np.int32)
         before = self._heads[heads]
         self._heads[heads] = position
         is_lost = self._heads[heads] != position
-        if is_lost.any():  # several of these followers have the same head
-            self._heads[heads[is_lost]] = _SHARED
-            shared = (self._heads[heads] == _SHARED).nonzero()[0]
-            shared = shared[np.argsort((heads[shared] << _POSITION_BITS) + position[shared])]
-            its_heads, its_position = heads[shared], position[shared]
-            is_later = its_heads[1:] == its_heads[:-1]
-            before[shared[1:][is_later]] = its_position[:-1][is_later]
-            is_last = np.append(~is_later, True)
-            self._heads[its_heads[is_last]] = its_position[is_last]
-        self._earlier[cells] = before
+        if is_lost.any():
+            self._chain_shared(heads, is_lost, before, position)
+        self._earlier[(rows << self._ring_bits) + (followers & ((1 << self._ring_bits) - 1))] = before.T
+
+    def _chain_shared(self, heads: Ints, is_lost: Flags, before: Positions, position: Positions) -> None:
+        """Puts right the heads that several of the followers at `position` have; all but the last of them are lost."""
+        self._heads[heads[is_lost]] = _SHARED
+        is_shared = self._heads[heads] == _SHARED
+        its_heads, its_position = heads[is_shared], np.broadcast_to(position, heads.shape)[is_shared]
+        its_before = before[is_shared]
+        order = np.argsort((its_heads << _POSITION_BITS) + its_position)
+        sorted_heads, sorted_position = its_heads[order], its_position[order]
+        is_later = sorted_heads[1:] == sorted_heads[:-1]
+        its_before[order[1:][is_later]] = sorted_position[:-1][is_later]
+        before[is_shared] = its_before
+        is_last = np.append(~is_later, True)
+        self._heads[sorted_heads[is_last]] = sorted_position[is_last]
 
     def propose(self, rows: Ints, lens: Ints, counts: Ints) -> tuple[Tokens, Ints, Ints]:
         """At most `counts` tokens after the longest match of each row's end in what is indexed, of its `lens` tokens.
@@ -160,37 +160,37 @@ class NgramTable:
         self, rows: Ints, lens: Ints, suffix: Tokens, suffix_lens: Ints, counts: Ints
     ) -> tuple[Tokens, Ints, Ints]:
         """`suffix` [num_rows, MAX_NGRAM] has the last tokens, the very last first."""
-        heads: Ints = np.empty((len(rows), _NUM_SIZES), np.int64)
-        hashed = suffix[:, 0] * _MULTIPLIER
-        shift = 32 - np.maximum(self._row_bits[rows], 1)
-        for i in range(_NUM_SIZES):
-            hashed ^= suffix[:, i + 1]
-            hashed *= _MULTIPLIER
-            heads[:, i] = ((rows * _NUM_SIZES + i) << self._bucket_bits) + (hashed >> shift)
-        lowest: Ints = np.maximum(lens - self._window, 0)[:, None] + _SIZES
-        lowest[(suffix_lens[:, None] < _SIZES) | (self._high[rows] != lens)[:, None]] = 1 << _POSITION_BITS
-        heads, lowest = heads.reshape(-1), lowest.reshape(-1)
-        position = self._heads[heads]
-        found = np.zeros_like(position)
-        left = (position >= lowest).nonzero()[0]
-        while len(left):
-            at = position[left]
-            row = left >> _SIZE_BITS
-            seen = self._tokens[(rows[row] * self._capacity + at)[:, None] - _BACK]
-            is_same = ((seen == suffix[row]) | _IGNORED[left & (_NUM_SIZES - 1)]).all(axis=1)
-            found[left[is_same]] = at[is_same]
-            left, at = left[~is_same], at[~is_same]
-            in_ring = (rows[left >> _SIZE_BITS] << self._ring_bits) + (at & ((1 << self._ring_bits) - 1))
-            position[left] = self._earlier[(in_ring << _SIZE_BITS) + (left & (_NUM_SIZES - 1))]
-            left = left[position[left] >= lowest[left]]
-        by_size = found.reshape(len(rows), _NUM_SIZES)
-        sizes = (by_size > 0) * _SIZES
-        match_lens = sizes.max(axis=1, initial=0)
-        at = by_size[np.arange(len(rows)), np.maximum(match_lens - MIN_NGRAM, 0)]
+        match_lens, at = np.zeros_like(lens), np.zeros_like(lens)
+        left = ((self._high[rows] == lens) & (suffix_lens >= MIN_NGRAM)).nonzero()[0]
+        hashed = suffix[left, 0] * _MULTIPLIER
+        for size in range(MIN_NGRAM, MAX_NGRAM + 1):  # what has no match of a size has none of a larger one
+            hashed = (hashed ^ suffix[left, size - 1]) * _MULTIPLIER
+            found = self._find(rows[left], size, hashed, suffix[left, :size], lens[left])
+            is_found = (found > 0) & (suffix_lens[left] >= size)
+            left, hashed = left[is_found], hashed[is_found]
+            if not len(left):
+                break
+            at[left], match_lens[left] = found[is_found], size
         draft_lens = np.where(match_lens > 0, np.minimum(counts, lens - at), 0)
         ahead = np.arange(int(draft_lens.max(initial=0)))
         drafts = self._tokens[np.minimum((rows * self._capacity + at)[:, None] + ahead, len(self._tokens) - 1)]
         return drafts, draft_lens, match_lens
+
+    def _find(self, rows: Ints, size: int, hashed: Tokens, ngrams: Tokens, lens: Ints) -> Ints:
+        """The latest follower of each row's n-gram [size], the last token first; 0 where there is none."""
+        heads = (rows << self._bucket_bits + _SIZE_BITS) + (size - MIN_NGRAM << self._bucket_bits)
+        position = self._heads[heads + (hashed >> (32 - self._row_bits[rows]))].astype(np.int64)
+        lowest = np.maximum(lens - self._window, 0) + size
+        found: Ints = np.zeros_like(position)
+        left = (position >= lowest).nonzero()[0]
+        while len(left):
+            at, row = position[left], rows[left]
+            is_same = (self._tokens[(row * self._capacity + at)[:, None] - _BACK[:size]] == ngrams[left]).all(axis=1)
+            found[left[is_same]] = at[is_same]
+            in_ring = (row << self._ring_bits) + (at & ((1 << self._ring_bits) - 1))
+            position[left] = self._earlier[in_ring, size - MIN_NGRAM]
+            left = left[~is_same & (position[left] >= lowest[left])]
+        return found
 
 
 class NgramIndex:

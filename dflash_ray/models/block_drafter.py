@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dflash_ray.core.memory import return_freed_memory
 from dflash_ray.kernels import ops
 from dflash_ray.models.dflash import apply_rope, rope_tables
 from dflash_ray.models.dflash2 import CandidateSelector, Draw, walk
@@ -120,6 +121,7 @@ class BlockDrafter:
         self._sessions: dict[int, _Session] = {}
         self._waiting: dict[int, _Session] = {}  # those with features that wait
         self._num_waiting = 0  # rows of them
+        return_freed_memory()
 
     def open(self, session: int) -> None:
         """Starts a session without context; one that is open starts again."""

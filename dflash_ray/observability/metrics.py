@@ -172,6 +172,27 @@ class RouterMetrics(_ProcessMetrics):
             "A step's result to the next step: drafting and scheduling",
             _STEP_BUCKETS_S,
         )
+        self.speculation_steps = self._counter(
+            "dflash_ray_router_speculation_steps", "Steps that decoded, by why they drafted or did not", ("reason",)
+        )
+        self.speculation_tokens = self._counter(
+            "dflash_ray_router_speculation_tokens",
+            "Tokens of steps that drafted, as expected before and as they came",
+            ("kind",),
+        )
+        self.speculation_seconds = self._counter(
+            "dflash_ray_router_speculation_seconds",
+            "Estimated time against plain decoding, of steps that were quicker and of those that were slower",
+            ("kind",),
+        )
+        self.speculation_loss = self._gauge(
+            "dflash_ray_router_speculation_loss",
+            "Estimated loss against plain decoding over the last 200 steps, as a part of its time; negative is a gain",
+        )
+        self.speculation_calibration = self._gauge(
+            "dflash_ray_router_speculation_calibration_error",
+            "Mean distance between the chance that drafts were given and the share that was accepted",
+        )
         self.step_tokens = Histogram(
             "vllm:iteration_tokens_total",
             "Rows of a target pass",

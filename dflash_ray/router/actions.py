@@ -19,6 +19,7 @@ class RunStep:
     """Send a step; those in flight are answered in their order."""
 
     step: target_pb2.Step
+    num_rows: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,6 @@ from dflash_ray.core.arrays import Ints
 from dflash_ray.core.draft_blocks import BlockColumns
 from dflash_ray.pb import common_pb2, drafter_pb2
 from dflash_ray.router.actions import Action, DropDrafter, RequestDrafts
-from dflash_ray.router.draft_lengths import DraftLengths
 from dflash_ray.router.draft_requests import (
     FIRST_BACK_OFF_S,
     DrafterState,
@@ -32,10 +31,11 @@ from dflash_ray.router.draft_requests import (
 from dflash_ray.router.limits import TargetLimits
 from dflash_ray.router.sequence import RouterSequence
 from dflash_ray.router.slot_table import NEVER, REMOTE, SlotTable
+from dflash_ray.router.speculation.records import Policy
 
 _MAX_BACK_OFF_S = 10.0
 _FULL_PAUSE_S = 1.0  # before a drafter that had no room is offered another sequence
-_MAX_LOST = 1  # times in a row that a drafter opens a sequence again whose rows were lost
+_MAX_CUT_OFFS = 1  # times in a row that a drafter opens a sequence again whose rows were lost
 _ROWS_A_TIMEOUT = 64  # context rows for which a drafter gets its time once more
 _WAIT_SHARE = 0.5  # of a draft's time, in which a drafter may wait for rows
 
@@ -56,6 +56,9 @@ class Drafting:
         self._drafters: dict[str, DrafterState] = {}
         self._lone: Sequences = {}  # on the target, and without a drafter
         self._num_joined = 0
+        self._block_lens = np.zeros(
+            1, np.int64
+        )  # drafts that each drafter gives, by its number; the last is NO_DRAFTER
         self._next_request_id = 1
         self.num_dropped: Counter[str] = Counter()
         self.num_replays = 0
@@ -65,12 +68,29 @@ class Drafting:
         drafter.number = self._num_joined
         self._num_joined += 1
         self._drafters[drafter.drafter_id] = drafter
+        self._note_block_lens()
+
+    def _note_block_lens(self) -> None:
+        """By number; the last one, for sequences without a drafter, is what any would give them."""
+        self._block_lens = np.zeros(self._num_joined + 1, np.int64)
+        for drafter in self._drafters.values():
+            self._block_lens[drafter.number] = drafter.max_draft_tokens
+        self._block_lens[-1] = self._block_lens.max()
+
+    def reach(self, slots: Ints) -> Ints:
+        """Drafts that each slot's drafter can give; 0 where none can or may now."""
+        lens = self._block_lens[self.table.drafters[slots]]
+        for drafter in self._drafters.values():
+            if drafter.in_flight is not None and drafter.in_flight.is_given_up:
+                lens[self.table.drafters[slots] == drafter.number] = 0
+        return lens
 
     def lose(self, drafter_id: str) -> None:
         """A drafter's stream broke: its sequences look for another one, unless they seem to be what breaks drafters."""
         drafter = self._drafters.pop(drafter_id, None)
         if drafter is None:
             return
+        self._note_block_lens()
         in_flight = drafter.in_flight
         for sequence_id, sequence in list(drafter.sequences.items()):
             if in_flight is not None:
@@ -108,18 +128,17 @@ class Drafting:
             drafter.forget(sequence.sequence_id)
             drafter.closed.append(sequence.sequence_id)
 
-    def request(
-        self, idle: Ints, draft_lengths: DraftLengths, limits: TargetLimits, step_id: int, now: float
-    ) -> list[Action]:
+    def request(self, idle: Ints, limits: TargetLimits, step_id: int, opens_all: bool, now: float) -> list[Action]:
         """What to ask of drafters.
 
         Args:
-            idle: slots that have come to want a draft.
+            idle: slots that have come to want drafts, `num_asked` of the table's.
             step_id: the last step sent.
+            opens_all: sequences get a drafter before they want drafts, so that it has their rows by then.
         """
         if not self._drafters:
             return []
-        self._assign(now)
+        self._assign(idle, opens_all, now)
         table, actions = self.table, []
         served_by = table.drafters[idle]
         for drafter in self._drafters.values():
@@ -131,18 +150,30 @@ class Drafting:
             if drafter.in_flight is None:
                 asking = (table.is_asking & (table.drafters == drafter.number)).nonzero()[0]
                 if len(asking) or drafter.closed or drafter.to_open:
-                    actions += self._next_request(drafter, asking, draft_lengths, limits, step_id, now)
+                    actions += self._next_request(drafter, asking, limits, step_id, now)
         return actions
 
-    def _assign(self, now: float) -> None:
+    def _assign(self, idle: Ints, opens_all: bool, now: float) -> None:
         """Gives sequences without a drafter to the least loaded that takes any."""
         free = [drafter for drafter in self._drafters.values() if drafter.aside_until <= now] if self._lone else []
         if not free:
             return
+        wanting = set() if opens_all else set(idle.tolist())
         lone, self._lone = self._lone, {}
-        for sequence in lone.values():
-            if sequence.slot is not None and sequence.context.may_be_drafted_for:
+        for sequence_id, sequence in lone.items():
+            if sequence.slot is None or not sequence.context.may_be_drafted_for:
+                continue
+            if opens_all or sequence.policy == Policy.FIXED or sequence.slot in wanting:
                 self._serve(min(free, key=lambda drafter: len(drafter.sequences)), sequence)
+            else:
+                self._lone[sequence_id] = sequence
+
+    def rest(self) -> None:
+        """Closes the sessions of adaptive sequences; they are opened anew when drafts are expected again."""
+        for drafter in self._drafters.values():
+            for sequence in [s for s in drafter.sequences.values() if s.policy == Policy.ADAPTIVE]:
+                drafter.closed.append(sequence.sequence_id)
+                self._leave(drafter, sequence)
 
     def _wait(self, slots: Ints, now: float) -> None:
         deadlines = self.table.draft_deadlines
@@ -152,7 +183,6 @@ class Drafting:
         self,
         drafter: DrafterState,
         asking: Ints,
-        draft_lengths: DraftLengths,
         limits: TargetLimits,
         step_id: int,
         now: float,
@@ -181,7 +211,7 @@ class Drafting:
             slots = whole
         self._wait(slots, now)
         slots = slots[np.argsort(table.ids[slots])]
-        add_proposals(request, table, slots, np.minimum(draft_lengths(table, slots), drafter.max_draft_tokens))
+        add_proposals(request, table, slots, np.minimum(table.num_asked[slots], drafter.max_draft_tokens))
         if not (request.close or request.open or request.token_sequence_ids or request.sequence_ids):
             return []
         patience_s = self._timeout_s * (1 + lacking / _ROWS_A_TIMEOUT)
@@ -245,7 +275,7 @@ class Drafting:
         if limits is None or not num_right:
             return
         table.held_rows[slots[is_right]] = blocks.committed_lens[is_right] - 1
-        table.num_lost[slots[is_right]] = 0
+        table.num_cut_offs[slots[is_right]] = 0
         is_awaited = is_right & (table.draft_deadlines[slots] < NEVER)
         self._drop("late", num_right - int(is_awaited.sum()))
         table.take_blocks(slots, blocks, is_awaited, REMOTE, limits.vocab_size)
@@ -263,18 +293,18 @@ class Drafting:
         is_lost = reason == drafter_pb2.MISSING_REASON_LOST
         if slot is not None and (is_lost or reason == drafter_pb2.MISSING_REASON_COMING):
             table.held_rows[slot] = have_len
-        is_lost_again = False
+        is_cut_off_again = False
         if is_lost and drafter.needs_features:
             if slot is None or not context.is_open:
                 return  # the target has opened it anew meanwhile, or will: then it is in `to_open`
             context.is_open, context.is_moved = False, True
-            table.num_lost[slot] += 1
-            is_lost_again = bool(table.num_lost[slot] > _MAX_LOST)
-        if reason == drafter_pb2.MISSING_REASON_REFUSED or is_lost_again:
+            table.num_cut_offs[slot] += 1
+            is_cut_off_again = bool(table.num_cut_offs[slot] > _MAX_CUT_OFFS)
+        if reason == drafter_pb2.MISSING_REASON_REFUSED or is_cut_off_again:
             context.num_refusals += 1
             self._leave(drafter, sequence)
             drafter.aside_until = max(drafter.aside_until, now + _FULL_PAUSE_S)
-            self._drop("lost" if is_lost_again else "refused", 1)
+            self._drop("cut_off" if is_cut_off_again else "refused", 1)
         elif is_lost and drafter.needs_features:
             drafter.to_open[sequence.sequence_id] = sequence
 

@@ -1,4 +1,4 @@
-"""N-gram drafts of the sequences on the target, and what they are worth beside a drafter's. A part of the scheduler."""
+"""N-gram drafts of the sequences that have slots. A part of the scheduler."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import numpy as np
 
 from dflash_ray.core.arrays import Flags, Ints, Tokens
 from dflash_ray.core.ngram import IndexingRoom, NgramTable
-from dflash_ray.router.draft_rates import DraftRates
-from dflash_ray.router.slot_table import MAX_DRAFTS, NGRAM, PLAIN, REMOTE, SlotTable
+from dflash_ray.router.slot_table import MAX_DRAFTS, NGRAM, PLAIN, SlotTable
 
 _INDEXED_AT_ONCE = 2048  # tokens of long texts after which one poll indexes no further text; some half a millisecond
 _NOT_LOOKED_UP = -1
@@ -16,9 +15,8 @@ _NOT_LOOKED_UP = -1
 class NgramDrafts:
     """Each sequence is looked up at most once for the tokens of a moment."""
 
-    def __init__(self, table: SlotTable, rates: DraftRates) -> None:
+    def __init__(self, table: SlotTable) -> None:
         self._table = table
-        self._rates = rates
         self._ngrams = NgramTable(table.tokens)
         self._lens = np.full(table.num_slots, _NOT_LOOKED_UP, np.int64)
         self._match_lens = np.zeros(table.num_slots, np.int64)
@@ -38,40 +36,26 @@ class NgramDrafts:
         """They have got tokens."""
         self._lens[slots] = _NOT_LOOKED_UP
 
-    def _look_up(self, slots: Ints, counts: Ints) -> None:
+    def look_up(self, slots: Ints, counts: Ints) -> tuple[Ints, Ints]:
+        """Lengths of the slots' matches, and of what followed them, at most `counts` tokens."""
         is_new = self._lens[slots] == _NOT_LOOKED_UP
-        if not is_new.all():
-            slots, counts = slots[is_new], counts[is_new]
-        if len(slots):
-            lens = self._table.committed_lens[slots]
-            self._ngrams.catch_up(slots, lens, self.room)
-            drafts, self._lens[slots], self._match_lens[slots] = self._ngrams.propose(slots, lens, counts)
-            self._drafts[slots, : drafts.shape[1]] = drafts
-
-    def take_preferred(self, slots: Ints, counts: Ints) -> Flags:
-        """Gives slots at most so many n-gram drafts where these promise more than a drafter's; returns which."""
-        self._look_up(slots, counts)
-        is_preferred = self._rates.prefers_ngrams(self._match_lens[slots])
-        self.take(slots[is_preferred], counts[is_preferred])
-        return is_preferred
+        fresh = slots[is_new]
+        if len(fresh):
+            lens = self._table.committed_lens[fresh]
+            self._ngrams.catch_up(fresh, lens, self.room)
+            drafts, self._lens[fresh], self._match_lens[fresh] = self._ngrams.propose(fresh, lens, counts[is_new])
+            self._drafts[fresh, : drafts.shape[1]] = drafts
+        return self._match_lens[slots], np.minimum(self._lens[slots], counts)
 
     def take(self, slots: Ints, counts: Ints) -> None:
-        """Gives slots the n-gram's drafts for the next step, at most so many, or none."""
-        self._look_up(slots, counts)
+        """Gives slots so many of the drafts that were looked up for them."""
         table = self._table
         table.drafts[slots] = self._drafts[slots]
-        table.draft_lens[slots] = np.minimum(self._lens[slots], counts)
-        table.draft_sources[slots] = np.where(table.draft_lens[slots] > 0, NGRAM, PLAIN)
+        table.draft_lens[slots] = counts
+        table.draft_sources[slots] = np.where(counts > 0, NGRAM, PLAIN)
 
-    def judge(self, slots: Ints, first_tokens: Tokens) -> None:
-        """Takes note of whose first draft was the token that came, before it is committed."""
-        table = self._table
-        has_ngram = self._lens[slots] > 0
-        looked_up = slots[has_ngram]
-        if len(looked_up):
-            is_right = self._drafts[looked_up, 0] == first_tokens[has_ngram]
-            self._rates.saw_ngrams(self._match_lens[looked_up], is_right)
-        is_drafters = (table.draft_lens[slots] > 0) & (table.draft_sources[slots] >= REMOTE)
-        drafted = slots[is_drafters]
-        if len(drafted):
-            self._rates.saw_drafters(table.drafts[drafted, 0] == first_tokens[is_drafters])
+    def judged(self, slots: Ints, first_tokens: Tokens) -> tuple[Ints, Flags]:
+        """Match lengths of the n-grams that were looked up and not sent, and whether their first token came."""
+        is_idle = (self._lens[slots] > 0) & (self._table.draft_sources[slots] != NGRAM)
+        idle = slots[is_idle]
+        return self._match_lens[idle], self._drafts[idle, 0] == first_tokens[is_idle]

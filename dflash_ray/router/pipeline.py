@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
 from typing import Protocol
 from weakref import WeakValueDictionary
 
@@ -30,6 +29,7 @@ from dflash_ray.router.actions import (
 from dflash_ray.router.attempts import FinalError
 from dflash_ray.router.draft_requests import DrafterState
 from dflash_ray.router.limits import TargetLimits
+from dflash_ray.router.measures import Measures
 from dflash_ray.router.scheduler import Scheduler
 from dflash_ray.router.sequence import RouterSequence
 from dflash_ray.router.streams import Stream, open_drafter, open_target
@@ -60,8 +60,7 @@ class Pipeline:
     def __init__(self, config: DflashRayConfig, router_id: str, metrics: RouterMetrics) -> None:
         self._config = config
         self._router_id = router_id
-        self._metrics = metrics
-        self._model = config.model.served_name
+        self._measures = Measures(metrics, config.model.served_name)
         self._max_message_bytes = config.network.max_message_bytes
         self.scheduler = Scheduler(config)
         self.target_id: str | None = None
@@ -72,9 +71,6 @@ class Pipeline:
         self._receivers: WeakValueDictionary[int, Receiver] = WeakValueDictionary()
         self._is_pump_due = False
         self._timer: asyncio.TimerHandle | None = None
-        self._sent_at: dict[str, float] = {}
-        self._step_done_at: float | None = None
-        self._counted: dict[str, int] = {}
         self._streams: set[Stream] = set()  # all that were opened here and whose end was not seen to be clean
         self._closing: set[asyncio.Task[None]] = set()
         self._failure: Exception | None = None
@@ -132,9 +128,7 @@ class Pipeline:
 
     def _on_target_message(self, message: target_pb2.TargetResponse) -> None:
         now = time.monotonic()
-        self._metrics.step_round_trip.observe(now - self._sent_at.pop("step", now))
-        self._step_done_at = now
-        self._record_acceptance(message.result)
+        self._measures.step_done(message.result.step_id, now)
         self.scheduler.step_done(message.result, now)
         self._pump()
 
@@ -143,8 +137,7 @@ class Pipeline:
             return
         logger.warning("target group lost", extra={"target_id": self.target_id})
         self._target, self.target_id = None, None
-        self._sent_at.pop("step", None)
-        self._step_done_at = None
+        self._measures.target_lost()
         self.scheduler.target_lost(time.monotonic())
         self._pump()
         self._streams.discard(stream)
@@ -167,10 +160,9 @@ class Pipeline:
         self._pump()
 
     def _on_drafts(self, drafter_id: str, reply: drafter_pb2.DraftReply) -> None:
-        sent_at = self._sent_at.pop(f"{drafter_id}/{reply.request_id}", None)
-        if sent_at is not None:
-            self._metrics.draft_round_trip.observe(time.monotonic() - sent_at)
-        self.scheduler.drafts_done(drafter_id, reply, time.monotonic())
+        now = time.monotonic()
+        self._measures.drafts_done(drafter_id, reply.request_id, now)
+        self.scheduler.drafts_done(drafter_id, reply, now)
         self._pump()
 
     def _on_drafter_end(self, drafter_id: str, stream: Stream) -> None:
@@ -186,8 +178,7 @@ class Pipeline:
     def _forget_drafter(self, drafter_id: str) -> None:
         logger.warning("drafter lost", extra={"drafter_id": drafter_id})
         del self._drafters[drafter_id]
-        for key in [key for key in self._sent_at if key.startswith(f"{drafter_id}/")]:
-            del self._sent_at[key]
+        self._measures.drafter_lost(drafter_id)
         self.scheduler.drafter_lost(drafter_id)
 
     def start(self, request: router_pb2.GenerateTokensRequest, receiver: Receiver, call_id: int) -> RouterSequence:
@@ -248,13 +239,12 @@ class Pipeline:
                     if receiver is not None:
                         receiver.emit(action.of_stream(stream))
             case RunStep(step):
-                self._sent_at["step"] = now
-                self._observe_step(step, now)
+                self._measures.step_sent(action, now)
                 self._send(target_pb2.TargetRequest(step=step))
             case CloseSequences(ids):
                 self._send(target_pb2.TargetRequest(close=target_pb2.CloseSequences(sequence_ids=ids)))
             case RequestDrafts(drafter_id, request):
-                self._sent_at[f"{drafter_id}/{request.request_id}"] = now
+                self._measures.drafts_sent(action, now)
                 self._drafters[drafter_id].send(drafter_pb2.DrafterRequest(draft=request))
             case DropTarget():
                 logger.error("a step was not answered in time; the target group is left")
@@ -273,35 +263,9 @@ class Pipeline:
         if self._target is not None:
             self._target.send(request)
 
-    def _observe_step(self, step: target_pb2.Step, now: float) -> None:
-        if self._step_done_at is not None and step.verify_ids:
-            self._metrics.step_gap.observe(now - self._step_done_at)
-        rows = sum(step.prefill_lens) + len(step.verify_ids) + sum(step.num_drafts)
-        self._metrics.step_tokens.labels(self._model).observe(rows)
-
-    def _record_acceptance(self, result: target_pb2.StepResult) -> None:
-        for accepted in result.num_accepted_drafts:
-            self._metrics.num_accepted_tokens.labels(self._model).inc(accepted)
-            for position in range(accepted):
-                self._metrics.num_accepted_per_position.labels(self._model, str(position)).inc()
-
     def update_metrics(self) -> None:
-        """Brings gauges and counters up to date with the scheduler."""
-        scheduler, metrics = self.scheduler, self._metrics
-        self._count("preemptions", scheduler.num_preemptions, metrics.num_preemptions.labels(self._model).inc)
-        self._count("drafted", scheduler.num_draft_tokens, metrics.num_draft_tokens.labels(self._model).inc)
-        for source, total in scheduler.num_drafts_by_source.items():
-            self._count(f"source {source}", total, metrics.drafts_by_source.labels(source).inc)
-        drafted = sum(n for source, n in scheduler.num_drafts_by_source.items() if source != "plain")
-        self._count("drafts", drafted, metrics.num_drafts.labels(self._model).inc)
-        self._count("replays", scheduler.drafting.num_replays, metrics.num_replays.inc)
-        for reason, total in scheduler.drafting.num_dropped.items():
-            self._count(f"dropped {reason}", total, metrics.drafts_dropped.labels(reason).inc)
-
-    def _count(self, key: str, total: int, inc: Callable[[float], None]) -> None:
-        before = self._counted.get(key, 0)
-        self._counted[key] = total
-        inc(total - before)
+        """Brings counters up to date with the scheduler."""
+        self._measures.update(self.scheduler)
 
     async def close(self) -> None:
         """Ends all streams."""

@@ -10,6 +10,7 @@ from dflash_ray.core.arrays import Tokens
 from dflash_ray.pb import common_pb2, router_pb2, target_pb2
 from dflash_ray.router.context import DrafterContext
 from dflash_ray.router.slot_table import SlotTable
+from dflash_ray.router.speculation.records import Policy
 
 
 @dataclass(slots=True, eq=False, repr=False)
@@ -17,7 +18,8 @@ class RouterSequence:
     """One request.
 
     Attributes:
-        draft_tokens: drafts wanted a step; 0 is plain decoding.
+        policy: how its drafts are counted.
+        draft_tokens: drafts wanted a step, or at most; 0 is plain decoding.
         stream, call_id: where it came from and its tokens go; nothing here looks at them.
         num_losses: target groups that were lost with a step in flight that had this sequence in it.
         last_step: the last step with it, as of the time it left its slot.
@@ -28,6 +30,7 @@ class RouterSequence:
     sequence_id: int
     request: router_pb2.GenerateTokensRequest
     waiting_tokens: Tokens
+    policy: Policy
     draft_tokens: int
     stream: int = 0
     call_id: int = 0

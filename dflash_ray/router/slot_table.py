@@ -54,14 +54,16 @@ class SlotTable:
         draft_tokens: drafts wanted a step; 0 is plain decoding.
         draft_lens: drafts for the next step, NO_DRAFT while none have come.
         drafts: [num_slots, MAX_DRAFTS] their tokens.
+        draft_log_probs: [num_slots, MAX_DRAFTS] their drafter's own log-probabilities; nan where there are none.
         draft_sources: place in DRAFT_SOURCES.
+        num_asked: drafts that its drafter is asked for in this step; 0 when it is not asked.
         draft_deadlines: when the next step goes on without a drafter's draft; NEVER when none is waited for.
         is_draft_missed: the next step goes on without a drafter's draft.
         drawn: the block a draft comes from, by slot, when it was drawn from its probabilities.
         drafters: number of the drafter that serves it, or NO_DRAFTER.
         is_asking: its drafter is to draft for it and was not asked yet.
         held_rows: context rows that its drafter is known to hold, or was sent as tokens.
-        num_lost: times in a row that such rows were lost, with no draft since.
+        num_cut_offs: times in a row that such rows were lost, with no draft since.
         temperatures, seeds, wants_distributions: of its draws, as drafters are told.
         asks_logprobs: log-probabilities come with its tokens.
     """
@@ -87,13 +89,15 @@ class SlotTable:
         self.draft_tokens = np.zeros(num_slots, np.int64)
         self.draft_lens = np.full(num_slots, NO_DRAFT, np.int64)
         self.drafts = np.zeros((num_slots, MAX_DRAFTS), np.uint32)
+        self.draft_log_probs = np.full((num_slots, MAX_DRAFTS), np.nan, np.float32)
         self.draft_sources = np.zeros(num_slots, np.int64)
+        self.num_asked = np.zeros(num_slots, np.int64)
         self.draft_deadlines = np.full(num_slots, NEVER)
         self.is_draft_missed = np.zeros(num_slots, np.bool_)
         self.drafters = np.full(num_slots, NO_DRAFTER, np.int64)
         self.is_asking = np.zeros(num_slots, np.bool_)
         self.held_rows = np.zeros(num_slots, np.int64)
-        self.num_lost = np.zeros(num_slots, np.int64)
+        self.num_cut_offs = np.zeros(num_slots, np.int64)
         self.temperatures = np.zeros(num_slots, np.float32)
         self.seeds = np.zeros(num_slots, np.uint64)
         self.wants_distributions = np.zeros(num_slots, np.bool_)
@@ -210,6 +214,7 @@ class SlotTable:
             if is_wrong.any():
                 lens = np.where(is_wrong.any(axis=1), is_wrong.argmax(axis=1), lens)
             self.drafts[slots, :width] = token_ids
+            self.draft_log_probs[slots, :width] = np.where(is_there, blocks.log_probs[places], np.nan)
         self.draft_lens[slots] = lens
         self.draft_sources[slots] = source
         self.draft_deadlines[slots] = NEVER
@@ -222,7 +227,7 @@ class SlotTable:
         self.drafters[slot] = NO_DRAFTER
         self.draft_deadlines[slot] = NEVER
         self.is_asking[slot] = False
-        self.held_rows[slot] = self.num_lost[slot] = 0
+        self.held_rows[slot] = self.num_cut_offs[slot] = 0
 
     def miss_drafts(self, slots: Ints) -> None:
         """The next step goes on without the drafts that were waited for."""
@@ -233,7 +238,9 @@ class SlotTable:
     def forget_drafts(self, slots: Ints) -> None:
         """Nothing is known of a draft for the tokens that there are now."""
         self.draft_lens[slots] = NO_DRAFT
+        self.draft_log_probs[slots] = np.nan
         self.draft_sources[slots] = PLAIN
+        self.num_asked[slots] = 0
         self.draft_deadlines[slots] = NEVER
         self.is_draft_missed[slots] = False
         self.is_asking[slots] = False

@@ -37,6 +37,11 @@ class StepInFlight:
     asks_logprobs: Flags
     is_alone: bool
 
+    @property
+    def num_rows(self) -> int:
+        """Rows of the pass."""
+        return int(self.rows.sum() + self.num_drafts.sum()) + len(self.ids) - self.num_chunks
+
     def is_current(self, table: SlotTable) -> Flags:
         """Which entries are still in it: a sequence that ended or was put back since then is not."""
         is_current: Flags = (table.ids[self.slots] == self.ids) & (table.step_ids[self.slots] == self.step_id)
@@ -71,11 +76,6 @@ def build_step(
     chunks, rows = _chunks(config, table, prefilling, limits.max_batch_tokens - len(counts) - int(counts.sum()))
     _add_chunks(step, limits, table, chunks, rows)
     slots = np.concatenate((chunks, chains))
-    if limits.colocated_draft_tokens:
-        drafted = slots[table.draft_tokens[slots] > 0]
-        step.colocated_draft_ids.extend(table.ids[drafted].tolist())
-        asked = np.minimum(table.draft_tokens[drafted], limits.colocated_draft_tokens)
-        step.colocated_num_drafts.extend(asked.tolist())
     in_flight = StepInFlight(
         step_id,
         slots,
@@ -88,6 +88,13 @@ def build_step(
     )
     table.step_ids[slots] = table.last_steps[slots] = step_id
     return step, in_flight
+
+
+def add_colocated(step: target_pb2.Step, table: SlotTable, slots: Ints, num_drafts: Ints) -> None:
+    """Asks the colocated drafter for num_drafts[i] drafts of slots[i] behind the pass."""
+    is_asked = num_drafts > 0
+    step.colocated_draft_ids.extend(table.ids[slots[is_asked]].tolist())
+    step.colocated_num_drafts.extend(num_drafts[is_asked].tolist())
 
 
 def draft_rows(wanted: Ints, room: int) -> Ints:
@@ -118,6 +125,8 @@ def _add_chains(step: target_pb2.Step, table: SlotTable, slots: Ints, counts: In
 
 def _chunks(config: RouterConfig, table: SlotTable, prefilling: Ints, room: int) -> tuple[Ints, Ints]:
     """Prompts that find rows, and how many each."""
+    if not len(prefilling):
+        return prefilling, prefilling
     first = np.lexsort((table.turns[prefilling], table.last_steps[prefilling]))
     slots = prefilling[first]
     wanted = np.minimum(table.committed_lens[slots] - table.num_prefilled[slots], config.prefill_chunk_tokens)

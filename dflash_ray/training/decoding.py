@@ -281,6 +281,18 @@ def local_decoder(
     tap_layer_ids: tuple[int, ...] = (),
     drafter: DrafterCheckpoint | None = None,
 ) -> Iterator[BatchDecoder]:
+    """A decoder over `local_engine`."""
+    with local_engine(target_path, settings, tap_layer_ids, drafter) as (engine, limits):
+        yield BatchDecoder(engine, settings, limits, stop_ids)
+
+
+@contextmanager
+def local_engine(
+    target_path: str,
+    settings: EngineSection,
+    tap_layer_ids: tuple[int, ...] = (),
+    drafter: DrafterCheckpoint | None = None,
+) -> Iterator[tuple[Engine, StepLimits]]:
     """The target on one rank in this process.
 
     Args:
@@ -294,8 +306,7 @@ def local_decoder(
     if is_ours:
         init_process_group(create_store("127.0.0.1", 1, _INIT_TIMEOUT_S), 0, 1, settings.device, True, 0)
     try:
-        engine, limits = _build_engine(target, target_path, settings, tap_layer_ids, drafter)
-        yield BatchDecoder(engine, settings, limits, stop_ids)
+        yield _build_engine(target, target_path, settings, tap_layer_ids, drafter)
     finally:
         if is_ours:
             torch.distributed.destroy_process_group()

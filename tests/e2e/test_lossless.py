@@ -38,12 +38,13 @@ async def generate_all(app: Application, prompts: list[list[int]], concurrency: 
 
 async def on_as_off(app: Application, prompts: list[list[int]], temperature: float = 0.0) -> list[list[int]]:
     """Tokens of every prompt, the same with speculation off and on: no near-tie excuses a difference on a CPU."""
-    off, on = [
+    off, on, adaptive = [
         await generate_all(app, prompts, speculation=speculation, temperature=temperature, seed=7)
-        for speculation in ("off", "fixed")
+        for speculation in ("off", "fixed", "adaptive")
     ]
     tokens = [output.token_ids for output in off]
     assert [output.token_ids for output in on] == tokens
+    assert [output.token_ids for output in adaptive] == tokens
     assert sum(output.metrics.num_accepted_draft_tokens for output in on) > 0
     return tokens
 

@@ -5,7 +5,7 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from dflash_ray.config import load_config
-from dflash_ray.pb import target_pb2
+from dflash_ray.pb import router_pb2, target_pb2
 from dflash_ray.router.actions import (
     CloseSequences,
     DropDrafter,
@@ -20,7 +20,8 @@ from dflash_ray.router.scheduler import Scheduler
 from tests.toy import VOCAB, ToyDrafter, ToyTarget, answer, token_request
 
 PROMPTS = st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=30)
-ARRIVALS = st.tuples(PROMPTS, st.integers(1, 25), st.integers(0, 5))
+POLICIES = st.sampled_from([router_pb2.SPECULATION_POLICY_FIXED, router_pb2.SPECULATION_POLICY_ADAPTIVE])
+ARRIVALS = st.tuples(PROMPTS, st.integers(1, 25), st.integers(0, 5), POLICIES)
 MAX_BATCH_TOKENS = 24
 
 
@@ -101,8 +102,8 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule(arrivals=st.lists(ARRIVALS, min_size=1, max_size=6))
     def arrive(self, arrivals):
-        for prompt, max_new, draft_tokens in arrivals:
-            sequence = self.scheduler.arrive(token_request(prompt, max_new, draft_tokens), self.now)
+        for prompt, max_new, draft_tokens, policy in arrivals:
+            sequence = self.scheduler.arrive(token_request(prompt, max_new, draft_tokens, policy), self.now)
             self.alive[sequence.sequence_id] = (sequence, prompt, max_new, [])
             self.pump()
 

@@ -13,7 +13,7 @@ from dflash_ray.core.protocol import PROTOCOL_VERSION
 from dflash_ray.core.watchdog import Watchdog
 from dflash_ray.drafter.arrivals import Arrivals
 from dflash_ray.drafter.drafts import Drafts
-from dflash_ray.drafter.methods import NgramMethod
+from dflash_ray.drafter.ngram import NgramMethod
 from dflash_ray.drafter.servicer import DrafterServicer
 from dflash_ray.drafter.sessions import DraftSessions
 from dflash_ray.observability.metrics import DrafterMetrics

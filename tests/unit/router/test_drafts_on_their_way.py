@@ -16,7 +16,7 @@ NUM_CANDIDATES = 2
 
 def step_with(drafts: list[int], *, is_drawn: bool, max_new_tokens: int = 20) -> target_pb2.Step:
     """The step that verifies what a drafter answered with these drafts."""
-    scheduler, target = Scheduler(load_config(None, ["router.draft_tokens=4"])), ToyTarget()
+    scheduler, target = Scheduler(load_config(None, ["router.policy=fixed", "router.draft_tokens=4"])), ToyTarget()
     scheduler.target_ready(target.limits, 0.0)
     scheduler.drafting.join(DrafterState("d", needs_features=False, max_draft_tokens=7))
     request = router_pb2.GenerateTokensRequest(

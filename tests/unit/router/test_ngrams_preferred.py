@@ -1,17 +1,18 @@
 """An n-gram takes a drafter's place where it is right more often, and the drafter misses no context by it."""
 
 import numpy as np
-import pytest
 
 from dflash_ray.config import load_config
 from dflash_ray.core.arrays import packed
 from dflash_ray.core.draft_blocks import DraftBlock, to_message
 from dflash_ray.pb import common_pb2, drafter_pb2, router_pb2, target_pb2
 from dflash_ray.router.actions import RequestDrafts, RunStep
-from dflash_ray.router.draft_rates import DraftRates
 from dflash_ray.router.draft_requests import DrafterState
 from dflash_ray.router.limits import TargetLimits
 from dflash_ray.router.scheduler import Scheduler
+from dflash_ray.router.speculation.controller import SpeculationController
+from dflash_ray.router.speculation.cost_model import Batch
+from dflash_ray.router.speculation.records import Candidates, Policy
 from tests.toy import tokens_of
 
 LIMITS = TargetLimits(1, 4096, 1000, 16, 512, 512, feature_fingerprint="f")
@@ -50,7 +51,8 @@ class CyclingTarget:
 
 def run(prompt: list[int], num_steps: int, says: dict[int, int] | None = None, *overrides: str):
     """Steps of one sequence; the drafter answers each request with a wrong token. Returns steps, requests, tokens."""
-    scheduler = Scheduler(load_config(None, ["router.draft_tokens=3", "router.prefill_chunk_tokens=512", *overrides]))
+    settings = ["router.policy=fixed", "router.draft_tokens=3", "router.prefill_chunk_tokens=512"]
+    scheduler = Scheduler(load_config(None, [*settings, *overrides]))
     scheduler.target_ready(LIMITS, 0.0)
     scheduler.drafting.join(DrafterState("d", needs_features=True, max_draft_tokens=7))
     request = router_pb2.GenerateTokensRequest(
@@ -90,29 +92,23 @@ def test_a_drafter_that_is_asked_for_nothing_is_told_once_where_the_rows_are():
 
 def test_a_drafter_is_asked_every_time_where_ngrams_are_not_preferred():
     scheduler, _, requests, _ = run(CYCLE * 2, 10, {}, "router.prefer_ngram=false")
-    assert sum(len(request.sequence_ids) for request in requests) == 9 and scheduler.num_drafts_by_source == {
-        "remote": 9
-    }
+    assert sum(len(request.sequence_ids) for request in requests) == 9
+    assert scheduler.num_drafts_by_source == {"remote": 9}
 
 
-def test_whoever_was_right_more_often_drafts():
-    rates, sizes = DraftRates(), np.arange(6)
-    assert rates.prefers_ngrams(sizes)[[0, 5]].tolist() == [False, True]
-    rates.saw_drafters(np.ones(200, np.bool_))
-    assert not rates.prefers_ngrams(sizes).any()
-    rates.saw_drafters(np.zeros(400, np.bool_))
-    rates.saw_ngrams(np.full(400, 3), np.zeros(400, np.bool_))
-    rates.saw_drafters(np.ones(1, np.bool_))
-    assert rates.prefers_ngrams(sizes)[[2, 3]].tolist() == [True, False]
+def test_whoever_is_more_likely_right_drafts():
+    """By the length of the match: drafters that are always wrong lose to any, and drafters that are right to none."""
+    controller = SpeculationController(1)
+    controller.open(0, Policy.FIXED, 3)
+    slot = np.array([0])
 
+    def asks(match_len: int) -> bool:
+        lens = np.array([3])
+        candidates = Candidates(slot, lens, lens, np.array([match_len]), lens * (match_len > 0))
+        return bool(controller.plan(candidates, Batch(1, 1, 20), 50, 0.0)[0])
 
-def test_rates_are_the_same_one_observation_at_a_time_and_all_at_once():
-    together, apart = DraftRates(), DraftRates()
-    is_right = np.array([True, False, False, True, True])
-    sizes = np.array([2, 3, 2, 3, 2])
-    together.saw_ngrams(sizes, is_right)
-    together.saw_drafters(is_right)
-    for i in range(5):
-        apart.saw_ngrams(sizes[i : i + 1], is_right[i : i + 1])
-        apart.saw_drafters(is_right[i : i + 1])
-    assert together._ngram == pytest.approx(apart._ngram) and together._drafter == pytest.approx(apart._drafter)
+    assert asks(0) and not asks(5)
+    for accepted, expected in ((3, [True, True, True]), (0, [True, False, False])):
+        for _ in range(200):
+            controller.acceptance.saw_drafts(slot, np.array([3]), np.array([accepted]), np.full((1, 3), np.nan))
+        assert [asks(match_len) for match_len in (0, 3, 5)] == expected

@@ -1,0 +1,179 @@
+"""Between the scheduler's slots and the policy of speculation: columns in, columns out. A part of the scheduler."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from dflash_ray.config import DflashRayConfig
+from dflash_ray.core.arrays import Flags, Ints, Tokens
+from dflash_ray.pb import router_pb2
+from dflash_ray.router.limits import TargetLimits
+from dflash_ray.router.ngram_drafts import NgramDrafts
+from dflash_ray.router.results import StepOutcome
+from dflash_ray.router.slot_table import DECODE, MAX_DRAFTS, PLAIN, PREFILL, SlotTable
+from dflash_ray.router.speculation.controller import SpeculationController
+from dflash_ray.router.speculation.cost_model import Batch
+from dflash_ray.router.speculation.records import MOST_DRAFTS, Candidates, Policy
+from dflash_ray.router.steps import StepInFlight
+
+_POLICIES = {
+    router_pb2.SPECULATION_POLICY_ADAPTIVE: Policy.ADAPTIVE,
+    router_pb2.SPECULATION_POLICY_FIXED: Policy.FIXED,
+    router_pb2.SPECULATION_POLICY_OFF: Policy.OFF,
+}
+_NAMES = {"adaptive": Policy.ADAPTIVE, "fixed": Policy.FIXED, "off": Policy.OFF}
+
+
+class Speculating:
+    """How many drafts each slot is asked for and verifies.
+
+    Attributes:
+        table: the slots of the sequences on the target; the scheduler's.
+    """
+
+    def __init__(self, config: DflashRayConfig, table: SlotTable) -> None:
+        self._router = config.router
+        self._uses_ngrams = config.drafter.method != "none"
+        self._is_split = config.router.cohorts == 2
+        self.controller = SpeculationController(config.router.max_running)
+        self._set_table(table)
+
+    def _set_table(self, table: SlotTable) -> None:
+        self.table = table
+        self.ngrams = NgramDrafts(table)
+
+    def begin(self, table: SlotTable, limits: TargetLimits) -> None:
+        """A target group is there; no slot is in use. What drafters there are follows from what it says."""
+        if table is not self.table:
+            self._set_table(table)
+        self.controller.prefers_ngram = self._router.prefer_ngram and limits.has_drafter
+        self.controller.is_colocated = limits.colocated_draft_tokens > 0
+        self.controller.steps_lost()
+
+    def policy_of(self, speculation: router_pb2.Speculation) -> tuple[Policy, int]:
+        """What a request wants: its policy and the most drafts a step."""
+        policy = _POLICIES.get(speculation.policy, _NAMES[self._router.policy])
+        if policy == Policy.OFF:
+            return policy, 0
+        usual = self._router.draft_tokens if policy == Policy.FIXED else MOST_DRAFTS
+        wanted = speculation.draft_tokens if speculation.HasField("draft_tokens") else usual
+        return (policy, min(wanted, MAX_DRAFTS)) if wanted else (Policy.OFF, 0)
+
+    def enter(self, slot: int) -> None:
+        """A sequence has the slot."""
+        sequence = self.table.sequence(slot)
+        self.controller.open(slot, sequence.policy, sequence.draft_tokens)
+        self.ngrams.clear(slot)
+
+    def ask(self, slots: Ints, reach: Callable[[Ints], Ints], limits: TargetLimits, now: float) -> Ints:
+        """Decides how many drafts the slots' drafters are asked for, in the table's column; returns who is to be asked.
+
+        Args:
+            slots: that have got tokens.
+            reach: drafts that each slot's drafter can give.
+        """
+        table = self.table
+        table.num_asked[slots] = 0
+        for cohort in (0, 1):
+            members = slots[table.cohorts[slots] == cohort]
+            if len(members):
+                wanted = self.controller.wants_ngrams(members)
+                candidates = self._candidates(members, reach(members), wanted)
+                table.num_asked[members] = self._plan(candidates, cohort, limits, now)
+        return slots[table.num_asked[slots] > 0]
+
+    def _plan(self, candidates: Candidates, cohort: int, limits: TargetLimits, now: float) -> Ints:
+        table = self.table
+        decoding = np.flatnonzero((table.phases == DECODE) & (table.cohorts == cohort))
+        batch = self._batch(decoding, self._rows_of_prompts(limits))
+        return self.controller.plan(candidates, batch, limits.max_batch_tokens - batch.num_rows, now, cohort)
+
+    def _candidates(self, slots: Ints, draft_room: Ints, wants_ngram: Flags) -> Candidates:
+        room = self.table.most_drafts(slots)
+        match_lens, lens = np.zeros(len(slots), np.int64), np.zeros(len(slots), np.int64)
+        if self._uses_ngrams and wants_ngram.any():
+            match_lens[wants_ngram], lens[wants_ngram] = self.ngrams.look_up(slots[wants_ngram], room[wants_ngram])
+        return Candidates(slots, room, draft_room, match_lens, lens)
+
+    def _batch(self, slots: Ints, prefill_rows: int) -> Batch:
+        context = int(self.table.committed_lens[slots].sum())
+        return Batch(len(slots), len(slots) + prefill_rows, context, prefill_rows, self._is_split)
+
+    def _rows_of_prompts(self, limits: TargetLimits) -> int:
+        """Of the next step, at most."""
+        table = self.table
+        if not table.num_in_phase[PREFILL]:
+            return 0
+        slots = np.flatnonzero((table.phases == PREFILL) & (table.step_ids == 0))
+        left = table.committed_lens[slots] - table.num_prefilled[slots]
+        chunks = int(np.minimum(left, self._router.prefill_chunk_tokens).sum())
+        return min(chunks, max(0, limits.max_batch_tokens - table.num_in_phase[DECODE]))
+
+    def ask_inside(self, step: StepInFlight, limits: TargetLimits, now: float) -> Ints:
+        """Drafts that the colocated drafter is asked for behind the pass, by entry of the step that is to be sent."""
+        num_asked = np.zeros(len(step.slots), np.int64)
+        if limits.colocated_draft_tokens:
+            left = self.table.committed_lens[step.slots] - self.table.num_prefilled[step.slots]
+            entries = np.flatnonzero((step.rows == 0) | (step.rows == left))  # that will decode
+            slots = step.slots[entries]
+            zeros = np.zeros(len(slots), np.int64)
+            reach = np.full(len(slots), limits.colocated_draft_tokens)
+            candidates = Candidates(slots, self.table.most_drafts(slots), reach, zeros, zeros)
+            batch = self._batch(slots, 0)
+            num_asked[entries] = self.controller.plan(candidates, batch, limits.max_batch_tokens - len(slots), now)
+        return num_asked
+
+    def cut(self, slots: Ints, limits: TargetLimits) -> Ints:
+        """How many drafts each of these verifies in the next step; n-grams are put in place where they are chosen."""
+        table = self.table
+        if not len(slots):
+            return np.zeros(0, np.int64)
+        cohort = int(table.cohorts[slots[0]])
+        draft_lens = np.maximum(0, table.draft_lens[slots])
+        wants_ngram = self.controller.wants_ngrams(slots, draft_lens > 0, cohort)
+        candidates = self._candidates(slots, np.zeros(len(slots), np.int64), wants_ngram)
+        log_probs = table.draft_log_probs[slots, :MOST_DRAFTS].astype(float)
+        # The law of rejection sampling bears no cut that looks at what was drawn.
+        log_probs[table.wants_distributions[slots]] = np.nan
+        batch = self._batch(slots, self._rows_of_prompts(limits))
+        counts, from_ngram = self.controller.cut(
+            candidates,
+            draft_lens,
+            log_probs,
+            batch,
+            limits.max_batch_tokens - batch.num_rows,
+            cohort,
+        )
+        self.ngrams.take(slots[from_ngram], counts[from_ngram])
+        table.draft_sources[slots[counts == 0]] = PLAIN
+        return counts
+
+    def sent(self, decoding: Ints, step: StepInFlight, now: float, num_asked: Ints) -> None:
+        """The step of the last `cut` was sent.
+
+        Args:
+            decoding: the cut's slots.
+            num_asked: drafts that the colocated drafter is asked for behind the pass.
+        """
+        chains = step.slots[step.num_chunks :]
+        counts = np.zeros(self.table.num_slots, np.int64)
+        is_in = np.zeros(self.table.num_slots, np.bool_)
+        counts[chains], is_in[chains] = step.num_drafts[step.num_chunks :], True
+        batch = self._batch(chains, int(step.rows.sum()))
+        inside = int(np.count_nonzero(num_asked)), int(num_asked.sum())
+        self.controller.step_started(batch, is_in[decoding], counts[decoding], now, inside)
+
+    def judge_ngrams(self, slots: Ints, first_tokens: Tokens) -> None:
+        """The slots' next tokens have come, and pass judgement on n-grams that were not verified."""
+        match_lens, is_right = self.ngrams.judged(slots, first_tokens)
+        if len(match_lens):
+            self.controller.acceptance.saw_ngrams(match_lens, np.ones_like(match_lens), is_right.astype(np.int64))
+
+    def done(self, step: StepInFlight, outcome: StepOutcome, is_known: Flags, now: float, draft_seconds: float) -> None:
+        """The oldest step was answered; is_known[i]: entry i's sequence still has its slot, and nothing went wrong."""
+        chains = slice(step.num_chunks, None)
+        accepted = np.full(self.table.num_slots, -1)
+        accepted[step.slots[chains]] = np.where(is_known[chains], outcome.num_accepted[chains], -1)
+        self.controller.step_done(accepted, now, draft_seconds)

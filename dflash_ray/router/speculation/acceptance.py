@@ -1,0 +1,176 @@
+"""The chance that drafts are accepted: by sequence and slot, by what the drafter says of them, and of n-grams.
+
+A chance is always that of draft k given that the drafts before it were accepted; `survival` multiplies them up. Only
+drafts on which a pass gave judgement count: the accepted ones and the first that was not.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from dflash_ray.core.arrays import Flags, Ints
+from dflash_ray.core.ngram import MAX_NGRAM, MIN_NGRAM
+from dflash_ray.router.speculation.records import Floats
+
+_FADE = 0.85  # of a sequence's older observations, with each newer one of that slot
+_SHARED_FADE = 0.99  # of all sequences together
+_SHARED_WEIGHT = 3.0  # observations that the shared rate stands for in a sequence of its own
+_SHARED_START = 8.0  # observations that the start stands for
+_START = 0.6
+_FORGET = 0.97  # of a sequence's observations with each step in which nothing was drafted for it
+# A draft's log-probability, in bins of probability; where nothing was observed yet a bin is right a little less often
+# than its middle says.
+_BIN_EDGES = np.log([0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99])
+_BIN_START = 0.9 * np.array([0.03, 0.08, 0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 0.93, 0.97, 0.99])
+_DEPTHS = 3  # slots with bins of their own: the first, the second, all others
+_BIAS_FADE = 0.95
+_BIAS_WEIGHT = 4.0
+# An n-gram by the length of its match, measured on SmolLM2's greedy answers; for each next token that is longer by one.
+_NGRAM_START = np.array([0.0, 0.3, 0.5, 0.69, 0.74, 0.88])
+_NGRAM_WEIGHT = 16.0
+_SURELY_NOT = 0.003
+_RELIABILITY_BINS = 10
+
+
+class Acceptance:
+    """Rates of all slots of a target group, and what they share.
+
+    Args:
+        num_slots: sequences at a time.
+        max_drafts: drafts of a block at most.
+    """
+
+    def __init__(self, num_slots: int, max_drafts: int) -> None:
+        self.max_drafts = max_drafts
+        self._right = np.zeros((num_slots, max_drafts))
+        self._seen = np.zeros((num_slots, max_drafts))
+        start = np.full(max_drafts, _START)
+        self._shared_right, self._shared_seen = start * _SHARED_START, np.full(max_drafts, _SHARED_START)
+        self._bin_seen = np.full((_DEPTHS, len(_BIN_START)), _SHARED_START)
+        self._bin_right = self._bin_seen * _BIN_START
+        self._said = np.zeros(num_slots)  # what the bins expected of a sequence's drafts,
+        self._held = np.zeros(num_slots)  # and what came of them
+        self._judged = np.zeros(num_slots)
+        matches = np.minimum(np.arange(MAX_NGRAM + 1)[:, None] + np.arange(max_drafts)[None], MAX_NGRAM)
+        self._ngram_seen = np.full((MAX_NGRAM + 1, max_drafts), _NGRAM_WEIGHT)
+        self._ngram_right = self._ngram_seen * _NGRAM_START[matches]
+        self._reliability = np.zeros((3, _RELIABILITY_BINS))  # judged, expected, accepted
+
+    def open(self, slot: int) -> None:
+        """Another sequence has the slot."""
+        for rates in (self._right, self._seen, self._said, self._held, self._judged):
+            rates[slot] = 0.0
+
+    def survival(self, slots: Ints) -> Floats:
+        """[n, max_drafts]: the chance that a drafter's drafts up to each are accepted, before they are drafted."""
+        survival: Floats = np.cumprod(self._rates(slots), axis=1)
+        return survival
+
+    def _rates(self, slots: Ints) -> Floats:
+        shared = self._shared_right / self._shared_seen
+        rates: Floats = (self._right[slots] + _SHARED_WEIGHT * shared) / (self._seen[slots] + _SHARED_WEIGHT)
+        return rates
+
+    def survival_of(self, slots: Ints, log_probs: Floats) -> Floats:
+        """[n, k]: the same for drafts whose log-probabilities [n, k] the drafter gave; nan where it gave none."""
+        survival: Floats = np.cumprod(self._rates_of(slots, log_probs), axis=1)
+        return survival
+
+    def _rates_of(self, slots: Ints, log_probs: Floats) -> Floats:
+        count = log_probs.shape[1]
+        bins = np.searchsorted(_BIN_EDGES, log_probs)
+        depths = np.minimum(np.arange(count), _DEPTHS - 1)
+        said = self._said_by_bins()[depths, np.minimum(bins, len(_BIN_START) - 1)]
+        odds = said / (1.0 - said) * self._bias(slots)[:, None]
+        return np.where(np.isnan(log_probs), self._rates(slots)[:, :count], odds / (1.0 + odds))
+
+    def _said_by_bins(self) -> Floats:
+        said: Floats = np.clip(self._bin_right / self._bin_seen, _SURELY_NOT, 1 - _SURELY_NOT)
+        return said
+
+    def _bias(self, slots: Ints) -> Floats:
+        """By how much the odds of a sequence's drafts are better than the bins say."""
+        said, held, judged = self._said[slots], self._held[slots], self._judged[slots]
+        weight = _BIAS_WEIGHT
+        bias: Floats = (held + weight) / (said + weight) * (judged - said + weight) / (judged - held + weight)
+        return bias
+
+    def ngram_survival(self, match_lens: Ints, counts: Ints) -> Floats:
+        """[n, max_drafts]: the chance of `counts` drafts after matches of such lengths; 0 behind them."""
+        rates: Floats = (self._ngram_right / self._ngram_seen)[match_lens]
+        chances = np.where(np.arange(self.max_drafts) < counts[:, None], rates, 0.0)
+        survival: Floats = np.multiply.accumulate(chances, axis=1)
+        return survival
+
+    def saw_drafts(self, slots: Ints, counts: Ints, accepted: Ints, log_probs: Floats) -> None:
+        """Takes verdicts on drafters' drafts: `counts` verified and the first `accepted` kept; log_probs [n, k]."""
+        width = log_probs.shape[1]
+        judged, right = _verdicts(counts, accepted, width)
+        expected = self._rates_of(slots, log_probs)
+        self._judge_forecast(judged, right, expected)
+        fade = np.where(judged, _FADE, 1.0)
+        self._right[slots, :width] = self._right[slots, :width] * fade + right
+        self._seen[slots, :width] = self._seen[slots, :width] * fade + judged
+        num_judged = judged.sum(axis=0)
+        fade = _SHARED_FADE**num_judged
+        self._shared_right[:width] = self._shared_right[:width] * fade + right.sum(axis=0)
+        self._shared_seen[:width] = self._shared_seen[:width] * fade + num_judged
+        self._saw_bins(slots, judged & ~np.isnan(log_probs), right, log_probs)
+
+    def _saw_bins(self, slots: Ints, judged: Flags, right: Flags, log_probs: Floats) -> None:
+        rows, columns = np.nonzero(judged)
+        if not len(rows):
+            return
+        depths = np.minimum(columns, _DEPTHS - 1)
+        bins = np.searchsorted(_BIN_EDGES, log_probs[rows, columns])
+        said = self._said_by_bins()[depths, bins]
+        held = right[rows, columns]
+        cells = depths * len(_BIN_START) + bins
+        seen = np.bincount(cells, minlength=self._bin_seen.size).reshape(self._bin_seen.shape)
+        kept = np.bincount(cells, held, minlength=self._bin_seen.size).reshape(self._bin_seen.shape)
+        fade = _SHARED_FADE**seen
+        self._bin_seen[:] = self._bin_seen * fade + seen
+        self._bin_right[:] = self._bin_right * fade + kept
+        for totals, values in ((self._said, said), (self._held, held), (self._judged, np.ones(len(rows)))):
+            totals[slots] = totals[slots] * _BIAS_FADE + np.bincount(rows, values, minlength=len(slots))
+
+    def saw_ngrams(self, match_lens: Ints, counts: Ints, accepted: Ints) -> None:
+        """Takes verdicts on n-grams, sent or looked up only: `counts` tokens, the first `accepted` as they came."""
+        judged, right = _verdicts(counts, accepted, self.max_drafts)
+        self._judge_forecast(judged, right, (self._ngram_right / self._ngram_seen)[match_lens])
+        for match_len in range(MIN_NGRAM, MAX_NGRAM + 1):
+            members = match_lens == match_len
+            if not members.any():
+                continue
+            num_judged = judged[members].sum(axis=0)
+            fade = _SHARED_FADE**num_judged
+            self._ngram_seen[match_len] = self._ngram_seen[match_len] * fade + num_judged
+            self._ngram_right[match_len] = self._ngram_right[match_len] * fade + right[members].sum(axis=0)
+
+    def rested(self, slots: Ints) -> None:
+        """Nothing was drafted for these: what is known of them fades into what is known of all."""
+        self._right[slots] *= _FORGET
+        self._seen[slots] *= _FORGET
+
+    def _judge_forecast(self, judged: Flags, right: Flags, expected: Floats) -> None:
+        """Keeps the account of how often drafts with such a chance were accepted."""
+        chances = expected[judged]
+        bins = np.minimum((chances * _RELIABILITY_BINS).astype(int), _RELIABILITY_BINS - 1)
+        self._reliability *= 0.999 ** len(chances)
+        self._reliability[0] += np.bincount(bins, minlength=_RELIABILITY_BINS)
+        self._reliability[1] += np.bincount(bins, chances, minlength=_RELIABILITY_BINS)
+        self._reliability[2] += np.bincount(bins, right[judged], minlength=_RELIABILITY_BINS)
+
+    @property
+    def calibration_error(self) -> float:
+        """Mean distance between the chance that drafts were given and the share that was accepted, lately."""
+        judged, expected, accepted = self._reliability
+        return float(np.abs(expected - accepted).sum() / max(1.0, judged.sum()))
+
+
+def _verdicts(counts: Ints, accepted: Ints, width: int) -> tuple[Flags, Flags]:
+    """Which drafts [n, width] were judged, and which of them were right."""
+    index = np.arange(width)
+    right = index < np.minimum(accepted, counts)[:, None]
+    judged = (index <= accepted[:, None]) & (index < counts[:, None])
+    return judged, right

@@ -1,0 +1,46 @@
+"""The account of what speculation has cost and gained against plain decoding, step by step."""
+
+from __future__ import annotations
+
+import numpy as np
+
+WINDOW = 200  # steps
+MOST_LOSS = 0.015  # of the plain time of any window; what cannot be foreseen has the rest of 2 %
+
+
+class Ledger:
+    """The last steps: seconds that they took, and seconds in which plain decoding would have come as far.
+
+    No window of 200 steps may lose more than that part: none that lies behind, and none that ends later, whose steps to
+    come may all be plain ones. `room` is what the next step may lose so that this stays true.
+    """
+
+    def __init__(self) -> None:
+        self._loss = np.zeros(WINDOW - 1)  # newest last
+        self._plain = np.zeros(WINDOW - 1)
+        self._count = 0
+        self.seconds_saved = 0.0
+        self.seconds_lost = 0.0
+
+    def add(self, seconds: float, plain_seconds: float) -> None:
+        """A step that took `seconds`, for what plain decoding does in `plain_seconds`."""
+        loss = seconds - plain_seconds
+        self._loss[:-1], self._loss[-1] = self._loss[1:], loss
+        self._plain[:-1], self._plain[-1] = self._plain[1:], plain_seconds
+        self._count = min(self._count + 1, WINDOW - 1)
+        self.seconds_lost += max(0.0, loss)
+        self.seconds_saved += max(0.0, -loss)
+
+    def room(self, plain_step: float) -> float:
+        """Seconds that the next step may lose, if plain steps take `plain_step`; can be negative."""
+        lost = np.cumsum(self._loss[::-1][: self._count])
+        plain = np.cumsum(self._plain[::-1][: self._count])
+        to_come = WINDOW - 1 - np.arange(self._count)
+        windows = MOST_LOSS * (plain + to_come * plain_step) - lost
+        return float(min(MOST_LOSS * WINDOW * plain_step, windows.min(initial=np.inf)))
+
+    @property
+    def loss(self) -> float:
+        """Of the last steps, as a part of what plain decoding would have taken; negative where speculation gained."""
+        plain = float(self._plain.sum())
+        return float(self._loss.sum()) / plain if plain else 0.0

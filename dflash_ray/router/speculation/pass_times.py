@@ -1,0 +1,190 @@
+"""What passes take, learnt from the passes themselves.
+
+Two layers. A linear law over what is in a pass, fitted by non-negative least squares, says something about passes that
+were never seen. Buckets of passes alike, each with the median of its last few times, correct it where there were some.
+A machine that is slower for a while is slower for all passes: that common factor follows quickly and is kept apart, so
+that a time learnt an hour ago still compares with one of now.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+
+import numpy as np
+
+from dflash_ray.router.speculation.records import Floats
+
+KEPT = 15  # times of a bucket, the last ones
+_TRUSTED = 4  # times that a bucket needs before it speaks for the machine's speed
+_REFIT_EVERY = 64  # observations; the first ones oftener
+_DRIFT_WEIGHT = 0.1  # of the newest observation
+_SPREAD_WEIGHT = 0.02
+_FIRST_SPREAD = 0.05
+_MEDIAN_ERROR = 1.57  # of a median, over the mean deviation of a normal law: sqrt(pi / 2) squared
+_MOST_DRIFT = math.log(2.0)  # that one observation can speak for
+_OLD = 4096  # observations after which a bucket's weight in the law has halved
+_EXACT = 16  # counts up to this have a bucket each
+_PER_OCTAVE = 6  # buckets above it
+
+
+def bucket(count: int) -> int:
+    """Number of the bucket of a count: its own up to 16, about 12 % wide above."""
+    return max(0, count) if count <= _EXACT else _EXACT + round(_PER_OCTAVE * math.log2(count / _EXACT))
+
+
+@dataclass(slots=True)
+class _Bucket:
+    """Passes alike.
+
+    Attributes:
+        terms: of the law, their moving average over the passes.
+        seconds: of the last passes, at the machine's usual speed.
+        is_seed: they come from a profile, and the first time that is measured here takes their place.
+    """
+
+    terms: Floats
+    row: int
+    seconds: deque[float] = field(default_factory=lambda: deque(maxlen=KEPT))
+    is_seed: bool = False
+    seen_at: int = 0
+
+    @property
+    def median(self) -> float:
+        return median(self.seconds)
+
+
+class PassTimes:
+    """Seconds of one kind of pass.
+
+    A pass has terms, what the linear law weighs, and a place (group, row): times of one group are interpolated over its
+    rows. `prior` is the law's shape where nothing is known, in units of the first time that is seen.
+
+    Args:
+        prior: weight of every term, relative to the time of a pass whose terms are `unit`.
+        unit: terms of that pass.
+    """
+
+    def __init__(self, prior: Sequence[float], unit: Sequence[float]) -> None:
+        self._prior = np.array(prior, float) / float(np.dot(prior, unit))
+        self._unit = np.array(unit, float)
+        self._law: Floats = self._prior.copy()
+        self._groups: dict[int, dict[int, _Bucket]] = {}
+        self._ratios: dict[int, tuple[Floats, Floats]] = {}
+        self._log_drift = 0.0
+        self._spread = _FIRST_SPREAD
+        self._num_seen = 0
+
+    @property
+    def is_known(self) -> bool:
+        """Whether any time was seen or seeded."""
+        return bool(self._groups)
+
+    @property
+    def drift(self) -> float:
+        """How much slower the machine is now than usually."""
+        return math.exp(self._log_drift)
+
+    def seed(self, passes: Iterable[tuple[int, int, Sequence[float], float]]) -> None:
+        """Times of a profile: (group, row, terms, seconds)."""
+        for group, row, terms, seconds in passes:
+            cell = self._cell(group, row, np.array(terms, float))
+            cell.seconds.append(seconds)
+            cell.is_seed = True
+        self._fit()
+
+    def weight(self, term: int) -> float:
+        """Seconds that the law gives one more of a term."""
+        return float(self._law[term]) * self.drift if self.is_known else 0.0
+
+    def num_seen(self, group: int, row: int) -> int:
+        """Times kept of a bucket, measured here."""
+        cell = self._groups.get(group, {}).get(bucket(row))
+        return 0 if cell is None or cell.is_seed else len(cell.seconds)
+
+    def error(self, group: int, row: int) -> float:
+        """How far the time of such passes may be off, as a part of it: one standard error of their median."""
+        return _MEDIAN_ERROR * self._spread / math.sqrt(max(1, self.num_seen(group, row)))
+
+    def saw(self, group: int, row: int, terms: Sequence[float], seconds: float) -> None:
+        """Takes the time of a pass."""
+        values = np.array(terms, float)
+        if not self._groups:
+            self._law = self._prior * seconds * float(np.dot(self._prior, self._unit)) / float(self._prior @ values)
+        expected = self.steady(group, np.array([row], float), values[None])[0]
+        cell = self._cell(group, row, values)
+        if cell.is_seed or len(cell.seconds) >= _TRUSTED:
+            surprise = math.log(max(seconds, 1e-9) / max(expected, 1e-9)) - self._log_drift
+            surprise = min(_MOST_DRIFT, max(-_MOST_DRIFT, surprise))
+            self._log_drift += _DRIFT_WEIGHT * surprise
+            self._spread += _SPREAD_WEIGHT * (abs(surprise) - self._spread)
+        if cell.is_seed:
+            cell.seconds.clear()
+            cell.is_seed = False
+        cell.seconds.append(seconds / self.drift)
+        cell.terms += 0.25 * (values - cell.terms)
+        cell.seen_at = self._num_seen
+        self._num_seen += 1
+        self._ratios.pop(group, None)
+        if self._num_seen % _REFIT_EVERY == 0 or self._num_seen < 8 or self._num_seen in (12, 16, 24, 32, 48):
+            self._fit()
+
+    def seconds(self, group: int, rows: Floats, terms: Floats) -> Floats:
+        """Expected now, for passes of one group with rising `rows`; terms [n, num_terms]. Never falls with the rows."""
+        return np.maximum.accumulate(self.steady(group, rows, terms)) * self.drift
+
+    def steady(self, group: int, rows: Floats, terms: Floats) -> Floats:
+        """At the machine's usual speed."""
+        law: Floats = terms @ self._law
+        at, ratios = self._ratios_of(group)
+        return law * np.interp(rows, at, ratios) if len(at) else law
+
+    def _ratios_of(self, group: int) -> tuple[Floats, Floats]:
+        """What a group's buckets take over what the law says, at their rows."""
+        if group not in self._ratios:
+            cells = sorted(self._groups.get(group, {}).values(), key=lambda cell: cell.row)
+            at = np.array([cell.row for cell in cells], float)
+            law = np.array([cell.terms @ self._law for cell in cells])
+            seen = np.array([cell.median for cell in cells])
+            trust = np.array([1.0 - 0.5 ** len(cell.seconds) if len(cell.seconds) < 3 else 1.0 for cell in cells])
+            self._ratios[group] = at, (seen / np.maximum(law, 1e-12)) ** trust
+        return self._ratios[group]
+
+    def _cell(self, group: int, row: int, terms: Floats) -> _Bucket:
+        cells = self._groups.setdefault(group, {})
+        key = bucket(row)
+        if key not in cells:
+            cells[key] = _Bucket(terms.copy(), row)
+        return cells[key]
+
+    def _fit(self) -> None:
+        """The law over all buckets, by relative error, leaning on the prior's shape where there are too few."""
+        cells = [cell for group in self._groups.values() for cell in group.values()]
+        terms = np.array([cell.terms for cell in cells])
+        seconds = np.array([cell.median for cell in cells])
+        age = np.array([self._num_seen - cell.seen_at for cell in cells])
+        count = np.array([1 if cell.is_seed else len(cell.seconds) for cell in cells])
+        weight = np.sqrt(count * 0.5 ** (age / _OLD)) / seconds
+        scale = float(np.median(seconds / (terms @ self._prior)))
+        lean = 0.3 * np.maximum(1.0, np.max(terms, axis=0)) / float(np.median(seconds))
+        rows = np.vstack([terms * weight[:, None], np.diag(lean)])
+        wanted = np.concatenate([seconds * weight, lean * self._prior * scale])
+        self._law = _non_negative(rows, wanted)
+        self._ratios.clear()
+
+
+def _non_negative(rows: Floats, wanted: Floats) -> Floats:
+    """Least squares whose negative weights are left out, worst first."""
+    squares, products = rows.T @ rows, rows.T @ wanted
+    used = np.ones(len(squares), bool)
+    weights = np.zeros(len(squares))
+    while used.any():
+        found = np.linalg.solve(squares[np.ix_(used, used)], products[used])
+        if (found >= 0).all():
+            weights[used] = found
+            break
+        used[np.flatnonzero(used)[int(np.argmin(found))]] = False
+    return weights

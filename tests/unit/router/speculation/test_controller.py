@@ -1,0 +1,207 @@
+"""Speculation that pays is used, what doesn't is left, and nothing loses more than it may."""
+
+import math
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+from hypothesis import given, settings
+
+from dflash_ray.router.speculation.controller import SpeculationController
+from dflash_ray.router.speculation.cost_model import Batch
+from dflash_ray.router.speculation.records import MOST_DRAFTS, Candidates, Policy, Reason
+from tests.unit.router.speculation.loop import Loop, Machine
+
+MOST_LOSS = 0.02
+ROUNDING = 0.002  # of what a pass is expected to take
+
+
+def steps_of(loop: Loop, *reasons: Reason) -> int:
+    return sum(loop.controller.counts.steps[reason] for reason in reasons)
+
+
+@pytest.mark.parametrize(("num_sequences", "least"), [(1, 1.7), (4, 1.5)])
+def test_a_drafter_that_is_mostly_right_is_used(num_sequences, least):
+    loop = Loop(Machine(draft=0.006), num_sequences, lambda sequence, step: 0.8).run(600)
+    assert loop.speedup(300) > least
+    assert loop.controller.counts.realised_tokens == pytest.approx(loop.controller.counts.expected_tokens, rel=0.15)
+
+
+@pytest.mark.parametrize("num_sequences", [1, 4, 16])
+def test_a_drafter_of_random_weights_costs_next_to_nothing(num_sequences):
+    loop = Loop(Machine(noise=0.1), num_sequences, lambda sequence, step: 0.0).run(1500)
+    assert loop.speedup(1500) > 0.97 and loop.speedup(500) > 0.985
+
+
+def test_many_sequences_for_which_rows_are_too_dear_decode_plainly():
+    loop = Loop(Machine(base=0.01, row=0.004), 32, lambda sequence, step: 0.6).run(300)
+    assert sum(loop.rows) < 40 and loop.worst_loss() < 0.01
+
+
+def test_sequences_with_better_drafts_get_the_rows():
+    loop = Loop(Machine(row=0.002), 4, lambda sequence, step: 0.9 if sequence < 2 else 0.05).run(400)
+    rows = np.sum(loop.counts[100:], axis=0)
+    assert rows[:2].min() > 3 * rows[2:].max()
+    assert loop.speedup(200) > 1.2
+
+
+def test_drafts_that_say_how_sure_they_are_are_worth_more():
+    blind = Loop(Machine(), 8, lambda sequence, step: 0.6, seed=3).run(800)
+    seeing = Loop(Machine(), 8, lambda sequence, step: 0.6, seed=3, says=True).run(800)
+    assert seeing.speedup(400) > blind.speedup(400) + 0.1
+
+
+def test_speculation_comes_back_when_drafts_are_right_again():
+    loop = Loop(Machine(draft=0.006), 4, lambda sequence, step: 0.85 if step > 400 else 0.0).run(1800)
+    assert loop.speedup(300) > 1.4 and steps_of(loop, Reason.TRIAL) > 3
+
+
+def test_plain_steps_are_measured_within_their_budget():
+    loop = Loop(Machine(), 1, lambda sequence, step: 0.9).run(2000)
+    probes = steps_of(loop, Reason.PROBE, Reason.COLD)
+    assert 10 < probes < 0.025 * 2000
+    machine = loop.machine
+    assert loop.controller.costs.pass_seconds(Batch(1, 1, 5000), np.array([0]))[0] == pytest.approx(
+        machine.pass_seconds(1), rel=0.05
+    )
+
+
+def test_a_drafter_that_becomes_ten_times_slower_is_left():
+    machine = Machine(slow_drafts_from=500)
+    loop = Loop(machine, 1, lambda sequence, step: 0.7).run(1200)
+    assert loop.speedup(500) > 0.95
+    one_surprise = 0.1 / (200 * machine.pass_seconds(1))
+    assert loop.worst_loss() < MOST_LOSS + one_surprise
+
+
+def alternating(period: int, rate: float):
+    return lambda sequence, step: rate * (step // period % 2)
+
+
+def wandering(seed: int):
+    walk = np.cumsum(np.random.default_rng(seed).normal(0, 0.08, 4000))
+    return lambda sequence, step: float(0.5 + 0.5 * math.sin(walk[step] + sequence))
+
+
+ADVERSARIES = st.one_of(
+    st.builds(lambda rate, at: lambda sequence, step: rate * (step < at), st.floats(0.3, 1.0), st.integers(5, 600)),
+    st.builds(alternating, st.integers(2, 400), st.floats(0.3, 1.0)),
+    st.builds(wandering, st.integers(0, 10_000)),
+    st.builds(lambda rate: lambda sequence, step: rate, st.floats(0, 1)),
+)
+MACHINES = st.builds(
+    Machine,
+    base=st.floats(0.005, 0.05),
+    row=st.floats(0.0, 0.004),
+    draft=st.floats(0.001, 0.03),
+    draft_sequence=st.floats(0.0, 0.003),
+)
+
+
+@given(machine=MACHINES, num_sequences=st.sampled_from([1, 2, 4, 16]), accept=ADVERSARIES, seed=st.integers(0, 10))
+@settings(max_examples=max(10, settings().max_examples // 10))
+def test_no_200_steps_are_slower_than_plain_decoding_by_more_than_2_percent(machine, num_sequences, accept, seed):
+    loop = Loop(machine, num_sequences, accept, seed=seed).run(600)
+    assert loop.worst_loss() <= MOST_LOSS + ROUNDING
+
+
+def candidates(count: int, drafts: int = 7, match_lens=None, ngram_lens=None) -> Candidates:
+    zeros = np.zeros(count, np.int64)
+    return Candidates(
+        np.arange(count), np.full(count, MOST_DRAFTS), np.full(count, drafts),
+        zeros if match_lens is None else np.array(match_lens), zeros if ngram_lens is None else np.array(ngram_lens),
+    )  # fmt: skip
+
+
+def run_step(controller, wanted, batch, now, draft_lens=None, accepted=None):
+    """One step of 30 ms and 1 ms a row; returns asks and counts."""
+    asks = controller.plan(wanted, batch, 100, now)
+    lens = asks if draft_lens is None else np.array(draft_lens)
+    log_probs = np.full((len(asks), MOST_DRAFTS), np.nan)
+    counts, from_ngram = controller.cut(wanted, lens, log_probs, batch, 100)
+    controller.step_started(batch, np.ones(len(asks), bool), counts, now)
+    done = now + 0.030 + 0.001 * (batch.num_rows + int(counts.sum()))
+    controller.step_done(np.zeros(len(asks), np.int64) if accepted is None else np.array(accepted), done)
+    return asks, counts, from_ngram, done
+
+
+def test_fixed_and_off_are_done_to_the_letter():
+    controller = SpeculationController(2)
+    controller.open(0, Policy.FIXED, 5)
+    controller.open(1, Policy.OFF, 5)
+    now = 0.0
+    for _ in range(50):
+        asks, counts, _, now = run_step(controller, candidates(2), Batch(2, 2, 20), now)
+        assert asks.tolist() == counts.tolist() == [5, 0]
+
+
+def test_sequences_with_a_fixed_number_do_not_change_what_is_right_for_the_others():
+    controller = SpeculationController(2)
+    controller.open(0, Policy.FIXED, 5)
+    controller.open(1, Policy.ADAPTIVE, 7)
+    now = 0.0
+    for _ in range(100):
+        _, counts, _, now = run_step(controller, candidates(2), Batch(2, 2, 20), now)
+        assert counts[0] == 5
+    assert counts[1] == 0  # whose drafts are all wrong
+
+
+def test_a_request_names_its_most_drafts():
+    loop = Loop(Machine(row=0.0), 1, lambda sequence, step: 1.0)
+    loop.controller.open(0, Policy.ADAPTIVE, 2)
+    loop.run(100)
+    assert max(loop.rows) == 2
+
+
+def test_an_ngram_with_a_long_match_is_verified_further_than_a_drafter_drafts():
+    controller = SpeculationController(1)
+    controller.open(0, Policy.ADAPTIVE, MOST_DRAFTS)
+    wanted, now, seen = candidates(1, 7, [5], [15]), 0.0, []
+    for _ in range(60):
+        asks, counts, from_ngram, now = run_step(controller, wanted, Batch(1, 1, 50), now, [0], [15])
+        seen.append((asks[0], counts[0], from_ngram[0]))
+    assert (0, 15, True) in seen[10:] and all(asked == 0 for asked, count, _ in seen[10:] if count)
+
+
+def test_without_a_preference_for_ngrams_the_drafter_is_asked_all_the_same():
+    asked = []
+    for prefers in (True, False):
+        controller = SpeculationController(1, prefers)
+        controller.open(0, Policy.FIXED, 4)
+        asks, *_ = run_step(controller, candidates(1, 7, [5], [15]), Batch(1, 1, 50), 0.0)
+        asked.append(int(asks[0]))
+    assert asked == [0, 4]
+
+
+def test_a_cold_group_decodes_plainly_first():
+    controller = SpeculationController(1)
+    controller.open(0, Policy.ADAPTIVE, 7)
+    now = 0.0
+    for step in range(4):
+        asks, _, _, now = run_step(controller, candidates(1), Batch(1, 1, 50), now, accepted=[4])
+        assert (asks[0] > 0) == (step == 3)
+
+
+def test_a_profile_spares_nothing_but_the_first_idea_of_the_costs():
+    controller = SpeculationController(1)
+    controller.costs.seed([(Batch(1, rows, 100), 0.03 + 0.001 * rows) for rows in (1, 4, 8)], [(1, 7, 0.005)])
+    assert controller.costs.is_known
+
+
+def test_steps_that_were_lost_with_their_target_are_forgotten():
+    controller = SpeculationController(1)
+    controller.open(0, Policy.ADAPTIVE, 7)
+    wanted = candidates(1)
+    controller.plan(wanted, Batch(1, 1, 5), 100, 0.0)
+    controller.cut(wanted, np.array([0]), np.full((1, MOST_DRAFTS), np.nan), Batch(1, 1, 5), 100)
+    controller.steps_lost()
+    _, _, _, now = run_step(controller, wanted, Batch(1, 1, 5), 0.0)
+    assert now > 0
+
+
+def test_entries_without_a_verdict_teach_nothing():
+    controller = SpeculationController(1)
+    controller.open(0, Policy.FIXED, 4)
+    before = controller.acceptance.survival(np.array([0]))
+    run_step(controller, candidates(1), Batch(1, 1, 5), 0.0, accepted=[-1])
+    assert (controller.acceptance.survival(np.array([0])) == before).all()

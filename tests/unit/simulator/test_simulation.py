@@ -1,0 +1,121 @@
+"""The production scheduler under a virtual clock does what a server would: every token comes, and nothing is slower."""
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+from hypothesis import given, settings
+
+from dflash_ray.simulator.profile import Profile, Times, built_in_profiles, load_profile
+from dflash_ray.simulator.simulation import Deployment, Simulation, simulate
+from dflash_ray.simulator.workload import Category, Workload
+
+CPU = Profile(
+    name="cpu",
+    model="toy",
+    device="toy",
+    date="2026-11-27",
+    source="made up",
+    passes=Times(at=(1, 4, 8, 16, 32), seconds=(0.030, 0.034, 0.040, 0.056, 0.09)),
+    per_sequence=0.0004,
+    per_context_token=1e-6,
+    prefill=Times(at=(1, 256), seconds=(0.03, 0.3)),
+    drafts=Times(at=(1, 4, 16), seconds=(0.008, 0.014, 0.04)),
+    draft_len=7,
+    host=0.0005,
+)
+CHAT = Category(prompt_tokens=40, output_tokens=80)
+
+
+def workload(clients: int = 1, requests: int = 6, **category) -> Workload:
+    return Workload(clients=clients, requests=requests, categories={"chat": CHAT.model_copy(update=category)})
+
+
+@pytest.mark.parametrize("num_drafters", [0, 1, 3])
+@pytest.mark.parametrize("policy", ["off", "fixed", "adaptive"])
+def test_every_request_gets_all_its_tokens_at_the_right_time(policy, num_drafters):
+    outcome = simulate(Deployment(CPU, policy, num_drafters), workload(clients=3, requests=9))
+    assert len(outcome.first_token) == 9 and (outcome.first_token > 0.03).all()
+    assert outcome.num_tokens == len(outcome.token_gaps) + 9
+    assert outcome.seconds > outcome.steps[:, 0].sum() * 0.5 > 0
+    assert (outcome.acceptance_length > 1) == (policy != "off")
+    assert (outcome.drafter_busy > 0) == (policy != "off" and num_drafters > 0)
+    assert 0 < outcome.target_busy <= 1
+
+
+def test_plain_decoding_takes_what_the_profile_says():
+    outcome = simulate(Deployment(CPU, "off"), workload(requests=3))
+    steps = outcome.steps[:, 0]
+    assert np.median(steps) == pytest.approx(0.0306, rel=0.02)
+
+
+def test_speculation_that_pays_is_as_quick_as_the_best_fixed_number():
+    fixed = [simulate(Deployment(CPU, "fixed", draft_tokens=count), workload()).token_rate for count in (2, 5, 7)]
+    adaptive = simulate(Deployment(CPU, "adaptive"), workload()).token_rate
+    assert adaptive > 0.97 * max(fixed)
+
+
+def test_an_open_loop_waits_for_its_arrivals():
+    slow = simulate(Deployment(CPU, "off"), Workload(rate=0.1, requests=5, categories={"chat": CHAT}))
+    assert slow.seconds > 20 and slow.target_busy < 0.6
+
+
+def test_what_a_workload_asks_does_not_depend_on_the_policy():
+    one, other = (simulate(Deployment(CPU, policy), workload(requests=5)) for policy in ("off", "adaptive"))
+    assert one.num_tokens == other.num_tokens
+
+
+def test_sequences_that_rest_long_are_closed_at_their_drafter_and_opened_anew():
+    poor = Simulation(Deployment(CPU, "adaptive"), workload(requests=8, acceptance=(0.0,)))
+    outcome = poor.run()
+    drafter = next(iter(poor._drafters.values()))
+    assert outcome.reasons["no_gain"] > 200 and len(drafter._held) <= 1
+    assert outcome.drafter_busy < 0.05
+
+
+@pytest.mark.parametrize("name", built_in_profiles())
+def test_profiles_that_come_along_say_where_they_come_from_and_never_get_quicker_with_more_work(name):
+    profile = load_profile(name)
+    assert len(profile.source) > 100
+    passes = [profile.pass_seconds(1, rows, 512, 0) for rows in range(1, 3000, 7)]
+    drafts = [profile.draft_seconds(count, count * profile.draft_len, 0) for count in range(1, 300)]
+    assert (np.diff(passes) >= 0).all() and (np.diff(drafts) >= 0).all()
+
+
+ACCEPTANCE = st.lists(st.floats(0, 1), min_size=1, max_size=6).map(tuple)
+CATEGORIES = st.builds(
+    Category,
+    prompt_tokens=st.integers(4, 400),
+    output_tokens=st.integers(4, 200),
+    spread=st.floats(0, 1),
+    acceptance=ACCEPTANCE,
+    frankness=st.floats(0, 1),
+    share=st.floats(0.1, 1),
+)
+WORKLOADS = st.builds(
+    Workload,
+    clients=st.integers(1, 24),
+    requests=st.just(24),
+    categories=st.dictionaries(st.sampled_from("abc"), CATEGORIES, min_size=1),
+    seed=st.integers(0, 1000),
+)
+
+
+def is_never_slower(load: Workload, num_drafters: int) -> None:
+    """Over the whole workload, but for what trials of a group that has just started cost."""
+    plain = simulate(Deployment(CPU, "off", num_drafters), load)
+    adaptive = simulate(Deployment(CPU, "adaptive", num_drafters), load)
+    first_trials = 4 * 0.05
+    assert adaptive.seconds <= 1.02 * plain.seconds + first_trials
+
+
+@given(load=WORKLOADS, num_drafters=st.sampled_from([0, 1, 2]))
+@settings(max_examples=4)
+def test_random_workloads_are_never_slower_than_plain_decoding(load, num_drafters):
+    is_never_slower(load, num_drafters)
+
+
+@pytest.mark.slow
+@given(load=WORKLOADS, num_drafters=st.sampled_from([0, 1, 2]))
+@settings(max_examples=1000, deadline=None)
+def test_a_thousand_random_workloads_are_never_slower_than_plain_decoding(load, num_drafters):
+    is_never_slower(load, num_drafters)
