@@ -184,15 +184,14 @@ class Rank:
 
     def __init__(self, case: Case, clock: Clock, texts: Texts, channel: StepChannel) -> None:
         self._clock, self._channel = clock, channel
-        self._runner = CannedRunner(case, Clock(), texts)
-        self._engine = _engine(case, self._runner)
+        self._engine = _engine(case, CannedRunner(case, clock, texts))
 
     def follow(self) -> bool:
         """A step; False after the last one."""
+        self._clock.to("rank")
         step = self._channel.receive()
         if LAST in step.close:
             return False
-        self._clock.to("rank")
         self._engine.step(step)
         self._clock.to(None)
         return True
