@@ -197,7 +197,7 @@ async def test_a_long_context_moves_to_another_drafter_by_replay(models, truth):
 
         async def lose_a_drafter(num_tokens: int) -> None:
             if num_tokens == 3:
-                (holder,) = [s.context.drafter_id for s in pipeline.scheduler._running]
+                (holder,) = [s.context.drafter_id for s in pipeline.scheduler.drafting.table.running()]
                 await app.drafters["ab".index(holder)].stop()
 
         assert await generate(pipeline, PROMPTS[0], lose_a_drafter) == truth[0]
