@@ -6,7 +6,7 @@ The text of a request never depends on anything here, only when it comes.
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
@@ -15,6 +15,15 @@ from dflash_ray.router.speculation.acceptance import Acceptance
 from dflash_ray.router.speculation.choice import best_rows, is_drafted, share, worths
 from dflash_ray.router.speculation.cost_model import Batch, CostModel
 from dflash_ray.router.speculation.ledger import Ledger
+from dflash_ray.router.speculation.lessons import keep_account, learn_acceptance, learn_costs
+from dflash_ray.router.speculation.outlook import (
+    NO_OUTLOOK,
+    PLAIN,
+    Outlook,
+    SpeculativeStep,
+    merged,
+    nothing_decodes,
+)
 from dflash_ray.router.speculation.pauses import Pauses
 from dflash_ray.router.speculation.records import MOST_DRAFTS, Candidates, Floats, Policy, Reason, SpeculationCounts
 
@@ -22,45 +31,9 @@ _LEAST_GAIN = 1.02  # promised over plain decoding before anything is speculated
 _DOUBT = 1.0  # and so many standard errors of the plain time
 _TRIAL_RATE = 0.7  # acceptance that a trial hopes for
 _TRIAL_ROOM = 0.5  # of the loss that is allowed
+_TRIAL_EACH = 4  # a trial verifies one draft for so many sequences at least
 _SPARE_SLOTS = 2  # asked for beyond what is expected to be verified, where slots cost time
 _SLOT_PRICE = 0.02  # of a step's time
-_SAMPLED = 32  # sequences that acceptance is learnt from in a step that leaves nothing to choose
-_SPIKE = 1.25  # times what was expected; what a pass takes over that is the machine's doing
-_PLAIN = frozenset({Reason.COLD, Reason.PROBE, Reason.REST, Reason.NO_GAIN})
-
-
-@dataclass(frozen=True, slots=True)
-class _Outlook:
-    """What a step was planned to be: why, and what the plan allows.
-
-    Attributes:
-        num_asked, num_slots: sequences whose drafter was asked, and the slots asked for.
-        max_seconds: that the step may take, the wait for its drafts included.
-    """
-
-    reason: Reason
-    num_asked: int
-    num_slots: int
-    max_seconds: float
-    planned_at: float
-
-
-@dataclass(slots=True)
-class _Step:
-    """What will be verified, or is."""
-
-    batch: Batch
-    outlook: _Outlook
-    slots: Ints
-    counts: Ints
-    from_ngram: Flags
-    is_free: Flags  # whose drafts were chosen here
-    log_probs: Floats
-    match_lens: Ints
-    tokens: float  # expected
-    sent_at: float = 0.0
-    wait: float = 0.0
-    asked_inside: tuple[int, int] = (0, 0)  # sequences and slots that the colocated drafter drafts for after the pass
 
 
 class SpeculationController:
@@ -83,9 +56,9 @@ class SpeculationController:
         self.costs = CostModel()
         self.ledger = Ledger()
         self.counts = SpeculationCounts()
-        self._outlooks: dict[int, _Outlook] = {}
-        self._cut: _Step | None = None
-        self._steps: deque[_Step] = deque()
+        self._outlooks: dict[int, Outlook] = {}
+        self._cut: SpeculativeStep | None = None
+        self._steps: deque[SpeculativeStep] = deque()
         self._last_result = 0.0
         self._pauses = Pauses()
 
@@ -109,7 +82,7 @@ class SpeculationController:
             is_fixed, is_free = is_fixed & may_choose, is_free & may_choose
         else:
             is_fixed &= ~has_draft
-            is_free &= self._outlooks.get(cohort, _NO_OUTLOOK).reason not in _PLAIN
+            is_free &= self._outlooks.get(cohort, NO_OUTLOOK).reason not in PLAIN
         wanted: Flags = is_fixed | is_free
         return wanted
 
@@ -128,7 +101,7 @@ class SpeculationController:
         draft_room = np.minimum(candidates.draft_room, room)
         if not is_free.any() and not candidates.ngram_lens.any():
             asks = np.where(policies == Policy.FIXED, draft_room, 0)
-            self._look_out(cohort, _Outlook(Reason.FIXED, int(np.count_nonzero(asks)), int(asks.sum()), np.inf, now))
+            self._look_out(cohort, Outlook(Reason.FIXED, int(np.count_nonzero(asks)), int(asks.sum()), np.inf, now))
             return asks
         ngrams = self.acceptance.ngram_survival(candidates.match_lens, np.minimum(candidates.ngram_lens, room))
         drafts = _cut(self.acceptance.survival(slots), draft_room)
@@ -136,7 +109,7 @@ class SpeculationController:
         if self.prefers_ngram:
             asks[ngrams.sum(axis=1) > drafts.sum(axis=1)] = 0
         if not is_free.any():
-            self._look_out(cohort, _Outlook(Reason.FIXED, int(np.count_nonzero(asks)), int(asks.sum()), np.inf, now))
+            self._look_out(cohort, Outlook(Reason.FIXED, int(np.count_nonzero(asks)), int(asks.sum()), np.inf, now))
             return asks
         drafts[~is_free] = 0.0
         ngrams[~is_free] = 0.0
@@ -144,20 +117,13 @@ class SpeculationController:
         around = replace(batch, num_rows=batch.num_rows + min(fixed_rows, max_rows))
         reason, drafted, most = self._choose(drafts, ngrams, draft_room, around, max_rows - fixed_rows, asks)
         asks = np.where(is_free, 0 if drafted is None else drafted, asks)
-        self._look_out(cohort, _Outlook(reason, int(np.count_nonzero(asks)), int(asks.sum()), most, now))
+        self._look_out(cohort, Outlook(reason, int(np.count_nonzero(asks)), int(asks.sum()), most, now))
         return asks
 
-    def _look_out(self, cohort: int, outlook: _Outlook) -> None:
+    def _look_out(self, cohort: int, outlook: Outlook) -> None:
         """Keeps what a step is planned to be; sequences that join it meanwhile are added to it."""
         before = self._outlooks.get(cohort)
-        if before is not None:
-            decisive = outlook if before.reason in _PLAIN else before
-            outlook = replace(
-                decisive,
-                num_asked=before.num_asked + outlook.num_asked,
-                num_slots=before.num_slots + outlook.num_slots,
-                planned_at=before.planned_at,
-            )
+        outlook = outlook if before is None else merged(before, outlook)
         self._outlooks[cohort] = outlook
 
     def _choose(
@@ -243,25 +209,25 @@ class SpeculationController:
         from_ngram = draft_lens == 0
         counts = np.where(policies == Policy.FIXED, np.where(from_ngram, ngram_lens, draft_lens), 0)
         is_free = policies == Policy.ADAPTIVE
-        outlook = self._outlooks.pop(cohort, _NO_OUTLOOK)
+        outlook = self._outlooks.pop(cohort, NO_OUTLOOK)
         tokens = float(batch.num_sequences)
         batch = replace(batch, num_rows=batch.num_rows + min(int(counts.sum()), max_rows))
-        if is_free.any() and outlook.reason not in _PLAIN and self.costs.is_known:
+        if is_free.any() and outlook.reason not in PLAIN and self.costs.is_known:
             drafts = _cut(self.acceptance.survival_of(slots, log_probs), draft_lens)
-            if outlook.reason == Reason.TRIAL:
-                drafts = np.maximum(drafts, _cut(_HOPE[None], draft_lens))
             ngrams = self.acceptance.ngram_survival(candidates.match_lens, ngram_lens)
             is_better = ngrams.sum(axis=1) > drafts.sum(axis=1)
             survival = np.where((is_better & is_free)[:, None], ngrams, drafts * is_free[:, None])
             num_rows, tokens = self._rows(survival, batch, max_rows - int(counts.sum()), outlook)
+            if outlook.reason == Reason.TRIAL:  # that something is learnt of drafts, whatever they promise
+                num_rows = max(num_rows, -(-len(slots) // _TRIAL_EACH))
             counts = np.where(is_free, share(survival, num_rows), counts)
             from_ngram = np.where(is_free, is_better, from_ngram)
-        self._cut = _Step(
+        self._cut = SpeculativeStep(
             batch, outlook, slots, counts, from_ngram, is_free, log_probs, candidates.match_lens, tokens
         )  # fmt: skip
         return counts, from_ngram
 
-    def _rows(self, survival: Floats, batch: Batch, max_rows: int, outlook: _Outlook) -> tuple[int, float]:
+    def _rows(self, survival: Floats, batch: Batch, max_rows: int, outlook: Outlook) -> tuple[int, float]:
         """How many rows, and the tokens of the step; the wait for the drafts is part of it whatever is chosen."""
         rows, gains = best_rows(survival, max(0, max_rows))
         passes = self.costs.pass_seconds(batch, rows)
@@ -282,7 +248,7 @@ class SpeculationController:
             counts: drafts that it verifies of each.
             asked_inside: sequences and slots that a colocated drafter drafts for behind the pass.
         """
-        step, self._cut = self._cut or _nothing(batch), None
+        step, self._cut = self._cut or nothing_decodes(batch), None
         fixed_rows = int(counts[~step.is_free].sum())
         step.batch = replace(batch, num_rows=batch.num_rows + fixed_rows)
         step.slots, step.counts, step.from_ngram = step.slots[is_in], counts[is_in], step.from_ngram[is_in]
@@ -306,9 +272,9 @@ class SpeculationController:
         if not len(step.slots):
             self.costs.saw_pass(step.batch, 0, busy)
             return
-        self._learn_acceptance(step, accepted)
-        self._learn_costs(step, busy, draft_seconds)
-        self._keep_account(step, accepted, busy, draft_seconds)
+        learn_acceptance(self.acceptance, step, accepted)
+        learn_costs(self.costs, step, busy, draft_seconds, self.is_colocated)
+        keep_account(self.costs, self.ledger, self.counts, step, accepted, busy, draft_seconds)
         self._pauses.step_done(step.outlook.reason, step.outlook.num_asked > 0, self.ledger.loss)
 
     def steps_lost(self) -> None:
@@ -316,50 +282,6 @@ class SpeculationController:
         self._cut = None
         self._steps.clear()
         self._outlooks.clear()
-
-    def _learn_acceptance(self, step: _Step, accepted: Ints) -> None:
-        has_verdict = (accepted >= 0) & (step.counts > 0)
-        remote = np.flatnonzero(has_verdict & ~step.from_ngram)
-        if len(remote) > _SAMPLED and not step.is_free.any():
-            remote = remote[:: len(remote) // _SAMPLED]
-        if len(remote):
-            width = min(MOST_DRAFTS, int(step.counts[remote].max()))
-            self.acceptance.saw_drafts(
-                step.slots[remote], step.counts[remote], accepted[remote], step.log_probs[remote, :width]
-            )
-        ngram = np.flatnonzero(has_verdict & step.from_ngram)
-        if len(ngram):
-            self.acceptance.saw_ngrams(step.match_lens[ngram], step.counts[ngram], accepted[ngram])
-        rested = step.slots[step.from_ngram | (step.counts == 0)]
-        if len(rested):
-            self.acceptance.rested(rested)
-
-    def _learn_costs(self, step: _Step, busy: float, draft_seconds: float) -> None:
-        outlook, batch = step.outlook, step.batch
-        self.costs.saw_pass(batch, self._free_rows(step), busy)
-        num_asked, num_slots = step.asked_inside if self.is_colocated else (outlook.num_asked, outlook.num_slots)
-        self.costs.saw_wait(num_asked, num_slots, batch.is_split, step.wait + draft_seconds)
-
-    def _free_rows(self, step: _Step) -> int:
-        return int(step.counts[step.is_free].sum())
-
-    def _keep_account(self, step: _Step, accepted: Ints, busy: float, draft_seconds: float) -> None:
-        """Compares the step with what plain decoding takes for the same tokens."""
-        outlook, batch = step.outlook, step.batch
-        self.counts.steps[outlook.reason] += 1
-        num_free = int(np.count_nonzero(step.is_free))
-        if not num_free:
-            return
-        kept = np.maximum(accepted, 0)[step.is_free]
-        expected = self.costs.pass_seconds(batch, np.array([0, self._free_rows(step)]))
-        plain = float(expected[0]) + self.costs.host_seconds
-        if outlook.num_asked or step.asked_inside[0] or step.counts.any():
-            seconds = min(busy, _SPIKE * float(expected[1])) + step.wait + draft_seconds
-            self.ledger.add(seconds, plain * (1.0 + float(kept.sum()) / num_free))
-            self.counts.expected_tokens += step.tokens
-            self.counts.realised_tokens += len(step.slots) + int(np.maximum(accepted, 0).sum())
-        else:
-            self.ledger.add(plain, plain)
 
     def _may_draft(self) -> bool:
         return self.is_colocated or self._pauses.may_draft()
@@ -378,18 +300,9 @@ class SpeculationController:
 
 
 _NONE = np.zeros(1, np.int64)
-_NO_SLOTS = np.zeros(0, np.int64)
-_NO_FLAGS = np.zeros(0, np.bool_)
 _HOPE = np.cumprod(np.full(MOST_DRAFTS, _TRIAL_RATE))
-_NO_OUTLOOK = _Outlook(Reason.FIXED, 0, 0, np.inf, 0.0)
 
 
 def _cut(survival: Floats, lens: Ints) -> Floats:
     """Zero behind the end of each sequence's drafts."""
     return np.where(np.arange(survival.shape[1]) < lens[:, None], survival, 0.0)
-
-
-def _nothing(batch: Batch) -> _Step:
-    """A step in which nothing decodes."""
-    log_probs = np.zeros((0, MOST_DRAFTS))
-    return _Step(batch, _NO_OUTLOOK, _NO_SLOTS, _NO_SLOTS, _NO_FLAGS, _NO_FLAGS, log_probs, _NO_SLOTS, 0.0)

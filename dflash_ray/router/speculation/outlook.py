@@ -1,0 +1,67 @@
+"""What a step was planned to be, and what becomes of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from dflash_ray.core.arrays import Flags, Ints
+from dflash_ray.router.speculation.cost_model import Batch
+from dflash_ray.router.speculation.records import MOST_DRAFTS, Floats, Reason
+
+PLAIN = frozenset({Reason.COLD, Reason.PROBE, Reason.REST, Reason.NO_GAIN})
+
+
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """What a step was planned to be: why, and what the plan allows.
+
+    Attributes:
+        num_asked, num_slots: sequences whose drafter was asked, and the slots asked for.
+        max_seconds: that the step may take, the wait for its drafts included.
+    """
+
+    reason: Reason
+    num_asked: int
+    num_slots: int
+    max_seconds: float
+    planned_at: float
+
+
+@dataclass(slots=True)
+class SpeculativeStep:
+    """What will be verified, or is."""
+
+    batch: Batch
+    outlook: Outlook
+    slots: Ints
+    counts: Ints
+    from_ngram: Flags
+    is_free: Flags  # whose drafts were chosen here
+    log_probs: Floats
+    match_lens: Ints
+    tokens: float  # expected
+    sent_at: float = 0.0
+    wait: float = 0.0
+    asked_inside: tuple[int, int] = (0, 0)  # sequences and slots that the colocated drafter drafts for after the pass
+
+
+NO_OUTLOOK = Outlook(Reason.FIXED, 0, 0, np.inf, 0.0)
+
+
+def merged(before: Outlook, outlook: Outlook) -> Outlook:
+    """A step that sequences join which got their tokens later."""
+    decisive = outlook if before.reason in PLAIN else before
+    return replace(
+        decisive,
+        num_asked=before.num_asked + outlook.num_asked,
+        num_slots=before.num_slots + outlook.num_slots,
+        planned_at=before.planned_at,
+    )
+
+
+def nothing_decodes(batch: Batch) -> SpeculativeStep:
+    """A step in which nothing decodes."""
+    slots, flags, log_probs = np.zeros(0, np.int64), np.zeros(0, np.bool_), np.zeros((0, MOST_DRAFTS))
+    return SpeculativeStep(batch, NO_OUTLOOK, slots, slots, flags, flags, log_probs, slots, 0.0)
