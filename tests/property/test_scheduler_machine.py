@@ -17,6 +17,7 @@ from dflash_ray.router.actions import (
 )
 from dflash_ray.router.draft_requests import DrafterState
 from dflash_ray.router.scheduler import Scheduler
+from dflash_ray.router.slot_table import NEVER
 from tests.toy import VOCAB, ToyDrafter, ToyTarget, answer, token_request
 
 PROMPTS = st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=30)
@@ -204,6 +205,17 @@ class SchedulerMachine(RuleBasedStateMachine):
     def the_target_never_has_more_pages_in_use_than_there_are(self):
         if hasattr(self, "target"):
             assert self.target.used_pages <= self.target.limits.num_pages
+
+    @invariant()
+    def what_is_counted_is_what_the_slots_say(self):
+        if hasattr(self, "scheduler"):
+            table = self.scheduler.drafting.table
+            used = table.ids > 0
+            assert table.num_in_phase == [int((table.phases == phase).sum()) for phase in range(3)]
+            assert table.num_in_cohort == [int((used & (table.cohorts == cohort)).sum()) for cohort in (0, 1)]
+            assert ((table.phases > 0) == used).all() and table.num_running == used.sum()
+            assert not table.step_ids[~used].any() and (table.draft_deadlines[~used] == NEVER).all()
+            assert all(table.sequence(slot).slot == slot for slot in used.nonzero()[0].tolist())
 
     def teardown(self):
         """Left alone, everything finishes: nothing waits for an event that will not come."""
