@@ -52,7 +52,7 @@ from dflash_ray.target_group.batch import StepBatch
 from dflash_ray.target_group.codec import decode_step, encode_result
 from dflash_ray.target_group.engine import Engine
 from dflash_ray.target_group.feature_store import FeatureStore
-from dflash_ray.target_group.feature_streams import FeatureStreams, _push, _Stream, _Wanted
+from dflash_ray.target_group.feature_streams import FeatureStreams, _Stream, _Wanted
 from dflash_ray.target_group.model import StepHidden
 from dflash_ray.target_group.step import StepFeatures, StepInput
 from dflash_ray.target_group.step_channel import StepChannel
@@ -484,12 +484,8 @@ class _Source:
 
     def give(self) -> Iterator[bytes]:
         """The target's end: what is there to send."""
-        while parts := self._streams._pick(self._stream):
-            message = self._streams._message(*[list(column) for column in zip(*parts, strict=True)])
-            for subscription, _, start, count in parts:
-                subscription.at = start + count
-                _push(subscription)
-            yield target_pb2.FeaturesResponse(features=message).SerializeToString()
+        while (response := self._streams._next(self._stream)) is not None:
+            yield response.SerializeToString()
 
     def take(self, data: bytes) -> None:
         """The drafter's end."""

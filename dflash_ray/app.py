@@ -10,7 +10,7 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -21,6 +21,7 @@ from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, HTTPOptions
 from dflash_ray.config import DflashRayConfig, PlacementConfig, parse_config
 from dflash_ray.drafter.service import DrafterReplica
 from dflash_ray.gateway.service import GatewayReplica
+from dflash_ray.ray_instance import start_instance
 from dflash_ray.router.service import RouterReplica
 from dflash_ray.rpc.channel import format_address
 from dflash_ray.rpc.directory import NAMESPACE, start_directory, stop_directory
@@ -52,17 +53,25 @@ _MAX_ONGOING_REQUESTS = 10_000
 
 def build_app(args: dict[str, Any]) -> serve.Application:
     """The application for a configuration tree of plain values. Raises ConfigError that names the key at fault."""
-    config = parse_config(args)
-    peers = [_router(config), _target(config)]
+    return _build(parse_config(args), inherited={})
+
+
+def _build(config: DflashRayConfig, inherited: Mapping[str, str]) -> serve.Application:
+    """
+    Args:
+        inherited: what every process has in its environment anyway. One that needs nothing else can be any worker that
+            Ray has started already.
+    """
+    peers = [_router(config, inherited), _target(config, inherited)]
     if config.num_drafter_replicas:
-        peers.append(_drafter(config))
+        peers.append(_drafter(config, inherited))
     gateway = serve.deployment(
         GatewayReplica,
         name="Gateway",
         num_replicas=config.gateway.num_replicas,
         max_ongoing_requests=_MAX_ONGOING_REQUESTS,
         logging_config=_SERVE_LOGGING,
-        ray_actor_options=_actor_options(config.gateway.placement),
+        ray_actor_options=_actor_options(config.gateway.placement, inherited),
         # Serve's limit is for HTTP and gRPC together, and ends the process.
         graceful_shutdown_timeout_s=config.gateway.drain_timeout_s + 5,
     )
@@ -70,22 +79,22 @@ def build_app(args: dict[str, Any]) -> serve.Application:
     return gateway.bind(config, *peers)
 
 
-def _router(config: DflashRayConfig) -> serve.Application:
+def _router(config: DflashRayConfig, inherited: Mapping[str, str]) -> serve.Application:
     deployment = serve.deployment(
         RouterReplica,
         name="Router",
         num_replicas=config.router.num_replicas,
         max_ongoing_requests=_MAX_ONGOING_REQUESTS,
         logging_config=_SERVE_LOGGING,
-        ray_actor_options=_actor_options(config.router.placement),
+        ray_actor_options=_actor_options(config.router.placement, inherited),
         graceful_shutdown_timeout_s=30,
     )
     return deployment.bind(config)
 
 
-def _target(config: DflashRayConfig) -> serve.Application:
+def _target(config: DflashRayConfig, inherited: Mapping[str, str]) -> serve.Application:
     bundles, strategy, actor_options = target_placement(config)
-    actor_options = {**actor_options, "runtime_env": {"env_vars": PROCESS_ENV}}
+    actor_options = {**actor_options, **_runtime_env(PROCESS_ENV, inherited)}
     deployment = serve.deployment(
         TargetReplica,
         name="Target",
@@ -100,7 +109,7 @@ def _target(config: DflashRayConfig) -> serve.Application:
     return deployment.bind(config)
 
 
-def _drafter(config: DflashRayConfig) -> serve.Application:
+def _drafter(config: DflashRayConfig, inherited: Mapping[str, str]) -> serve.Application:
     scaling = config.drafter.autoscaling
     size: dict[str, Any] = {"num_replicas": config.num_drafter_replicas}
     if scaling is not None:
@@ -124,7 +133,7 @@ def _drafter(config: DflashRayConfig) -> serve.Application:
         name="Drafter",
         max_ongoing_requests=_MAX_ONGOING_REQUESTS,
         logging_config=_SERVE_LOGGING,
-        ray_actor_options=_actor_options(config.drafter.placement, OMP_NUM_THREADS=str(threads)),
+        ray_actor_options=_actor_options(config.drafter.placement, inherited, OMP_NUM_THREADS=str(threads)),
         health_check_period_s=2,
         graceful_shutdown_timeout_s=5,
         **size,
@@ -132,13 +141,19 @@ def _drafter(config: DflashRayConfig) -> serve.Application:
     return deployment.bind(config)
 
 
-def _actor_options(placement: PlacementConfig, **env: str) -> dict[str, Any]:
+def _actor_options(placement: PlacementConfig, inherited: Mapping[str, str], **env: str) -> dict[str, Any]:
     return {
         "num_cpus": placement.num_cpus,
         "num_gpus": placement.num_gpus,
         "resources": placement.resources,
-        "runtime_env": {"env_vars": {**PROCESS_ENV, **env}},
+        **_runtime_env({**PROCESS_ENV, **env}, inherited),
     }
+
+
+def _runtime_env(env: Mapping[str, str], inherited: Mapping[str, str]) -> dict[str, Any]:
+    """The option of an actor that gives it what it does not inherit; none where it inherits everything."""
+    missing = {name: value for name, value in env.items() if inherited.get(name) != value}
+    return {"runtime_env": {"env_vars": missing}} if missing else {}
 
 
 @contextmanager
@@ -155,6 +170,7 @@ def running_app(config: DflashRayConfig, on_step: Callable[[str], None] = lambda
         AppStartError: a port of the gateway is taken, or a deployment does not come up.
     """
     os.environ.update(PROCESS_ENV)
+    os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count() or 1))
     # Ray runs workers at niceness 15; these are the service itself.
     os.environ.setdefault("RAY_worker_niceness", "0")
     # Logs are for files as well, and a target may load for as long as its deadline says.
@@ -176,7 +192,8 @@ def running_app(config: DflashRayConfig, on_step: Callable[[str], None] = lambda
         on_step("loading the model and its drafters")
         stopping.callback(serve.delete, APPLICATION_NAME)
         try:
-            serve.run(build_app(config.model_dump()), name=APPLICATION_NAME, route_prefix="/")
+            application = _build(config, inherited={} if joins_cluster else os.environ)
+            serve.run(application, name=APPLICATION_NAME, route_prefix="/")
         except RuntimeError as error:
             raise AppStartError(_why_not_running(str(error))) from error
         stopping.callback(on_step, "stopping")
@@ -188,14 +205,7 @@ def _connect(joins_cluster: bool) -> None:
     if joins_cluster:
         ray.init(namespace=NAMESPACE, logging_level=logging.WARNING)
     else:
-        ray.init(
-            namespace=NAMESPACE,
-            _node_ip_address="127.0.0.1",
-            dashboard_host="127.0.0.1",
-            num_cpus=max(4, os.cpu_count() or 1),
-            object_store_memory=200 * 1024 * 1024,
-            logging_level=logging.WARNING,
-        )
+        start_instance(NAMESPACE, num_cpus=max(4, os.cpu_count() or 1))
     # Ray puts its own handler in place of the command's.
     if callable(on_sigterm):
         signal.signal(signal.SIGTERM, on_sigterm)

@@ -13,6 +13,8 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from dflash_ray.core.drafter_kinds import DRAFTER_KINDS
+
 BUILTIN_MODEL = "builtin:smollm2"
 BUILTIN_DRAFTER = "builtin:smollm2-135m-dflash"
 _BYTES_PER_NUMBER = 4  # of a token id or log-probability in a message
@@ -111,15 +113,21 @@ class DrafterAutoscaling(_Section):
         return self
 
 
+def _check_method(method: str) -> str:
+    if method not in (*DRAFTER_KINDS, "none"):
+        raise ValueError(f"there is no drafter of that kind; give one of {', '.join(DRAFTER_KINDS)}, or none")
+    return method
+
+
 class DrafterConfig(_Section):
-    method: Literal["dflash", "dflash2", "ngram", "none"] = Field(
+    method: Annotated[str, AfterValidator(_check_method)] = Field(
         "dflash", description="dflash and dflash2 read drafter.path, whose architecture says which of the two runs"
     )
     path: str = Field(BUILTIN_DRAFTER, description="drafter checkpoint directory (layout of z-lab or speculators)")
     placement_mode: Literal["remote", "colocated"] = Field(
         "remote", description="remote: replicas of their own; colocated: inside the target's rank 0"
     )
-    num_replicas: int = Field(2, ge=1)
+    num_replicas: int = Field(1, ge=1)
     autoscaling: DrafterAutoscaling | None = None
     placement: PlacementConfig = PlacementConfig(num_cpus=0.25)
     device: Literal["cpu", "cuda"] = "cpu"
@@ -264,7 +272,7 @@ class DflashRayConfig(_Section):
     @property
     def uses_features(self) -> bool:
         """Whether the target runs the drafter's fc and keeps context features."""
-        return self.drafter.method in ("dflash", "dflash2")
+        return self.drafter.method != "none" and DRAFTER_KINDS[self.drafter.method].reads_features
 
     def sequence_limit(self, model_context: int | None) -> int:
         """Tokens that a sequence may have: at most what the model takes, and what the KV cache of a group holds."""

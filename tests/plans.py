@@ -150,7 +150,7 @@ def to_columns(plan: Sequence[SequencePlan], device: torch.device) -> PlanColumn
         draft_ids=move(draft_ids.astype(np.int64)),
         draft_probs=move(draft_probs.astype(np.float32)),
         depth=depth,
-        needs=Need(sum(need for need, is_there in needs.items() if is_there)),
+        needs=sum(need for need, is_there in needs.items() if is_there),
         first_rows=ints[:, IntColumn.FIRST_ROW].copy(),
         num_logprobs=np.array([sequence.num_logprobs for sequence in plan], dtype=np.int64),
     )

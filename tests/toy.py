@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from dflash_ray.core.arrays import packed, unpacked
-from dflash_ray.core.draft_blocks import DraftBlock, to_message
+from dflash_ray.core.draft_blocks import BlockColumns, DraftBlock, to_message
 from dflash_ray.pb import common_pb2, drafter_pb2, router_pb2, target_pb2
 from dflash_ray.router.actions import Emit
 from dflash_ray.router.limits import TargetLimits
@@ -28,6 +28,12 @@ def answer(prompt: list[int], max_new_tokens: int) -> list[int]:
         if tokens[-1] == STOP_TOKEN:
             break
     return tokens[len(prompt) :]
+
+
+def drafts_of(message: common_pb2.DraftBlocks) -> dict[int, list[int]]:
+    """The drafts of a message's blocks, by sequence."""
+    blocks = BlockColumns.of(message)
+    return {block.sequence_id: block.draft_ids for block in map(blocks.block, range(len(blocks.sequence_ids)))}
 
 
 def token_request(

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import httpx
@@ -76,32 +76,46 @@ def run_demo(config_path: Path | None, overrides: list[str], log: str | None) ->
 @contextmanager
 def _running(config: DflashRayConfig, steps: Steps) -> Iterator[None]:
     """The running application, ready for requests; ends the command with a clear text when it does not start."""
-    from dflash_ray.app import AppStartError, require_free_ports, running_app
-
     # As Ctrl-C does, so that nothing goes on running after either.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        if "RAY_ADDRESS" not in os.environ:  # the machines of a cluster compile for themselves
-            require_free_ports(config)
-            steps.begin("preparing the operators (the first time they are compiled: a minute or two)")
-            _compile_operators()
-        with running_app(config, on_step=steps.begin):
-            steps.begin("waiting until it can answer")
-            _wait_until_ready(_http_url(config))
-            steps.end()
-            yield
-    except AppStartError as error:
-        fail(str(error))
+    joins_cluster = "RAY_ADDRESS" in os.environ  # whose machines compile for themselves
+    with nullcontext() if joins_cluster else _compiling() as compiling:
+        from dflash_ray.app import AppStartError, require_free_ports, running_app
+
+        try:
+            if compiling is not None:
+                require_free_ports(config)
+                steps.begin("preparing the operators (the first time they are compiled: a minute or two)")
+                _wait_until_compiled(compiling)
+            with running_app(config, on_step=steps.begin):
+                steps.begin("waiting until it can answer")
+                _wait_until_ready(_http_url(config))
+                steps.end()
+                yield
+        except AppStartError as error:
+            fail(str(error))
 
 
-def _compile_operators() -> None:
-    """Compiles what the processes would otherwise compile while they start. They can do without, slower."""
-    # In a process of its own: this one has no use for torch.
+@contextmanager
+def _compiling() -> Iterator[subprocess.Popen[str]]:
+    """Compiles what the processes would otherwise compile while they start, beside what is done meanwhile.
+
+    In a process of its own: this one has no use for torch.
+    """
     command = [sys.executable, "-m", "dflash_ray.cli", "kernels", "build"]
-    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
-    print(done.stderr, end="", file=sys.stderr)
-    if done.returncode != 0:
-        reason = next((line for line in done.stderr.splitlines() if line.startswith("error:")), "see the log")
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.terminate()
+
+
+def _wait_until_compiled(process: subprocess.Popen[str]) -> None:
+    """The application can do without the operators, slower."""
+    _, errors = process.communicate()
+    print(errors, end="", file=sys.stderr)
+    if process.returncode != 0:
+        reason = next((line for line in errors.splitlines() if line.startswith("error:")), "see the log")
         notes.out(f"the operators run in plain torch, which is slower: they could not be compiled ({reason})")
 
 

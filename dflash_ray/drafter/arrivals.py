@@ -15,7 +15,7 @@ from torch import Tensor
 from dflash_ray.drafter.sessions import Key, Reason, Rows
 
 _ROWS_A_TURN = 128  # that are taken at once while nothing is to be drafted
-_MAX_WAITING_BYTES = 64 * 1024 * 1024  # of features; no more are read from their streams meanwhile
+_MAX_WAITING_BYTES = 16 * 1024 * 1024  # of features; no more are read from their streams meanwhile
 
 
 class Wait:
@@ -53,7 +53,7 @@ class Arrival:
         is_coming: a features' stream brings more.
         is_behind: a request has waited for rows in vain; none waits again until they have caught up.
         fault: why the session was lost, if it was.
-        features, token_ids: rows that are not taken yet, the last ones before `end`.
+        features, token_ids: rows that are not taken yet, the last `num_waiting` before `end`.
         wait, wanted: the request that waits until `end` reaches `wanted`.
     """
 
@@ -64,12 +64,9 @@ class Arrival:
     fault: Reason | None = None
     features: list[Tensor] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
+    num_waiting: int = 0
     wait: Wait | None = None
     wanted: int = 0
-
-    @property
-    def num_waiting(self) -> int:
-        return len(self.token_ids) + sum(map(len, self.features))
 
     def stop(self) -> None:
         """Nothing comes any more."""
@@ -142,18 +139,20 @@ class Arrivals:
         if seen < 0:
             return False
         count = len(rows) - seen
-        if count > 0:
-            if features is None:
-                arrival.token_ids.extend(token_ids[seen:])
-            else:
-                arrival.features.append(features[seen:])
-                self._num_bytes += arrival.features[-1].nbytes
-                if self._num_bytes >= _MAX_WAITING_BYTES:
-                    self._has_room.clear()
-            arrival.end += count
-            arrival.came()
-            self._waiting.setdefault(arrival)
-            self._has_rows.set()
+        if count <= 0:
+            return True
+        if features is None:
+            arrival.token_ids.extend(token_ids[seen:])
+        else:
+            arrival.features.append(features[seen:] if seen else features)
+            self._num_bytes += arrival.features[-1].nbytes
+            if self._num_bytes >= _MAX_WAITING_BYTES:
+                self._has_room.clear()
+        arrival.num_waiting += count
+        arrival.end += count
+        arrival.came()
+        self._waiting.setdefault(arrival)
+        self._has_rows.set()
         return True
 
     def take(self, arrivals: Iterable[Arrival]) -> list[Rows]:
@@ -185,5 +184,5 @@ class Arrivals:
         self._num_bytes -= sum(part.nbytes for part in arrival.features)
         if self._num_bytes < _MAX_WAITING_BYTES:
             self._has_room.set()
-        arrival.features, arrival.token_ids = [], []
+        arrival.features, arrival.token_ids, arrival.num_waiting = [], [], 0
         return rows

@@ -1,69 +1,16 @@
-"""The ways of drafting that a replica can serve: DFlash from context features, n-gram from token ids alone."""
+"""From the configured kind of drafter to the method that a replica serves."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
+from importlib import import_module
 
 from dflash_ray.config import DflashRayConfig
-from dflash_ray.core.ngram import MAX_NGRAM, IndexingRoom, NgramIndex
-from dflash_ray.models.block_drafter import BlockDrafter, DraftProposal
-from dflash_ray.models.dflash2 import Draw
+from dflash_ray.core.drafter_kinds import DRAFTER_KINDS
 from dflash_ray.models.draft_contexts import DraftMethod
-from dflash_ray.models.drafter_checkpoint import resolve_drafter
-from dflash_ray.models.target_checkpoint import resolve_target
-
-_INDEXED_AT_ONCE = 8192  # tokens of long texts that one proposal indexes for n-grams, of all sessions together
-
-
-class NgramMethod:
-    """Prompt lookup over each session's own tokens."""
-
-    name = "ngram"
-    fingerprint = f"ngram-{MAX_NGRAM}"
-    max_draft_tokens = 31
-    feature_width = 0
-
-    def __init__(self) -> None:
-        self._indexes: dict[int, NgramIndex] = {}
-
-    def open(self, session: int) -> None:
-        self._indexes[session] = NgramIndex()
-
-    def close(self, session: int) -> None:
-        self._indexes.pop(session, None)
-
-    def extend(self, session: int, start: int, features: torch.Tensor | None, token_ids: Sequence[int]) -> None:
-        index = self._indexes[session]
-        index.extend(token_ids[len(index) - start :])
-
-    def propose(
-        self,
-        sessions: list[int],
-        anchor_ids: list[int],
-        num_draft_tokens: list[int],
-        num_candidates: int,
-        draws: Sequence[Draw],
-    ) -> list[DraftProposal]:
-        proposals = []
-        room = IndexingRoom(_INDEXED_AT_ONCE)
-        for session, anchor_id, count in zip(sessions, anchor_ids, num_draft_tokens, strict=True):
-            index = self._indexes[session]
-            index.catch_up(room)
-            draft = index.propose_after(anchor_id, count).tokens
-            proposals.append(DraftProposal(torch.tensor(draft, dtype=torch.long)[:, None], torch.zeros(len(draft), 1)))
-        return proposals
 
 
 def load_method(config: DflashRayConfig) -> DraftMethod:
-    """The configured method, its weights loaded. Raises ValueError when the checkpoint does not fit the target."""
-    if config.drafter.method == "ngram":
-        return NgramMethod()
-    target = resolve_target(config.model.path)
-    return BlockDrafter(
-        resolve_drafter(config.drafter.path, target),
-        target,
-        device=config.drafter.device,
-        dtype=getattr(torch, config.drafter.dtype),
-    )
+    """The method, its weights loaded. Raises ValueError when its checkpoint does not fit the target."""
+    module, function = DRAFTER_KINDS[config.drafter.method].loader.split(":")
+    method: DraftMethod = getattr(import_module(module), function)(config)
+    return method

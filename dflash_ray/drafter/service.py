@@ -9,12 +9,10 @@ import uuid
 from contextlib import AsyncExitStack
 
 import ray
-import torch
 
 from dflash_ray.config import DflashRayConfig, NetworkConfig
+from dflash_ray.core.memory import return_freed_memory
 from dflash_ray.core.watchdog import Watchdog
-from dflash_ray.drafter.methods import load_method
-from dflash_ray.drafter.servicer import DrafterServicer
 from dflash_ray.observability.logs import configure_logging
 from dflash_ray.observability.metrics import DrafterMetrics
 from dflash_ray.pb import drafter_pb2, drafter_pb2_grpc
@@ -34,10 +32,17 @@ class DrafterReplica:
     async def __init__(self, config: DflashRayConfig) -> None:
         self._closing = AsyncExitStack()
         configure_logging("drafter", config.observability.log_level, config.observability.log_format)
+        # Whoever deploys this class imports it, and has no use for torch.
+        import torch
+
+        from dflash_ray.drafter.methods import load_method
+        from dflash_ray.drafter.servicer import DrafterServicer
+
         if config.drafter.num_threads:
             torch.set_num_threads(config.drafter.num_threads)
         drafter_id = uuid.uuid4().hex[:12]
         method = await asyncio.to_thread(load_method, config)
+        return_freed_memory()
         watchdog = Watchdog(config.drafter.step_timeout_s, "a draft pass")
         self._servicer = DrafterServicer(
             drafter_id,
@@ -63,7 +68,7 @@ class DrafterReplica:
         )
         self._directory = DirectoryClient()
         self._registration = asyncio.create_task(
-            keep_registered(self._directory, lambda: self._entry, config.network.entry_ttl_s)
+            keep_registered(self._directory, self._entry, config.network.entry_ttl_s)
         )
         self._closing.push_async_callback(self._unregister)
         logger.info("drafter ready", extra={"drafter_id": drafter_id, "address": self._entry.address})

@@ -36,8 +36,10 @@ class _Open:
 class RouterStream:
     """Opened by its constructor, and of no use any more when it has ended: its calls have failed by then.
 
+    Args:
+        on_greeted: called when the router has answered the hello.
+
     Attributes:
-        is_greeted: the router has answered the hello.
         ended_by: why there is no stream any more; None while there is.
     """
 
@@ -51,7 +53,6 @@ class RouterStream:
         self._num_tokens = 0  # of the last message
         self._has_outgoing = asyncio.Event()
         self._has_outgoing.set()
-        self.is_greeted = False
         self.ended_by: str | None = None
         self._call = router_pb2_grpc.RouterStub(channel).Generate(self._messages())
         self._reader = asyncio.create_task(self._read())
@@ -129,7 +130,6 @@ class RouterStream:
         if message.WhichOneof("message") == "hello":
             if message.hello.protocol_version != PROTOCOL_VERSION:
                 raise ConnectionError(f"the router speaks protocol {message.hello.protocol_version}")
-            self.is_greeted = True
             self._on_greeted()
             return
         news: list[tuple[Call[Any], TokenChunk | Exception]] = []

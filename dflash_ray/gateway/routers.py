@@ -17,7 +17,8 @@ from dflash_ray.gateway.calls import Call, Listener, Made, TextThread
 from dflash_ray.gateway.router_stream import RouterStream
 from dflash_ray.pb import router_pb2
 from dflash_ray.rpc.channel import open_channel
-from dflash_ray.rpc.directory import DirectoryClient, Entry, KnownEntries, View
+from dflash_ray.rpc.directory import DirectoryClient, Entry, View
+from dflash_ray.rpc.known_entries import KnownEntries, refresh
 
 _POLL_S = 0.5
 _FIRST_BACK_OFF_S = 0.1
@@ -63,6 +64,7 @@ class Routers:
     """Entries of the directory and one stream to each. While the directory is away the known ones stay."""
 
     def __init__(self, directory: DirectoryClient, network: NetworkConfig) -> None:
+        self._directory = directory
         self._known = KnownEntries(directory, "router", network.entry_ttl_s)
         self._max_message_bytes = network.max_message_bytes
         self._links: dict[str, _Link] = {}
@@ -78,18 +80,23 @@ class Routers:
         return any(entry.info.get("ready") and entry.id not in others for entry in self._known.entries)
 
     async def run(self) -> None:
-        """Polls the directory until cancelled."""
+        """Follows the directory until cancelled."""
         while True:
-            await self.refresh()
+            await self.refresh(is_patient=True)
             await asyncio.sleep(_POLL_S)
 
     def update(self, entries: list[Entry]) -> None:
         """Knows these and no others, until the next poll."""
         self._known.update(View(entries, age_s=math.inf))
 
-    async def refresh(self) -> None:
-        """Asks the directory, and closes the channels of routers that are gone and have no call left."""
-        known = {entry.id for entry in await self._known.refresh()}
+    async def refresh(self, is_patient: bool = False) -> None:
+        """Asks the directory, and closes the channels of routers that are gone and have no call left.
+
+        Args:
+            is_patient: waits for a change first, for a good part of a TTL.
+        """
+        await refresh(self._directory, [self._known], is_patient)
+        known = {entry.id for entry in self._known.entries}
         for router_id in [i for i, link in self._links.items() if i not in known and not link.num_open]:
             await self._links.pop(router_id).close()
 

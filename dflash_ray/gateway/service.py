@@ -13,9 +13,6 @@ from ray import serve
 
 from dflash_ray.config import DflashRayConfig
 from dflash_ray.core.garbage import leave_out_what_stands
-from dflash_ray.gateway.core import GatewayCore
-from dflash_ray.gateway.grpc_api import GenerationServicer
-from dflash_ray.gateway.http_api import build_http_app
 from dflash_ray.observability.logs import configure_logging
 from dflash_ray.pb import generation_pb2, generation_pb2_grpc
 from dflash_ray.rpc.channel import RunningServer, format_address, new_server, start_server
@@ -31,6 +28,8 @@ _POLL_S = 0.2
 
 
 def _http_app() -> FastAPI:
+    from dflash_ray.gateway.http_api import build_http_app
+
     return build_http_app(lambda: serve.get_replica_context().servable_object.core)  # type: ignore[attr-defined]
 
 
@@ -45,6 +44,9 @@ class GatewayReplica:
     async def __init__(self, config: DflashRayConfig, *peers: Any) -> None:  # type: ignore[misc]
         self._closing = AsyncExitStack()
         configure_logging("gateway", config.observability.log_level, config.observability.log_format)
+        # Whoever deploys this class imports it, and has no use for tokenizers and templates.
+        from dflash_ray.gateway.core import GatewayCore
+
         self._directory = DirectoryClient()
         self.core = GatewayCore(config, self._directory)
         self._closing.push_async_callback(self.core.close)
@@ -54,7 +56,7 @@ class GatewayReplica:
         # Answers go on meanwhile, also when their router is stopped and another one takes them.
         self._closing.push_async_callback(self._server.stop, grace_s=config.gateway.drain_timeout_s)
         entry = await self._serve_metrics()
-        registration = keep_registered(self._directory, lambda: entry, config.network.entry_ttl_s)
+        registration = keep_registered(self._directory, entry, config.network.entry_ttl_s)
         loops = (registration, self.core.routers.run(), self.core.metrics_page.run(), self._report_health())
         self._tasks += [asyncio.create_task(loop) for loop in loops]
         self._closing.push_async_callback(self._unregister)
@@ -62,6 +64,8 @@ class GatewayReplica:
 
     async def _serve(self) -> RunningServer:
         """The clients' server. Gateways of one node share its port: the system spreads connections over them."""
+        from dflash_ray.gateway.grpc_api import GenerationServicer
+
         config = self.core.config.gateway
         server = new_server(
             config.max_body_bytes, [RefuseMalformed()], max_connection_age_s=config.grpc_connection_age_s

@@ -25,7 +25,16 @@ CACHE_ENV = "DFLASH_RAY_KERNEL_CACHE"
 FLAGS_ENV = "DFLASH_RAY_KERNEL_FLAGS"
 SOURCES = Path(__file__).parent / "csrc"
 # No two C++ files share a name: torch names the objects of a library by it, whatever their folders are.
-_CPU_SOURCES = ("binding.cpp", "cpu/forward.cpp", "cpu/history.cpp", "cpu/linear.cpp", "cpu/verify.cpp")
+_CPU_SOURCES = (
+    "binding.cpp",
+    "cpu/decoder.cpp",
+    "cpu/forward.cpp",
+    "cpu/history.cpp",
+    "cpu/linear.cpp",
+    "cpu/packing.cpp",
+    "cpu/team.cpp",
+    "cpu/verify.cpp",
+)
 _CUDA_SOURCES = ("cuda/cuda_binding.cpp", "cuda/verify.cu")
 _NAME = "dflash_ray_kernels"
 _FLAGS = ("-O3", "-std=c++20", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-Wall")

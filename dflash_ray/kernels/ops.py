@@ -5,6 +5,9 @@ Shapes: T rows of a step in E entries, n_q and n_kv heads of size d.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from enum import IntEnum, auto
+
 import torch
 from torch import Tensor
 
@@ -66,4 +69,94 @@ def paged_attention(
         query, key, value, key_cache, value_cache, slots, entry_lens, context_lens, page_counts, pages,
         page_size, scale, window, softcap, is_causal,
     )  # fmt: skip
+    return out
+
+
+class DecoderWeight(IntEnum):
+    """A decoder layer's weights in the order of the operators; empty tensors where a family has none.
+
+    QKV, OUTPUT, GATE, UP and DOWN are packed, norms and biases float32.
+    """
+
+    INPUT_NORM = 0
+    QKV = auto()
+    QKV_BIAS = auto()
+    Q_NORM = auto()
+    K_NORM = auto()
+    OUTPUT = auto()
+    OUTPUT_BIAS = auto()
+    AFTER_ATTENTION_NORM = auto()
+    MLP_NORM = auto()
+    GATE = auto()
+    UP = auto()
+    DOWN = auto()
+    AFTER_MLP_NORM = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderShape:
+    """What all layers of a decoder have in common; heads are this rank's.
+
+    Attributes:
+        scale: of attention scores; softcap: as in `paged_attention`.
+        residual_scale: what a sublayer's output is multiplied by before it is added.
+        is_gelu: the MLP's activation is GELU in its tanh form, else SiLU.
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    is_gelu: bool
+    eps: float
+    scale: float
+    softcap: float = 0.0
+    residual_scale: float = 1.0
+
+    def arguments(self, page_size: int = 1) -> tuple[list[int], list[float]]:
+        sizes = [self.heads, self.kv_heads, self.head_dim, page_size, int(self.is_gelu)]
+        return sizes, [self.eps, self.scale, self.softcap, self.residual_scale]
+
+
+def decoder_layers(
+    hidden: Tensor,
+    weights: list[list[Tensor]],
+    keys: list[Tensor],
+    values: list[Tensor],
+    step: list[Tensor],
+    shape: DecoderShape,
+    page_size: int,
+    windows: list[int],
+) -> None:
+    """Runs rows [T, H] through whole layers, in place; compiled only.
+
+    Args:
+        weights: of each layer, by DecoderWeight.
+        keys, values: each layer's cache, written at the step's slots.
+        step: cos and sin [T, d], then slots, entry_lens, context_lens, page_counts and pages of `paged_attention`.
+        windows: each layer's.
+    """
+    flat = [weight for layer in weights for weight in layer]
+    torch.ops.dflash_ray.decoder_layers(hidden, flat, keys, values, step, *shape.arguments(page_size), windows)
+
+
+def decoder_attention(
+    hidden: Tensor,
+    weights: list[Tensor],
+    keys: Tensor,
+    values: Tensor,
+    step: list[Tensor],
+    shape: DecoderShape,
+    page_size: int,
+    window: int,
+) -> Tensor:
+    """This rank's part [T, H] of one layer's attention output, without bias and norm."""
+    out: Tensor = torch.ops.dflash_ray.decoder_attention(
+        hidden, weights, keys, values, step, *shape.arguments(page_size), window
+    )
+    return out
+
+
+def decoder_mlp(hidden: Tensor, weights: list[Tensor], shape: DecoderShape) -> Tensor:
+    """This rank's part [T, H] of one layer's MLP output, without norm."""
+    out: Tensor = torch.ops.dflash_ray.decoder_mlp(hidden, weights, *shape.arguments())
     return out

@@ -14,15 +14,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dflash_ray.core.memory import return_freed_memory
 from dflash_ray.kernels import ops
-from dflash_ray.models.dflash import DflashNetwork, apply_rope, rope_tables
-from dflash_ray.models.dflash2 import CandidateSelector, Draw, FactorisedSelector, walk
+from dflash_ray.models.dflash import apply_rope, rope_tables
+from dflash_ray.models.dflash2 import CandidateSelector, Draw, walk
+from dflash_ray.models.draft_head import build_selector, load_draft_head
 from dflash_ray.models.drafter_checkpoint import DrafterCheckpoint
 from dflash_ray.models.packed_layer import PackedLayer, packed_norm
 from dflash_ray.models.packed_linear import PackedLinear, fuse
 from dflash_ray.models.target_checkpoint import TargetCheckpoint
 
 _FIRST_ROWS = 256  # rows that a new session has room for; doubled when they are full
+_ROWS_A_PRODUCT = (
+    128  # that wait for each other, so that a few rows each of many sessions share one pass over the weights
+)
 
 
 class ContextGap(ValueError):
@@ -50,7 +55,8 @@ class DraftProposal:
 class _Session:
     """Context keys and values [layers, rows, n_kv, d] of one sequence; the first `length` rows are valid.
 
-    Rows behind them are scratch for a block's own keys and values.
+    Rows behind them are scratch for a block's own keys and values. `features` [n, H] of the rows that come next wait to
+    be made keys and values of.
     """
 
     def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype, device: str) -> None:
@@ -58,13 +64,16 @@ class _Session:
         self.keys = torch.empty(layers, _FIRST_ROWS, heads, size, dtype=dtype, device=device)
         self.values = torch.empty_like(self.keys)
         self.length = 0
+        self.features: list[Tensor] = []
+        self.end = 0  # `length` and the rows that wait
 
     def append(self, keys: Tensor, values: Tensor) -> None:
-        end = self.length + keys.shape[1]
+        """Takes keys and values of the rows that wait."""
         self.make_room(keys.shape[1])
-        self.keys[:, self.length : end] = keys
-        self.values[:, self.length : end] = values
-        self.length = end
+        self.keys[:, self.length : self.end] = keys
+        self.values[:, self.length : self.end] = values
+        self.length = self.end
+        self.features = []
 
     def make_room(self, count: int) -> None:
         """Rows for `count` more."""
@@ -103,27 +112,34 @@ class BlockDrafter:
         self._context_kv = fuse(projections)
         embedding = target.load_embedding(dtype) if checkpoint.embedding is None else checkpoint.embedding.to(dtype)
         self._embedding = embedding.to(device) * self.config.input_embedding_scale
-        self._ids, head = _draft_head(checkpoint, target, dtype, device)
+        self._ids, head = load_draft_head(checkpoint, target, dtype, device)
         self._head = PackedLinear(head)
-        self._selector = _build_selector(network, self._embedding, self._ids, head)
+        self._selector = build_selector(network, self._embedding, self._ids, head)
         # The target may serve longer texts than the drafter was trained on; its last block reaches past them.
         longest = max(self.config.max_position_embeddings, target.config.max_position_embeddings)
         self._rope = tuple(t.to(device) for t in rope_tables(self.config, longest + self.block_size))
         self._sessions: dict[int, _Session] = {}
+        self._waiting: dict[int, _Session] = {}  # those with features that wait
+        self._num_waiting = 0  # rows of them
+        return_freed_memory()
 
     def open(self, session: int) -> None:
         """Starts a session without context; one that is open starts again."""
+        self.close(session)
         shape = (self.config.num_hidden_layers, self.config.num_key_value_heads, self.config.head_dim)
         self._sessions[session] = _Session(shape, self._dtype, self._device)
 
     def close(self, session: int) -> None:
         """Forgets a session; unknown ones are ignored."""
         self._sessions.pop(session, None)
+        waiting = self._waiting.pop(session, None)
+        if waiting is not None:
+            self._num_waiting -= waiting.end - waiting.length
 
     def context_len(self, session: int) -> int:
         """Context rows held; 0 for unknown sessions."""
         held = self._sessions.get(session)
-        return 0 if held is None else held.length
+        return 0 if held is None else held.end
 
     @torch.inference_mode()
     def extend(self, session: int, start: int, features: Tensor | None, token_ids: Sequence[int] = ()) -> None:
@@ -133,20 +149,41 @@ class BlockDrafter:
         """
         assert features is not None
         held = self._sessions.get(session)
-        if held is None or start > held.length:
+        if held is None or start > held.end:
             raise ContextGap(session, self.context_len(session))
-        features = features[held.length - start :].to(self._device, self._dtype)
+        features = features[held.end - start :]
         if not len(features):
             return
-        held.append(*self._context_rows(held.length, features))
+        held.features.append(features)
+        held.end += len(features)
+        self._waiting[session] = held
+        self._num_waiting += len(features)
+        if self._num_waiting >= _ROWS_A_PRODUCT:
+            self._take_features()
 
-    def _context_rows(self, start: int, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values [layers, n, n_kv, d] of features [n, H] of positions start, start + 1, ..."""
+    def _take_features(self) -> None:
+        """Makes context rows of all features that wait. After a fault those that were not taken still wait."""
+        if not self._waiting:
+            return
+        waiting = list(self._waiting.items())
+        features = torch.cat([part for _, one in waiting for part in one.features]).to(self._device, self._dtype)
+        positions = torch.cat([torch.arange(one.length, one.end) for _, one in waiting])
+        keys, values = self._context_rows(positions, features)
+        at = 0
+        for session, one in waiting:
+            stop = at + one.end - one.length
+            one.append(keys[:, at:stop], values[:, at:stop])
+            del self._waiting[session]
+            self._num_waiting -= stop - at
+            at = stop
+
+    def _context_rows(self, positions: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [layers, n, n_kv, d] of features [n, H] of these positions."""
         config = self.config
         heads = (config.num_hidden_layers, 2, config.num_key_value_heads, config.head_dim)
         projected = self._context_kv(features).unflatten(-1, heads).movedim(0, 2)  # [layers, 2, n, n_kv, d]
         keys = torch.stack([layer.k_norm(part) for layer, part in zip(self._layers, projected[:, 0], strict=True)])
-        cos, sin = (table[start : start + len(features), None].to(self._dtype) for table in self._rope)
+        cos, sin = (table[positions, None].to(self._dtype) for table in self._rope)
         return apply_rope(keys, cos, sin), projected[:, 1]
 
     @torch.inference_mode()
@@ -166,6 +203,7 @@ class BlockDrafter:
         Args:
             draws: how each sequence's tokens are drawn, which only a DFlash 2 drafter looks at; None is greedy.
         """
+        self._take_features()
         held = [self._sessions[session] for session in sessions]
         most = max(num_draft_tokens, default=0)
         size = 1 + most if all(self.config.is_causal) else self.block_size
@@ -257,28 +295,3 @@ class BlockDrafter:
             window=self.config.windows[layer] or 0,
             is_causal=self.config.is_causal[layer],
         ).flatten(1)
-
-
-def _build_selector(
-    network: DflashNetwork, embedding: Tensor, ids: Tensor | None, head: Tensor
-) -> CandidateSelector | None:
-    """The network's selector, ready to use; embedding [V, H], head [V_d, H] of the tokens `ids` (None: all)."""
-    selector: CandidateSelector | None = getattr(network, "candidate_selector", None)
-    dflash2 = network.config.dflash2
-    if isinstance(selector, FactorisedSelector) and dflash2 is not None:
-        selector.bind(embedding if ids is None else embedding[ids], head)
-        return selector.expanded(dflash2)
-    return selector
-
-
-def _draft_head(
-    checkpoint: DrafterCheckpoint, target: TargetCheckpoint, dtype: torch.dtype, device: str
-) -> tuple[Tensor | None, Tensor]:
-    """Target ids of the draft vocabulary (None: the target's own) and the head's rows for it."""
-    head = target.load_head(dtype) if checkpoint.head is None else checkpoint.head.to(dtype)
-    ids = checkpoint.draft_ids
-    if ids is None:
-        return None, head.to(device)
-    if len(head) != len(ids):  # a head for the whole vocabulary
-        head = head[ids].contiguous()
-    return ids.to(device), head.to(device)

@@ -5,19 +5,23 @@ Embedding, head and the norm before it can be read alone, because a drafter need
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib.util
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from gguf import GGUFReader, dequantize
+from gguf import dequantize
 from safetensors import safe_open
 
 from dflash_ray.config import BUILTIN_MODEL
+from dflash_ray.models.gguf_reader import GgufFile, read_as
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -48,7 +52,8 @@ class TargetCheckpoint:
     def config(self) -> PretrainedConfig:
         from transformers import AutoConfig
 
-        return AutoConfig.from_pretrained(**self._source)
+        with self._parsed_once():
+            return AutoConfig.from_pretrained(**self._source)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -73,12 +78,15 @@ class TargetCheckpoint:
         """The whole causal language model, in evaluation mode."""
         from transformers import AutoModelForCausalLM
 
-        return AutoModelForCausalLM.from_pretrained(**self._source, dtype=dtype).eval()
+        config = copy.deepcopy(self.config)  # the model writes into it
+        with self._parsed_once():
+            return AutoModelForCausalLM.from_pretrained(**self._source, config=config, dtype=dtype).eval()
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(**self._source)
+        with self._parsed_once():
+            return AutoTokenizer.from_pretrained(**self._source)
 
     def load_embedding(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Input embedding, [vocab_size, hidden_size]."""
@@ -93,6 +101,19 @@ class TargetCheckpoint:
         """Weight of the norm between the last layer and the head, float32 [hidden_size]."""
         return self._load_tensor(_FINAL_NORM).float()
 
+    @cached_property
+    def _gguf(self) -> GgufFile:
+        assert self.gguf_file is not None
+        return GgufFile(self.path / self.gguf_file)
+
+    @contextmanager
+    def _parsed_once(self) -> Iterator[None]:
+        if self.gguf_file is None:
+            yield
+            return
+        with read_as(self.path / self.gguf_file, self._gguf):
+            yield
+
     def _weight_files(self) -> list[Path]:
         if self.gguf_file is not None:
             return [self.path / self.gguf_file]
@@ -101,7 +122,7 @@ class TargetCheckpoint:
     def _load_tensor(self, names: tuple[str, str]) -> torch.Tensor:
         gguf_name, name = names
         if self.gguf_file is not None:
-            for tensor in GGUFReader(self.path / self.gguf_file).tensors:
+            for tensor in self._gguf.tensors:
                 if tensor.name == gguf_name:
                     return torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
             raise ValueError(f"model.path: {self.gguf_file} has no tensor {gguf_name}")

@@ -35,7 +35,7 @@ from dflash_ray.router.speculation.records import Policy
 
 _MAX_BACK_OFF_S = 10.0
 _FULL_PAUSE_S = 1.0  # before a drafter that had no room is offered another sequence
-_MAX_LOST = 1  # times in a row that a drafter opens a sequence again whose rows were lost
+_MAX_CUT_OFFS = 1  # times in a row that a drafter opens a sequence again whose rows were lost
 _ROWS_A_TIMEOUT = 64  # context rows for which a drafter gets its time once more
 _WAIT_SHARE = 0.5  # of a draft's time, in which a drafter may wait for rows
 
@@ -266,7 +266,7 @@ class Drafting:
         if limits is None or not num_right:
             return
         table.held_rows[slots[is_right]] = blocks.committed_lens[is_right] - 1
-        table.num_lost[slots[is_right]] = 0
+        table.num_cut_offs[slots[is_right]] = 0
         is_awaited = is_right & (table.draft_deadlines[slots] < NEVER)
         self._drop("late", num_right - int(is_awaited.sum()))
         table.take_blocks(slots, blocks, is_awaited, REMOTE, limits.vocab_size)
@@ -284,18 +284,18 @@ class Drafting:
         is_lost = reason == drafter_pb2.MISSING_REASON_LOST
         if slot is not None and (is_lost or reason == drafter_pb2.MISSING_REASON_COMING):
             table.held_rows[slot] = have_len
-        is_lost_again = False
+        is_cut_off_again = False
         if is_lost and drafter.needs_features:
             if slot is None or not context.is_open:
                 return  # the target has opened it anew meanwhile, or will: then it is in `to_open`
             context.is_open, context.is_moved = False, True
-            table.num_lost[slot] += 1
-            is_lost_again = bool(table.num_lost[slot] > _MAX_LOST)
-        if reason == drafter_pb2.MISSING_REASON_REFUSED or is_lost_again:
+            table.num_cut_offs[slot] += 1
+            is_cut_off_again = bool(table.num_cut_offs[slot] > _MAX_CUT_OFFS)
+        if reason == drafter_pb2.MISSING_REASON_REFUSED or is_cut_off_again:
             context.num_refusals += 1
             self._leave(drafter, sequence)
             drafter.aside_until = max(drafter.aside_until, now + _FULL_PAUSE_S)
-            self._drop("lost" if is_lost_again else "refused", 1)
+            self._drop("cut_off" if is_cut_off_again else "refused", 1)
         elif is_lost and drafter.needs_features:
             drafter.to_open[sequence.sequence_id] = sequence
 

@@ -17,7 +17,8 @@ from dflash_ray.observability.metrics import RouterMetrics
 from dflash_ray.router.attempts import Attempts
 from dflash_ray.router.leases import Leases
 from dflash_ray.router.pipeline import Pipeline
-from dflash_ray.rpc.directory import DirectoryClient, Entry, KnownEntries
+from dflash_ray.rpc.directory import DirectoryClient, Entry
+from dflash_ray.rpc.known_entries import KnownEntries, refresh
 
 logger = logging.getLogger(__name__)
 _POLL_S = 0.5
@@ -35,6 +36,7 @@ class Fleet:
         self._router_id = router_id
         self._metrics = metrics
         entry_ttl_s = config.network.entry_ttl_s
+        self._directory = directory
         self._targets = KnownEntries(directory, "target", entry_ttl_s)
         self._drafters = KnownEntries(directory, "drafter", entry_ttl_s)
         self._routers = KnownEntries(directory, "router", entry_ttl_s)
@@ -104,6 +106,7 @@ class Fleet:
         """Leads groups and joins drafters until cancelled."""
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._keep_leases())
+            tasks.create_task(self._follow_directory())
             tasks.create_task(self._keep_connections())
 
     async def _keep_leases(self) -> None:
@@ -117,10 +120,14 @@ class Fleet:
                         pipeline.disconnect_target()
             await asyncio.sleep(self._config.router.lease_ttl_s / _LEASE_RENEWALS)
 
+    async def _follow_directory(self) -> None:
+        while True:
+            await refresh(self._directory, (self._targets, self._drafters, self._routers), is_patient=True)
+            await asyncio.sleep(_FIRST_POLL_S)
+
     async def _keep_connections(self) -> None:
         longest_s = min(_POLL_S, self._config.network.entry_ttl_s / 5)
         while True:
-            await asyncio.gather(*(known.refresh() for known in (self._targets, self._drafters, self._routers)))
             await self._leave_lost_groups()
             self._connect()
             await asyncio.sleep(longest_s if self.is_ready else _FIRST_POLL_S)

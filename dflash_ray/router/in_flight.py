@@ -18,6 +18,7 @@ class StepsInFlight:
 
     Attributes:
         deadline: when the oldest should have been answered.
+        last_id: of the last step that was sent.
     """
 
     def __init__(self, depth: int, timeout_s: float) -> None:
@@ -25,6 +26,7 @@ class StepsInFlight:
         self._timeout_s = timeout_s
         self._steps: deque[StepInFlight] = deque()
         self.deadline = NEVER
+        self.last_id = 0
 
     def __len__(self) -> int:
         return len(self._steps)
@@ -39,6 +41,7 @@ class StepsInFlight:
         if not self._steps:
             self.deadline = now + self._timeout_s
         self._steps.append(step)
+        self.last_id = step.step_id
 
     def take(self, step_id: int, now: float) -> StepInFlight:
         """The step that a result is for. Raises ValueError for one that is not the oldest in flight."""

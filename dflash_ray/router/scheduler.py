@@ -8,34 +8,34 @@ to ask again if nothing else happens.
                  ^                     |                       |
                  +---- preempted, STALE or UNKNOWN, target lost (its tokens stay) ----+
 
-A sequence that waits is in the queue; all others have a slot, and everything that changes with a step is in the columns
-of `SlotTable`. `steps.py` shares out the rows of a step, `in_flight.py` has the steps at the target and says whose turn
-it is, `drafting.py` asks drafters, `ngram_drafts.py` looks n-grams up, `speculating.py` says how many drafts a step is
-worth. docs/architecture.md has the invariants.
+A sequence that waits is in the queue (`requests.py`); all others have a slot, and everything that changes with a step
+is in the columns of `SlotTable`. `steps.py` shares out the rows of a step, `in_flight.py` has the steps at the target
+and says whose turn it is, `drafting.py` asks drafters, `ngram_drafts.py` looks n-grams up, `speculating.py` says how
+many drafts a step is worth. docs/architecture.md has the invariants.
 """
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter
 
 import numpy as np
 
 from dflash_ray.config import DflashRayConfig
-from dflash_ray.core.arrays import Ints, Tokens, column
+from dflash_ray.core.arrays import Ints, Tokens
 from dflash_ray.core.draft_blocks import BlockColumns
-from dflash_ray.core.errors import DeadlineExceededError, HandedOverError, OverloadedError, RequestError
+from dflash_ray.core.errors import RequestError
 from dflash_ray.pb import common_pb2, drafter_pb2, router_pb2, target_pb2
-from dflash_ray.router.actions import Action, CloseSequences, DropTarget, Emit, Fail, RunStep
+from dflash_ray.router.actions import Action, CloseSequences, DropTarget, Emit, RunStep
 from dflash_ray.router.drafting import Drafting
 from dflash_ray.router.in_flight import Cohorts, StepsInFlight
 from dflash_ray.router.limits import TargetLimits
+from dflash_ray.router.requests import Requests
 from dflash_ray.router.results import StepOutcome, read_result
 from dflash_ray.router.sequence import RouterSequence
-from dflash_ray.router.slot_table import COLOCATED, DECODE, DRAFT_SOURCES, MAX_DRAFTS, NEVER, PREFILL, SlotTable
+from dflash_ray.router.slot_table import COLOCATED, DECODE, DRAFT_SOURCES, MAX_DRAFTS, NEVER, SlotTable
 from dflash_ray.router.speculating import Speculating
 from dflash_ray.router.steps import StepInFlight, add_colocated, build_step
 
-_MAX_LOSSES = 2  # groups that may die over a sequence before it runs alone, where one more ends it
 _STEP_PATIENCE = 1.5  # times the pass's own limit, after which its group should have ended itself
 
 
@@ -56,15 +56,11 @@ class Scheduler:
         self.drafting = Drafting(config, self._table)
         self.limits: TargetLimits | None = None
         self.free_pages = 0
-        self._sequences: dict[int, RouterSequence] = {}
-        self._waiting: deque[RouterSequence] = deque()
-        self._close_next: list[int] = []
-        self._idle: list[Ints] = []  # slots that have got tokens since drafts were asked for
         self._actions: list[Action] = []
-        self._next_id = 1
-        self._step_id = 0
-        self._closed_after = 0  # the last step that was sent when a sequence was closed
-        self._lost_at: float | None = 0.0
+        self._requests = Requests(
+            self._router, self._table, self._steps, self.drafting, self.speculating, self._actions
+        )
+        self._idle: list[Ints] = []  # slots that have got tokens since drafts were asked for
         self.num_preemptions = 0
         self.num_drafts_by_source: Counter[str] = Counter()
         self.num_draft_tokens = 0
@@ -76,7 +72,7 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
-        return len(self._waiting)
+        return len(self._requests.waiting)
 
     def arrive(
         self, request: router_pb2.GenerateTokensRequest, now: float, stream: int = 0, call_id: int = 0
@@ -85,58 +81,28 @@ class Scheduler:
 
         Raises OverloadedError when the queue is full, InvalidRequestError when it can never run.
         """
-        if len(self._waiting) >= self._router.max_waiting + max(0, self._router.max_running - self.num_running):
-            raise OverloadedError(f"{len(self._waiting)} requests are waiting; try again later")
-        tokens = column(request.token_ids).astype(np.uint32)
-        if self.limits is not None:
-            self.limits.check_fits(tokens)
-        sequence = RouterSequence(
-            self._next_id,
-            request,
-            tokens,
-            *self.speculating.policy_of(request.speculation),
-            stream,
-            call_id,
-            request.num_losses,
-        )
-        self._next_id += 1
-        self._sequences[sequence.sequence_id] = sequence
-        self._waiting.append(sequence)
-        return sequence
+        return self._requests.arrive(request, self.limits, stream, call_id)
 
     def cancel(self, sequence: RouterSequence) -> None:
         """The client is gone: the sequence is freed with the next message to the target."""
-        if self._sequences.get(sequence.sequence_id) is sequence:
-            self._remove(sequence)
+        if self._requests.by_id.get(sequence.sequence_id) is sequence:
+            self._requests.remove(sequence)
 
     def target_ready(self, limits: TargetLimits, now: float) -> None:
         """A target group said hello; it has no sequences yet, and no slot is in use."""
         if limits.max_model_len != self._table.max_len:
-            self._table = self.drafting.table = SlotTable(self._router.max_running, limits.max_model_len)
+            self._table = SlotTable(self._router.max_running, limits.max_model_len)
+            self.drafting.table = self._requests.table = self._table
         self.speculating.begin(self._table, limits)
         self.limits = limits
         self.free_pages = limits.num_pages
-        self._lost_at = None
-        for sequence in list(self._waiting):
-            try:
-                limits.check_fits(sequence.tokens)
-            except RequestError as error:
-                self._fail(sequence, error)
+        self._requests.target_ready(limits)
 
     def target_lost(self, now: float) -> None:
-        """The stream broke: what ran waits, with its tokens, for the group to come back.
-
-        A sequence whose steps end group after group is a suspect: it then runs alone, and ends with the next one.
-        """
+        """The stream broke: what ran waits for the group to come back, and what is under way is not answered."""
         self.limits = None
-        self._lost_at = now
-        for sequence in [self._table.sequence(slot) for slot in self._steps.lose(self._table).tolist()]:
-            sequence.num_losses += 1
-            if sequence.num_losses > _MAX_LOSSES:
-                self._fail(sequence, RequestError("the target group ended three times while it ran this request"))
-        for sequence in reversed(self._table.running()):
-            self._put_back(sequence)
-        self._close_next.clear()
+        at_work = [self._table.sequence(slot) for slot in self._steps.lose(self._table).tolist()]
+        self._requests.target_lost(at_work, now)
         self._idle.clear()
 
     def step_done(self, result: target_pb2.StepResult, now: float) -> None:
@@ -145,8 +111,8 @@ class Scheduler:
         outcome = read_result(result, step)
         self.free_pages = result.free_pages
         for part in result.prompt_logprobs:
-            if part.sequence_id in self._sequences:
-                self._actions.append(Emit.one(self._sequences[part.sequence_id], prompt_logprobs=part))
+            if part.sequence_id in self._requests.by_id:
+                self._actions.append(Emit.one(self._requests.by_id[part.sequence_id], prompt_logprobs=part))
         is_current = step.is_current(self._table)
         draft_seconds = result.timings.draft_ns / 1e9
         self.speculating.done(step, outcome, is_current & outcome.is_ok, now, draft_seconds)
@@ -158,9 +124,9 @@ class Scheduler:
             if outcome.statuses[entry] == target_pb2.ENTRY_STATUS_NO_PAGES:
                 lacks_pages = True
             elif outcome.statuses[entry] == target_pb2.ENTRY_STATUS_FAILED:
-                self._fail(sequence, RequestError(outcome.errors[entry]))
+                self._requests.fail(sequence, RequestError(outcome.errors[entry]))
             else:  # the target has another past or none: start again with the tokens known here
-                self._requeue(sequence)
+                self._requests.requeue(sequence)
         if lacks_pages:
             self._free_pages(step)
         if result.colocated_drafts.sequence_ids:
@@ -173,7 +139,9 @@ class Scheduler:
         is_too_long = table.committed_lens[slots] + counts > table.max_lens[slots]
         if is_too_long.any():
             for slot in slots[is_too_long].tolist():
-                self._fail(table.sequence(slot), RequestError("the target group gave more tokens than were asked for"))
+                self._requests.fail(
+                    table.sequence(slot), RequestError("the target group gave more tokens than were asked for")
+                )
             entries, slots, counts = entries[~is_too_long], slots[~is_too_long], counts[~is_too_long]
         token_ids = outcome.tokens_of(entries)
         is_chunk = entries < step.num_chunks
@@ -216,56 +184,27 @@ class Scheduler:
             )
         )
         for slot in slots[reasons > 0].tolist():
-            self._remove(table.sequence(slot))
+            self._requests.remove(table.sequence(slot))
 
     def _take_colocated(self, blocks: BlockColumns) -> None:
         """Drafts that the group's own drafter made after the pass."""
         assert self.limits is not None
-        sequences = [self._sequences.get(sequence_id) for sequence_id in blocks.sequence_ids.tolist()]
+        sequences = [self._requests.by_id.get(sequence_id) for sequence_id in blocks.sequence_ids.tolist()]
         slots = np.array([-1 if s is None or s.slot is None else s.slot for s in sequences], np.int64)
         is_right = (slots >= 0) & (self._table.committed_lens[slots] == blocks.committed_lens)
         self._table.take_blocks(slots, blocks, is_right, COLOCATED, self.limits.vocab_size)
 
     def _free_pages(self, step: StepInFlight) -> None:
         """Entries found no pages: the youngest sequence is put back, one a step; a lone one has filled the cache."""
-        if self._closed_after >= step.step_id:
+        if self._requests.closed_after >= step.step_id:
             return  # the pages of those are on their way: what failed tries again first
-        youngest = self._sequences[int(self._table.ids.max())]
+        youngest = self._requests.by_id[int(self._table.ids.max())]
         if self.num_running == 1:
             self._actions.append(Emit.one(youngest, finish_reason=common_pb2.FINISH_REASON_LENGTH))
-            self._remove(youngest)
+            self._requests.remove(youngest)
             return
         self.num_preemptions += 1
-        self._requeue(youngest)
-
-    def _requeue(self, sequence: RouterSequence) -> None:
-        self._close(sequence)
-        self._put_back(sequence)
-
-    def _put_back(self, sequence: RouterSequence) -> None:
-        assert sequence.slot is not None
-        self.drafting.suspend(sequence)
-        self._table.leave(sequence.slot)
-        self._waiting.appendleft(sequence)
-
-    def _fail(self, sequence: RouterSequence, error: RequestError) -> None:
-        self._actions.append(Fail(sequence, error))
-        self._remove(sequence)
-
-    def _remove(self, sequence: RouterSequence) -> None:
-        del self._sequences[sequence.sequence_id]
-        self.drafting.close(sequence)
-        if sequence.slot is None:
-            self._waiting.remove(sequence)
-        else:
-            self._close(sequence)
-            self._table.leave(sequence.slot)
-
-    def _close(self, sequence: RouterSequence) -> None:
-        """The target is to forget the sequence, with the next message."""
-        if self._table.is_open[sequence.slot]:
-            self._close_next.append(sequence.sequence_id)
-            self._closed_after = self._step_id
+        self._requests.requeue(youngest)
 
     def drafter_lost(self, drafter_id: str) -> None:
         self.drafting.lose(drafter_id)
@@ -276,65 +215,30 @@ class Scheduler:
 
     def poll(self, now: float) -> list[Action]:
         """Everything there is to do at `now`, in order."""
-        self._give_up_waiting(now)
+        self._requests.give_up(now)
         self._actions += self.drafting.expire(now)
         self.speculating.ngrams.make_room()
         if self.limits is not None:
-            self._admit(self.limits)
+            self._requests.admit(self.limits, self.free_pages, self._cohorts)
             self._request_drafts(self.limits, now)
             while self._steps.has_room and self._start_step(self.limits, now):
                 pass
             if now >= self._steps.deadline:
                 self._actions.append(DropTarget())
-            if self._close_next:  # no step takes them along
-                self._actions.append(CloseSequences(self._close_next))
-                self._close_next = []
-        actions, self._actions = self._actions, []
+            if self._requests.to_close:  # no step takes them along
+                self._actions.append(CloseSequences(self._requests.take_closes()))
+        actions = list(self._actions)
+        self._actions.clear()
         return actions
 
     def next_deadline(self) -> float | None:
         """When `poll` has something to do even if no event comes."""
-        deadline = min(self.drafting.next_deadline(), self._steps.deadline)
-        if self._lost_at is not None and self._waiting:
-            deadline = min(deadline, self._lost_at + self._router.target_wait_s)
+        deadline = min(self.drafting.next_deadline(), self._steps.deadline, self._requests.deadline)
         return None if deadline == NEVER else deadline
-
-    def _give_up_waiting(self, now: float) -> None:
-        wait_s = self._router.target_wait_s
-        if self._lost_at is not None and now >= self._lost_at + wait_s:
-            for sequence in list(self._waiting):
-                self._fail(sequence, DeadlineExceededError(f"no target group came back within {wait_s:g} s"))
 
     def hand_over(self, reason: str) -> None:
         """Ends every request with a HandedOverError: who sent them takes them elsewhere."""
-        for sequence in list(self._sequences.values()):
-            self._fail(sequence, HandedOverError(reason, sequence.num_losses))
-
-    def _admit(self, limits: TargetLimits) -> None:
-        """Moves waiting sequences to the target while their tokens and a block for each running one fit."""
-        table = self._table
-        if not self._waiting or self.num_running == table.num_slots:
-            return
-        promised = self._promised_pages(limits) + table.num_in_phase[DECODE]
-        while self._waiting and self.num_running < table.num_slots:
-            sequence = self._waiting[0]
-            needed = limits.pages(sequence.committed_len + 1 + sequence.draft_tokens)
-            if self.num_running and needed + promised > self.free_pages:
-                return
-            self._waiting.popleft()
-            promised += limits.pages(sequence.committed_len + 1)
-            request = sequence.request
-            max_len = min(limits.max_model_len, request.prompt_len + request.stopping.max_new_tokens)
-            slot = table.enter(sequence, max_len, self._cohorts.smaller(table), sequence.num_losses >= _MAX_LOSSES)
-            self.speculating.enter(slot)
-
-    def _promised_pages(self, limits: TargetLimits) -> int:
-        """Pages that prompts on the target will still take."""
-        if not self._table.num_in_phase[PREFILL]:
-            return 0
-        slots = (self._table.phases == PREFILL).nonzero()[0]
-        pages = -(-(self._table.committed_lens[slots] + 1) // limits.page_size)
-        return int((pages - -(-self._table.num_prefilled[slots] // limits.page_size)).sum())
+        self._requests.hand_over(reason)
 
     def _request_drafts(self, limits: TargetLimits, now: float) -> None:
         """Asks drafters for what the slots are worth that have got tokens."""
@@ -348,7 +252,7 @@ class Scheduler:
         opens_all = self.speculating.controller.expects_drafts
         if not opens_all:
             self.drafting.rest()
-        self._actions += self.drafting.request(idle, limits, self._step_id, opens_all, now)
+        self._actions += self.drafting.request(idle, limits, self._steps.last_id, opens_all, now)
 
     def _start_step(self, limits: TargetLimits, now: float) -> bool:
         """Sends the next step when a cohort has all its drafts or has waited long enough for them."""
@@ -357,12 +261,10 @@ class Scheduler:
             return False
         decoding, prefilling, is_alone = chosen
         counts = self.speculating.cut(decoding, limits)
-        self._step_id += 1
         message, step = build_step(
-            self._step_id, limits, self._router, self._table, decoding, prefilling, counts, is_alone=is_alone
+            self._steps.last_id + 1, limits, self._router, self._table, decoding, prefilling, counts, is_alone=is_alone
         )
-        message.close.extend(self._close_next)
-        self._close_next = []
+        message.close.extend(self._requests.take_closes())
         num_asked = self.speculating.ask_inside(step, limits, now)
         add_colocated(message, self._table, step.slots, num_asked)
         self.speculating.sent(decoding, step, now, num_asked)
@@ -371,7 +273,7 @@ class Scheduler:
         self._actions.append(RunStep(message, step.num_rows))
         if message.open:
             for opened in message.open:
-                self.drafting.add(self._sequences[opened.sequence_id])
+                self.drafting.add(self._requests.by_id[opened.sequence_id])
             self._request_drafts(limits, now)  # drafters are told of them at once
         return True
 

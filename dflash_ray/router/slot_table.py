@@ -63,7 +63,7 @@ class SlotTable:
         drafters: number of the drafter that serves it, or NO_DRAFTER.
         is_asking: its drafter is to draft for it and was not asked yet.
         held_rows: context rows that its drafter is known to hold, or was sent as tokens.
-        num_lost: times in a row that such rows were lost, with no draft since.
+        num_cut_offs: times in a row that such rows were lost, with no draft since.
         temperatures, seeds, wants_distributions: of its draws, as drafters are told.
         asks_logprobs: log-probabilities come with its tokens.
     """
@@ -97,7 +97,7 @@ class SlotTable:
         self.drafters = np.full(num_slots, NO_DRAFTER, np.int64)
         self.is_asking = np.zeros(num_slots, np.bool_)
         self.held_rows = np.zeros(num_slots, np.int64)
-        self.num_lost = np.zeros(num_slots, np.int64)
+        self.num_cut_offs = np.zeros(num_slots, np.int64)
         self.temperatures = np.zeros(num_slots, np.float32)
         self.seeds = np.zeros(num_slots, np.uint64)
         self.wants_distributions = np.zeros(num_slots, np.bool_)
@@ -227,7 +227,7 @@ class SlotTable:
         self.drafters[slot] = NO_DRAFTER
         self.draft_deadlines[slot] = NEVER
         self.is_asking[slot] = False
-        self.held_rows[slot] = self.num_lost[slot] = 0
+        self.held_rows[slot] = self.num_cut_offs[slot] = 0
 
     def miss_drafts(self, slots: Ints) -> None:
         """The next step goes on without the drafts that were waited for."""

@@ -1,10 +1,10 @@
 """Who is where, and which router leads which target group.
 
 `Directory` is the plain state: entries that expire, and leases with fencing epochs. `DirectoryActor` hosts it in the
-cluster; `DirectoryClient` is what processes use, and `KnownEntries` what they remember. A directory that is away
-changes nothing for those who already know each other. One that is restarted is filled again by the next heartbeats:
-until all had time for one, it takes the leases that their holders show, grants none anew, and nobody is forgotten for
-being absent from it.
+cluster; `DirectoryClient` is what processes use, and `KnownEntries` (known_entries.py) what they remember. A directory
+that is away changes nothing for those who already know each other. One that is restarted is filled again by the next
+heartbeats: until all had time for one, it takes the leases that their holders show, grants none anew, and nobody is
+forgotten for being absent from it.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import logging
 import math
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import ray
 
@@ -24,6 +25,7 @@ ACTOR_NAME = "dflash_ray_directory"
 NAMESPACE = "dflash_ray"
 _CHECK_S = 0.1  # how soon a changed entry is registered
 _RETRY_S = 0.5
+NOTHING_SEEN = -1  # no version of anything
 
 logger = logging.getLogger(__name__)
 
@@ -51,10 +53,12 @@ class View:
     Attributes:
         entries: live ones, oldest first.
         age_s: for how long the directory has been up; who has not renewed since is not in it yet.
+        version: another one for other entries, also from another directory.
     """
 
     entries: list[Entry]
     age_s: float
+    version: int = 0
 
 
 @dataclass(slots=True)
@@ -76,6 +80,7 @@ class Directory:
         self._entries: dict[tuple[Kind, str], tuple[Entry, float]] = {}
         self._leases: dict[str, _Lease] = {}
         self._next_epoch = first_epoch
+        self._versions: dict[Kind, int] = dict.fromkeys(get_args(Kind), first_epoch)
 
     def woke(self, now: float) -> None:
         """The directory itself was held up: as after a start, it cannot know who would have renewed meanwhile."""
@@ -83,21 +88,31 @@ class Directory:
 
     def register(self, entry: Entry, ttl_s: float, now: float) -> None:
         """Adds or renews an entry."""
+        known = self._entries.get((entry.kind, entry.id))
+        self._versions[entry.kind] += known is None or known[0] != entry
         self._entries[entry.kind, entry.id] = (entry, now + ttl_s)
 
     def unregister(self, kind: Kind, entry_id: str) -> None:
         """Removes an entry and, with a target's, its lease; unknown ones are ignored."""
-        self._entries.pop((kind, entry_id), None)
+        self._versions[kind] += self._entries.pop((kind, entry_id), None) is not None
         if kind == "target":
             self._leases.pop(entry_id, None)
 
     def view(self, kind: Kind, now: float) -> View:
         """Live entries of a kind."""
         self._forget_expired(now)
-        return View([entry for entry, _ in self._entries.values() if entry.kind == kind], now - self._started_at)
+        entries = [entry for entry, _ in self._entries.values() if entry.kind == kind]
+        return View(entries, now - self._started_at, self._versions[kind])
+
+    def next_expiry(self) -> float:
+        """When the first of all entries expires unless it is renewed."""
+        return min((expires_at for _, expires_at in self._entries.values()), default=math.inf)
 
     def _forget_expired(self, now: float) -> None:
-        self._entries = {key: item for key, item in self._entries.items() if item[1] > now}
+        for (kind, entry_id), (_, expires_at) in list(self._entries.items()):
+            if expires_at <= now:
+                del self._entries[kind, entry_id]
+                self._versions[kind] += 1
         # The lease of a target that is only silent stays as long as its holder renews it.
         self._leases = {
             target_id: lease
@@ -149,9 +164,10 @@ class DirectoryActor:
         self._asked_at = time.monotonic()
         self._lease_ttl_s = math.inf
         self._directory = Directory(self._asked_at, first_epoch=time.time_ns())
+        self._watchers: set[asyncio.Event] = set()
 
     def _now(self) -> float:
-        """The time of a call. Gateways and routers ask twice a second: a long silence is this process's own."""
+        """The time of a call. Whoever is there renews in shorter periods: a long silence is this process's own."""
         now = time.monotonic()
         if now - self._asked_at > self._lease_ttl_s / 2:
             self._directory.woke(now)
@@ -160,12 +176,32 @@ class DirectoryActor:
 
     def register(self, entry: Entry, ttl_s: float) -> None:
         self._directory.register(entry, ttl_s, self._now())
+        self._wake_watchers()
 
     def unregister(self, kind: Kind, entry_id: str) -> None:
         self._directory.unregister(kind, entry_id)
+        self._wake_watchers()
 
-    def view(self, kind: Kind) -> View:
-        return self._directory.view(kind, self._now())
+    def _wake_watchers(self) -> None:
+        for changed in self._watchers:
+            changed.set()
+
+    async def watch(self, seen: dict[Kind, int], wait_s: float) -> dict[Kind, View]:
+        """Views of these kinds, as soon as one has another version than was seen, after `wait_s` at the latest."""
+        give_up_at = time.monotonic() + wait_s
+        self._watchers.add(changed := asyncio.Event())
+        try:
+            while True:
+                changed.clear()
+                now = self._now()
+                views = {kind: self._directory.view(kind, now) for kind in seen}
+                if now >= give_up_at or any(view.version != seen[kind] for kind, view in views.items()):
+                    return views
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(min(give_up_at, self._directory.next_expiry()) - now):
+                        await changed.wait()
+        finally:
+            self._watchers.discard(changed)
 
     def lease(self, target_id: str, router_id: str, ttl_s: float) -> int | None:
         return self._directory.lease(target_id, router_id, ttl_s, self._now())
@@ -191,12 +227,13 @@ class DirectoryClient:
     async def unregister(self, kind: Kind, entry_id: str) -> None:
         await self._call("unregister", kind, entry_id)
 
-    async def view(self, kind: Kind) -> View:
-        view: View = await self._call("view", kind)
-        return view
+    async def watch(self, seen: dict[Kind, int], wait_s: float = 0.0) -> dict[Kind, View]:
+        """As DirectoryActor.watch."""
+        views: dict[Kind, View] = await self._call("watch", seen, wait_s, timeout_s=wait_s + self._call_timeout_s)
+        return views
 
     async def entries(self, kind: Kind) -> list[Entry]:
-        return (await self.view(kind)).entries
+        return (await self.watch({kind: NOTHING_SEEN}))[kind].entries
 
     async def lease(self, target_id: str, router_id: str, ttl_s: float) -> int | None:
         epoch: int | None = await self._call("lease", target_id, router_id, ttl_s)
@@ -209,11 +246,12 @@ class DirectoryClient:
     async def release(self, target_id: str, router_id: str) -> None:
         await self._call("release", target_id, router_id)
 
-    async def _call(self, method: str, *args: Any) -> Any:
+    async def _call(self, method: str, *args: Any, timeout_s: float | None = None) -> Any:
         try:
             if self._actor is None:
                 self._actor = await asyncio.to_thread(_get_or_create_actor)
-            return await asyncio.wait_for(getattr(self._actor, method).remote(*args), self._call_timeout_s)
+            timeout_s = self._call_timeout_s if timeout_s is None else timeout_s
+            return await asyncio.wait_for(getattr(self._actor, method).remote(*args), timeout_s)
         except (ray.exceptions.RayError, TimeoutError, ValueError) as error:
             self._actor = None
             raise ConnectionError(f"the directory did not answer {method}: {error!r}") from error
@@ -232,56 +270,13 @@ def _get_or_create_actor() -> Any:
     ).remote()
 
 
-class KnownEntries:
-    """The processes of one kind as a reader remembers them.
-
-    None is forgotten because the directory is away, or because it has just started and not heard of everyone yet. A
-    reader has to ask once in a TTL for that: what it remembers from before says nothing of who is there now.
-    """
-
-    def __init__(self, directory: DirectoryClient, kind: Kind, ttl_s: float) -> None:
-        self._directory = directory
-        self._kind = kind
-        self._ttl_s = ttl_s
-        self._by_id: dict[str, Entry] = {}
-        self._asked_at = -math.inf
-        self._is_away = False
-
-    @property
-    def entries(self) -> list[Entry]:
-        """As of the last refresh."""
-        return list(self._by_id.values())
-
-    async def refresh(self) -> list[Entry]:
-        """Asks the directory, and returns what is known then."""
-        now = time.monotonic()
-        is_old, self._asked_at = now - self._asked_at > self._ttl_s, now
-        try:
-            view = await self._directory.view(self._kind)
-        except ConnectionError as error:
-            if not self._is_away:
-                logger.warning("going on with the %ss that are known: %s", self._kind, error)
-            self._is_away = True
-            return self.entries
-        self._is_away = False
-        if is_old:
-            self._by_id = {}
-        self.update(view)
-        return self.entries
-
-    def update(self, view: View) -> None:
-        """Takes what the directory told."""
-        told = {entry.id: entry for entry in view.entries}
-        self._by_id = told if view.age_s >= self._ttl_s else self._by_id | told
-
-
 def start_directory(timeout_s: float = 60.0) -> None:
     """Returns when the directory answers, so that processes started next find it at once.
 
     Raises:
         TimeoutError: it does not answer in time (ray.exceptions.GetTimeoutError).
     """
-    ray.get(_get_or_create_actor().view.remote("router"), timeout=timeout_s)
+    ray.get(_get_or_create_actor().watch.remote({}, 0.0), timeout=timeout_s)
 
 
 def stop_directory() -> None:
@@ -300,14 +295,18 @@ async def leave(client: DirectoryClient, kind: Kind, entry_id: str) -> None:
         logger.warning("the directory entry is left to expire: %s", error)
 
 
-async def keep_registered(client: DirectoryClient, current: Callable[[], Entry], ttl_s: float) -> None:
-    """Renews an entry three times a TTL, and at once when it changes, until cancelled."""
+async def keep_registered(client: DirectoryClient, current: Entry | Callable[[], Entry], ttl_s: float) -> None:
+    """Renews an entry three times a TTL, and at once when it changes, until cancelled.
+
+    Args:
+        current: the entry, or what gives it where it changes.
+    """
     loop = asyncio.get_running_loop()
     told: Entry | None = None
     renew_at = 0.0
     while True:
-        pause_s = min(_CHECK_S, ttl_s / 10)
-        entry = current()
+        pause_s = ttl_s / 3 if isinstance(current, Entry) else min(_CHECK_S, ttl_s / 10)
+        entry = current if isinstance(current, Entry) else current()
         if entry != told or loop.time() >= renew_at:
             try:
                 await client.register(entry, ttl_s)

@@ -12,7 +12,8 @@ import grpc
 from dflash_ray.config import NetworkConfig
 from dflash_ray.pb import metrics_pb2, metrics_pb2_grpc
 from dflash_ray.rpc.channel import open_channel
-from dflash_ray.rpc.directory import DirectoryClient, Entry, Kind, KnownEntries
+from dflash_ray.rpc.directory import DirectoryClient, Entry, Kind
+from dflash_ray.rpc.known_entries import KnownEntries, refresh
 
 SERVICE_NAME = metrics_pb2.DESCRIPTOR.services_by_name["Metrics"].full_name
 _SAMPLE = re.compile(r"^(?P<name>[a-zA-Z_:][a-zA-Z0-9_:]*)(?:\{(?P<labels>.*)\})? (?P<value>\S+)$")
@@ -53,6 +54,7 @@ class MetricsPage:
         render: Callable[[], str],
         timeout_s: float = 3.0,
     ) -> None:
+        self._directory = directory
         self._known = [KnownEntries(directory, kind, network.entry_ttl_s) for kind in get_args(Kind)]
         self._own = own
         self._render = render
@@ -68,8 +70,8 @@ class MetricsPage:
             await asyncio.sleep(self._poll_s)
 
     async def _refresh(self) -> list[Entry]:
-        known = await asyncio.gather(*(known.refresh() for known in self._known))
-        return [entry for entries in known for entry in entries if (entry.kind, entry.id) != self._own]
+        await refresh(self._directory, self._known)
+        return [entry for known in self._known for entry in known.entries if (entry.kind, entry.id) != self._own]
 
     async def collect(self) -> str:
         """The page as of now."""

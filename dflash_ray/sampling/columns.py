@@ -62,7 +62,7 @@ class PlanColumns:
             token first, and the probabilities that it was drawn with; -1 and 0 for none. A child that was not drawn is
             its only candidate, with probability 1.
         depth: rows on the longest path.
-        needs: of any of the sequences.
+        needs: bits of `Need`, of any of the sequences.
         first_rows: [S] row of each sequence's root.
         num_logprobs: [S] likeliest tokens wanted beside each token, NO_LOGPROBS for none.
     """
@@ -71,7 +71,7 @@ class PlanColumns:
     draft_ids: torch.Tensor
     draft_probs: torch.Tensor
     depth: int
-    needs: Need
+    needs: int
     first_rows: Ints
     num_logprobs: Ints
 
@@ -96,7 +96,7 @@ def columns_of(rows: DrawRows, table: SamplingTable, device: torch.device) -> Pl
     ints = table.ints[rows.slots]
     ints[:, IntColumn.FIRST_ROW], ints[:, IntColumn.NUM_ROWS] = first_rows, rows.num_rows
     ints[:, IntColumn.ROOT_POSITION], ints[:, IntColumn.FEATURE_ROW] = rows.positions, rows.feature_rows
-    needs = Need(int(np.bitwise_or.reduce(table.needs[rows.slots], initial=0)))
+    needs = int(np.bitwise_or.reduce(table.needs[rows.slots], initial=0))
     ids, values = table.ids.reshape(-1), table.values.reshape(-1)
     if device.type != "cpu":
         ids, values = without_gaps(ints, ids, values)
@@ -105,7 +105,8 @@ def columns_of(rows: DrawRows, table: SamplingTable, device: torch.device) -> Pl
         draft_ids, draft_probs = _drafts(rows, lines, offsets, sequence_of)
 
     def move(array: NDArray[np.generic]) -> torch.Tensor:
-        return torch.from_numpy(array).to(device, non_blocking=True)
+        tensor = torch.from_numpy(array)
+        return tensor if device.type == "cpu" else tensor.to(device, non_blocking=True)
 
     return PlanColumns(
         tensors=PlanTensors(move(lines), move(ints), move(table.floats[rows.slots]), move(ids), move(values)),

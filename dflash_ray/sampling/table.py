@@ -7,7 +7,7 @@ slot (`columns.py`) and makes nothing anew.
 from __future__ import annotations
 
 import math
-from enum import IntFlag
+from enum import IntEnum
 
 import numpy as np
 import torch
@@ -23,8 +23,8 @@ _FIRST_WIDTH = 32
 RANGES = (IntColumn.HISTORY_AT, IntColumn.BIAS_AT, IntColumn.BANNED_AT, IntColumn.STOP_AT)
 
 
-class Need(IntFlag):
-    """What verifying a sequence takes beside an argmax. The last one is of its slot: tokens are counted."""
+class Need(IntEnum):
+    """Bits of what verifying a sequence takes beside an argmax. The last one is of its slot: tokens are counted."""
 
     DRAW = 1
     REJECTION = 2
@@ -43,7 +43,7 @@ class SamplingTable:
         ints, floats: [N, 18] and [N, 6], one line a slot as in `kernels.columns`; what belongs to a step is 0.
         ids, values: [N, width], a slot's ranges one after the other: biases, stop tokens, and the history, which grows.
             Stop tokens are the banned ones, too. Places (`_AT`) are those of the flattened table.
-        needs: [N] of `Need`.
+        needs: [N] bits of `Need`.
         num_logprobs: [N] likeliest tokens wanted beside each token, or NO_LOGPROBS.
         params: [N] as they were given.
     """
@@ -172,17 +172,15 @@ def _history(params: SamplingParams, token_ids: Ints, prompt_len: int) -> tuple[
 
 
 def _needs(params: SamplingParams, num_banned: int) -> int:
-    needs = Need(0)
-    if not params.is_greedy:
-        needs |= Need.DRAW
-        needs |= Need.REJECTION if params.mode == REJECTION else 0
-        needs |= Need.MIN_P if params.min_p > 0 else 0
-        needs |= Need.TOP_K if params.top_k > 0 else 0
-        needs |= Need.TOP_P if params.top_p < 1 else 0
-    if params.has_penalties:
-        needs |= Need.COUNTS | Need.ADJUSTMENT
-    if len(params.bias_ids) or num_banned:
-        needs |= Need.ADJUSTMENT
-    if params.num_logprobs != NO_LOGPROBS:
-        needs |= Need.LOGPROBS
-    return int(needs)
+    is_drawn = not params.is_greedy
+    wanted = {
+        Need.DRAW: is_drawn,
+        Need.REJECTION: is_drawn and params.mode == REJECTION,
+        Need.MIN_P: is_drawn and params.min_p > 0,
+        Need.TOP_K: is_drawn and params.top_k > 0,
+        Need.TOP_P: is_drawn and params.top_p < 1,
+        Need.ADJUSTMENT: params.has_penalties or len(params.bias_ids) > 0 or num_banned > 0,
+        Need.LOGPROBS: params.num_logprobs != NO_LOGPROBS,
+        Need.COUNTS: params.has_penalties,
+    }
+    return sum(need for need, is_wanted in wanted.items() if is_wanted)

@@ -139,7 +139,7 @@ class Engine:
         return output
 
     def read_features(self, sequence_ids: Sequence[int], starts: Sequence[int], counts: Sequence[int]) -> Tensor:
-        """Context features [sum of counts, H] of computed rows; of sequences that are closed meanwhile, anything.
+        """Context features [sum of counts, H] of computed rows of sequences that are not closed before it returns.
 
         May be called from another thread than the step's.
         """

@@ -33,9 +33,13 @@ class FeatureStore:
         """Copies the kept rows of a step's features into the rows `slots`."""
         counts = features.num_rows
         index = np.arange(len(slots)) + np.repeat(features.first_rows - np.cumsum(counts) + counts, counts)
-        kept = features.rows if len(index) == len(features.rows) else features.rows[torch.from_numpy(index)]
-        self._rows[torch.from_numpy(slots)] = kept
+        kept = (
+            features.rows
+            if len(index) == len(features.rows)
+            else features.rows.index_select(0, torch.from_numpy(index))
+        )
+        self._rows.index_copy_(0, torch.from_numpy(slots), kept)
 
     def get(self, slots: Ints) -> Tensor:
         """A copy [n, width] of the rows `slots`."""
-        return self._rows[torch.from_numpy(slots)]
+        return self._rows.index_select(0, torch.from_numpy(slots))

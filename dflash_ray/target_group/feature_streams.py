@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -18,7 +17,7 @@ import grpc
 from torch import Tensor
 
 from dflash_ray.core.protocol import PROTOCOL_VERSION
-from dflash_ray.models.context_features import to_message
+from dflash_ray.models.context_features import to_response
 from dflash_ray.pb import target_pb2
 
 logger = logging.getLogger(__name__)
@@ -84,8 +83,8 @@ class FeatureStreams:
     """Subscriptions of all drafters to the sequences of one target group.
 
     Args:
-        read: rows [sum of counts, H] of (sequence ids, starts, counts), from any thread; what it gives for a sequence
-            that was closed meanwhile is thrown away.
+        read: rows [sum of counts, H] of (sequence ids, starts, counts). It is called on the event loop, so that no
+            sequence that is read is closed before it returns.
         rows_per_piece: rows of one message.
         fingerprint: of the drafter whose fc makes the features.
     """
@@ -99,7 +98,6 @@ class FeatureStreams:
         self._step_id = 0  # of the last step read
         self._sequences: dict[int, _Sequence] = {}
         self._streams: set[_Stream] = set()
-        self._readers = ThreadPoolExecutor(max_workers=1, thread_name_prefix="features")
 
     def lead(self, epoch: int) -> None:
         """A router leads under a new lease: the sequences of the one before are over."""
@@ -175,7 +173,7 @@ class FeatureStreams:
         try:
             while not reader.done():
                 stream.awake.clear()
-                while (response := await self._next(stream)) is not None:
+                while (response := self._next(stream)) is not None:
                     yield response
                 await stream.awake.wait()
             fault = reader.exception()
@@ -226,47 +224,33 @@ class FeatureStreams:
                         if subscription is not None:
                             _detach(subscription, from_sequence=True)
 
-    async def _next(self, stream: _Stream) -> target_pb2.FeaturesResponse | None:
+    def _next(self, stream: _Stream) -> target_pb2.FeaturesResponse | None:
         """The next message for a drafter; None when it has everything."""
-        while stream.behind:
-            parts = self._pick(stream)
-            if not parts:
-                break
-            columns = [list(column) for column in zip(*parts, strict=True)]
-            message = await asyncio.get_running_loop().run_in_executor(self._readers, self._message, *columns)
-            if all(subscription.sequence is not None for subscription, _, _, _ in parts):
-                for subscription, _, start, count in parts:
-                    subscription.at = start + count
-                    _push(subscription)
-                return target_pb2.FeaturesResponse(features=message)
-            for subscription, *_ in parts:  # pages of one were handed on while it was read
-                _push(subscription)
+        parts = self._pick(stream)
+        if parts:
+            numbers, sequence_ids, starts, counts = (list(column) for column in zip(*parts, strict=True))
+            return to_response(numbers, starts, counts, self._read(sequence_ids, starts, counts))
         if stream.ends:
             ends, stream.ends = stream.ends, []
             numbers, reasons = zip(*ends, strict=True)
             return target_pb2.FeaturesResponse(end=target_pb2.FeaturesEnd(subscription_ids=numbers, reasons=reasons))
         return None
 
-    def _pick(self, stream: _Stream) -> list[tuple[_Subscription, int, int, int]]:
-        """Rows for one message, as (subscription, sequence id, start, count)."""
-        parts: list[tuple[_Subscription, int, int, int]] = []
+    def _pick(self, stream: _Stream) -> list[tuple[int, int, int, int]]:
+        """Rows for one message, as (subscription, sequence id, start, count); they count as sent."""
+        parts: list[tuple[int, int, int, int]] = []
         room = self._rows_per_piece
         while stream.behind and room:
             subscription = next(iter(stream.behind))
             del stream.behind[subscription]
             sequence = subscription.sequence
-            if sequence is not None:
-                count = min(room, sequence.num_rows - subscription.at)
-                if count > 0:
-                    parts.append((subscription, sequence.sequence_id, subscription.at, count))
-                    room -= count
+            assert sequence is not None, "who is detached is not behind"
+            count = min(room, sequence.num_rows - subscription.at)
+            parts.append((subscription.number, sequence.sequence_id, subscription.at, count))
+            room -= count
+            subscription.at += count
+            _push(subscription)
         return parts
-
-    def _message(
-        self, subscriptions: list[_Subscription], sequence_ids: list[int], starts: list[int], counts: list[int]
-    ) -> target_pb2.ContextFeatures:
-        numbers = [subscription.number for subscription in subscriptions]
-        return to_message(numbers, starts, counts, self._read(sequence_ids, starts, counts))
 
 
 def _push(subscription: _Subscription) -> None:

@@ -13,7 +13,7 @@ from ray.util.placement_group import PlacementGroup, get_current_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from dflash_ray.config import DflashRayConfig
-from dflash_ray.target_group.worker import RankPlace, TargetRank
+from dflash_ray.target_group.rank import RankActor, RankPlace
 
 logger = logging.getLogger(__name__)
 _PING_PERIOD_S = 5.0
@@ -123,9 +123,10 @@ def _create(
         "max_restarts": 0,
         "max_task_retries": 0,
         "max_concurrency": 4,
-        "runtime_env": {"env_vars": env},
         "name": f"target-{target_id}-rank{place.rank}",
     }
+    if env:
+        options["runtime_env"] = {"env_vars": env}
     if placement_group is not None:
         options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(placement_group, bundle)
-    return ray.remote(TargetRank).options(**options).remote(config, target_id, place)
+    return ray.remote(RankActor).options(**options).remote(config, target_id, place)

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dflash_ray.config import DflashRayConfig
+from dflash_ray.core.memory import return_freed_memory
 from dflash_ray.models.context_length import context_length
 from dflash_ray.models.taps import tap_layers
 from dflash_ray.models.target_checkpoint import TargetCheckpoint
 from dflash_ray.target_group.attention import IMPLEMENTATION, PagedStep, register
 from dflash_ray.target_group.batch import StepBatch
 from dflash_ray.target_group.head import VocabParallelHead
-from dflash_ray.target_group.linears import lean
+from dflash_ray.target_group.lean_decoder import LeanDecoder, is_lean
+from dflash_ray.target_group.linears import pack_linears
 from dflash_ray.target_group.paged_cache import PagedCache
 from dflash_ray.target_group.tensor_parallel import shard
 
@@ -29,6 +32,31 @@ class StepHidden:
     sampled: Tensor
     features: Tensor | None
     scored: Tensor | None = None
+
+
+class _TransformersDecoder:
+    """The decoder as transformers has it, with its linear layers packed on a CPU."""
+
+    def __init__(self, base: Any, device: str, tap_layer_ids: tuple[int, ...]) -> None:
+        if device == "cpu":
+            pack_linears(base)
+        self._base = base.to(device).eval()
+        self._device = device
+        self._tap_layer_ids = tap_layer_ids
+        self._taps = tap_layers(base, tap_layer_ids)
+
+    def __call__(self, batch: StepBatch, step: PagedStep) -> tuple[Tensor, Tensor | None]:
+        """Normed rows [T, H], and the taps [F, taps * H] of the feature rows if there are any."""
+        hidden = self._base(
+            input_ids=torch.from_numpy(batch.token_ids).to(self._device)[None],
+            position_ids=torch.from_numpy(batch.positions).to(self._device)[None],
+            use_cache=False,
+            paged=step,
+        ).last_hidden_state[0]
+        if not self._tap_layer_ids or not len(batch.feature_rows):
+            return hidden, None
+        rows = torch.from_numpy(batch.feature_rows).to(self._device)
+        return hidden, torch.cat([self._taps[i][0, rows] for i in self._tap_layer_ids], dim=-1)
 
 
 class RankModel:
@@ -65,27 +93,22 @@ class RankModel:
         self._cache = PagedCache(
             kv_heads, head_dim, config.target.num_pages, config.target.page_size, dtype, self._device
         )
-        if self._device == "cpu":
-            lean(base)
-        self._base = base.to(self._device).eval()
         self._projector = projector
-        self._tap_layer_ids = tap_layer_ids if projector is not None else ()
-        self._taps = tap_layers(base, self._tap_layer_ids)
+        tap_layer_ids = tap_layer_ids if projector is not None else ()
+        self._decoder: LeanDecoder | _TransformersDecoder
+        if is_lean(base, self._device):
+            self._decoder = LeanDecoder(base, tp_size, tap_layer_ids)
+        else:
+            self._decoder = _TransformersDecoder(base, self._device, tap_layer_ids)
+        del model, base
+        return_freed_memory()
 
     @torch.inference_mode()
     def forward(self, batch: StepBatch) -> StepHidden:
         """Runs all rows; their keys and values are in the cache afterwards."""
         step = PagedStep(batch, self._cache, self._device)
-        hidden = self._base(
-            input_ids=torch.from_numpy(batch.token_ids).to(self._device)[None],
-            position_ids=torch.from_numpy(batch.positions).to(self._device)[None],
-            use_cache=False,
-            paged=step,
-        ).last_hidden_state[0]
-        features = None
-        if self._projector is not None and len(batch.feature_rows):
-            rows = torch.from_numpy(batch.feature_rows).to(self._device)
-            features = self._projector(torch.cat([self._taps[i][0, rows] for i in self._tap_layer_ids], dim=-1))
+        hidden, taps = self._decoder(batch, step)
+        features = None if self._projector is None or taps is None else self._projector(taps)
         scored = hidden[torch.from_numpy(batch.scored_rows).to(self._device)] if len(batch.scored_rows) else None
         return StepHidden(hidden[torch.from_numpy(batch.sample_rows).to(self._device)], features, scored)
 

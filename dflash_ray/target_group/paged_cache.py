@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import torch
+from torch import Tensor
 
 
 class PagedCache:
@@ -17,5 +21,12 @@ class PagedCache:
     ) -> None:
         self.page_size = page_size
         rows = num_pages * page_size
-        self.keys = [torch.zeros(rows, heads, head_dim, dtype=dtype, device=device) for heads in kv_heads]
-        self.values = [torch.zeros_like(keys) for keys in self.keys]
+        self.keys = [_zeros((rows, heads, head_dim), dtype, device) for heads in kv_heads]
+        self.values = [_zeros((rows, heads, head_dim), dtype, device) for heads in kv_heads]
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
+    """Zeros that take memory on a CPU only where they are written: torch writes all, numpy leaves it to the kernel."""
+    if device != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)

@@ -20,7 +20,6 @@ from dflash_ray.target_group.group import GroupStartError, TargetGroup
 
 logger = logging.getLogger(__name__)
 _MAX_FAILED_STARTS = 3
-_INHERITED_ENV = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "TOKENIZERS_PARALLELISM", "TQDM_DISABLE", "DS_ACCELERATOR")
 
 
 class TargetReplica:
@@ -40,8 +39,8 @@ class TargetReplica:
 
     async def _start_group(self) -> TargetGroup:
         threads = self._config.target.num_threads or max(1, (os.cpu_count() or 1) // self._config.target.tp_size)
-        env = {name: os.environ[name] for name in _INHERITED_ENV if name in os.environ}
-        env["OMP_NUM_THREADS"] = str(threads)
+        # The rest is the replica's own, which its actors inherit.
+        env = {} if os.environ.get("OMP_NUM_THREADS") == str(threads) else {"OMP_NUM_THREADS": str(threads)}
         self._target_id = uuid.uuid4().hex[:12]
         return await TargetGroup.start(self._config, self._target_id, env)
 
@@ -49,7 +48,7 @@ class TargetReplica:
         while True:
             entry = Entry("target", self._target_id, self._group.info["address"], self._group.info)
             registration = asyncio.create_task(
-                keep_registered(self._directory, lambda entry=entry: entry, self._config.network.entry_ttl_s)
+                keep_registered(self._directory, entry, self._config.network.entry_ttl_s)
             )
             reason = await self._group.wait_for_death()
             logger.error("a target rank died; the group is started again", extra={"reason": reason})

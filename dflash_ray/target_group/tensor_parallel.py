@@ -58,7 +58,9 @@ def init_process_group(
 
 
 def shard(base_model: torch.nn.Module, tp_size: int, dtype: torch.dtype) -> torch.nn.Module:
-    """The base model with its linear layers sharded in place over the process group."""
+    """The base model with its linear layers sharded in place over the process group; as it is for one rank."""
+    if tp_size == 1:
+        return base_model
     import deepspeed
 
     engine = deepspeed.init_inference(

@@ -1,4 +1,4 @@
-"""One tensor-parallel rank as a Ray actor. Rank 0 also serves the Target gRPC service and holds the engine."""
+"""One tensor-parallel rank. Rank 0 also serves the Target gRPC service and holds the engine."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import json
 import logging
 import os
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 
 import ray
 import torch
 
 from dflash_ray.config import DflashRayConfig
+from dflash_ray.core.memory import return_freed_memory
 from dflash_ray.core.watchdog import Watchdog
 from dflash_ray.models.block_drafter import BlockDrafter
 from dflash_ray.models.drafter_checkpoint import DrafterCheckpoint, resolve_drafter
@@ -31,6 +31,7 @@ from dflash_ray.target_group.engine import Engine
 from dflash_ray.target_group.feature_store import FeatureStore
 from dflash_ray.target_group.feature_streams import FeatureStreams
 from dflash_ray.target_group.model import RankModel
+from dflash_ray.target_group.rank import RankPlace, Rendezvous
 from dflash_ray.target_group.runner import GroupRunner
 from dflash_ray.target_group.servicer import TargetInfo, TargetServicer
 from dflash_ray.target_group.step_channel import StepChannel, follow
@@ -41,29 +42,6 @@ _NOT_OF_THE_MODEL = ("_name_or_path", "transformers_version")
 _SERVICE_NAME = target_pb2.DESCRIPTOR.services_by_name["Target"].full_name
 
 
-@dataclass(frozen=True, slots=True)
-class RankPlace:
-    """Where a rank runs, as the group decided.
-
-    Attributes:
-        local_rank: index among the ranks on the same node.
-        share_host: all ranks of the group are on one node.
-    """
-
-    rank: int
-    tp_size: int
-    local_rank: int
-    share_host: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Rendezvous:
-    """Where the ranks meet: rank 0's TCPStore."""
-
-    host: str
-    port: int
-
-
 def model_fingerprint(target: TargetCheckpoint, dtype: str) -> str:
     """Hash of what decides the tokens: weights, configuration and arithmetic. No answer is continued by another."""
     values = {name: value for name, value in target.config.to_dict().items() if name not in _NOT_OF_THE_MODEL}
@@ -72,7 +50,7 @@ def model_fingerprint(target: TargetCheckpoint, dtype: str) -> str:
 
 
 class TargetRank:
-    """The actor. The group calls rendezvous (rank 0), load, and run, whose end is the rank's death."""
+    """What a RankActor hosts."""
 
     def __init__(self, config: DflashRayConfig, target_id: str, place: RankPlace) -> None:
         configure_logging(f"target-{place.rank}", config.observability.log_level, config.observability.log_format)
@@ -100,6 +78,7 @@ class TargetRank:
         """
         loop = asyncio.get_running_loop()
         info = await loop.run_in_executor(self._compute, self._load, rendezvous)
+        return_freed_memory()
         if self._place.rank == 0:
             info["address"] = await self._listen()
         return info
@@ -113,17 +92,14 @@ class TargetRank:
             self._compute, follow, self._engine, self._channel, self._watchdog
         )
 
-    async def ping(self) -> None:
-        """Answers while the process can, whatever its compute thread does."""
-
     def _load(self, rendezvous: Rendezvous) -> dict[str, object]:
         config, place = self._config, self._place
         cores = os.cpu_count() or 1
         share = cores // place.tp_size if place.share_host else cores
         torch.set_num_threads(config.target.num_threads or max(1, share))
-        store = self._store or join_store(rendezvous.host, rendezvous.port, place.tp_size, config.target.init_timeout_s)
         device = config.target.device
-        init_process_group(store, place.rank, place.tp_size, device, place.share_host, place.local_rank)
+        if place.tp_size > 1:
+            self._join(rendezvous)
         target = resolve_target(config.model.path)
         is_first = place.rank == 0
         drafter = resolve_drafter(config.drafter.path, target) if is_first and config.uses_features else None
@@ -172,6 +148,13 @@ class TargetRank:
                 colocated_draft_tokens=0 if colocated is None else colocated.max_draft_tokens,
             )
         return {"pid": os.getpid(), "node_id": ray.get_runtime_context().get_node_id()}
+
+    def _join(self, rendezvous: Rendezvous) -> None:
+        """Joins the other ranks' process group. One by itself has none: its thread would wake 100 times a second."""
+        place, timeout_s = self._place, self._config.target.init_timeout_s
+        store = self._store or join_store(rendezvous.host, rendezvous.port, place.tp_size, timeout_s)
+        device = self._config.target.device
+        init_process_group(store, place.rank, place.tp_size, device, place.share_host, place.local_rank)
 
     def _colocated(self, checkpoint: DrafterCheckpoint | None) -> ColocatedDrafter | None:
         drafter = self._config.drafter

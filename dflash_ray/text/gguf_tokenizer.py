@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gguf import GGUFReader
 from tokenizers import AddedToken, Tokenizer, pre_tokenizers, processors
 from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS, convert_gguf_tokenizer
 
+from dflash_ray.models.gguf_reader import GgufFile
 from dflash_ray.text.token_sizes import byte_alphabet
 
 _CONTROL_TOKEN, _USER_DEFINED_TOKEN = 3, 4  # token types in the metadata
@@ -140,7 +140,7 @@ class GgufTokenizer:
 
 def load_gguf(file: Path) -> GgufTokenizer:
     """Reads the metadata, no tensors. Raises ValueError for rotary scaling, which the target would leave out."""
-    fields = GGUFReader(file).fields
+    fields = GgufFile(file).fields
     architecture = str(fields["general.architecture"].contents())
     scaling = fields.get(f"{architecture}.rope.scaling.type")
     if scaling is not None and scaling.contents() != "none" and architecture not in _READ_WITH_SCALING:

@@ -84,6 +84,7 @@ def assert_parity(directory: Path, target: TargetCheckpoint, draw: Draw | None =
 
 
 def _compare_context(ours: BlockDrafter, cache: Any) -> None:
+    ours._take_features()
     held = ours._sessions[1]
     for i, layer in enumerate(cache.layers):
         for mine, other in ((held.keys[i], layer.keys[0]), (held.values[i], layer.values[0])):

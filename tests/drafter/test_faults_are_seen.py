@@ -26,11 +26,11 @@ def change_config(monkeypatch, **change) -> None:
 def context_keys_without_norm(monkeypatch) -> None:
     right = BlockDrafter._context_rows
 
-    def wrong(self, start, features):
+    def wrong(self, positions, features):
         norms = [layer.k_norm for layer in self._layers]
         for layer in self._layers:
             layer.k_norm = lambda keys: keys
-        rows = right(self, start, features)
+        rows = right(self, positions, features)
         for layer, norm in zip(self._layers, norms, strict=True):
             layer.k_norm = norm
         return rows
@@ -40,7 +40,7 @@ def context_keys_without_norm(monkeypatch) -> None:
 
 def context_rotated_one_position_late(monkeypatch) -> None:
     right = BlockDrafter._context_rows
-    monkeypatch.setattr(BlockDrafter, "_context_rows", lambda self, start, features: right(self, start + 1, features))
+    monkeypatch.setattr(BlockDrafter, "_context_rows", lambda self, at, features: right(self, at + 1, features))
 
 
 def block_rotated_one_position_late(monkeypatch) -> None:

@@ -15,6 +15,6 @@ def reference() -> Reference:
 
 @pytest.fixture(scope="package")
 def smollm2_app() -> Iterator[Application]:
-    """SmolLM2 at TP 1 with two remote DFlash drafters: what `make serve` runs."""
-    with application() as app:
+    """SmolLM2 at TP 1 with two remote DFlash drafters: what `make serve` runs, and a drafter more."""
+    with application("drafter.num_replicas=2") as app:
         yield app

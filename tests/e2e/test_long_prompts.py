@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -213,3 +213,13 @@ async def test_a_drafter_without_room_for_all_keeps_those_it_has_and_the_others_
         assert scheduler.drafting.num_dropped["refused"] >= 1
         assert scheduler.num_drafts_by_source["remote"] >= NUM_NEW // 5
         assert app.pipeline.target_id == "t" and app.pipeline.knows_drafter("a")
+
+
+async def test_drafters_that_cannot_reach_the_target_cost_their_drafts_and_nothing_else(models, truth):
+    async with running(models) as app:
+        scheduler = app.pipeline.scheduler
+        scheduler.limits = replace(scheduler.limits, address="127.0.0.1:1")  # nobody listens there
+        assert await asyncio.gather(*(generate(app.pipeline, prompt) for prompt in PROMPTS)) == truth
+        assert not scheduler.num_drafts_by_source["remote"] and scheduler.num_drafts_by_source["plain"]
+        assert scheduler.drafting.num_dropped["lost"] >= 2 and not scheduler.drafting.num_dropped["timeout"]
+        assert app.pipeline.knows_drafter("a") and app.pipeline.knows_drafter("b")

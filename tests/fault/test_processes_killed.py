@@ -37,7 +37,7 @@ async def entries_of(kind: Kind):
 
 
 async def test_a_killed_drafter_fails_no_request_and_changes_no_token():
-    with application() as app:
+    with application("drafter.num_replicas=2") as app:
         undisturbed = await generate_sixteen(app)
         victim = (await entries_of("drafter"))[0]
 

@@ -31,7 +31,7 @@ async def test_a_stopped_rank_is_noticed_and_its_group_comes_back_with_the_same_
 
 
 async def test_a_stopped_drafter_costs_no_token_and_its_sequences_go_on_with_the_other_one():
-    with application("drafter.step_timeout_s=5") as app:
+    with application("drafter.num_replicas=2", "drafter.step_timeout_s=5") as app:
         undisturbed = await generate_sixteen(app)
         victim = (await entries_of("drafter"))[0]
 

@@ -14,6 +14,13 @@ TORCH_LIBRARY(dflash_ray, library) {
       "paged_attention(Tensor query, Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, "
       "Tensor slots, Tensor entry_lens, Tensor context_lens, Tensor page_counts, Tensor pages, int page_size, "
       "float scale, int window, float softcap, bool is_causal) -> Tensor");
+  library.def(
+      "decoder_layers(Tensor(a!) hidden, Tensor[] weights, Tensor(b!)[] keys, Tensor(c!)[] values, Tensor[] step, "
+      "int[] sizes, float[] scalars, int[] windows) -> ()");
+  library.def(
+      "decoder_attention(Tensor hidden, Tensor[] weights, Tensor(a!) keys, Tensor(b!) values, Tensor[] step, "
+      "int[] sizes, float[] scalars, int window) -> Tensor");
+  library.def("decoder_mlp(Tensor hidden, Tensor[] weights, int[] sizes, float[] scalars) -> Tensor");
   dflash_ray::define_verify_ops(library);
 }
 
@@ -23,5 +30,8 @@ TORCH_LIBRARY_IMPL(dflash_ray, CPU, library) {
   library.impl("rms_norm", &dflash_ray::rms_norm_cpu);
   library.impl("silu_and_mul", &dflash_ray::silu_and_mul_cpu);
   library.impl("paged_attention", &dflash_ray::paged_attention_cpu);
+  library.impl("decoder_layers", &dflash_ray::decoder_layers_cpu);
+  library.impl("decoder_attention", &dflash_ray::decoder_attention_cpu);
+  library.impl("decoder_mlp", &dflash_ray::decoder_mlp_cpu);
   dflash_ray::register_verify_cpu(library);
 }

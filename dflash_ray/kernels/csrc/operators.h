@@ -23,6 +23,17 @@ at::Tensor paged_attention_cpu(const at::Tensor& query, const at::Tensor& key, c
                                const at::Tensor& page_counts, const at::Tensor& pages, int64_t page_size, double scale,
                                int64_t window, double softcap, bool is_causal);
 
+void decoder_layers_cpu(at::Tensor& hidden, at::TensorList weights, at::TensorList keys, at::TensorList values,
+                        at::TensorList step, at::IntArrayRef sizes, at::ArrayRef<double> scalars,
+                        at::IntArrayRef windows);
+
+at::Tensor decoder_attention_cpu(const at::Tensor& hidden, at::TensorList weights, at::Tensor& keys, at::Tensor& values,
+                                 at::TensorList step, at::IntArrayRef sizes, at::ArrayRef<double> scalars,
+                                 int64_t window);
+
+at::Tensor decoder_mlp_cpu(const at::Tensor& hidden, at::TensorList weights, at::IntArrayRef sizes,
+                           at::ArrayRef<double> scalars);
+
 // Implements the operators of verify_ops.h for the library's device.
 void register_verify_cpu(torch::Library& library);
 

@@ -13,6 +13,7 @@ from dflash_ray.core.arrays import Ints
 from dflash_ray.router.speculation.pass_times import KEPT, PassTimes, bucket
 from dflash_ray.router.speculation.records import Floats
 
+_LEAST_PASS_S = 1e-6  # no pass is quicker, whatever was measured
 _LATENESS_WEIGHT = 0.4
 _LATENESS_FADE = 0.01  # with each step that waits for no draft
 _MOST_LATENESS = 20.0
@@ -93,7 +94,7 @@ class CostModel:
     def pass_seconds(self, batch: Batch, draft_rows: Ints) -> Floats:
         """Of passes with so many rows of drafts, which rise."""
         rows = batch.num_rows + draft_rows.astype(float)
-        return self._passes.seconds(_group(batch), rows, _pass_terms(batch, rows))
+        return np.maximum(_LEAST_PASS_S, self._passes.seconds(_group(batch), rows, _pass_terms(batch, rows)))
 
     @property
     def host_seconds(self) -> float:

@@ -53,7 +53,7 @@ def test_a_bare_off_is_a_policy_though_yaml_reads_it_as_false(tmp_path):
         (["target.num_replicas=3"], 3 * 32768),
         (["target.num_replicas=3", "drafter.placement_mode=colocated"], 32768),
         (["target.kv_cache_tokens=1000", "target.page_size=16"], 1008),
-        (["drafter.max_context_tokens=16384"], 16384),
+        (["drafter.max_context_tokens=16384", "drafter.num_replicas=2"], 16384),
         (["drafter.max_context_tokens=100", "drafter.method=none"], 100),
     ],
 )
@@ -64,8 +64,8 @@ def test_a_drafter_has_room_for_every_sequence_unless_it_is_told_how_much(overri
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["drafter.max_context_tokens=16383"],
-        ["drafter.max_context_tokens=16384", "target.num_replicas=2"],
+        ["drafter.max_context_tokens=16383", "drafter.num_replicas=2"],
+        ["drafter.max_context_tokens=16384", "drafter.num_replicas=2", "target.num_replicas=2"],
         ["drafter.max_context_tokens=32767", "drafter.placement_mode=colocated"],
         ["drafter.max_context_tokens=16384", "drafter.autoscaling={min_replicas: 1, max_replicas: 9}"],
         ["drafter.max_context_tokens=32767", "drafter.autoscaling={min_replicas: 0, max_replicas: 9}"],

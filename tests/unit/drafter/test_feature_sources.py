@@ -8,7 +8,6 @@ from collections.abc import AsyncIterator
 import pytest
 import torch
 
-from dflash_ray.core.draft_blocks import blocks_of
 from dflash_ray.core.watchdog import Watchdog
 from dflash_ray.drafter import arrivals
 from dflash_ray.drafter.arrivals import Arrivals
@@ -18,6 +17,7 @@ from dflash_ray.drafter.sessions import DraftSessions
 from dflash_ray.models.block_drafter import DraftProposal
 from dflash_ray.pb import drafter_pb2
 from tests.feature_groups import FINGERPRINT, LIMIT, PIECE_ROWS, WIDTH, FeatureGroup, feature_group, truth
+from tests.toy import drafts_of
 
 ROOM = 20_000
 LONG_MS = 20_000
@@ -83,7 +83,7 @@ class Replica:
         )
         async with asyncio.timeout(60):
             reply = await self._drafts.answer(stream, request)
-        answers: dict[int, int | str] = {block.sequence_id: block.draft_ids[0] for block in blocks_of(reply.blocks)}
+        answers: dict[int, int | str] = {sequence_id: ids[0] for sequence_id, ids in drafts_of(reply.blocks).items()}
         for sequence_id, reason in zip(reply.missing_ids, reply.missing_reasons, strict=True):
             answers[sequence_id] = drafter_pb2.MissingReason.Name(reason).removeprefix("MISSING_REASON_")
         assert answers.keys() == set(ids), "every proposal is answered"

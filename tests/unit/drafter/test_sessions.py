@@ -9,17 +9,17 @@ import grpc
 import pytest
 import torch
 
-from dflash_ray.core.draft_blocks import blocks_of
 from dflash_ray.core.protocol import PROTOCOL_VERSION
 from dflash_ray.core.watchdog import Watchdog
 from dflash_ray.drafter.arrivals import Arrivals
 from dflash_ray.drafter.drafts import Drafts
-from dflash_ray.drafter.methods import NgramMethod
+from dflash_ray.drafter.ngram import NgramMethod
 from dflash_ray.drafter.servicer import DrafterServicer
 from dflash_ray.drafter.sessions import DraftSessions
 from dflash_ray.observability.metrics import DrafterMetrics
 from dflash_ray.pb import drafter_pb2, drafter_pb2_grpc
 from dflash_ray.rpc.channel import new_server, open_channel, start_server
+from tests.toy import drafts_of
 
 MIB = 1 << 20
 
@@ -55,7 +55,7 @@ def missing(reply: drafter_pb2.DraftReply) -> dict[int, tuple[int, str]]:
 
 
 def drafted(reply: drafter_pb2.DraftReply) -> dict[int, list[int]]:
-    return {block.sequence_id: block.draft_ids for block in blocks_of(reply.blocks)}
+    return drafts_of(reply.blocks)
 
 
 class Replica:

@@ -8,6 +8,7 @@ import pytest
 
 from dflash_ray.config import NetworkConfig
 from dflash_ray.core.errors import DeadlineExceededError, InvalidRequestError, RequestError, UnavailableError
+from dflash_ray.core.protocol import PROTOCOL_VERSION
 from dflash_ray.gateway.routers import Routers
 from dflash_ray.gateway.token_chunks import TokenChunk
 from dflash_ray.pb import common_pb2, router_pb2, router_pb2_grpc
@@ -209,3 +210,22 @@ async def test_calls_that_fail_that_are_left_and_that_nothing_can_be_made_of_end
     assert heard["whole"].tokens == list(range(200))
     await routers.close()
     await router.stop()
+
+
+class OtherRelease(router_pb2_grpc.RouterServicer):
+    async def Generate(self, request_iterator, context):
+        yield router_pb2.RouterResponse(hello=router_pb2.RouterHello(protocol_version=PROTOCOL_VERSION + 1))
+        await asyncio.Event().wait()
+
+
+async def test_a_router_of_another_release_is_left_and_the_error_says_so():
+    server = new_server(NetworkConfig().max_message_bytes)
+    router_pb2_grpc.add_RouterServicer_to_server(OtherRelease(), server)
+    running = await start_server(server, [], "127.0.0.1", 0)
+    entry = Entry("router", "r", f"127.0.0.1:{running.port}", {"ready": True})
+    routers, heard = Routers(LocalDirectory(), NetworkConfig()), Heard()
+    routers.open(entry, request(), time.monotonic() + 60, heard)
+    await until(lambda: heard.has_ended)
+    assert isinstance(heard.error, UnavailableError) and f"protocol {PROTOCOL_VERSION + 1}" in heard.error.message
+    await routers.close()
+    await running.stop()

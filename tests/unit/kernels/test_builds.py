@@ -33,7 +33,14 @@ def test_the_cpu_operators_run_clean_under_sanitizers(tmp_path):
         "ASAN_OPTIONS": "detect_leaks=0",  # the interpreter's own are no fault of the operators
         "UBSAN_OPTIONS": "print_stacktrace=1",
     }
-    tests = [str(Path(__file__).parent / name) for name in ("test_verify.py", "test_forward.py", "test_history.py")]
+    names = (
+        "test_verify.py",
+        "test_forward.py",
+        "test_history.py",
+        "test_packing.py",
+        "../target_group/test_lean_decoder.py",
+    )
+    tests = [str(Path(__file__).parent / name) for name in names]
     # Nothing is captured (-s): a process that a sanitizer ends takes what pytest has caught with it.
     options = ["-q", "-s", "-p", "no:cacheprovider", "-k", "not emulated and not warning"]
     command = [sys.executable, "-m", "pytest", *options]

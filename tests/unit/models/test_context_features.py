@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dflash_ray.models.context_features import FEATURE_PIECE_BYTES, rows_of, rows_per_piece, to_message
+from dflash_ray.models.context_features import FEATURE_PIECE_BYTES, rows_of, rows_per_piece, to_response
 from dflash_ray.pb import target_pb2
 
 WIRE = {
@@ -23,7 +23,7 @@ WIRE = {
 def test_rows_of_several_sequences_come_back_as_they_were(counts, width, dtype):
     rows = torch.arange(sum(counts) * width).remainder(251).to(dtype).view(-1, width)
     numbers, starts = list(range(len(counts))), [10 * count for count in counts]
-    message = to_message(numbers, starts, counts, rows)
+    message = to_response(numbers, starts, counts, rows).features
     assert (list(message.subscription_ids), list(message.starts), list(message.num_rows)) == (numbers, starts, counts)
     assert message.dtype == WIRE[dtype] and torch.equal(rows_of(message, width).to(dtype), rows)
 
@@ -34,7 +34,7 @@ def test_rows_of_several_sequences_come_back_as_they_were(counts, width, dtype):
 )
 def test_a_piece_has_as_many_rows_as_its_bound_allows_and_one_at_least(width, dtype, expected):
     assert rows_per_piece(width, dtype) == expected
-    message = to_message([1], [0], [expected], torch.zeros(expected, width, dtype=dtype))
+    message = to_response([1], [0], [expected], torch.zeros(expected, width, dtype=dtype)).features
     assert expected == 1 or len(message.data) <= FEATURE_PIECE_BYTES
 
 
@@ -52,7 +52,7 @@ def test_a_piece_has_as_many_rows_as_its_bound_allows_and_one_at_least(width, dt
     ],
 )
 def test_a_malformed_message_is_named(change, fault):
-    message = to_message([5], [0], [2], torch.zeros(2, 4))
+    message = to_response([5], [0], [2], torch.zeros(2, 4)).features
     for name, value in change.items():
         if isinstance(value, list):
             getattr(message, name)[:] = value

@@ -3,7 +3,8 @@
 import asyncio
 import time
 
-from dflash_ray.rpc.directory import Directory, DirectoryActor, Entry, KnownEntries, keep_registered
+from dflash_ray.rpc.directory import NOTHING_SEEN, Directory, DirectoryActor, Entry, keep_registered
+from dflash_ray.rpc.known_entries import KnownEntries, refresh
 from tests.directories import LocalDirectory
 
 
@@ -156,3 +157,60 @@ async def test_an_entry_whose_registration_failed_comes_before_the_next_renewal_
                 await asyncio.sleep(0.02)
     finally:
         task.cancel()
+
+
+async def test_a_watcher_hears_of_what_it_has_not_seen_at_once_and_then_of_the_next_change():
+    actor = DirectoryActor()
+    actor.register(Entry("target", "t", "host:1"), 600.0)
+    views = await actor.watch({"target": NOTHING_SEEN, "drafter": NOTHING_SEEN}, 600.0)
+    assert [entry.id for entry in views["target"].entries] == ["t"]
+    seen = {kind: view.version for kind, view in views.items()}
+    watching = asyncio.create_task(actor.watch(seen, 600.0))
+    await asyncio.sleep(0.02)
+    actor.register(Entry("target", "t", "host:1"), 600.0)  # a renewal
+    actor.register(Entry("router", "r", "host:2"), 600.0)  # another kind
+    await asyncio.sleep(0.02)
+    assert not watching.done()
+    actor.register(Entry("drafter", "d", "host:3"), 600.0)
+    async with asyncio.timeout(10):
+        assert [entry.id for entry in (await watching)["drafter"].entries] == ["d"]
+
+
+async def test_a_watcher_hears_that_an_entry_has_expired_or_changed_or_left():
+    actor = DirectoryActor()
+    for change, left in (
+        (lambda: None, []),
+        (lambda: actor.register(Entry("router", "r", "host:1", {"ready": True}), 600.0), ["r"]),
+        (lambda: actor.unregister("router", "r"), []),
+    ):
+        actor.register(Entry("router", "r", "host:1"), 0.2)
+        seen = {"router": (await actor.watch({"router": NOTHING_SEEN}, 0.0))["router"].version}
+        change()
+        async with asyncio.timeout(10):
+            assert [entry.id for entry in (await actor.watch(seen, 600.0))["router"].entries] == left
+
+
+async def test_a_watcher_is_answered_when_its_time_is_over_though_nothing_has_changed():
+    actor = DirectoryActor()
+    seen = {"router": (await actor.watch({"router": NOTHING_SEEN}, 0.0))["router"].version}
+    async with asyncio.timeout(10):
+        assert (await actor.watch(seen, 0.02))["router"].entries == []
+
+
+async def test_a_directory_that_was_restarted_answers_watchers_of_the_one_before_at_once():
+    seen = {"router": (await DirectoryActor().watch({"router": NOTHING_SEEN}, 0.0))["router"].version}
+    async with asyncio.timeout(10):
+        assert (await DirectoryActor().watch(seen, 600.0))["router"].entries == []
+
+
+async def test_a_patient_reader_gets_every_kind_with_one_call_as_soon_as_one_has_changed():
+    directory = LocalDirectory()
+    known = [KnownEntries(directory, kind, ttl_s=1000.0) for kind in ("target", "drafter")]
+    await refresh(directory, known, is_patient=True)
+    waiting = asyncio.create_task(refresh(directory, known, is_patient=True))
+    await asyncio.sleep(0.05)
+    assert not waiting.done()
+    await directory.register(Entry("drafter", "d", "host:1"), ttl_s=1000.0)
+    async with asyncio.timeout(10):
+        await waiting
+    assert [[entry.id for entry in each.entries] for each in known] == [[], ["d"]]

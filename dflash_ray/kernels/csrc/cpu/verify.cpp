@@ -3,8 +3,6 @@
 // A row is read from memory once, for the maxima of its blocks; what follows looks again, in cache, at blocks that may
 // matter.
 
-#include <ATen/Parallel.h>
-
 #include <algorithm>
 #include <cstring>
 
@@ -13,6 +11,7 @@
 #include "drawing.h"
 #include "masses.h"
 #include "rows.h"
+#include "team.h"
 #include "thresholds.h"
 
 namespace dflash_ray {
@@ -54,7 +53,7 @@ void write_partial(double* partial, const Best& best, float maximum, bool is_bad
 template <class Work>
 void for_rows(const LogitsView& logits, const Work& work) {
   const int64_t grain = std::max<int64_t>(1, kTokensWorthAThread / std::max<int64_t>(logits.size, 1));
-  at::parallel_for(0, logits.num_rows, grain, [&](int64_t begin, int64_t end) {
+  in_ranges(logits.num_rows, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       switch (logits.kind) {
         case Kind::kFloat32:

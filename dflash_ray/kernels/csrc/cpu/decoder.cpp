@@ -1,0 +1,262 @@
+// Whole decoder layers on CPU, float32: one list of phases that the team walks without coming back in between.
+//
+// A layer, for T rows: norm; one product for q, k and v; norms of q and k, rotary embedding and the store into the cache;
+// attention; output product, added to the rows; norm; products for gate and up with the activation; down product, added.
+
+#include <ATen/ATen.h>
+
+#include <vector>
+
+#include "../operators.h"
+#include "attention.h"
+#include "elementwise.h"
+#include "products.h"
+#include "team.h"
+
+namespace dflash_ray {
+namespace {
+
+constexpr int64_t kRowsAtOnce = 4;  // of the phases that go row by row
+
+// One layer's weights as the operators get them; those that a family does not have are empty.
+enum WeightIndex {
+  kInputNorm,
+  kQkv,
+  kQkvBias,
+  kQNorm,
+  kKNorm,
+  kOutput,
+  kOutputBias,
+  kAfterAttentionNorm,
+  kMlpNorm,
+  kGate,
+  kUp,
+  kDown,
+  kAfterMlpNorm,
+  kNumWeights,
+};
+
+// The tensors of a step as the operators get them; shapes: kernels/ops.py.
+enum StepIndex { kCos, kSin, kSlots, kEntryLens, kContextLens, kPageCounts, kPages, kNumStepTensors };
+
+struct DecoderShape {
+  int64_t heads, kv_heads, head_dim, page_size;
+  Activation activation;
+  float eps, scale, softcap, residual_scale;
+
+  DecoderShape(at::IntArrayRef sizes, at::ArrayRef<double> scalars) {
+    TORCH_CHECK(sizes.size() == 5 && scalars.size() == 4, "5 sizes and 4 scalars describe the layers");
+    heads = sizes[0], kv_heads = sizes[1], head_dim = sizes[2], page_size = sizes[3];
+    activation = static_cast<Activation>(sizes[4]);
+    eps = static_cast<float>(scalars[0]), scale = static_cast<float>(scalars[1]);
+    softcap = static_cast<float>(scalars[2]), residual_scale = static_cast<float>(scalars[3]);
+  }
+};
+
+struct DecoderStep {
+  const float *cos, *sin;  // [T, head_dim]
+  const int64_t* slots;
+  CacheView view;
+
+  DecoderStep(at::TensorList step, const DecoderShape& shape)
+      : cos(step[kCos].const_data_ptr<float>()),
+        sin(step[kSin].const_data_ptr<float>()),
+        slots(step[kSlots].const_data_ptr<int64_t>()),
+        view(step[kEntryLens], step[kContextLens], step[kPageCounts], step[kPages], shape.page_size,
+             shape.kv_heads * shape.head_dim) {}
+};
+
+void check_step(at::TensorList step, const DecoderShape& shape, int64_t rows) {
+  TORCH_CHECK(step.size() == kNumStepTensors, "a step has ", int{kNumStepTensors}, " tensors, not ", step.size());
+  for (const StepIndex table : {kCos, kSin}) {
+    TORCH_CHECK(step[table].is_contiguous() && step[table].numel() == rows * shape.head_dim,
+                "cos and sin are contiguous [", rows, ", ", shape.head_dim, "]");
+  }
+  TORCH_CHECK(step[kSlots].numel() == rows, "a step of ", rows, " rows has ", step[kSlots].numel(), " slots");
+}
+
+const float* floats(const at::Tensor& tensor) { return tensor.numel() ? tensor.const_data_ptr<float>() : nullptr; }
+
+// Collects the phases of layers over `rows` rows, and what lies between them.
+class Walk {
+ public:
+  Walk(const at::Tensor& hidden, const DecoderShape& shape)
+      : shape_(shape), hidden_(static_cast<float*>(hidden.data_ptr())), rows_(hidden.size(0)), width_(hidden.size(1)) {
+    TORCH_CHECK(hidden.is_contiguous() && hidden.scalar_type() == at::kFloat, "rows are contiguous float32");
+    normed_ = room(hidden, width_);
+  }
+
+  // Adds the attention of a layer to the rows, or leaves it in `partial` [T, H].
+  void attention(const at::Tensor& like, at::TensorList weights, float* keys, float* values, int64_t window,
+                 const DecoderStep& step, float* partial) {
+    const int64_t head = shape_.head_dim, stride = shape_.kv_heads * head;
+    const int64_t q_size = shape_.heads * head, qkv_size = q_size + 2 * stride;
+    if (!qkv_) qkv_ = room(like, qkv_size), attended_ = room(like, q_size);
+    norm(hidden_, weights[kInputNorm]);
+    product(Weight(weights[kQkv]), normed_, [this, qkv_size, bias = floats(weights[kQkvBias])](
+                                                int64_t row, int64_t column, int64_t count, const float* sums) {
+      float* line = qkv_ + row * qkv_size + column;
+      for (int64_t j = 0; j < count; ++j) line[j] = sums[j] + (bias ? bias[column + j] : 0.0f);
+    });
+    const float *q_norm = floats(weights[kQNorm]), *k_norm = floats(weights[kKNorm]);
+    by_rows([=, this, &step](int64_t row) {
+      float* line = qkv_ + row * qkv_size;
+      const float *cos = step.cos + row * head, *sin = step.sin + row * head;
+      for (int64_t i = 0; i < shape_.heads; ++i) turn(line + i * head, q_norm, cos, sin);
+      for (int64_t i = 0; i < shape_.kv_heads; ++i) turn(line + q_size + i * head, k_norm, cos, sin);
+      std::copy_n(line + q_size, stride, keys + step.slots[row] * stride);
+      std::copy_n(line + q_size + stride, stride, values + step.slots[row] * stride);
+    });
+    const HeadShape heads{shape_.heads, shape_.kv_heads, head, shape_.scale, shape_.softcap};
+    const AttentionWork work(step.view, heads, window, true, keys, values);
+    phases_.push_back({work.num_pieces(), [=, this](int64_t piece) { work.run(piece, qkv_, qkv_size, attended_); }});
+    add(Weight(weights[kOutput]), attended_, weights[kOutputBias], weights[kAfterAttentionNorm], like, partial);
+  }
+
+  // Adds the MLP of a layer to the rows, or leaves it in `partial` [T, H].
+  void mlp(const at::Tensor& like, at::TensorList weights, float* partial) {
+    const Weight gate(weights[kGate]), up(weights[kUp]);
+    const int64_t size = gate.out();
+    if (!activated_) activated_ = room(like, size);
+    norm(hidden_, weights[kMlpNorm]);
+    const Cut cut(rows_, gate);
+    phases_.push_back({cut.num_pieces(), [=, this](int64_t piece) {
+      alignas(64) float gates[kRowsAPiece * kPanel], ups[kRowsAPiece * kPanel];
+      cut.each(piece, [&](int64_t panel, int64_t together, int64_t first, int64_t count) {
+        const float* x = normed_ + first * width_;
+        multiply_panels(gate, panel, together, x, width_, count, gates);
+        multiply_panels(up, panel, together, x, width_, count, ups);
+        for (int64_t i = 0; i < together; ++i) {
+          const int64_t column = (panel + i) * kPanel, width = std::min(kPanel, size - column);
+          for (int64_t row = 0; row < count; ++row) {
+            const int64_t at = (i * count + row) * kPanel;
+            // Whole panels are activated, so that a value does not depend on where its panel ends.
+            activate_and_multiply(shape_.activation, gates + at, ups + at, kPanel, gates + at);
+            std::copy_n(gates + at, width, activated_ + (first + row) * size + column);
+          }
+        }
+      });
+    }});
+    add(Weight(weights[kDown]), activated_, {}, weights[kAfterMlpNorm], like, partial);
+  }
+
+  void run() { run_phases(phases_); }
+
+ private:
+  // [T, columns], free until the walk ends.
+  float* room(const at::Tensor& like, int64_t columns) {
+    rooms_.push_back(at::empty({rows_, columns}, like.options()));
+    return rooms_.back().mutable_data_ptr<float>();
+  }
+
+  template <class Work>
+  void by_rows(const Work& work) {
+    phases_.push_back({(rows_ + kRowsAtOnce - 1) / kRowsAtOnce, [work, rows = rows_](int64_t piece) {
+      for (int64_t row = piece * kRowsAtOnce; row < std::min(rows, (piece + 1) * kRowsAtOnce); ++row) work(row);
+    }});
+  }
+
+  void norm(const float* x, const at::Tensor& weight) {
+    by_rows([=, this, by = floats(weight)](int64_t row) {
+      rms_norm_row(x + row * width_, by, shape_.eps, width_, normed_ + row * width_);
+    });
+  }
+
+  template <class Put>
+  void product(const Weight& weight, const float* x, const Put& put) {
+    const Cut cut(rows_, weight);
+    phases_.push_back({cut.num_pieces(), [=](int64_t piece) { cut.multiply(piece, weight, x, put); }});
+  }
+
+  // The product that ends a sublayer: to `partial` where other ranks have the rest of the sum, else normed if the family
+  // does so, and added to the rows.
+  void add(const Weight& weight, const float* x, const at::Tensor& bias, const at::Tensor& after, const at::Tensor& like,
+           float* partial) {
+    const float* added = bias.defined() && !partial ? floats(bias) : nullptr;
+    const float* by = partial ? nullptr : floats(after);
+    if (partial || by) {
+      float* to = partial ? partial : sublayer_ ? sublayer_ : sublayer_ = room(like, width_);
+      product(weight, x, [=, this](int64_t row, int64_t column, int64_t count, const float* sums) {
+        float* line = to + row * width_ + column;
+        for (int64_t j = 0; j < count; ++j) line[j] = sums[j] + (added ? added[column + j] : 0.0f);
+      });
+    } else {
+      product(weight, x, [=, this](int64_t row, int64_t column, int64_t count, const float* sums) {
+        float* line = hidden_ + row * width_ + column;
+        for (int64_t j = 0; j < count; ++j) {
+          line[j] += shape_.residual_scale * (sums[j] + (added ? added[column + j] : 0.0f));
+        }
+      });
+    }
+    if (!by) return;
+    by_rows([=, this](int64_t row) {
+      float *line = sublayer_ + row * width_, *to = hidden_ + row * width_;
+      rms_norm_row(line, by, shape_.eps, width_, line);
+      for (int64_t i = 0; i < width_; ++i) to[i] += shape_.residual_scale * line[i];
+    });
+  }
+
+  // A head of q or k: normed where the family does so, and rotated.
+  void turn(float* head, const float* norm, const float* cos, const float* sin) const {
+    const int64_t half = shape_.head_dim / 2;
+    if (norm) rms_norm_row(head, norm, shape_.eps, shape_.head_dim, head);
+    for (int64_t i = 0; i < half; ++i) {
+      const float left = head[i], right = head[half + i];
+      head[i] = left * cos[i] - right * sin[i];
+      head[half + i] = right * cos[half + i] + left * sin[half + i];
+    }
+  }
+
+  const DecoderShape shape_;
+  float* hidden_;
+  const int64_t rows_, width_;
+  std::vector<Phase> phases_;
+  std::vector<at::Tensor> rooms_;
+  float *normed_ = nullptr, *qkv_ = nullptr, *attended_ = nullptr, *activated_ = nullptr, *sublayer_ = nullptr;
+};
+
+}  // namespace
+
+void decoder_layers_cpu(at::Tensor& hidden, at::TensorList weights, at::TensorList keys, at::TensorList values,
+                        at::TensorList step, at::IntArrayRef sizes, at::ArrayRef<double> scalars,
+                        at::IntArrayRef windows) {
+  const DecoderShape shape(sizes, scalars);
+  const size_t layers = windows.size();
+  TORCH_CHECK(weights.size() == layers * kNumWeights && keys.size() == layers && values.size() == layers,
+              layers, " layers have ", layers * kNumWeights, " weights, not ", weights.size());
+  check_step(step, shape, hidden.size(0));
+  const DecoderStep place(step, shape);
+  Walk walk(hidden, shape);
+  for (size_t i = 0; i < layers; ++i) {
+    const at::TensorList own = weights.slice(i * kNumWeights, kNumWeights);
+    walk.attention(hidden, own, keys[i].mutable_data_ptr<float>(), values[i].mutable_data_ptr<float>(), windows[i], place,
+                   nullptr);
+    walk.mlp(hidden, own, nullptr);
+  }
+  walk.run();
+}
+
+at::Tensor decoder_attention_cpu(const at::Tensor& hidden, at::TensorList weights, at::Tensor& keys, at::Tensor& values,
+                                 at::TensorList step, at::IntArrayRef sizes, at::ArrayRef<double> scalars,
+                                 int64_t window) {
+  const DecoderShape shape(sizes, scalars);
+  check_step(step, shape, hidden.size(0));
+  const DecoderStep place(step, shape);
+  at::Tensor partial = at::empty_like(hidden);
+  Walk walk(hidden, shape);
+  walk.attention(hidden, weights, keys.mutable_data_ptr<float>(), values.mutable_data_ptr<float>(), window, place,
+                 partial.mutable_data_ptr<float>());
+  walk.run();
+  return partial;
+}
+
+at::Tensor decoder_mlp_cpu(const at::Tensor& hidden, at::TensorList weights, at::IntArrayRef sizes,
+                           at::ArrayRef<double> scalars) {
+  at::Tensor partial = at::empty_like(hidden);
+  Walk walk(hidden, DecoderShape(sizes, scalars));
+  walk.mlp(hidden, weights, partial.mutable_data_ptr<float>());
+  walk.run();
+  return partial;
+}
+
+}  // namespace dflash_ray
