@@ -88,6 +88,8 @@ def main() -> None:
             drafts=Drafts(counts=np.zeros(len(known), dtype=np.int64)),
         )
         output = engine.step(step)
+        if output.features is not None:
+            engine.keep_features(output.features)
         num_steps += 1
         closing = []
         columns = (output.sequence_ids, output.num_tokens, output.finishes)

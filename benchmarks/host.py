@@ -1,10 +1,10 @@
 """What everything around the model costs a step: CPU time of every part, bytes on every wire.
 
-`python benchmarks/host.py [--quick] [--case 256x1k] [--json FILE]`: router, target, ranks, drafters' streams and
-gateway over a model that costs nothing (host_parts.py), in one process that hands the bytes of each wire to the next
-part; the ranks of TP are processes of their own over gloo. CPU time of the thread that does the work, median over
-steps; sockets and event loops are not in it. Each sequence has 7 drafts a step, of which two are kept, so that a step
-gives it three tokens. Prints figures; asserts only that all tokens arrive.
+`python benchmarks/host.py [--quick] [--case 256x1k] [--json FILE]`: router, target, ranks, drafters and gateway over a
+model that costs nothing (host_router.py, host_target.py, host_canned.py), in one process that hands the bytes of each
+wire to the next part; the ranks of TP are processes of their own over gloo. CPU time of the thread that does the work,
+median over steps; sockets and event loops are not in it. Each sequence has 7 drafts a step, of which two are kept, so
+that a step gives it three tokens. Prints figures; asserts only that all tokens arrive.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ from statistics import median
 from typing import Any
 
 import torch
-from host_parts import Case, Clock, Drafter, Gateway, Rank, Router, Target, Texts, dismiss, indexed_at_once
+from host_cases import Case, Clock, Texts
+from host_router import Gateway, Router, indexed_at_once
+from host_target import Drafter, Rank, Target, dismiss
 from rich.console import Console
 from rich.table import Table
 from torch import distributed

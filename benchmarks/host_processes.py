@@ -21,7 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from host_parts import DRAFTS, FINGERPRINT, CannedDrafts, Case, Clock, Target, Texts
+from host_canned import CannedDrafts
+from host_cases import DRAFTS, FINGERPRINT, Case, Clock, Texts
+from host_target import Target
 from rich.console import Console
 from rich.table import Table
 

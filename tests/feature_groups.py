@@ -37,8 +37,8 @@ class FeatureGroup(target_pb2_grpc.TargetServicer):
         self.num_streams = 0
         self.address = ""
         self.streams = FeatureStreams(self._read, PIECE_ROWS, "t", FINGERPRINT)
-        self.step_id = 0
-        self.streams.lead(1)
+        self.epoch = self.step_id = 0
+        self.lead()
 
     def _read(self, sequence_ids, starts, counts) -> torch.Tensor:
         self.num_read += sum(counts)
@@ -48,6 +48,11 @@ class FeatureGroup(target_pb2_grpc.TargetServicer):
         self.num_streams += 1
         async for response in self.streams.serve(request_iterator, context):
             yield response
+
+    def lead(self) -> None:
+        """Another router takes over."""
+        self.epoch += 1
+        self.streams.lead(self.epoch)
 
     def receive(self, opens=(), closes=(), wants_features: bool = True) -> int:
         """A step is read; returns its number."""
@@ -61,7 +66,7 @@ class FeatureGroup(target_pb2_grpc.TargetServicer):
     def compute(self, step_id: int | None = None, **num_rows: int) -> None:
         """A step is done, after which sequences have so many rows: `s7=20`."""
         ids = [int(name.removeprefix("s")) for name in num_rows]
-        self.streams.publish(self.step_id if step_id is None else step_id, ids, num_rows.values())
+        self.streams.publish(self.epoch, self.step_id if step_id is None else step_id, ids, num_rows.values())
 
     def step(self, **num_rows: int) -> None:
         self.receive()

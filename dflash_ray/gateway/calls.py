@@ -15,8 +15,8 @@ Made = TypeVar("Made")
 class Listener(Protocol[Made]):
     """Whoever opened a call."""
 
-    make: Callable[[TokenChunk], Made]
-    """What is wanted of a chunk; called on the text thread, chunk after chunk."""
+    def make(self, chunk: TokenChunk, /) -> Made:
+        """What is wanted of a chunk; called on the text thread, chunk after chunk."""
 
     def on_chunk(self, chunk: TokenChunk, made: Made) -> None:
         """The next chunk, with what was made of it."""

@@ -82,6 +82,7 @@ class PlanColumns:
 
 def columns_of(rows: DrawRows, table: SamplingTable, device: torch.device) -> PlanColumns:
     """The columns of a step on the device of the logits. On the CPU the table's own memory is read."""
+    table.settle()
     num_sequences, num_rows = len(rows.slots), len(rows.token_ids)
     first_rows = np.cumsum(rows.num_rows) - rows.num_rows
     sequence_of = np.repeat(np.arange(num_sequences), rows.num_rows)

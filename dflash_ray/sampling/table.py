@@ -1,7 +1,7 @@
 """Sampling parameters and token counts of live sequences, each in its slot, as the operators read them.
 
-A slot's columns are written when its sequence opens, and its counts when tokens are committed. A step gathers them by
-slot (`columns.py`) and makes nothing anew.
+A slot's columns are written when its sequence opens, and its counts grow by the tokens that are committed. A step
+gathers them by slot (`columns.py`) and makes nothing anew.
 """
 
 from __future__ import annotations
@@ -57,6 +57,7 @@ class SamplingTable:
         self.num_logprobs = np.full(num_slots, NO_LOGPROBS, dtype=np.int64)
         self.params = [SamplingParams()] * num_slots
         self._longest = 0  # no slot has more ids
+        self._uncounted: list[tuple[Ints, Ints, Ints]] = []
 
     def grow(self, num_slots: int) -> None:
         """Room for more slots; those in use stay as they are."""
@@ -114,26 +115,36 @@ class SamplingTable:
 
     def close(self, slot: int) -> None:
         """Empties a slot."""
+        if self.needs[slot] & Need.COUNTS:
+            self._uncounted = [_without(slot, *tokens) for tokens in self._uncounted]
         self.ints[slot] = 0
         self.needs[slot] = 0
         self.num_logprobs[slot] = NO_LOGPROBS
         self.params[slot] = SamplingParams()
 
-    def count(self, slots: Ints, num_tokens: Ints, token_ids: Ints) -> None:
-        """Counts tokens where penalties need it: `num_tokens` [n] of each of n slots, one slot after the other."""
+    def commit(self, slots: Ints, num_tokens: Ints, token_ids: Ints) -> None:
+        """Notes tokens where penalties need them: `num_tokens` [n] of each of n slots, one slot after the other.
+
+        They are counted by `settle`, so that a result need not wait for it.
+        """
         is_counted = (self.needs[slots] & Need.COUNTS) != 0
-        if not is_counted.any():
-            return
-        if not is_counted.all():
-            token_ids = token_ids[np.repeat(is_counted, num_tokens)]
-            slots, num_tokens = slots[is_counted], num_tokens[is_counted]
-        most = int(num_tokens.max())
-        self._longest += most
-        if self._longest > self.ids.shape[1]:
-            self._longest = int(self._used().max()) + most
-            self._widen()
-        tensors = (torch.from_numpy(a) for a in (self.ids, self.values, self.ints, slots, num_tokens, token_ids))
-        ops.count_history(*tensors)
+        if is_counted.all():
+            self._uncounted.append((slots, num_tokens, token_ids))
+        elif is_counted.any():
+            of_token = np.repeat(is_counted, num_tokens)
+            self._uncounted.append((slots[is_counted], num_tokens[is_counted], token_ids[of_token]))
+
+    def settle(self) -> None:
+        """Counts what was committed; before that the columns lack it."""
+        for slots, num_tokens, token_ids in self._uncounted:
+            most = int(num_tokens.max(initial=0))
+            self._longest += most
+            if self._longest > self.ids.shape[1]:
+                self._longest = int(self._used().max()) + most
+                self._widen()
+            tensors = (torch.from_numpy(a) for a in (self.ids, self.values, self.ints, slots, num_tokens, token_ids))
+            ops.count_history(*tensors)
+        self._uncounted = []
 
     def _widen(self) -> None:
         """Room for as many ids as the longest slot has."""
@@ -156,6 +167,12 @@ class SamplingTable:
         ends = self.ints[:, IntColumn.HISTORY_AT] + self.ints[:, IntColumn.HISTORY_LEN]
         used: Ints = (ends - np.arange(len(self.ints)) * self.ids.shape[1])[: len(self.ids)]
         return np.maximum(used, 0)
+
+
+def _without(slot: int, slots: Ints, num_tokens: Ints, token_ids: Ints) -> tuple[Ints, Ints, Ints]:
+    """Committed tokens but those of a slot."""
+    stays = slots != slot
+    return slots[stays], num_tokens[stays], token_ids[np.repeat(stays, num_tokens)]
 
 
 def _history(params: SamplingParams, token_ids: Ints, prompt_len: int) -> tuple[Ints, NDArray[np.int64]]:

@@ -54,20 +54,17 @@ def commit(table: SlotTable, rows: Rows, verdict: Verdict | None) -> Commit:
     return Commit(is_flagged, num_kept, num_accepted, num_tokens, finishes, token_ids)
 
 
-def kept_features(
-    table: SlotTable, rows: Rows, done: Commit, sequence_ids: Ids, features: Tensor
-) -> tuple[StepFeatures, Ints]:
-    """Features [F, H] of a pass, cut to the rows that it kept, and these rows' places in the cache."""
+def kept_features(table: SlotTable, rows: Rows, done: Commit, sequence_ids: Ids, features: Tensor) -> StepFeatures:
+    """Features [F, H] of a pass, and which of them it kept."""
     wanted = table.wants_features[rows.slots]
-    num_rows = done.num_kept[wanted]
-    counts = rows.counts[wanted]
-    starts, slot_of = rows.starts[wanted], np.repeat(rows.slots[wanted], num_rows)
+    starts, counts, num_rows = rows.starts[wanted], rows.counts[wanted], done.num_kept[wanted]
+    slot_of = np.repeat(rows.slots[wanted], num_rows)
     positions = np.arange(len(slot_of)) + np.repeat(starts - np.cumsum(num_rows) + num_rows, num_rows)
-    kept = StepFeatures(
+    return StepFeatures(
         sequence_ids=sequence_ids[wanted],
         starts=starts,
         num_rows=num_rows,
         first_rows=np.cumsum(counts) - counts,
         rows=features,
+        cache_rows=table.cache_rows(slot_of, positions),
     )
-    return kept, table.cache_rows(slot_of, positions)

@@ -138,6 +138,11 @@ class Engine:
         output.draft_ns = time.perf_counter_ns() - verified
         return output
 
+    def keep_features(self, features: StepFeatures) -> None:
+        """Stores the features of a step for remote drafters, in the order of the steps; from any thread."""
+        assert self._features is not None
+        self._features.put(features)
+
     def read_features(self, sequence_ids: Sequence[int], starts: Sequence[int], counts: Sequence[int]) -> Tensor:
         """Context features [sum of counts, H] of computed rows of sequences that are not closed before it returns.
 
@@ -200,12 +205,8 @@ class Engine:
         )
 
     def _take_features(self, rows: Rows, done: Commit, sequence_ids: Ids, features: Tensor) -> StepFeatures | None:
-        """Features [F, H] of a pass go to the colocated drafter, or are stored and told of by the output."""
-        on_host = features if self._drafter is not None else features.cpu()
-        kept, cache_rows = kept_features(self._table, rows, done, sequence_ids, on_host)
+        """Features [F, H] of a pass go to the colocated drafter, or leave with the output."""
         if self._drafter is not None:
-            self._drafter.extend(self._table, kept)
+            self._drafter.extend(self._table, kept_features(self._table, rows, done, sequence_ids, features))
             return None
-        if self._features is not None:
-            self._features.put(cache_rows, kept)
-        return kept
+        return kept_features(self._table, rows, done, sequence_ids, features.cpu())

@@ -123,8 +123,10 @@ class FeatureStreams:
         known = [self._sequences[sequence_id] for sequence_id in sequence_ids if sequence_id in self._sequences]
         self._end(known, target_pb2.FEATURES_END_REASON_CLOSED)
 
-    def publish(self, step_id: int, sequence_ids: Iterable[int], num_rows: Iterable[int]) -> None:
-        """A step is done: sequences have so many rows in the store."""
+    def publish(self, epoch: int, step_id: int, sequence_ids: Iterable[int], num_rows: Iterable[int]) -> None:
+        """A step of a lease is done: sequences have so many rows in the store."""
+        if epoch != self._epoch:
+            return  # another router leads since the step was read
         for sequence_id, count in zip(sequence_ids, num_rows, strict=True):
             sequence = self._sequences.get(sequence_id)
             if sequence is None or sequence.opened_in > step_id:

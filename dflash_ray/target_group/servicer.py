@@ -21,7 +21,7 @@ from dflash_ray.pb import target_pb2, target_pb2_grpc
 from dflash_ray.target_group.codec import decode_step, encode_result
 from dflash_ray.target_group.engine import Engine
 from dflash_ray.target_group.feature_streams import FeatureStreams
-from dflash_ray.target_group.step import StepOutput
+from dflash_ray.target_group.step import StepFeatures, StepOutput
 from dflash_ray.target_group.step_check import StepLimits, check_step
 
 logger = logging.getLogger(__name__)
@@ -95,6 +95,7 @@ class TargetServicer(target_pb2_grpc.TargetServicer):
         features: FeatureStreams | None = None,
     ) -> None:
         self._features = features
+        self._keeper = ThreadPoolExecutor(1, "features")
         self._engine = engine
         self._watchdog = watchdog
         self._info = info
@@ -203,22 +204,30 @@ class TargetServicer(target_pb2_grpc.TargetServicer):
             self._features.receive(message)
         work = self._run(lambda: self._engine.step(step))
         work.add_done_callback(lambda _: stream.room.release())
-        return _Answer(work, lambda output: self._encode(output, received))
+        return _Answer(work, lambda output: self._encode(output, stream.epoch, received))
 
-    def _encode(self, output: StepOutput, received: int) -> Iterator[target_pb2.TargetResponse]:
-        if self._features is not None and output.features is not None:
-            kept = output.features
-            ends = (kept.starts + kept.num_rows).tolist()
-            self._features.publish(output.step_id, kept.sequence_ids.tolist(), ends)
+    def _encode(self, output: StepOutput, epoch: int, received: int) -> Iterator[target_pb2.TargetResponse]:
         result = encode_result(output)
         timings = result.timings
         timings.total_ns = time.perf_counter_ns() - received
         timings.queue_ns = max(0, timings.total_ns - timings.forward_ns - timings.verify_ns - timings.draft_ns)
         yield target_pb2.TargetResponse(result=result)
+        if self._features is not None and output.features is not None:
+            self._keep(output.features, self._features, epoch, output.step_id)
         for phase in ("queue", "forward", "verify", "draft"):
             self._metrics.phase.labels(phase).observe(getattr(timings, f"{phase}_ns") / 1e9)
         for status, count in Counter(output.statuses.tolist()).items():
             self._metrics.entries.labels(target_pb2.EntryStatus.Name(status)).inc(count)
+
+    def _keep(self, kept: StepFeatures, streams: FeatureStreams, epoch: int, step_id: int) -> None:
+        """Stores a step's features beside event loop and passes, and then tells the drafters' streams of them."""
+
+        def publish(done: asyncio.Future[None]) -> None:
+            done.result()
+            streams.publish(epoch, step_id, kept.sequence_ids.tolist(), (kept.starts + kept.num_rows).tolist())
+
+        work = asyncio.get_running_loop().run_in_executor(self._keeper, self._engine.keep_features, kept)
+        work.add_done_callback(publish)
 
     def _run(self, work: Callable[[], T]) -> asyncio.Future[T]:
         """Queues work for the compute thread."""

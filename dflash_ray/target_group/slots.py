@@ -113,7 +113,7 @@ class SlotTable:
         positions = np.arange(len(token_ids)) + np.repeat(self.committed_lens[slots] - firsts, num_tokens)
         self.tokens[slot_of, positions] = token_ids
         self.committed_lens[slots] += num_tokens
-        self.sampling.count(slots, num_tokens, token_ids)
+        self.sampling.commit(slots, num_tokens, token_ids)
 
     def cache_rows(self, slot_of: Ints, positions: Ints) -> Ints:
         """Rows of the cache, and of the feature store, of [n] positions of the sequences in [n] slots."""

@@ -128,6 +128,7 @@ class StepFeatures:
         sequence_ids, starts, num_rows: [S] positions start ... start + num_rows - 1 of the sequence.
         first_rows: [S] where its rows begin in `rows`.
         rows: [n, H], among them rows that were not kept; nothing writes to them later.
+        cache_rows: rows of the cache at these positions, one sequence after the other.
     """
 
     sequence_ids: Ids
@@ -135,6 +136,7 @@ class StepFeatures:
     num_rows: Ints
     first_rows: Ints
     rows: Tensor
+    cache_rows: Ints
 
 
 @dataclass(frozen=True, slots=True)

@@ -197,7 +197,7 @@ async def test_a_long_context_moves_to_another_drafter_by_replay(models, truth):
 
         async def lose_a_drafter(num_tokens: int) -> None:
             if num_tokens == 3:
-                (holder,) = [s.context.drafter_id for s in pipeline.scheduler._running]
+                (holder,) = [s.context.drafter_id for s in pipeline.scheduler._table.sequences if s is not None]
                 await app.drafters["ab".index(holder)].stop()
 
         assert await generate(pipeline, PROMPTS[0], lose_a_drafter) == truth[0]
@@ -221,5 +221,5 @@ async def test_drafters_that_cannot_reach_the_target_cost_their_drafts_and_nothi
         scheduler.limits = replace(scheduler.limits, address="127.0.0.1:1")  # nobody listens there
         assert await asyncio.gather(*(generate(app.pipeline, prompt) for prompt in PROMPTS)) == truth
         assert not scheduler.num_drafts_by_source["remote"] and scheduler.num_drafts_by_source["plain"]
-        assert scheduler.drafting.num_dropped["lost"] >= 2 and not scheduler.drafting.num_dropped["timeout"]
+        assert scheduler.drafting.num_dropped["cut_off"] >= 2 and not scheduler.drafting.num_dropped["timeout"]
         assert app.pipeline.knows_drafter("a") and app.pipeline.knows_drafter("b")

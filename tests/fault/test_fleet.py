@@ -167,6 +167,7 @@ async def test_a_drafter_for_other_features_is_asked_once_and_a_dead_one_less_an
         attempts = router.fleet._attempts._by_key
         await until(lambda: any(attempt.back_off.pause_s >= 2 for attempt in attempts.values()))
         assert unfit.num_hellos == 1
+        unfit._tasks[0].cancel()  # or its entry would come back
         await cluster.directory.unregister("drafter", unfit.id)
         await until(lambda: not any(unfit.id in key for key in attempts))
 

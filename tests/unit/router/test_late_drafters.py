@@ -152,7 +152,7 @@ def test_a_sequence_whose_rows_are_lost_is_opened_again_and_then_drafted_for_els
     scene.answer(second)
     scene.finish_step()
     scene.answer(second)
-    assert scene.scheduler.drafting.num_replays == 2 and scene.scheduler.drafting.num_dropped["lost"] == 1
+    assert scene.scheduler.drafting.num_replays == 2 and scene.scheduler.drafting.num_dropped["cut_off"] == 1
     assert scene.drafters[second].starts == [(sequence.sequence_id, 0)]
     assert scene.scheduler.num_drafts_by_source["remote"] == 2
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, rule
 
 from dflash_ray.kernels.columns import IntColumn
 from dflash_ray.sampling.columns import DrawRows, PlanColumns, columns_of, without_gaps
@@ -155,7 +155,7 @@ class Slots(RuleBasedStateMachine):
         for slot, tokens in zip(slots, parts, strict=True):
             self.known[slot].tokens += tokens
         flat = np.array([token for tokens in parts for token in tokens], dtype=np.int64)
-        self.table.count(np.array(slots, dtype=np.int64), np.array([len(p) for p in parts], dtype=np.int64), flat)
+        self.table.commit(np.array(slots, dtype=np.int64), np.array([len(p) for p in parts], dtype=np.int64), flat)
 
     @rule(data=st.data())
     def step(self, data) -> None:
@@ -183,8 +183,9 @@ class Slots(RuleBasedStateMachine):
         )
         assert_same_columns(columns_of(rows, self.table, CPU), to_columns(plan, CPU))
 
-    @invariant()
+    @rule()
     def counts_are_those_of_counting_again(self) -> None:
+        self.table.settle()
         for slot, sequence in self.known.items():
             at, length = self.table.ints[slot, [IntColumn.HISTORY_AT, IntColumn.HISTORY_LEN]].tolist()
             ids = self.table.ids.reshape(-1)[at : at + length].tolist()

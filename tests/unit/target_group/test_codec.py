@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from dflash_ray.core.draft_blocks import DraftBlock, blocks_of
+from dflash_ray.core.draft_blocks import BlockColumns, DraftBlock
 from dflash_ray.kernels.columns import Finish
 from dflash_ray.pb import common_pb2, target_pb2
 from dflash_ray.sampling.logprobs import Logprobs
@@ -100,7 +100,7 @@ def test_a_results_columns_leave_as_they_are():
     assert list(told.top_logprobs) == [-0.25, -0.5, -1.0, -1.25]
     (part,) = result.prompt_logprobs
     assert (part.sequence_id, part.start, list(part.logprobs.chosen), part.logprobs.num_top) == (4, 1, [-0.5], 0)
-    (drafted,) = blocks_of(result.colocated_drafts)
+    drafted = BlockColumns.of(result.colocated_drafts).block(0)
     assert (drafted.sequence_id, drafted.committed_len, drafted.draft_ids) == (4, 9, [5, 6])
     assert result.colocated_drafts.epoch == 2
     timings = result.timings

@@ -13,7 +13,7 @@ from dflash_ray.target_group.engine import Engine
 from dflash_ray.target_group.feature_store import FeatureStore
 from dflash_ray.target_group.model import RankModel, StepHidden
 from dflash_ray.target_group.runner import GroupRunner
-from dflash_ray.target_group.step import Opening, StepOutput
+from dflash_ray.target_group.step import Opening, StepInput, StepOutput
 from tests.steps import PROMPT, garbage, opening, oracle, run, step_of, tokens_of, verify_step
 from tests.tiny import save_tiny_target
 from tests.unit.target_group.conftest import CONFIG
@@ -39,17 +39,25 @@ def wanting_features(*args, **kwargs) -> Opening:
     return opening(*args, **kwargs, wants_features=True)
 
 
+def kept(engine: Engine, step: StepInput) -> StepOutput:
+    """Runs a step and stores its features."""
+    output = engine.step(step)
+    if output.features is not None:
+        engine.keep_features(output.features)
+    return output
+
+
 def generate(engine: Engine, start: Opening, draft_of=garbage, num_steps: int = 12, chunk: int = 3):
     """Runs a sequence for some steps; returns its tokens, the rows of its steps, and leaves it open."""
     tokens, parts, at = start.token_ids.tolist(), [], start.sequence_id
     opened = [start]
     for _ in range(0, len(start.token_ids), chunk):
-        output = engine.step(step_of(opened, {at: chunk}))
+        output = kept(engine, step_of(opened, {at: chunk}))
         parts.append(rows_of(output, at))
         opened = []
     tokens += output.token_ids.tolist()
     for _ in range(num_steps):
-        output = engine.step(verify_step({at: tokens}, {at: draft_of(tokens)[:3]}))
+        output = kept(engine, verify_step({at: tokens}, {at: draft_of(tokens)[:3]}))
         parts.append(rows_of(output, at))
         tokens += output.token_ids.tolist()
     return tokens, torch.cat(parts)
@@ -151,7 +159,7 @@ def test_many_short_sequences_beside_a_long_one_leave_no_memory_behind(process_g
             prefill={short: len(PROMPT)},
             close=[short - 1] if short > 2 else [],
         )
-        output = engine.step(step)
+        output = kept(engine, step)
         parts.append(rows_of(output, 1).clone())
         long_tokens += tokens_of(output)[1]
     del output

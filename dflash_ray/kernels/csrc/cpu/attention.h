@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <utility>
 #include <vector>
 
 #include "../verify_core.cuh"
@@ -17,50 +18,130 @@ struct HeadShape {
   float scale, softcap;
 };
 
-// Sum over j of weights[j] * values[offsets[j] ...], kVectors registers of it.
-template <int kVectors>
-inline void weighted_sum(const float* weights, const float* values, const int64_t* offsets, int64_t count, float* out) {
-  Lanes total[kVectors]{};
-  for (int64_t j = 0; j < count; ++j) {
-    const float* value = values + offsets[j];
-    for (int v = 0; v < kVectors; ++v) total[v] += weights[j] * load(value + v * kLanes);
-  }
-  for (int v = 0; v < kVectors; ++v) store(out + v * kLanes, total[v]);
+// Lane l is lane l of `a` or, where bit kBit of l is set, of `b`, with the lane at distance kBit added.
+template <int kBit, size_t... kLane>
+inline Lanes join_halves(const Lanes& a, const Lanes& b, std::index_sequence<kLane...>) {
+  return __builtin_shufflevector(a, b, ((kLane & kBit) ? kLanes + kLane : kLane)...) +
+         __builtin_shufflevector(a, b, ((kLane & kBit) ? kLanes + (kLane ^ kBit) : (kLane ^ kBit))...);
 }
 
-inline void weighted_sum(const float* weights, const float* values, const int64_t* offsets, int64_t count, int64_t size,
-                         float* out) {
+// Lane i of the result is the sum of totals[i]; every one of them is added up in the same order.
+template <int kBit = kLanes / 2>
+inline Lanes sums_of(Lanes* totals) {
+  for (int i = 0; i < kBit; ++i) {
+    totals[i] = join_halves<kBit>(totals[i], totals[i + kBit], std::make_index_sequence<kLanes>());
+  }
+  if constexpr (kBit > 1) return sums_of<kBit / 2>(totals);
+  return totals[0];
+}
+
+// Scores of one query with `count` keys.
+inline void score(const float* query, const float* keys, const int64_t* offsets, int64_t count, int64_t size,
+                  float scale, float* scores) {
+  for (int64_t j = 0; j < count; j += kLanes) {
+    const float* key[kLanes];
+    for (int i = 0; i < kLanes; ++i) key[i] = keys + offsets[std::min(j + i, count - 1)];
+    Lanes totals[kLanes]{};
+    int64_t at = 0;
+    for (; at + kLanes <= size; at += kLanes) {
+      const Lanes part = load(query + at);
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) totals[i] += part * load(key[i] + at);
+    }
+    Lanes sums = sums_of(totals);
+    for (; at < size; ++at) {
+      for (int i = 0; i < kLanes; ++i) sums[i] += query[at] * key[i][at];
+    }
+    sums *= scale;
+    if (j + kLanes <= count) {
+      store(scores + j, sums);
+    } else {
+      for (int i = 0; j + i < count; ++i) scores[j + i] = sums[i];
+    }
+  }
+}
+
+// Scores to weights exp(score - highest); returns their sum.
+inline float weigh(float* scores, int64_t count, float softcap) {
+  if (softcap > 0) {
+    for (int64_t j = 0; j < count; ++j) scores[j] = softcap * std::tanh(scores[j] / softcap);
+  }
+  Lanes best = Lanes{} + scores[0], totals{};
+  int64_t j = 0;
+  for (; j + kLanes <= count; j += kLanes) best = load(scores + j) > best ? load(scores + j) : best;
+  float highest = largest(best);
+  for (; j < count; ++j) highest = std::max(highest, scores[j]);
+  for (j = 0; j < count; ++j) scores[j] = exp_of_nonpositive(scores[j] - highest);
+  for (j = 0; j + kLanes <= count; j += kLanes) totals += load(scores + j);
+  float total = sum(totals);
+  for (; j < count; ++j) total += scores[j];
+  return total;
+}
+
+constexpr int kValueVectors = kLanes == 16 ? 4 : 2;  // registers of a value row that are summed together
+
+// Sums over j of weights[h * count + j] * values[offsets[j] ...] for kHeads heads, kVectors registers of them, times
+// their scale. Every output is one chain over j.
+template <int kHeads, int kVectors>
+[[gnu::noinline]] void weighted_sum(const float* weights, const float* scales, const float* values,
+                                    const int64_t* offsets, int64_t count, int64_t size, float* out) {
+  Lanes totals[kHeads][kVectors]{};
+  for (int64_t j = 0; j < count; ++j) {
+    const float* value = values + offsets[j];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      const Lanes part = load(value + v * kLanes);
+#pragma GCC unroll 4
+      for (int h = 0; h < kHeads; ++h) totals[h][v] += weights[h * count + j] * part;
+    }
+  }
+#pragma GCC unroll 4
+  for (int h = 0; h < kHeads; ++h) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) store(out + h * size + v * kLanes, totals[h][v] * scales[h]);
+  }
+}
+
+template <int kHeads>
+inline void weighted_sums(const float* weights, const float* scales, const float* values, const int64_t* offsets,
+                          int64_t count, int64_t size, float* out) {
   int64_t i = 0;
-  for (; i + 4 * kLanes <= size; i += 4 * kLanes) weighted_sum<4>(weights, values + i, offsets, count, out + i);
-  for (; i + kLanes <= size; i += kLanes) weighted_sum<1>(weights, values + i, offsets, count, out + i);
+  for (; i + kValueVectors * kLanes <= size; i += kValueVectors * kLanes) {
+    weighted_sum<kHeads, kValueVectors>(weights, scales, values + i, offsets, count, size, out + i);
+  }
+  for (; i + kLanes <= size; i += kLanes) {
+    weighted_sum<kHeads, 1>(weights, scales, values + i, offsets, count, size, out + i);
+  }
   for (; i < size; ++i) {
-    float total = 0;
-    for (int64_t j = 0; j < count; ++j) total += weights[j] * values[offsets[j] + i];
-    out[i] = total;
+    for (int h = 0; h < kHeads; ++h) {
+      float total = 0;
+      for (int64_t j = 0; j < count; ++j) total += weights[h * count + j] * values[offsets[j] + i];
+      out[h * size + i] = total * scales[h];
+    }
   }
 }
 
 // Attention of one row's query heads that share a key head, over the cache rows at `offsets`.
 inline void attend(const float* query, const float* keys, const float* values, const HeadShape& shape,
                    const int64_t* offsets, int64_t count, std::vector<float>& scores, float* out) {
+  constexpr int64_t kHeadsAtOnce = 4;
   const int64_t group = shape.heads / shape.kv_heads, size = shape.size;
-  scores.resize(group * count);
-  for (int64_t j = 0; j < count; ++j) {
-    const float* key = keys + offsets[j];
-    for (int64_t g = 0; g < group; ++g) scores[g * count + j] = dot(query + g * size, key, size) * shape.scale;
-  }
-  for (int64_t g = 0; g < group; ++g) {
-    float* row = scores.data() + g * count;
-    if (shape.softcap > 0) {
-      for (int64_t j = 0; j < count; ++j) row[j] = shape.softcap * std::tanh(row[j] / shape.softcap);
+  scores.resize(kHeadsAtOnce * count);
+  for (int64_t first = 0; first < group; first += kHeadsAtOnce) {
+    const int64_t heads = std::min(kHeadsAtOnce, group - first);
+    float scales[kHeadsAtOnce];
+    for (int64_t h = 0; h < heads; ++h) {
+      float* row = scores.data() + h * count;
+      score(query + (first + h) * size, keys, offsets, count, size, shape.scale, row);
+      scales[h] = 1.0f / weigh(row, count, shape.softcap);
     }
-    const float highest = *std::max_element(row, row + count);
-    for (int64_t j = 0; j < count; ++j) row[j] = exp_of_nonpositive(row[j] - highest);
-    float total = 0;
-    for (int64_t j = 0; j < count; ++j) total += row[j];
-    weighted_sum(row, values, offsets, count, size, out + g * size);
-    const float inverse = 1.0f / total;
-    for (int64_t i = 0; i < size; ++i) out[g * size + i] *= inverse;
+    float* to = out + first * size;
+    switch (heads) {
+      case 1: weighted_sums<1>(scores.data(), scales, values, offsets, count, size, to); break;
+      case 2: weighted_sums<2>(scores.data(), scales, values, offsets, count, size, to); break;
+      case 3: weighted_sums<3>(scores.data(), scales, values, offsets, count, size, to); break;
+      default: weighted_sums<4>(scores.data(), scales, values, offsets, count, size, to); break;
+    }
   }
 }
 

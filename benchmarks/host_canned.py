@@ -1,0 +1,125 @@
+"""What costs nothing: a model's verdicts, a drafter's drafts, and a feature store of few rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from host_cases import DRAFTS, FINGERPRINT, KEPT_DRAFTS, Case, Clock, Texts
+from numpy.typing import NDArray
+
+from dflash_ray.kernels.columns import IntColumn
+from dflash_ray.models.block_drafter import DraftProposal
+from dflash_ray.models.dflash2 import Draw
+from dflash_ray.sampling.columns import PlanColumns
+from dflash_ray.sampling.logprobs import Logprobs
+from dflash_ray.sampling.verify import Verdict
+from dflash_ray.target_group.batch import StepBatch
+from dflash_ray.target_group.feature_store import FeatureStore
+from dflash_ray.target_group.model import StepHidden
+from dflash_ray.target_group.step import StepFeatures
+
+STORE_ROWS = 4096  # of the feature store that all slots share: its writes count, not its size
+
+
+class RingStore(FeatureStore):
+    """Writes and reads what it is told to, in few rows that all slots share; rows of prompts are not kept."""
+
+    def __init__(self, case: Case) -> None:
+        super().__init__(STORE_ROWS, case.width, getattr(torch, case.dtype))
+        self._narrow = torch.zeros(1, case.prompt_width, dtype=self._rows.dtype)
+        self.is_starting = case.prompt_width != case.width
+
+    def put(self, features: StepFeatures) -> None:
+        if features.rows.shape[1] == self._rows.shape[1]:
+            super().put(replace(features, cache_rows=features.cache_rows % STORE_ROWS))
+
+    def get(self, slots: NDArray[np.int64]) -> torch.Tensor:
+        if self.is_starting:
+            return self._narrow.expand(len(slots), -1)
+        return super().get(slots % STORE_ROWS)
+
+
+class CannedRunner:
+    """A rank without a model: the verdict is canned. `clock` goes on with what the engine does after each call."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, case: Case, clock: Clock, texts: Texts) -> None:
+        self._clock = clock
+        self._texts = texts.tokens
+        self._prompt_width = case.prompt_width
+        self.is_starting = case.prompt_width != case.width
+        self._features = torch.zeros(case.sequences * (DRAFTS + 1), case.width, dtype=getattr(torch, case.dtype))
+
+    def forward(self, batch: StepBatch) -> StepHidden:
+        self._clock.to(None)
+        num_rows = len(batch.feature_rows)
+        if num_rows > len(self._features) or self.is_starting:
+            features = self._features[:1, : self._prompt_width].expand(num_rows, -1)
+        else:
+            features = self._features[:num_rows]
+        self._clock.to("target columns")
+        return StepHidden(torch.empty(0), features)
+
+    def verify(self, hidden: StepHidden, columns: PlanColumns) -> Verdict:
+        self._clock.to(None)
+        ints = columns.tensors.ints.numpy()
+        seeds, starts = ints[:, IntColumn.SEED], ints[:, IntColumn.ROOT_POSITION] + 1
+        num_tokens = np.minimum(KEPT_DRAFTS, ints[:, IntColumn.NUM_ROWS] - 1) + 1
+        depth = np.arange(columns.depth)
+        last = self._texts.shape[1] - 1
+        verdict = Verdict(
+            tokens=self._texts[seeds[:, None], np.minimum(starts[:, None] + depth, last)].astype(np.int64),
+            accepted_rows=np.where(depth < num_tokens[:, None] - 1, depth + 1, -1),
+            num_tokens=num_tokens,
+            num_accepted=num_tokens - 1,
+            finishes=np.zeros_like(num_tokens),
+            kv_lens=starts - 1 + num_tokens,
+            is_flagged=np.zeros(len(ints), dtype=np.bool_),
+        )
+        self._clock.to("target commit")
+        return verdict
+
+    def score(self, hidden: StepHidden, batch: StepBatch) -> Logprobs:
+        return Logprobs()
+
+
+class CannedDrafts:
+    """A draft method whose sessions are as long as they should be, and whose drafts are the texts."""
+
+    name, fingerprint, max_draft_tokens = "canned", FINGERPRINT, DRAFTS
+
+    def __init__(self, case: Case, clock: Clock, texts: Texts) -> None:
+        self.feature_width = case.prompt_width
+        self._clock = clock
+        self._texts = texts.tokens
+        self._lens: dict[int, int] = {}
+
+    def open(self, session: int) -> None:
+        self._lens[session] = 0
+
+    def close(self, session: int) -> None:
+        del self._lens[session]
+
+    def extend(self, session: int, start: int, features: torch.Tensor | None, token_ids: Sequence[int]) -> None:
+        self._lens[session] = start + (len(token_ids) if features is None else len(features))
+
+    def propose(
+        self,
+        sessions: list[int],
+        anchor_ids: list[int],
+        num_draft_tokens: list[int],
+        num_candidates: int,
+        draws: Sequence[Draw],
+    ) -> list[DraftProposal]:
+        self._clock.to(None)
+        proposals = []
+        for session, count, draw in zip(sessions, num_draft_tokens, draws, strict=True):
+            start = self._lens[session] + 1
+            drafts = self._texts[draw.seed, start : start + count]
+            proposals.append(DraftProposal(torch.from_numpy(drafts)[:, None], torch.zeros(count, 1)))
+        self._clock.to("drafter")
+        return proposals
