@@ -56,9 +56,6 @@ class Drafting:
         self._drafters: dict[str, DrafterState] = {}
         self._lone: Sequences = {}  # on the target, and without a drafter
         self._num_joined = 0
-        self._block_lens = np.zeros(
-            1, np.int64
-        )  # drafts that each drafter gives, by its number; the last is NO_DRAFTER
         self._next_request_id = 1
         self.num_dropped: Counter[str] = Counter()
         self.num_replays = 0
@@ -68,29 +65,23 @@ class Drafting:
         drafter.number = self._num_joined
         self._num_joined += 1
         self._drafters[drafter.drafter_id] = drafter
-        self._note_block_lens()
 
-    def _note_block_lens(self) -> None:
-        """By number; the last one, for sequences without a drafter, is what any would give them."""
-        self._block_lens = np.zeros(self._num_joined + 1, np.int64)
+    def reach(self, slots: Ints, now: float) -> Ints:
+        """Drafts that each slot's drafter can give, or any that takes sequences now where it has none; 0 for none."""
+        lens = np.zeros(self._num_joined + 1, np.int64)  # by the drafter's number; the last place is NO_DRAFTER's
         for drafter in self._drafters.values():
-            self._block_lens[drafter.number] = drafter.max_draft_tokens
-        self._block_lens[-1] = self._block_lens.max()
-
-    def reach(self, slots: Ints) -> Ints:
-        """Drafts that each slot's drafter can give; 0 where none can or may now."""
-        lens = self._block_lens[self.table.drafters[slots]]
-        for drafter in self._drafters.values():
-            if drafter.in_flight is not None and drafter.in_flight.is_given_up:
-                lens[self.table.drafters[slots] == drafter.number] = 0
-        return lens
+            if drafter.in_flight is None or not drafter.in_flight.is_given_up:
+                lens[drafter.number] = drafter.max_draft_tokens
+                if drafter.aside_until <= now:
+                    lens[-1] = max(lens[-1], drafter.max_draft_tokens)
+        of_slots: Ints = lens[self.table.drafters[slots]]
+        return of_slots
 
     def lose(self, drafter_id: str) -> None:
         """A drafter's stream broke: its sequences look for another one, unless they seem to be what breaks drafters."""
         drafter = self._drafters.pop(drafter_id, None)
         if drafter is None:
             return
-        self._note_block_lens()
         in_flight = drafter.in_flight
         for sequence_id, sequence in list(drafter.sequences.items()):
             if in_flight is not None:

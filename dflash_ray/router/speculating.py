@@ -67,12 +67,12 @@ class Speculating:
         self.controller.open(slot, sequence.policy, sequence.draft_tokens)
         self.ngrams.clear(slot)
 
-    def ask(self, slots: Ints, reach: Callable[[Ints], Ints], limits: TargetLimits, now: float) -> Ints:
+    def ask(self, slots: Ints, reach: Callable[[Ints, float], Ints], limits: TargetLimits, now: float) -> Ints:
         """Decides how many drafts the slots' drafters are asked for, in the table's column; returns who is to be asked.
 
         Args:
             slots: that have got tokens.
-            reach: drafts that each slot's drafter can give.
+            reach: drafts that each slot's drafter can give at a time.
         """
         table = self.table
         table.num_asked[slots] = 0
@@ -80,7 +80,7 @@ class Speculating:
             members = slots[table.cohorts[slots] == cohort]
             if len(members):
                 wanted = self.controller.wants_ngrams(members)
-                candidates = self._candidates(members, reach(members), wanted)
+                candidates = self._candidates(members, reach(members, now), wanted)
                 table.num_asked[members] = self._plan(candidates, cohort, limits, now)
         return slots[table.num_asked[slots] > 0]
 

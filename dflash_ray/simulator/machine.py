@@ -24,7 +24,7 @@ def token_at(number: int, position: int) -> int:
     return (number * 104_729 + position * _STRIDE) % VOCAB
 
 
-def message_of(request: Request, policy: int) -> router_pb2.GenerateTokensRequest:
+def message_of(request: Request, policy: router_pb2.SpeculationPolicy) -> router_pb2.GenerateTokensRequest:
     """A request as the gateway sends it."""
     return router_pb2.GenerateTokensRequest(
         token_ids=[token_at(request.number, position) for position in range(request.prompt_tokens)],
