@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 
+from dflash_ray.core.arrays import packed, unpacked
 from dflash_ray.core.draft_blocks import BlockColumns, DraftBlock
 from dflash_ray.kernels.columns import Finish
 from dflash_ray.pb import common_pb2, target_pb2
@@ -30,7 +31,7 @@ def test_statuses_and_finishes_have_the_numbers_of_the_contract():
 def test_a_steps_columns_arrive_with_ids_of_all_64_bits_and_probabilities_of_drafts():
     message = target_pb2.Step(
         step_id=3, epoch=LARGEST, close=[LARGEST], prefill_ids=[4], prefill_lens=[9], verify_ids=[LARGEST - 1, 7],
-        base_lens=[12, 13], num_drafts=[2, 0], draft_token_ids=[5, 6], draft_parents=[0, 1],
+        base_lens=[12, 13], num_drafts=[2, 0], draft_token_ids=packed(ints([5, 6])), draft_parents=[0, 1],
         num_draft_candidates=[1, 0], draft_candidate_ids=[5, 6], draft_log_probs=[-0.5, -math.inf],
         colocated_draft_ids=[7], colocated_num_drafts=[3],
     )  # fmt: skip
@@ -93,7 +94,11 @@ def test_a_results_columns_leave_as_they_are():
     result = target_pb2.StepResult.FromString(encode_result(output).SerializeToString())
     assert (result.step_id, list(result.sequence_ids), list(result.statuses)) == (8, [LARGEST, 4], [1, 5])
     assert (list(result.committed_lens), list(result.num_accepted_drafts)) == ([9, 3], [1, 0])
-    assert (list(result.num_tokens), list(result.token_ids), list(result.finish_reasons)) == ([2, 0], [7, 8], [2, 0])
+    assert (list(result.num_tokens), unpacked("token_ids", result.token_ids).tolist(), list(result.finish_reasons)) == (
+        [2, 0],
+        [7, 8],
+        [2, 0],
+    )
     assert (list(result.errors), result.free_pages) == (["why"], 11)
     (told,) = result.logprobs
     assert (list(told.chosen), told.num_top, list(told.top_token_ids)) == ([-0.5, -1.5], 2, [1, 2, 3, 4])
