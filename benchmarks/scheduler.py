@@ -42,10 +42,10 @@ class Clock:
     def __enter__(self) -> None:
         if self._profile is not None:
             self._profile.enable()
-        self._started = time.process_time()
+        self._started = time.thread_time()
 
     def __exit__(self, *_: object) -> None:
-        self.total += time.process_time() - self._started
+        self.total += time.thread_time() - self._started
         if self._profile is not None:
             self._profile.disable()
 

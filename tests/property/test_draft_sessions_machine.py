@@ -11,6 +11,7 @@ from dflash_ray.drafter.arrivals import Arrivals
 from dflash_ray.drafter.sessions import LOST, PASSED, REFUSED, DraftSessions, Proposal
 from dflash_ray.models.dflash2 import Draw
 from tests.property.test_draft_contexts_machine import MAX_ROWS, Recorder
+from tests.toy import drafts_of
 
 KEYS = st.sampled_from([(stream, sequence) for stream in (1, 2) for sequence in (7, 8)])
 
@@ -88,16 +89,15 @@ class DraftSessionsMachine(RuleBasedStateMachine):
         wanted = [Proposal(key, committed_len, key[0], 1, Draw()) for key, committed_len in lens.items()]
         whole = [key for key in keys if ahead == 1 and self.taken.get(key)]
         self.method.fault = RuntimeError if fails else None
-        blocks, missing = self.sessions.propose(wanted, 1)
+        blocks, missing = self.sessions.propose(wanted, 1, epoch=3)
+        drafts = drafts_of(blocks)
         self.method.fault = None
         assert missing.keys() == set(keys) - (set() if fails else set(whole))
         if fails:
-            assert not blocks and all(missing[key] == LOST for key in whole)
+            assert not drafts and all(missing[key] == LOST for key in whole)
         else:
-            assert [block.sequence_id for block in blocks] == [key[1] for key in whole]
-            assert [block.draft_ids for block in blocks] == [
-                [sum(self.come[key][: self.taken[key]]) + key[0]] for key in whole
-            ]
+            assert list(blocks.sequence_ids) == [key[1] for key in whole]
+            assert drafts == {key[1]: [sum(self.come[key][: self.taken[key]]) + key[0]] for key in whole}
         assert all(missing[key] == (LOST if ahead else PASSED) for key in missing if key not in whole and lens[key])
         gone = {key: reason for key, reason in missing.items() if reason != PASSED}
         if fails:
