@@ -102,7 +102,9 @@ MACHINES = st.builds(
 @settings(max_examples=max(10, settings().max_examples // 10))
 def test_no_200_steps_are_slower_than_plain_decoding_by_more_than_2_percent(machine, num_sequences, accept, seed):
     loop = Loop(machine, num_sequences, accept, seed=seed).run(600)
-    assert loop.worst_loss() <= MOST_LOSS + ROUNDING
+    # What a draft takes is not known before the first one has come.
+    first_draft = machine.draft_seconds(num_sequences, 0) / (200 * machine.pass_seconds(num_sequences))
+    assert loop.worst_loss() <= max(MOST_LOSS, first_draft) + ROUNDING
 
 
 def candidates(count: int, drafts: int = 7, match_lens=None, ngram_lens=None) -> Candidates:
