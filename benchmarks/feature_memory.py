@@ -20,7 +20,7 @@ import torch
 from dflash_ray.config import load_config
 from dflash_ray.models.drafter_checkpoint import resolve_drafter
 from dflash_ray.models.target_checkpoint import resolve_target
-from dflash_ray.sampling.shards import SingleShard
+from dflash_ray.sampling.ranks import SingleRank
 from dflash_ray.target_group.engine import Engine
 from dflash_ray.target_group.feature_store import FeatureStore
 from dflash_ray.target_group.model import RankModel
@@ -45,7 +45,7 @@ def build_engine() -> tuple[Engine, FeatureStore]:
     drafter = resolve_drafter(config.drafter.path, target)
     projector = drafter.build_projector(torch.float32)
     rank = RankModel(target, config, 0, 1, projector, drafter.config.target_layer_ids)
-    runner = GroupRunner(rank, SingleShard())
+    runner = GroupRunner(rank, SingleRank())
     store = FeatureStore(config.target.kv_cache_rows, drafter.config.hidden_size, torch.float32)
     sizes = config.target.num_pages, config.target.page_size, rank.max_model_len
     return Engine(runner, *sizes, features=store), store

@@ -54,7 +54,7 @@ def seconds_per_token_of_transformers(model: torch.nn.Module, ids: torch.Tensor)
 def seconds_per_pass(model: RankModel, rows: int, page_size: int) -> float:
     started = time.perf_counter()
     for i in range(TOKENS):
-        model.shard_logits(model.forward(step([5] * rows, CONTEXT + i, page_size)).sampled).argmax(-1)
+        model.rank_logits(model.forward(step([5] * rows, CONTEXT + i, page_size)).sampled).argmax(-1)
     return (time.perf_counter() - started) / TOKENS
 
 

@@ -29,7 +29,7 @@ from dflash_ray.kernels import build
 from dflash_ray.models.target_checkpoint import resolve_target
 from dflash_ray.sampling.columns import DrawRows, PlanColumns, columns_of
 from dflash_ray.sampling.parameters import NO_LIMIT, REJECTION, SamplingParams
-from dflash_ray.sampling.shards import SingleShard
+from dflash_ray.sampling.ranks import SingleRank
 from dflash_ray.sampling.table import SamplingTable
 from dflash_ray.sampling.verify import launch, verify
 
@@ -89,7 +89,7 @@ def transformers_sampling(logits: torch.Tensor) -> None:
 
 def kernels(columns: PlanColumns, logits: torch.Tensor) -> None:
     """What `verify` launches for a plan whose columns are on the device."""
-    launch(logits, 0, columns, SingleShard())
+    launch(logits, 0, columns, SingleRank())
 
 
 def target_logits() -> torch.Tensor:
@@ -113,7 +113,7 @@ def all_steps(device: torch.device) -> dict[str, Step]:
     }
     for name, values in CASES.items():
         columns = step_columns(device, **values)
-        steps[name] = lambda logits, columns=columns: verify(logits, 0, columns, SingleShard())
+        steps[name] = lambda logits, columns=columns: verify(logits, 0, columns, SingleRank())
     return steps
 
 

@@ -19,13 +19,13 @@ from ray import serve
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, HTTPOptions
 
 from dflash_ray.config import DflashRayConfig, PlacementConfig, parse_config
-from dflash_ray.drafter.service import DrafterReplica
-from dflash_ray.gateway.service import GatewayReplica
+from dflash_ray.drafter.replica import DrafterReplica
+from dflash_ray.gateway.replica import GatewayReplica
 from dflash_ray.ray_instance import start_instance
-from dflash_ray.router.service import RouterReplica
+from dflash_ray.router.replica import RouterReplica
 from dflash_ray.rpc.channel import format_address
 from dflash_ray.rpc.directory import NAMESPACE, start_directory, stop_directory
-from dflash_ray.target_group.service import TargetReplica, target_placement
+from dflash_ray.target_group.replica import TargetReplica, target_placement
 
 APPLICATION_NAME = "dflash_ray"
 

@@ -19,9 +19,9 @@ from dflash_ray.config import ModelConfig, load_config
 from dflash_ray.core.errors import RequestError
 from dflash_ray.core.protocol import PROTOCOL_VERSION
 from dflash_ray.core.stats import DecodePass
-from dflash_ray.gateway.core import GatewayCore
 from dflash_ray.gateway.grpc_api import GenerationServicer
 from dflash_ray.gateway.http_api import build_http_app
+from dflash_ray.gateway.parts import GatewayParts
 from dflash_ray.gateway.token_chunks import TokenChunk
 from dflash_ray.pb import common_pb2, generation_pb2_grpc, router_pb2, router_pb2_grpc
 from dflash_ray.router.outbox import Outbox
@@ -110,7 +110,7 @@ class ScriptedRouter(router_pb2_grpc.RouterServicer):
 
 @dataclass(frozen=True)
 class Gateway:
-    core: GatewayCore
+    parts: GatewayParts
     router: ScriptedRouter
     http: httpx.AsyncClient
     http_url: str
@@ -123,24 +123,24 @@ async def gateway(respond: Respond, *overrides: str) -> AsyncIterator[Gateway]:
     router, router_server = ScriptedRouter(respond), grpc.aio.server()
     router_pb2_grpc.add_RouterServicer_to_server(router, router_server)
     router_port = router_server.add_insecure_port("127.0.0.1:0")
-    with mock.patch("dflash_ray.gateway.core.ChatTokenizer", shared_tokenizer):
-        core = GatewayCore(load_config(None, overrides), DirectoryClient())
-    core.routers.update([Entry("router", "r1", f"127.0.0.1:{router_port}", {"ready": True})])
-    server = new_server(core.config.gateway.max_body_bytes, [RefuseMalformed()])
-    generation_pb2_grpc.add_GenerationServicer_to_server(GenerationServicer(core), server)
+    with mock.patch("dflash_ray.gateway.parts.ChatTokenizer", shared_tokenizer):
+        parts = GatewayParts(load_config(None, overrides), DirectoryClient())
+    parts.routers.update([Entry("router", "r1", f"127.0.0.1:{router_port}", {"ready": True})])
+    server = new_server(parts.config.gateway.max_body_bytes, [RefuseMalformed()])
+    generation_pb2_grpc.add_GenerationServicer_to_server(GenerationServicer(parts), server)
     port = server.add_insecure_port("127.0.0.1:0")
     listening = socket.create_server(("127.0.0.1", 0))
     url = f"http://127.0.0.1:{listening.getsockname()[1]}"
-    web = uvicorn.Server(uvicorn.Config(build_http_app(lambda: core), log_level="critical", lifespan="off"))
+    web = uvicorn.Server(uvicorn.Config(build_http_app(lambda: parts), log_level="critical", lifespan="off"))
     await router_server.start()
     await server.start()
     serving = asyncio.create_task(web.serve([listening]))
     try:
         async with httpx.AsyncClient(base_url=url, timeout=20) as http:
-            yield Gateway(core, router, http, url, f"127.0.0.1:{port}")
+            yield Gateway(parts, router, http, url, f"127.0.0.1:{port}")
     finally:
         web.should_exit = web.force_exit = True
         await serving
-        await core.close()
+        await parts.close()
         await server.stop(0)
         await router_server.stop(0)

@@ -15,7 +15,7 @@ from dflash_ray.sampling import verify as verify_module
 from dflash_ray.sampling.columns import PlanColumns
 from dflash_ray.sampling.logprobs import Logprobs
 from dflash_ray.sampling.parameters import COLDEST, NO_LIMIT, NO_LOGPROBS
-from dflash_ray.sampling.shards import ShardGroup
+from dflash_ray.sampling.ranks import RankGroup
 from dflash_ray.sampling.table import Need
 
 
@@ -189,7 +189,7 @@ def verify(
     logits: torch.Tensor,
     vocab_start: int,
     plan: Sequence[SequencePlan],
-    group: ShardGroup,
+    group: RankGroup,
     features: torch.Tensor | None = None,
 ) -> list[SequenceOutcome]:
     """`sampling.verify.verify` of a plan; outcomes of flagged sequences have nothing else in them."""

@@ -34,9 +34,7 @@ class Answer:
     token_ids: list[int] = field(default_factory=list)
     text: str = ""
     seconds: float = 0.0
-    metrics: generation_pb2.SpeculativeDecodingMetrics = field(
-        default_factory=generation_pb2.SpeculativeDecodingMetrics
-    )
+    stats: generation_pb2.SpeculativeDecodingMetrics = field(default_factory=generation_pb2.SpeculativeDecodingMetrics)
 
     @property
     def tokens_per_second(self) -> float:
@@ -76,7 +74,7 @@ def stream_answer(
                     if show:
                         console.out(output.text, end="")
                 if response.HasField("speculative_decoding"):
-                    answer.metrics.CopyFrom(response.speculative_decoding)
+                    answer.stats.CopyFrom(response.speculative_decoding)
     except grpc.RpcError as error:
         fail(f"{address}: {error.code().name}: {error.details()}")
     answer.seconds = time.perf_counter() - first
@@ -92,7 +90,7 @@ def run_generate(
     answer = stream_answer(address, [("user", prompt)], speculation, max_tokens, temperature, seed)
     console.print(
         f"[dim]{len(answer.token_ids)} tokens, {answer.tokens_per_second:.1f} tokens/s, "
-        f"acceptance length {answer.metrics.mean_acceptance_length:.2f}[/dim]"
+        f"acceptance length {answer.stats.mean_acceptance_length:.2f}[/dim]"
     )
 
 

@@ -182,5 +182,5 @@ def _speed(answers: list[Answer]) -> float:
 
 
 def _tokens_a_pass(answers: list[Answer]) -> float:
-    steps = sum(answer.metrics.num_spec_steps for answer in answers)
-    return 1 + sum(answer.metrics.num_accepted_draft_tokens for answer in answers) / steps
+    steps = sum(answer.stats.num_spec_steps for answer in answers)
+    return 1 + sum(answer.stats.num_accepted_draft_tokens for answer in answers) / steps

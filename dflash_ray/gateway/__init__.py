@@ -2,6 +2,6 @@
 
 http_api.py and grpc_api.py take requests, openai_types.py and requests.py check them and turn both into one
 GenerationRequest, generation.py gets tokens from a router, detokenizer.py makes text of them, openai_responses.py and
-grpc_api.py give them their shape on the wire. traffic.py records prompts where that is configured. service.py is the
+grpc_api.py give them their shape on the wire. traffic.py records prompts where that is configured. replica.py is the
 Serve replica.
 """

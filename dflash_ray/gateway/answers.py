@@ -11,10 +11,10 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from dflash_ray.core.errors import RequestError
 from dflash_ray.gateway.choice import ChoiceDelta
-from dflash_ray.gateway.core import GatewayCore
 from dflash_ray.gateway.mailbox import Mailbox
 from dflash_ray.gateway.openai_responses import Kind, ResponseWriter, error_object, event
 from dflash_ray.gateway.openai_types import ChatCompletionRequest, CompletionRequest
+from dflash_ray.gateway.parts import GatewayParts
 from dflash_ray.gateway.requests import GenerationRequest
 
 logger = logging.getLogger(__name__)
@@ -24,16 +24,16 @@ _STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
 async def answer(
-    core: GatewayCore,
+    parts: GatewayParts,
     kind: Kind,
     request_id: str,
     body: ChatCompletionRequest | CompletionRequest,
     generations: Sequence[GenerationRequest],
 ) -> Response:
     """The response to a checked request. Raises RequestError; a stream that has begun ends with an error event."""
-    writer = ResponseWriter(kind, request_id, core.config.model.served_name, core.tokenizer, body, generations)
-    parallel = core.config.gateway.parallel_prompts
-    batches = _batches(core, generations, parallel, core.config.gateway.keepalive_s)
+    writer = ResponseWriter(kind, request_id, parts.config.model.served_name, parts.tokenizer, body, generations)
+    parallel = parts.config.gateway.parallel_prompts
+    batches = _batches(parts, generations, parallel, parts.config.gateway.keepalive_s)
     headers = {"x-request-id": request_id}
     if not body.stream:
         async with aclosing(batches):
@@ -48,14 +48,14 @@ async def answer(
 
 
 async def _batches(
-    core: GatewayCore, generations: Sequence[GenerationRequest], parallel: int, silence_s: float
+    parts: GatewayParts, generations: Sequence[GenerationRequest], parallel: int, silence_s: float
 ) -> AsyncGenerator[list[ChoiceDelta], None]:
     """Deltas of all prompts of a request, `parallel` of them running at a time, choices numbered through.
 
     An empty list comes whenever nothing has come for `silence_s`.
     """
     if len(generations) == 1:
-        async with aclosing(core.generator.generate(generations[0], silence_s=silence_s)) as batches:
+        async with aclosing(parts.generator.generate(generations[0], silence_s=silence_s)) as batches:
             async for batch in batches:
                 yield batch
         return
@@ -64,7 +64,7 @@ async def _batches(
 
     async def run(generation: GenerationRequest, offset: int) -> None:
         try:
-            async with slots, aclosing(core.generator.generate(generation)) as batches:
+            async with slots, aclosing(parts.generator.generate(generation)) as batches:
                 async for batch in batches:
                     for delta in batch:
                         delta.index += offset

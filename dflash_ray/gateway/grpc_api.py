@@ -15,8 +15,8 @@ from dflash_ray import __version__
 from dflash_ray.core.errors import InvalidRequestError, RequestError
 from dflash_ray.core.stats import AcceptanceStats
 from dflash_ray.gateway.choice import ChoiceDelta
-from dflash_ray.gateway.core import GatewayCore
 from dflash_ray.gateway.openai_responses import speculation_metrics
+from dflash_ray.gateway.parts import GatewayParts
 from dflash_ray.gateway.requests import grpc_messages, grpc_template_variables
 from dflash_ray.observability.logs import request_id_var
 from dflash_ray.pb import generation_pb2, generation_pb2_grpc
@@ -47,10 +47,10 @@ async def _abort(context: grpc.aio.ServicerContext, error: Exception) -> None:
 
 
 class GenerationServicer(generation_pb2_grpc.GenerationServicer):
-    """Converts between the wire and the gateway's core."""
+    """Converts between the wire and the gateway's parts."""
 
-    def __init__(self, core: GatewayCore) -> None:
-        self._core = core
+    def __init__(self, parts: GatewayParts) -> None:
+        self._parts = parts
 
     @_with_status
     async def Generate(
@@ -83,8 +83,8 @@ class GenerationServicer(generation_pb2_grpc.GenerationServicer):
     ) -> AsyncIterator[generation_pb2.GenerateResponse]:
         request_id = request.request_id or uuid.uuid4().hex
         request_id_var.set(request_id)
-        generation = await self._core.in_thread(self._core.requests.from_grpc, request, request_id)
-        batches = self._core.generator.generate(generation, context.time_remaining())
+        generation = await self._parts.in_thread(self._parts.requests.from_grpc, request, request_id)
+        batches = self._parts.generator.generate(generation, context.time_remaining())
         writer = _OutputWriter(request.response, generation.num_choices)
         is_taken = False
         async with aclosing(batches):
@@ -105,44 +105,44 @@ class GenerationServicer(generation_pb2_grpc.GenerationServicer):
     async def Tokenize(
         self, request: generation_pb2.TokenizeRequest, context: grpc.aio.ServicerContext
     ) -> generation_pb2.TokenizeResponse:
-        self._core.requests.check_model(request.model)
+        self._parts.requests.check_model(request.model)
         kind = request.WhichOneof("prompt")
         if kind is None:
             raise InvalidRequestError("give a prompt: text or chat", "prompt")
-        return await self._core.in_thread(self._tokenize, request, kind)
+        return await self._parts.in_thread(self._tokenize, request, kind)
 
     def _tokenize(self, request: generation_pb2.TokenizeRequest, kind: str) -> generation_pb2.TokenizeResponse:
-        tokenizer, chat = self._core.tokenizer, request.chat
+        tokenizer, chat = self._parts.tokenizer, request.chat
         if kind == "text":
             adds_special_tokens = request.add_special_tokens or not request.HasField("add_special_tokens")
             ids = tokenizer.encode(request.text, adds_special_tokens)
         else:
             ids = tokenizer.encode_chat(grpc_messages(chat), grpc_template_variables(chat))
-        return generation_pb2.TokenizeResponse(token_ids=ids, max_model_len=self._core.requests.max_model_len)
+        return generation_pb2.TokenizeResponse(token_ids=ids, max_model_len=self._parts.requests.max_model_len)
 
     @_with_status
     async def Detokenize(
         self, request: generation_pb2.DetokenizeRequest, context: grpc.aio.ServicerContext
     ) -> generation_pb2.DetokenizeResponse:
-        self._core.requests.check_model(request.model)
-        return await self._core.in_thread(self._detokenize, request)
+        self._parts.requests.check_model(request.model)
+        return await self._parts.in_thread(self._detokenize, request)
 
     def _detokenize(self, request: generation_pb2.DetokenizeRequest) -> generation_pb2.DetokenizeResponse:
-        vocab_size = self._core.tokenizer.vocab_size
+        vocab_size = self._parts.tokenizer.vocab_size
         if any(token >= vocab_size for token in request.token_ids):
             raise InvalidRequestError(f"token ids must be below {vocab_size}", "token_ids")
-        return generation_pb2.DetokenizeResponse(text=self._core.tokenizer.decode(request.token_ids))
+        return generation_pb2.DetokenizeResponse(text=self._parts.tokenizer.decode(request.token_ids))
 
     @_with_status
     async def ModelInfo(
         self, request: generation_pb2.ModelInfoRequest, context: grpc.aio.ServicerContext
     ) -> generation_pb2.ModelInfoResponse:
-        self._core.requests.check_model(request.model)
-        config = self._core.config
+        self._parts.requests.check_model(request.model)
+        config = self._parts.config
         return generation_pb2.ModelInfoResponse(
             model=config.model.served_name,
-            max_model_len=self._core.requests.max_model_len,
-            vocab_size=self._core.tokenizer.vocab_size,
+            max_model_len=self._parts.requests.max_model_len,
+            vocab_size=self._parts.tokenizer.vocab_size,
             drafter_method=config.drafter.method,
             default_draft_tokens=config.router.draft_tokens,
             version=__version__,

@@ -15,7 +15,6 @@ from dflash_ray import __version__
 from dflash_ray.core.errors import InvalidRequestError, RequestError, TooLargeError, UnavailableError
 from dflash_ray.gateway.answers import answer
 from dflash_ray.gateway.bodies import Model, check, parse_json
-from dflash_ray.gateway.core import GatewayCore
 from dflash_ray.gateway.cors import Cors
 from dflash_ray.gateway.openai_responses import error_object
 from dflash_ray.gateway.openai_types import (
@@ -25,6 +24,7 @@ from dflash_ray.gateway.openai_types import (
     DetokenizeBody,
     TokenizeBody,
 )
+from dflash_ray.gateway.parts import GatewayParts
 from dflash_ray.observability.logs import request_id_var
 
 logger = logging.getLogger(__name__)
@@ -32,12 +32,12 @@ _READ = ["GET", "HEAD"]
 _MAX_REQUEST_ID = 128
 
 
-def build_http_app(get_core: Callable[[], GatewayCore]) -> FastAPI:
-    """The application; `get_core` is asked anew for every request, because Serve builds the app before the replica."""
+def build_http_app(get_parts: Callable[[], GatewayParts]) -> FastAPI:
+    """The application; `get_parts` is asked anew for every request, because Serve builds the app before the replica."""
     app = FastAPI(title="dflash_ray", version=__version__, docs_url=None, redoc_url=None)
 
     def cors(inner: ASGIApp) -> Cors:
-        return Cors(inner, lambda: get_core().config.gateway.cors)
+        return Cors(inner, lambda: get_parts().config.gateway.cors)
 
     app.add_middleware(cors)
     app.add_exception_handler(RequestError, _handle_error)
@@ -47,48 +47,48 @@ def build_http_app(get_core: Callable[[], GatewayCore]) -> FastAPI:
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
-        core, request_id = _begin(request, get_core)
-        body = await _read(request, ChatCompletionRequest, core)
-        core.requests.check_model(body.model)
-        generation = await core.in_thread(core.requests.from_chat, body, request_id)
-        return await answer(core, "chat", request_id, body, [generation])
+        parts, request_id = _begin(request, get_parts)
+        body = await _read(request, ChatCompletionRequest, parts)
+        parts.requests.check_model(body.model)
+        generation = await parts.in_thread(parts.requests.from_chat, body, request_id)
+        return await answer(parts, "chat", request_id, body, [generation])
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
-        core, request_id = _begin(request, get_core)
-        body = await _read(request, CompletionRequest, core)
-        core.requests.check_model(body.model)
-        generations = await core.in_thread(core.requests.from_completion, body, request_id)
-        return await answer(core, "completion", request_id, body, generations)
+        parts, request_id = _begin(request, get_parts)
+        body = await _read(request, CompletionRequest, parts)
+        parts.requests.check_model(body.model)
+        generations = await parts.in_thread(parts.requests.from_completion, body, request_id)
+        return await answer(parts, "completion", request_id, body, generations)
 
     @app.api_route("/v1/models", methods=_READ)
     async def models() -> dict[str, Any]:
-        core = get_core()
-        return {"object": "list", "data": [_model(core, name) for name in core.config.model.served_names]}
+        parts = get_parts()
+        return {"object": "list", "data": [_model(parts, name) for name in parts.config.model.served_names]}
 
     @app.api_route("/v1/models/{model:path}", methods=_READ)
     async def model(model: str) -> dict[str, Any]:
-        core = get_core()
-        core.requests.check_model(model)
-        return _model(core, model)
+        parts = get_parts()
+        parts.requests.check_model(model)
+        return _model(parts, model)
 
     @app.post("/tokenize")
     async def tokenize(request: Request) -> Response:
-        core, _ = _begin(request, get_core)
-        body = await _read(request, TokenizeBody, core)
-        core.requests.check_model(body.model)
-        return await core.in_thread(_tokenize, core, body)
+        parts, _ = _begin(request, get_parts)
+        body = await _read(request, TokenizeBody, parts)
+        parts.requests.check_model(body.model)
+        return await parts.in_thread(_tokenize, parts, body)
 
     @app.post("/detokenize")
     async def detokenize(request: Request) -> Response:
-        core, _ = _begin(request, get_core)
-        body = await _read(request, DetokenizeBody, core)
-        core.requests.check_model(body.model)
-        return await core.in_thread(_detokenize, core, body)
+        parts, _ = _begin(request, get_parts)
+        body = await _read(request, DetokenizeBody, parts)
+        parts.requests.check_model(body.model)
+        return await parts.in_thread(_detokenize, parts, body)
 
     @app.api_route("/health", methods=_READ)
     async def health() -> Response:
-        if not get_core().routers.has_ready:
+        if not get_parts().routers.has_ready:
             raise UnavailableError("no router leads a target group yet")
         return Response(status_code=200)
 
@@ -98,66 +98,66 @@ def build_http_app(get_core: Callable[[], GatewayCore]) -> FastAPI:
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        return PlainTextResponse(await get_core().render_metrics(), media_type="text/plain; version=0.0.4")
+        return PlainTextResponse(await get_parts().render_metrics(), media_type="text/plain; version=0.0.4")
 
     return app
 
 
-def _begin(request: Request, get_core: Callable[[], GatewayCore]) -> tuple[GatewayCore, str]:
+def _begin(request: Request, get_parts: Callable[[], GatewayParts]) -> tuple[GatewayParts, str]:
     request_id = request.headers.get("x-request-id", "")[:_MAX_REQUEST_ID] or uuid.uuid4().hex
     request_id_var.set(request_id)
-    return get_core(), request_id
+    return get_parts(), request_id
 
 
-async def _read(request: Request, model: type[Model], core: GatewayCore) -> Model:
+async def _read(request: Request, model: type[Model], parts: GatewayParts) -> Model:
     """The checked body. Raises RequestError that names the field."""
-    limit = core.config.gateway.max_body_bytes
+    limit = parts.config.gateway.max_body_bytes
     data = bytearray()
     async for part in request.stream():
         data += part
         if len(data) > limit:
-            core.metrics.refused.labels("request_too_large").inc()
+            parts.metrics.refused.labels("request_too_large").inc()
             raise TooLargeError(f"the body is over {limit} bytes; send a shorter prompt")
-    return await core.in_thread(_parse, core, bytes(data), model)
+    return await parts.in_thread(_parse, parts, bytes(data), model)
 
 
-def _parse(core: GatewayCore, data: bytes, model: type[Model]) -> Model:
+def _parse(parts: GatewayParts, data: bytes, model: type[Model]) -> Model:
     values = parse_json(data)
-    core.requests.check_size(values)
+    parts.requests.check_size(values)
     body = check(model, values)
-    core.unknown_fields.log(values, model, WITHOUT_EFFECT)
+    parts.unknown_fields.log(values, model, WITHOUT_EFFECT)
     return body
 
 
-def _tokenize(core: GatewayCore, body: TokenizeBody) -> Response:
+def _tokenize(parts: GatewayParts, body: TokenizeBody) -> Response:
     if (body.prompt is None) == (body.messages is None):
         raise InvalidRequestError("give either prompt or messages", "prompt")
     if body.messages is not None:
         messages = [message.as_template_message() for message in body.messages]
-        ids = core.tokenizer.encode_chat(messages, body.chat_template_kwargs)
+        ids = parts.tokenizer.encode_chat(messages, body.chat_template_kwargs)
     else:
-        ids = core.tokenizer.encode(body.prompt or "", body.add_special_tokens)
-    answer: dict[str, Any] = {"tokens": ids, "count": len(ids), "max_model_len": core.requests.max_model_len}
+        ids = parts.tokenizer.encode(body.prompt or "", body.add_special_tokens)
+    answer: dict[str, Any] = {"tokens": ids, "count": len(ids), "max_model_len": parts.requests.max_model_len}
     if body.return_token_strs:
-        answer["token_strs"] = [core.tokenizer.token_text(token) for token in ids]
+        answer["token_strs"] = [parts.tokenizer.token_text(token) for token in ids]
     return JSONResponse(answer)
 
 
-def _detokenize(core: GatewayCore, body: DetokenizeBody) -> Response:
-    if any(token >= core.tokenizer.vocab_size for token in body.tokens):
-        raise InvalidRequestError(f"token ids must be below {core.tokenizer.vocab_size}", "tokens")
-    return JSONResponse({"prompt": core.tokenizer.decode(body.tokens)})
+def _detokenize(parts: GatewayParts, body: DetokenizeBody) -> Response:
+    if any(token >= parts.tokenizer.vocab_size for token in body.tokens):
+        raise InvalidRequestError(f"token ids must be below {parts.tokenizer.vocab_size}", "tokens")
+    return JSONResponse({"prompt": parts.tokenizer.decode(body.tokens)})
 
 
-def _model(core: GatewayCore, name: str) -> dict[str, Any]:
-    config = core.config.model
+def _model(parts: GatewayParts, name: str) -> dict[str, Any]:
+    config = parts.config.model
     return {
         "id": name,
         "object": "model",
-        "created": core.started_at,
+        "created": parts.started_at,
         "owned_by": "dflash_ray",
         "root": config.path,
-        "max_model_len": core.requests.max_model_len,
+        "max_model_len": parts.requests.max_model_len,
     }
 
 

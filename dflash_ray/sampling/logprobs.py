@@ -9,8 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dflash_ray.kernels import verify_ops as ops
-from dflash_ray.sampling.shards import ShardGroup
+from dflash_ray.kernels import verify_ops
+from dflash_ray.sampling.ranks import RankGroup
 
 
 @dataclass(slots=True)
@@ -29,7 +29,7 @@ class Logprobs:
 
 @torch.inference_mode()
 def token_logprobs(
-    logits: Tensor, vocab_start: int, token_ids: NDArray[np.int64], num_top: int, group: ShardGroup
+    logits: Tensor, vocab_start: int, token_ids: NDArray[np.int64], num_top: int, group: RankGroup
 ) -> Logprobs:
     """Log-softmax of each row at its token. Collective; all ranks return the same.
 
@@ -37,7 +37,7 @@ def token_logprobs(
         logits: [Q, Vs] of this rank's tokens vocab_start ... vocab_start + Vs - 1.
         token_ids: [Q] tokens of the whole vocabulary.
     """
-    mine = ops.token_logprobs(logits, vocab_start, torch.from_numpy(token_ids).to(logits.device), num_top)
+    mine = verify_ops.token_logprobs(logits, vocab_start, torch.from_numpy(token_ids).to(logits.device), num_top)
     shards = group.all_gather(mine).cpu()
     maximum = shards[:, :, 0].amax(0)
     log_sum = maximum + (shards[:, :, 1] * (shards[:, :, 0] - maximum).exp()).sum(0).log()

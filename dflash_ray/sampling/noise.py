@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dflash_ray.kernels import verify_ops as ops
+from dflash_ray.kernels import verify_ops
 from dflash_ray.kernels.columns import Purpose
 
 MAX_GUMBEL = 17.33  # -log(-log(1 - 2**-25)), the largest value of a 24-bit uniform, rounded up
@@ -22,7 +22,7 @@ def gumbel(seeds: list[int], positions: list[int], token_ids: Tensor, purpose: P
     """
     signed = [seed - (1 << 64) if seed >> 63 else seed for seed in seeds]
     device = token_ids.device
-    return ops.gumbel_noise(
+    return verify_ops.gumbel_noise(
         torch.tensor(signed, dtype=torch.int64, device=device),
         torch.tensor(positions, dtype=torch.int64, device=device),
         token_ids.contiguous(),

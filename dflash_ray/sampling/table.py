@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dflash_ray.kernels import verify_ops as ops
+from dflash_ray.kernels import verify_ops
 from dflash_ray.kernels.columns import FloatColumn, IntColumn
 from dflash_ray.sampling.parameters import NO_LOGPROBS, REJECTION, SamplingParams
 
@@ -143,7 +143,7 @@ class SamplingTable:
                 self._longest = int(self._used().max()) + most
                 self._widen()
             tensors = (torch.from_numpy(a) for a in (self.ids, self.values, self.ints, slots, num_tokens, token_ids))
-            ops.count_history(*tensors)
+            verify_ops.count_history(*tensors)
         self._uncounted = []
 
     def _widen(self) -> None:

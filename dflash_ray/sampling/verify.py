@@ -20,12 +20,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dflash_ray.kernels import verify_ops as ops
+from dflash_ray.kernels import verify_ops
 from dflash_ray.kernels.columns import NUM_TOP_K_ROUNDS, CommitColumn, OutcomeColumn
 from dflash_ray.sampling.columns import PlanColumns
 from dflash_ray.sampling.logprobs import Logprobs, token_logprobs
 from dflash_ray.sampling.parameters import NO_LOGPROBS
-from dflash_ray.sampling.shards import ShardGroup
+from dflash_ray.sampling.ranks import RankGroup
 from dflash_ray.sampling.table import Need
 
 Ints = NDArray[np.int64]
@@ -58,7 +58,7 @@ class Verdict:
 
 @torch.inference_mode()
 def verify(
-    logits: Tensor, vocab_start: int, columns: PlanColumns, group: ShardGroup, features: Tensor | None = None
+    logits: Tensor, vocab_start: int, columns: PlanColumns, group: RankGroup, features: Tensor | None = None
 ) -> Verdict:
     """Decides a step. Collective over the ranks of `group`; all of them return the same.
 
@@ -66,7 +66,7 @@ def verify(
         logits: [R, Vs] of this rank's tokens vocab_start ... vocab_start + Vs - 1; rows of all sequences one after the
             other in the order of the columns. Penalties, bias and bans are written into them.
         columns: rows and parameters of each sequence, the same on every rank.
-        features: context features [F, H] of the step on the rank that makes them; see `ops.commit`.
+        features: context features [F, H] of the step on the rank that makes them; see `verify_ops.commit`.
     """
     # A copy of the raw logits where log-probabilities are wanted: verification may write into them.
     raw = logits.clone() if columns.needs & Need.LOGPROBS else None
@@ -77,43 +77,45 @@ def verify(
 
 
 def launch(
-    logits: Tensor, vocab_start: int, columns: PlanColumns, group: ShardGroup, features: Tensor | None = None
+    logits: Tensor, vocab_start: int, columns: PlanColumns, group: RankGroup, features: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """All operators of a step, without waiting for the device: results of `ops.verify_combine` and `ops.commit`."""
+    """All operators of a step, without waiting for the device: results of `verify_combine` and `commit`."""
     partials = group.all_gather(_partials(logits, vocab_start, columns, group))
-    outcome = ops.verify_combine(partials, columns.tensors, columns.draft_ids, columns.draft_probs, columns.depth)
-    return outcome, ops.commit(outcome, columns.tensors, features)
+    outcome = verify_ops.verify_combine(
+        partials, columns.tensors, columns.draft_ids, columns.draft_probs, columns.depth
+    )
+    return outcome, verify_ops.commit(outcome, columns.tensors, features)
 
 
-def _partials(logits: Tensor, vocab_start: int, columns: PlanColumns, group: ShardGroup) -> Tensor:
+def _partials(logits: Tensor, vocab_start: int, columns: PlanColumns, group: RankGroup) -> Tensor:
     """This shard's numbers, after what thresholds and rejection need of all shards."""
     plan, needs = columns.tensors, columns.needs
     adjusts, is_rejection = bool(needs & Need.ADJUSTMENT), bool(needs & Need.REJECTION)
     if not needs & Need.DRAW:
-        return ops.verify_greedy(logits, vocab_start, plan, adjusts)
+        return verify_ops.verify_greedy(logits, vocab_start, plan, adjusts)
     if not columns.has_thresholds and not is_rejection:
-        return ops.verify_coupled(logits, vocab_start, plan, None, adjusts)
+        return verify_ops.verify_coupled(logits, vocab_start, plan, None, adjusts)
     drafts = (columns.draft_ids, columns.draft_probs)
     if group.size == 1:
         limits = (bool(needs & limit) for limit in (Need.MIN_P, Need.TOP_K, Need.TOP_P))
-        return ops.verify_unsharded(logits, vocab_start, plan, *drafts, adjusts, *limits)
-    maxima = group.all_gather(ops.verify_prepare(logits, vocab_start, plan)[:, 0].contiguous()).amax(0)
+        return verify_ops.verify_unsharded(logits, vocab_start, plan, *drafts, adjusts, *limits)
+    maxima = group.all_gather(verify_ops.verify_prepare(logits, vocab_start, plan)[:, 0].contiguous()).amax(0)
     state = _threshold(logits, vocab_start, columns, maxima, group) if columns.has_thresholds else None
     if is_rejection:
-        return ops.verify_rejection(logits, vocab_start, plan, maxima, state, *drafts)
-    return ops.verify_coupled(logits, vocab_start, plan, state, False)
+        return verify_ops.verify_rejection(logits, vocab_start, plan, maxima, state, *drafts)
+    return verify_ops.verify_coupled(logits, vocab_start, plan, state, False)
 
 
-def _threshold(logits: Tensor, vocab_start: int, columns: PlanColumns, maxima: Tensor, group: ShardGroup) -> Tensor:
+def _threshold(logits: Tensor, vocab_start: int, columns: PlanColumns, maxima: Tensor, group: RankGroup) -> Tensor:
     """The lowest value that min-p, top-k and top-p keep, in this order, as the state of a finished search."""
-    state = ops.threshold_start(maxima, columns.tensors)
+    state = verify_ops.threshold_start(maxima, columns.tensors)
     rounds = [
         *(range(NUM_TOP_K_ROUNDS) if columns.needs & Need.TOP_K else ()),
         *(range(NUM_TOP_K_ROUNDS, 2 * NUM_TOP_K_ROUNDS) if columns.needs & Need.TOP_P else ()),
     ]
     for index in rounds:
-        histogram = ops.threshold_histogram(logits, vocab_start, columns.tensors, maxima, state, index)
-        ops.threshold_narrow(state, group.all_gather(histogram).sum(0), columns.tensors, index)
+        histogram = verify_ops.threshold_histogram(logits, vocab_start, columns.tensors, maxima, state, index)
+        verify_ops.threshold_narrow(state, group.all_gather(histogram).sum(0), columns.tensors, index)
     return state
 
 
@@ -131,7 +133,7 @@ def _to_verdict(outcome: Tensor, commits: Tensor, depth: int) -> Verdict:
     )
 
 
-def _add_logprobs(verdict: Verdict, raw: Tensor, vocab_start: int, columns: PlanColumns, group: ShardGroup) -> None:
+def _add_logprobs(verdict: Verdict, raw: Tensor, vocab_start: int, columns: PlanColumns, group: RankGroup) -> None:
     """Log-softmax of the raw logits for the tokens kept, and the likeliest ones. Collective."""
     asking = (columns.num_logprobs != NO_LOGPROBS) & ~verdict.is_flagged
     is_kept = (np.arange(columns.depth) < verdict.num_tokens[:, None]) & asking[:, None]

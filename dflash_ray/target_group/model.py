@@ -19,7 +19,7 @@ from dflash_ray.target_group.head import VocabParallelHead
 from dflash_ray.target_group.lean_decoder import LeanDecoder, is_lean
 from dflash_ray.target_group.linears import pack_linears
 from dflash_ray.target_group.paged_cache import PagedCache
-from dflash_ray.target_group.tensor_parallel import shard
+from dflash_ray.target_group.tensor_parallel import split_over_ranks
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +87,7 @@ class RankModel:
         self.max_model_len = config.sequence_limit(context_length(text_config.to_dict()))
         self._head = VocabParallelHead(model, tp_rank, tp_size, self._device)
         self.vocab_start = self._head.vocab_start
-        base = shard(model.get_decoder(), tp_size, dtype)
+        base = split_over_ranks(model.get_decoder(), tp_size, dtype)
         head_dim = getattr(text_config, "head_dim", None) or self.hidden_size // text_config.num_attention_heads
         kv_heads = [layer.self_attn.k_proj.weight.shape[0] // head_dim for layer in base.layers]
         self._cache = PagedCache(
@@ -113,6 +113,6 @@ class RankModel:
         return StepHidden(hidden[torch.from_numpy(batch.sample_rows).to(self._device)], features, scored)
 
     @torch.inference_mode()
-    def shard_logits(self, hidden: Tensor) -> Tensor:
+    def rank_logits(self, hidden: Tensor) -> Tensor:
         """Logits [R, Vs] of this rank's tokens vocab_start, vocab_start + 1, ..."""
         return self._head(hidden)

@@ -7,7 +7,7 @@ import torch
 
 from dflash_ray.sampling.columns import PlanColumns
 from dflash_ray.sampling.logprobs import Logprobs, token_logprobs
-from dflash_ray.sampling.shards import ShardGroup
+from dflash_ray.sampling.ranks import RankGroup
 from dflash_ray.sampling.verify import Verdict, verify
 from dflash_ray.target_group.batch import StepBatch
 from dflash_ray.target_group.model import RankModel, StepHidden
@@ -18,17 +18,17 @@ _SCORED_AT_ONCE = 128  # rows of logits, each as long as the vocabulary
 class GroupRunner:
     """The model's part on this rank, and what crosses between ranks."""
 
-    def __init__(self, model: RankModel, shards: ShardGroup, device: str = "cpu") -> None:
+    def __init__(self, model: RankModel, ranks: RankGroup, device: str = "cpu") -> None:
         self._model = model
-        self._shards = shards
+        self._ranks = ranks
         self.device = torch.device(device)
 
     def forward(self, batch: StepBatch) -> StepHidden:
         return self._model.forward(batch)
 
     def verify(self, hidden: StepHidden, columns: PlanColumns) -> Verdict:
-        logits = self._model.shard_logits(hidden.sampled)
-        return verify(logits, self._model.vocab_start, columns, self._shards, hidden.features)
+        logits = self._model.rank_logits(hidden.sampled)
+        return verify(logits, self._model.vocab_start, columns, self._ranks, hidden.features)
 
     def score(self, hidden: StepHidden, batch: StepBatch) -> Logprobs:
         """Log-probabilities of the batch's scored tokens."""
@@ -38,9 +38,9 @@ class GroupRunner:
         parts = []
         for start in range(0, len(batch.scored_rows), _SCORED_AT_ONCE):
             stop = start + _SCORED_AT_ONCE
-            logits = self._model.shard_logits(hidden.scored[start:stop])
+            logits = self._model.rank_logits(hidden.scored[start:stop])
             tokens = batch.scored_tokens[start:stop]
-            parts.append(token_logprobs(logits, self._model.vocab_start, tokens, num_top, self._shards))
+            parts.append(token_logprobs(logits, self._model.vocab_start, tokens, num_top, self._ranks))
         return Logprobs(
             np.concatenate([part.chosen for part in parts]),
             np.concatenate([part.top_ids for part in parts]),

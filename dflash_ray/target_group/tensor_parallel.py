@@ -57,7 +57,7 @@ def init_process_group(
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
 
 
-def shard(base_model: torch.nn.Module, tp_size: int, dtype: torch.dtype) -> torch.nn.Module:
+def split_over_ranks(base_model: torch.nn.Module, tp_size: int, dtype: torch.dtype) -> torch.nn.Module:
     """The base model with its linear layers sharded in place over the process group; as it is for one rank."""
     if tp_size == 1:
         return base_model

@@ -25,7 +25,7 @@ from dflash_ray.rpc.channel import RunningServer, format_address, new_server, st
 from dflash_ray.rpc.metrics import SERVICE_NAME as METRICS_SERVICE_NAME
 from dflash_ray.rpc.metrics import add_metrics_service
 from dflash_ray.rpc.node import bind_host
-from dflash_ray.sampling.shards import ProcessGroupShards, ShardGroup, SingleShard
+from dflash_ray.sampling.ranks import ProcessGroupRanks, RankGroup, SingleRank
 from dflash_ray.target_group.colocated import ColocatedDrafter
 from dflash_ray.target_group.engine import Engine
 from dflash_ray.target_group.feature_store import FeatureStore
@@ -112,16 +112,16 @@ class TargetRank:
             None if drafter is None else drafter.build_projector(dtype).to(device),
             () if drafter is None else drafter.config.target_layer_ids,
         )
-        shards: ShardGroup = SingleShard()
+        ranks: RankGroup = SingleRank()
         if place.tp_size > 1:
-            shards = ProcessGroupShards(None, place.tp_size)
+            ranks = ProcessGroupRanks(None, place.tp_size)
             self._channel = StepChannel()
         colocated = self._colocated(drafter)
         features = None
         if drafter is not None and colocated is None:
             features = FeatureStore(config.target.kv_cache_rows, drafter.config.hidden_size, dtype)
         self._engine = Engine(
-            GroupRunner(model, shards, device),
+            GroupRunner(model, ranks, device),
             config.target.num_pages,
             config.target.page_size,
             model.max_model_len,

@@ -23,7 +23,7 @@ from dflash_ray.models.block_drafter import BlockDrafter
 from dflash_ray.models.drafter_checkpoint import DrafterCheckpoint
 from dflash_ray.models.target_checkpoint import TargetCheckpoint, resolve_target
 from dflash_ray.sampling.parameters import SamplingParams
-from dflash_ray.sampling.shards import SingleShard
+from dflash_ray.sampling.ranks import SingleRank
 from dflash_ray.target_group.colocated import ColocatedDrafter
 from dflash_ray.target_group.engine import Engine
 from dflash_ray.target_group.model import RankModel
@@ -331,7 +331,7 @@ def _build_engine(
         block_drafter = BlockDrafter(drafter, target, settings.device, dtype)
         colocated = ColocatedDrafter(block_drafter, config.target.kv_cache_rows, raises=True)
     engine = Engine(
-        GroupRunner(model, SingleShard(), settings.device),
+        GroupRunner(model, SingleRank(), settings.device),
         config.target.num_pages,
         config.target.page_size,
         model.max_model_len,

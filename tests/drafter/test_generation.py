@@ -10,7 +10,7 @@ from transformers import MuseGlimmerAssistantConfig, MuseGlimmerAssistantModel
 from dflash_ray.config import load_config
 from dflash_ray.models.block_drafter import BlockDrafter
 from dflash_ray.models.drafter_checkpoint import load_drafter, save_drafter
-from dflash_ray.sampling.shards import SingleShard
+from dflash_ray.sampling.ranks import SingleRank
 from dflash_ray.target_group.colocated import ColocatedDrafter
 from dflash_ray.target_group.engine import Engine
 from dflash_ray.target_group.model import RankModel
@@ -76,7 +76,7 @@ def new_engine(directory, target) -> Engine:
     """A target group of one rank with its colocated drafter."""
     checkpoint = load_drafter(directory, target)
     rank = RankModel(target, CONFIG, 0, 1, checkpoint.build_projector(), checkpoint.config.target_layer_ids)
-    runner = GroupRunner(rank, SingleShard())
+    runner = GroupRunner(rank, SingleRank())
     drafter = ColocatedDrafter(BlockDrafter(checkpoint, target), CONFIG.drafter_context_tokens, raises=True)
     return Engine(runner, CONFIG.target.num_pages, CONFIG.target.page_size, 256, drafter)
 

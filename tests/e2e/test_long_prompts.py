@@ -25,7 +25,7 @@ from dflash_ray.router.actions import Emit
 from dflash_ray.router.pipeline import Pipeline
 from dflash_ray.rpc.channel import RunningServer, new_server, start_server
 from dflash_ray.rpc.directory import Entry
-from dflash_ray.sampling.shards import SingleShard
+from dflash_ray.sampling.ranks import SingleRank
 from dflash_ray.target_group.engine import Engine
 from dflash_ray.target_group.feature_store import FeatureStore
 from dflash_ray.target_group.feature_streams import FeatureStreams
@@ -80,7 +80,7 @@ def target_servicer(models: Models, config: DflashRayConfig) -> TargetServicer:
     sizes = {"page_size": config.target.page_size, "num_pages": config.target.num_pages}
     limits = {"max_model_len": rank.max_model_len, "vocab_size": rank.vocab_size}
     store = FeatureStore(config.target.kv_cache_rows, HIDDEN, torch.float32)
-    engine = Engine(GroupRunner(rank, SingleShard()), **sizes, max_model_len=rank.max_model_len, features=store)
+    engine = Engine(GroupRunner(rank, SingleRank()), **sizes, max_model_len=rank.max_model_len, features=store)
     features = FeatureStreams(engine.read_features, store.rows_per_piece, "t", drafter.fingerprint)
     info = TargetInfo(
         target_id="t",

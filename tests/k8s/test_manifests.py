@@ -15,7 +15,7 @@ import yaml
 from ray.serve.schema import ServeDeploySchema
 
 from dflash_ray.config import DflashRayConfig, load_config, parse_config
-from dflash_ray.target_group.service import target_placement
+from dflash_ray.target_group.replica import target_placement
 from tests.k8s.rendering import FOLDER, GCS_FAULT_TOLERANCE, OVERLAYS, ROOT, ray_service, render
 
 CRD = "shared/kuberay/ray.io_rayservices.yaml"

@@ -56,11 +56,11 @@ def imports_serve(file: Path) -> bool:
 
 def test_serve_is_imported_in_services_and_the_application_only():
     users = {str(file.relative_to(PACKAGE)) for file in PACKAGE.rglob("*.py") if imports_serve(file)}
-    assert users <= {"app.py", *(f"{process}/service.py" for process in PROCESSES)}
+    assert users <= {"app.py", *(f"{process}/replica.py" for process in PROCESSES)}
 
 
 @pytest.mark.parametrize(
-    "module", ["dflash_ray.gateway.service", "dflash_ray.router.service", "dflash_ray.rpc.metrics", "dflash_ray.cli"]
+    "module", ["dflash_ray.gateway.replica", "dflash_ray.router.replica", "dflash_ray.rpc.metrics", "dflash_ray.cli"]
 )
 def test_processes_without_a_gpu_import_without_torch(module):
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"

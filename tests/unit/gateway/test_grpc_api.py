@@ -95,7 +95,7 @@ async def test_an_absent_option_has_its_default():
         await generation_pb2_grpc.GenerationStub(channel).Generate(message)
         (asked,) = app.router.requests
     assert (asked.sampling.temperature, asked.sampling.top_p, asked.sampling.repetition_penalty) == (1.0, 1.0, 1.0)
-    assert asked.stopping.max_new_tokens == app.core.config.model.max_model_len - asked.prompt_len
+    assert asked.stopping.max_new_tokens == app.parts.config.model.max_model_len - asked.prompt_len
 
 
 async def test_a_stop_string_inside_accepted_drafts_ends_everything_with_its_last_token():
@@ -106,7 +106,7 @@ async def test_a_stop_string_inside_accepted_drafts_ends_everything_with_its_las
             message = changed(stopping__stop_strings=[" four"])
             whole = await stub.Generate(message)
             parts = [part async for part in stub.GenerateStream(message)]
-            expected = app.core.tokenizer.encode("One two three four")
+            expected = app.parts.tokenizer.encode("One two three four")
         (output,) = whole.outputs
         assert output.text == "One two three" and output.finish_info.stop_string == " four"
         assert output.token_ids == expected and output.finish_info.num_output_tokens == len(expected)
@@ -142,7 +142,7 @@ async def test_errors_have_the_status_that_http_has_and_faults_tell_nothing(monk
     async with gateway(respond) as app:
         assert (await refused(app, request("Hello"))).code() == grpc.StatusCode.RESOURCE_EXHAUSTED
     async with gateway(says(WORDS)) as app:
-        monkeypatch.setattr(app.core.tokenizer, "decode", None)
+        monkeypatch.setattr(app.parts.tokenizer, "decode", None)
         error = await refused(app, request("Hello"))
     assert error.code() == grpc.StatusCode.INTERNAL and "NoneType" not in error.details()
 

@@ -119,7 +119,7 @@ async def test_an_answers_own_message_comes_back_as_history():
             {"role": "assistant", "content": ""},
             {"role": "user", "content": "And now?"},
         ]
-        assert app.router.requests[0].token_ids == app.core.tokenizer.encode_chat(plain)
+        assert app.router.requests[0].token_ids == app.parts.tokenizer.encode_chat(plain)
 
 
 @pytest.mark.parametrize(
@@ -203,7 +203,7 @@ async def test_errors_have_codes_that_are_strings():
 
 async def test_a_fault_of_ours_is_an_error_object_too(monkeypatch):
     async with gateway(says(WORDS)) as app:
-        monkeypatch.setattr(app.core.tokenizer, "decode", None)
+        monkeypatch.setattr(app.parts.tokenizer, "decode", None)
         response = await app.http.post(CHAT, json={"messages": HELLO})
         assert response.status_code == 500 and response.json()["error"]["code"] == "internal_error"
         lines = await events(app, {"messages": HELLO})
@@ -221,7 +221,7 @@ async def test_a_refusal_by_the_router_has_its_status_and_says_when_to_come_back
 
     async with gateway(respond) as app:
         if status == 503:
-            app.core.routers.update([])
+            app.parts.routers.update([])
         response = await app.http.post(CHAT, json={"messages": HELLO, "stream": stream})
     assert (response.status_code, response.headers["retry-after"]) == (status, retry_after)
     assert isinstance(response.json()["error"]["code"], str)
@@ -270,7 +270,7 @@ async def test_a_stop_string_inside_accepted_drafts_ends_usage_tokens_and_statis
             }  # fmt: skip
             whole = (await app.http.post(CHAT, json=body)).json()
             lines = [line for line in await events(app, body) if isinstance(line, dict)]
-            expected = app.core.tokenizer.encode("One two three four")
+            expected = app.parts.tokenizer.encode("One two three four")
         choice = whole["choices"][0]
         assert choice["message"]["content"] == "One two three" and choice["token_ids"] == expected
         assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", " four")
@@ -290,7 +290,7 @@ async def test_a_stop_string_inside_accepted_drafts_ends_usage_tokens_and_statis
 
 async def test_usage_comes_with_every_chunk_only_where_it_is_asked_for():
     async with gateway(says(WORDS)) as app:
-        num_tokens = len(app.core.tokenizer.encode(WORDS))
+        num_tokens = len(app.parts.tokenizer.encode(WORDS))
         for options, expected in [
             ({}, []),
             ({"include_usage": True}, [None] * (num_tokens + 1) + [num_tokens]),
@@ -374,7 +374,7 @@ async def test_a_client_that_leaves_a_waiting_stream_frees_its_request():
 async def test_a_model_answers_to_all_its_names_and_gives_the_first():
     async with gateway(says("ok"), "model.aliases=[gpt-4o, default]") as app:
         names = [model["id"] for model in (await app.http.get("/v1/models")).json()["data"]]
-        assert names == [app.core.config.model.served_name, "gpt-4o", "default"]
+        assert names == [app.parts.config.model.served_name, "gpt-4o", "default"]
         for name in names:
             assert (await app.http.get(f"/v1/models/{name}")).json()["id"] == name
             answer = await app.http.post(CHAT, json={"messages": HELLO, "model": name})
@@ -383,7 +383,7 @@ async def test_a_model_answers_to_all_its_names_and_gives_the_first():
 
 async def test_health_and_models_answer_head():
     async with gateway(says("ok")) as app:
-        for path in ("/health", "/v1/models", f"/v1/models/{app.core.config.model.served_name}"):
+        for path in ("/health", "/v1/models", f"/v1/models/{app.parts.config.model.served_name}"):
             response = await app.http.head(path)
             assert response.status_code == 200 and not response.content
 
@@ -422,17 +422,17 @@ async def test_an_echoed_prompt_comes_with_its_own_log_probabilities(max_tokens)
             yield part
 
     async with gateway(respond) as app:
-        prompt = app.core.tokenizer.encode("Zero one two three")
+        prompt = app.parts.tokenizer.encode("Zero one two three")
         body = {"prompt": prompt, "echo": True, "logprobs": 1, "max_tokens": max_tokens}
         whole = (await app.http.post(COMPLETIONS, json=body)).json()
         lines = [line["choices"][0] for line in (await events(app, body, COMPLETIONS))[:-1]]
-        answer = app.core.tokenizer.encode(WORDS)[:max_tokens]
+        answer = app.parts.tokenizer.encode(WORDS)[:max_tokens]
         choice = whole["choices"][0]
-        assert choice["text"] == "Zero one two three" + app.core.tokenizer.decode(answer)
+        assert choice["text"] == "Zero one two three" + app.parts.tokenizer.decode(answer)
         assert choice["finish_reason"] == "length" and whole["usage"]["completion_tokens"] == max_tokens
         logprobs = choice["logprobs"]
         assert logprobs["token_logprobs"] == [None, -1.0, -2.0, -3.0, *[-0.5] * max_tokens]
-        assert logprobs["tokens"] == [app.core.tokenizer.token_text(token) for token in [*prompt, *answer]]
+        assert logprobs["tokens"] == [app.parts.tokenizer.token_text(token) for token in [*prompt, *answer]]
         assert logprobs["top_logprobs"][0] is None and -0.25 in logprobs["top_logprobs"][1].values()
         assert [choice["text"][at:][:1] for at in logprobs["text_offset"]] == [t[:1] for t in logprobs["tokens"]]
     assert "".join(line["text"] for line in lines) == choice["text"]

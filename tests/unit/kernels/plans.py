@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from dflash_ray.kernels import reference_verify, verify_ops
 from dflash_ray.kernels.columns import Mode
-from dflash_ray.sampling.shards import SingleShard
+from dflash_ray.sampling.ranks import SingleRank
 from tests.plans import SequenceOutcome, SequencePlan, verify
-from tests.shards import run_sharded
+from tests.ranks import run_sharded
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DEFAULTS: dict[str, Any] = {
@@ -58,7 +58,7 @@ def run_step(
     verify_ops._operator = operator
     try:
         if num_shards == 1:
-            return verify(logits.clone().to(device), 0, plan, SingleShard(), features), features.cpu()
+            return verify(logits.clone().to(device), 0, plan, SingleRank(), features), features.cpu()
         per_rank = -(-logits.shape[1] // num_shards)
 
         def run(rank: int, group: Any) -> list[SequenceOutcome]:

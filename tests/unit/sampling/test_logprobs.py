@@ -6,7 +6,7 @@ import torch
 
 from dflash_ray.sampling.logprobs import Logprobs, token_logprobs
 from tests.plans import as_lists
-from tests.shards import run_sharded
+from tests.ranks import run_sharded
 
 NUM_ROWS, VOCAB = 9, 50
 

@@ -8,14 +8,14 @@ from scipy.stats import chisquare
 from dflash_ray.models.dflash2 import Draw, walk
 from dflash_ray.sampling import verify as verify_module
 from dflash_ray.sampling.parameters import COUPLED, REJECTION
-from dflash_ray.sampling.shards import SingleShard
+from dflash_ray.sampling.ranks import SingleRank
 from tests.plans import SequencePlan, verify
-from tests.shards import run_sharded
+from tests.ranks import run_sharded
 from tests.unit.kernels.plans import plan_of
 
 
 def verify_alone(logits: torch.Tensor, plan: list[SequencePlan]):
-    return verify(logits.clone(), 0, plan, SingleShard())
+    return verify(logits.clone(), 0, plan, SingleRank())
 
 
 def verify_sharded(logits: torch.Tensor, plan: list[SequencePlan], size: int):

@@ -7,7 +7,7 @@ import torch
 
 from dflash_ray.config import load_config
 from dflash_ray.models.target_checkpoint import TargetCheckpoint, resolve_target
-from dflash_ray.sampling.shards import SingleShard
+from dflash_ray.sampling.ranks import SingleRank
 from dflash_ray.target_group.model import RankModel
 from dflash_ray.target_group.runner import GroupRunner
 from dflash_ray.target_group.tensor_parallel import create_store, init_process_group
@@ -35,4 +35,4 @@ def rank_model(process_group, tiny_target) -> RankModel:
 
 @pytest.fixture
 def runner(rank_model) -> GroupRunner:
-    return GroupRunner(rank_model, SingleShard())
+    return GroupRunner(rank_model, SingleRank())

@@ -8,7 +8,7 @@ import torch
 from dflash_ray.models.block_drafter import BlockDrafter
 from dflash_ray.models.drafter_checkpoint import DrafterCheckpoint
 from dflash_ray.models.drafter_config import parse_dflash_config
-from dflash_ray.sampling.shards import SingleShard
+from dflash_ray.sampling.ranks import SingleRank
 from dflash_ray.target_group.colocated import ColocatedDrafter
 from dflash_ray.target_group.engine import Engine
 from dflash_ray.target_group.model import RankModel
@@ -57,7 +57,7 @@ def build(process_group, tiny_target):
     values = changed(dflash_config={"target_layer_ids": [0, 2]}, num_target_layers=4)
     checkpoint = DrafterCheckpoint(parse_dflash_config(values, "test"), random_weights(values), "test")
     rank = RankModel(tiny_target, CONFIG, 0, 1, checkpoint.build_projector(), checkpoint.config.target_layer_ids)
-    runner = GroupRunner(rank, SingleShard())
+    runner = GroupRunner(rank, SingleRank())
 
     def new(max_context_tokens: int = CONFIG.drafter_context_tokens, raises: bool = False, **breaks):
         method = Breakable(checkpoint, tiny_target, **breaks)

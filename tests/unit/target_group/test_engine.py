@@ -198,9 +198,9 @@ def test_more_sequences_than_the_first_slots_get_the_tokens_that_they_get_alone(
 def test_logits_that_are_not_finite_end_one_sequence_only(runner, monkeypatch):
     engine = new_engine(runner)
     truth = run(engine, opening(), plain)
-    shard_logits = runner._model.shard_logits
+    rank_logits = runner._model.rank_logits
     monkeypatch.setattr(
-        runner._model, "shard_logits", lambda hidden: shard_logits(hidden).index_fill(0, torch.tensor([1]), torch.nan)
+        runner._model, "rank_logits", lambda hidden: rank_logits(hidden).index_fill(0, torch.tensor([1]), torch.nan)
     )
     output = engine.step(step_of([opening(1), opening(2)], {1: len(PROMPT), 2: len(PROMPT)}))
     assert output.statuses.tolist() == [OK, FAILED] and "finite" in output.errors[0]

@@ -8,7 +8,7 @@ import weakref
 import torch
 
 from dflash_ray.models.target_checkpoint import resolve_target
-from dflash_ray.sampling.shards import SingleShard
+from dflash_ray.sampling.ranks import SingleRank
 from dflash_ray.target_group.engine import Engine
 from dflash_ray.target_group.feature_store import FeatureStore
 from dflash_ray.target_group.model import RankModel, StepHidden
@@ -25,7 +25,7 @@ WIDTH = 2 * 48
 def runner_with_taps(target, dtype: str = "float32", projector: torch.nn.Module | None = None) -> GroupRunner:
     config = CONFIG.model_copy(update={"model": CONFIG.model.model_copy(update={"dtype": dtype})})
     rank = RankModel(target, config, 0, 1, projector or torch.nn.Identity(), LAYERS)
-    return GroupRunner(rank, SingleShard())
+    return GroupRunner(rank, SingleRank())
 
 
 def new_engine(

@@ -32,7 +32,7 @@ def batch(entries: list[tuple[list[int], int, list[int]]]) -> StepBatch:
 
 
 def logits(model: RankModel, *entries: tuple[list[int], int, list[int]]) -> torch.Tensor:
-    return model.shard_logits(model.forward(batch(list(entries))).sampled)
+    return model.rank_logits(model.forward(batch(list(entries))).sampled)
 
 
 @pytest.fixture

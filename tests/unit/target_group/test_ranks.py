@@ -10,7 +10,7 @@ import torch
 
 from dflash_ray.models.target_checkpoint import resolve_target
 from dflash_ray.sampling.parameters import REJECTION
-from dflash_ray.sampling.shards import ProcessGroupShards
+from dflash_ray.sampling.ranks import ProcessGroupRanks
 from dflash_ray.target_group.engine import Engine
 from dflash_ray.target_group.model import RankModel
 from dflash_ray.target_group.runner import GroupRunner
@@ -61,7 +61,7 @@ def run_rank(rank: int, port: int, path: str, results) -> None:
     channel = StepChannel()
     model = RankModel(resolve_target(path), CONFIG, rank, SIZE)
     engine = Engine(
-        GroupRunner(model, ProcessGroupShards(None, SIZE)),
+        GroupRunner(model, ProcessGroupRanks(None, SIZE)),
         CONFIG.target.num_pages,
         CONFIG.target.page_size,
         256,

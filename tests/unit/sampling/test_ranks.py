@@ -5,7 +5,7 @@ import multiprocessing
 import pytest
 import torch
 
-from dflash_ray.sampling.shards import ProcessGroupShards
+from dflash_ray.sampling.ranks import ProcessGroupRanks
 from dflash_ray.target_group.tensor_parallel import create_store, join_store
 
 SIZE = 2
@@ -20,7 +20,7 @@ def values_of(rank: int) -> list[torch.Tensor]:
 def run_rank(rank: int, port: int, results) -> None:
     store = join_store("127.0.0.1", port, SIZE, 60)
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=SIZE)
-    group = ProcessGroupShards(None, SIZE)
+    group = ProcessGroupRanks(None, SIZE)
     gathered = [
         group.all_gather(values.to(dtype)) for values in values_of(rank) for dtype in (torch.int64, torch.float64)
     ]

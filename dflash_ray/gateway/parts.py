@@ -25,7 +25,7 @@ Result = TypeVar("Result")
 _NUM_THREADS = 8  # a few large bodies at a time leave room for small ones
 
 
-class GatewayCore:
+class GatewayParts:
     """Everything between the APIs and the routers."""
 
     def __init__(self, config: DflashRayConfig, directory: DirectoryClient) -> None:

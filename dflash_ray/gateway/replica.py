@@ -30,7 +30,7 @@ _POLL_S = 0.2
 def _http_app() -> FastAPI:
     from dflash_ray.gateway.http_api import build_http_app
 
-    return build_http_app(lambda: serve.get_replica_context().servable_object.core)  # type: ignore[attr-defined]
+    return build_http_app(lambda: serve.get_replica_context().servable_object.parts)  # type: ignore[attr-defined]
 
 
 @serve.ingress(_http_app)
@@ -45,11 +45,11 @@ class GatewayReplica:
         self._closing = AsyncExitStack()
         configure_logging("gateway", config.observability.log_level, config.observability.log_format)
         # Whoever deploys this class imports it, and has no use for tokenizers and templates.
-        from dflash_ray.gateway.core import GatewayCore
+        from dflash_ray.gateway.parts import GatewayParts
 
         self._directory = DirectoryClient()
-        self.core = GatewayCore(config, self._directory)
-        self._closing.push_async_callback(self.core.close)
+        self.parts = GatewayParts(config, self._directory)
+        self._closing.push_async_callback(self.parts.close)
         self._tasks: list[asyncio.Task[None]] = []
         self._closing.callback(self._cancel_tasks)
         self._server = await self._serve()
@@ -57,7 +57,7 @@ class GatewayReplica:
         self._closing.push_async_callback(self._server.stop, grace_s=config.gateway.drain_timeout_s)
         entry = await self._serve_metrics()
         registration = keep_registered(self._directory, entry, config.network.entry_ttl_s)
-        loops = (registration, self.core.routers.run(), self.core.metrics_page.run(), self._report_health())
+        loops = (registration, self.parts.routers.run(), self.parts.metrics_page.run(), self._report_health())
         self._tasks += [asyncio.create_task(loop) for loop in loops]
         self._closing.push_async_callback(self._unregister)
         leave_out_what_stands()
@@ -66,22 +66,22 @@ class GatewayReplica:
         """The clients' server. Gateways of one node share its port: the system spreads connections over them."""
         from dflash_ray.gateway.grpc_api import GenerationServicer
 
-        config = self.core.config.gateway
+        config = self.parts.config.gateway
         server = new_server(
             config.max_body_bytes, [RefuseMalformed()], max_connection_age_s=config.grpc_connection_age_s
         )
-        generation_pb2_grpc.add_GenerationServicer_to_server(GenerationServicer(self.core), server)
+        generation_pb2_grpc.add_GenerationServicer_to_server(GenerationServicer(self.parts), server)
         return await start_server(server, [_SERVICE_NAME], bind_host(config.grpc_host), config.grpc_port)
 
     async def _serve_metrics(self) -> Entry:
         """An inner server, on which the other gateways ask for this one's metrics."""
-        server = new_server(self.core.config.network.max_message_bytes)
-        add_metrics_service(server, self.core.metrics.render)
-        host = bind_host(self.core.config.network.bind_host)
+        server = new_server(self.parts.config.network.max_message_bytes)
+        add_metrics_service(server, self.parts.metrics.render)
+        host = bind_host(self.parts.config.network.bind_host)
         inner = await start_server(server, [METRICS_SERVICE_NAME], host, 0)
         self._closing.push_async_callback(inner.stop)
         info = {"pid": os.getpid(), "grpc_port": self._server.port}
-        return Entry("gateway", self.core.gateway_id, format_address(host, inner.port), info)
+        return Entry("gateway", self.parts.gateway_id, format_address(host, inner.port), info)
 
     def _cancel_tasks(self) -> None:
         for task in self._tasks:
@@ -90,7 +90,7 @@ class GatewayReplica:
     async def _report_health(self) -> None:
         """Keeps the standard gRPC health in step with GET /health."""
         while True:
-            await self._server.set_serving(self.core.routers.has_ready)
+            await self._server.set_serving(self.parts.routers.has_ready)
             await asyncio.sleep(_POLL_S)
 
     async def check_health(self) -> None:
@@ -101,7 +101,7 @@ class GatewayReplica:
 
     async def _unregister(self) -> None:
         self._tasks[0].cancel()  # or the entry would come back
-        await leave(self._directory, "gateway", self.core.gateway_id)
+        await leave(self._directory, "gateway", self.parts.gateway_id)
 
     async def __del__(self) -> None:
         await self._closing.aclose()

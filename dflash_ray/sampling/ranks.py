@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-class ShardGroup(Protocol):
+class RankGroup(Protocol):
     """The ranks that share a row of logits."""
 
     size: int
@@ -17,7 +17,7 @@ class ShardGroup(Protocol):
         """Every rank's values, [size, *values.shape], the same on all ranks."""
 
 
-class SingleShard:
+class SingleRank:
     """One rank holds the whole vocabulary."""
 
     size = 1
@@ -26,7 +26,7 @@ class SingleShard:
         return values[None]
 
 
-class ProcessGroupShards:
+class ProcessGroupRanks:
     """Ranks of a torch.distributed process group."""
 
     def __init__(self, process_group: Any, size: int) -> None:
