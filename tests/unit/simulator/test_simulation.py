@@ -1,9 +1,9 @@
 """The production scheduler under a virtual clock does what a server would: every token comes, and nothing is slower."""
 
-import hypothesis.strategies as st
+import random
+
 import numpy as np
 import pytest
-from hypothesis import given, settings
 
 from dflash_ray.simulator.profile import Profile, Times, built_in_profiles, load_profile
 from dflash_ray.simulator.simulation import Deployment, Simulation, simulate
@@ -81,41 +81,39 @@ def test_profiles_that_come_along_say_where_they_come_from_and_never_get_quicker
     assert (np.diff(passes) >= 0).all() and (np.diff(drafts) >= 0).all()
 
 
-ACCEPTANCE = st.lists(st.floats(0, 1), min_size=1, max_size=6).map(tuple)
-CATEGORIES = st.builds(
-    Category,
-    prompt_tokens=st.integers(4, 400),
-    output_tokens=st.integers(4, 200),
-    spread=st.floats(0, 1),
-    acceptance=ACCEPTANCE,
-    frankness=st.floats(0, 1),
-    share=st.floats(0.1, 1),
-)
-WORKLOADS = st.builds(
-    Workload,
-    clients=st.integers(1, 24),
-    requests=st.just(24),
-    categories=st.dictionaries(st.sampled_from("abc"), CATEGORIES, min_size=1),
-    seed=st.integers(0, 1000),
-)
+def random_workload(seed: int) -> tuple[Workload, int]:
+    """A workload and a number of drafters."""
+    draw = random.Random(seed)
+
+    def category() -> Category:
+        return Category(
+            prompt_tokens=draw.randint(4, 400),
+            output_tokens=draw.randint(4, 200),
+            spread=draw.random(),
+            acceptance=tuple(draw.random() for _ in range(draw.randint(1, 6))),
+            frankness=draw.random(),
+            share=draw.uniform(0.1, 1),
+        )
+
+    categories = {name: category() for name in draw.sample("abc", draw.randint(1, 3))}
+    load = Workload(clients=draw.randint(1, 24), requests=24, categories=categories, seed=seed)
+    return load, draw.choice([0, 1, 2])
 
 
-def is_never_slower(load: Workload, num_drafters: int) -> None:
+def is_never_slower(seed: int) -> bool:
     """Over the whole workload, but for what trials of a group that has just started cost."""
+    load, num_drafters = random_workload(seed)
     plain = simulate(Deployment(CPU, "off", num_drafters), load)
     adaptive = simulate(Deployment(CPU, "adaptive", num_drafters), load)
     first_trials = 4 * 0.05
-    assert adaptive.seconds <= 1.02 * plain.seconds + first_trials
+    return adaptive.seconds <= 1.02 * plain.seconds + first_trials
 
 
-@given(load=WORKLOADS, num_drafters=st.sampled_from([0, 1, 2]))
-@settings(max_examples=4)
-def test_random_workloads_are_never_slower_than_plain_decoding(load, num_drafters):
-    is_never_slower(load, num_drafters)
+@pytest.mark.parametrize("seed", range(4))
+def test_random_workloads_are_never_slower_than_plain_decoding(seed):
+    assert is_never_slower(seed)
 
 
 @pytest.mark.slow
-@given(load=WORKLOADS, num_drafters=st.sampled_from([0, 1, 2]))
-@settings(max_examples=1000, deadline=None)
-def test_a_thousand_random_workloads_are_never_slower_than_plain_decoding(load, num_drafters):
-    is_never_slower(load, num_drafters)
+def test_many_random_workloads_are_never_slower_than_plain_decoding():
+    assert [seed for seed in range(4, 64) if not is_never_slower(seed)] == []
