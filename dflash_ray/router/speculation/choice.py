@@ -17,7 +17,7 @@ from dflash_ray.router.speculation.records import Floats
 
 _BINS = 64  # of worth, from 1 downwards
 _BINS_PER_E = 10.0
-_LEAST_WORTH = float(np.exp(-(_BINS - 1) / _BINS_PER_E))  # less is worth no row
+LEAST_WORTH = float(np.exp(-(_BINS - 1) / _BINS_PER_E))  # less is worth no row
 _HALVINGS = 6
 _EVEN = 32  # numbers of rows up to which each is looked at
 
@@ -85,7 +85,7 @@ def _rounded(rows: int) -> int:
 
 def _histograms(survival: Floats, in_levels: Ints, num_levels: int) -> tuple[Floats, Floats]:
     """Slots and their worth in every bin, [num_levels + 1, bins]."""
-    sequences, slots = np.nonzero(survival > _LEAST_WORTH)
+    sequences, slots = np.nonzero(survival > LEAST_WORTH)
     worth = survival[sequences, slots]
     bins = (np.log(worth) * -_BINS_PER_E).astype(np.int64)
     cells = in_levels[sequences] * _BINS + bins
@@ -106,7 +106,7 @@ def _by_level(drafted: Floats, others: Floats) -> Floats:
 def best_rows(survival: Floats, max_rows: int) -> tuple[Ints, Floats]:
     """Numbers of rows [G] and the tokens expected of the best so many, for drafts that are there."""
     worth = np.sort(survival, axis=None)[::-1]
-    most = min(max_rows, int(np.count_nonzero(worth > _LEAST_WORTH)))
+    most = min(max_rows, int(np.count_nonzero(worth > LEAST_WORTH)))
     rows = row_grid(_rounded(most))
     gains = np.concatenate([[0.0], np.cumsum(worth[:most])])
     return rows, gains[np.minimum(rows, most)]
@@ -118,7 +118,7 @@ def share(survival: Floats, num_rows: int) -> Ints:
         return np.zeros(len(survival), np.int64)
     flat = survival.ravel()
     least = float(np.partition(flat, len(flat) - num_rows)[len(flat) - num_rows]) if num_rows < len(flat) else 0.0
-    least = max(least, _LEAST_WORTH)
+    least = max(least, LEAST_WORTH)
     is_in = survival >= least
     counts: Ints = np.count_nonzero(is_in, axis=1).astype(np.int64)
     surplus = int(counts.sum()) - num_rows

@@ -27,7 +27,7 @@ from dflash_ray.router.speculation.outlook import (
 from dflash_ray.router.speculation.pauses import Pauses
 from dflash_ray.router.speculation.records import MOST_DRAFTS, Candidates, Floats, Policy, Reason, SpeculationCounts
 
-_LEAST_GAIN = 1.02  # promised over plain decoding before anything is speculated,
+_LEAST_GAIN = 1.10  # promised over plain decoding before anything is speculated,
 _DOUBT = 1.0  # and so many standard errors of the plain time
 _TRIAL_RATE = 0.7  # acceptance that a trial hopes for
 _TRIAL_ROOM = 0.5  # of the loss that is allowed

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from dflash_ray.router.speculation.choice import best_rows, is_drafted, row_grid, share, worths
+from dflash_ray.router.speculation.choice import LEAST_WORTH, best_rows, is_drafted, row_grid, share, worths
 
 CHANCES = st.sampled_from([0.0, 0.01, 0.2, 0.5, 0.8, 0.99, 1.0]) | st.floats(0, 1)
 SURVIVALS = arrays(float, st.tuples(st.integers(1, 12), st.integers(1, 8)), elements=CHANCES).map(
@@ -16,7 +16,7 @@ SURVIVALS = arrays(float, st.tuples(st.integers(1, 12), st.integers(1, 8)), elem
 @given(survival=SURVIVALS, num_rows=st.integers(0, 60))
 def test_the_best_slots_are_shared_out(survival, num_rows):
     counts = share(survival, num_rows)
-    worth = np.sort(survival[survival >= 0.0019], axis=None)[::-1]
+    worth = np.sort(survival[survival >= LEAST_WORTH], axis=None)[::-1]
     assert counts.sum() == min(num_rows, len(worth))
     got = sum(survival[i, :count].sum() for i, count in enumerate(counts))
     assert np.isclose(got, worth[:num_rows].sum())
