@@ -1,4 +1,4 @@
-"""The production scheduler under a virtual clock does what a server would: every token comes, and no workload loses much."""
+"""The production scheduler under a virtual clock does what a server would: every token comes, and little is lost."""
 
 import random
 
