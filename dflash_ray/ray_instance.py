@@ -24,6 +24,7 @@ _QUIET = {
     # Processes write to the standard error that they inherit, and Ray's own say what is wrong and nothing else.
     "RAY_LOG_TO_STDERR": "1",
     "RAY_BACKEND_LOG_LEVEL": "error",
+    "RAY_LOGGER_LEVEL": "warning",
     # Nobody reads Ray's metrics, task events and event statistics where there is no dashboard.
     "RAY_enable_metrics_collection": "0",
     "RAY_task_events_report_interval_ms": "0",
