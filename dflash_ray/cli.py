@@ -116,7 +116,7 @@ def profile(
         Path | None, typer.Option(help="JSON file; without, one in the cache for this machine and model")
     ] = None,
 ) -> None:
-    """Measure what the target's and the drafter's passes take on this machine, for `plan` and for the router."""
+    """Measure what the target's and the drafter's passes take on this machine, for `plan`."""
     from dflash_ray.commands.planning import run_profile
 
     run_profile(config, overrides, out)
