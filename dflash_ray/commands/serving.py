@@ -58,11 +58,11 @@ def run_demo(config_path: Path | None, overrides: list[str], log: str | None) ->
     """Answers real prompts with speculation off and on, interleaved, and prints what differs: the speed alone."""
     config = _load(config_path, overrides)
     with logs_kept_apart("demo", log), Steps() as steps:
-        answers: dict[str, list[Answer]] = {"off": [], "adaptive": []}
+        answers: dict[str, list[Answer]] = {"off": [], "fixed": []}
         with _running(config, steps):
             address = _grpc_address(config)
             console.out(f"> {_DEMO_PROMPTS[0]}", style="bold")
-            _answer(address, _DEMO_PROMPTS[0], "adaptive", show=True)
+            _answer(address, _DEMO_PROMPTS[0], "fixed", show=True)
             total = _DEMO_ROUNDS * len(_DEMO_PROMPTS) * len(answers)
             steps.begin(f"comparing {len(_DEMO_PROMPTS)} answers with speculation off and on, {_DEMO_ROUNDS} times")
             for prompt in _DEMO_PROMPTS * _DEMO_ROUNDS:
@@ -70,7 +70,7 @@ def run_demo(config_path: Path | None, overrides: list[str], log: str | None) ->
                     collected.append(_answer(address, prompt, speculation, show=False))
                     steps.say(f"{sum(map(len, answers.values()))} of {total}")
         steps.end()
-        _report(answers["off"], answers["adaptive"])
+        _report(answers["off"], answers["fixed"])
 
 
 @contextmanager
