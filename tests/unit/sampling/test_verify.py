@@ -132,8 +132,8 @@ def test_the_distribution_test_fails_when_drafts_are_accepted_too_often(monkeypa
     def too_likely(*arguments):
         return right(*arguments[:3], arguments[3] * 0.5, *arguments[4:])
 
-    right = verify_module.ops.verify_combine
-    monkeypatch.setattr(verify_module.ops, "verify_combine", too_likely)
+    right = verify_module.verify_ops.verify_combine
+    monkeypatch.setattr(verify_module.verify_ops, "verify_combine", too_likely)
     first, _ = drawn_pairs(REJECTION)
     with pytest.raises(AssertionError):
         assert_law(first, TARGET[0])
@@ -146,8 +146,8 @@ def test_the_distribution_test_fails_when_drafts_are_accepted_without_the_draw(m
         partials[::2, 1] = 4.0  # the draft of every root
         return partials
 
-    right = verify_module.ops.verify_coupled
-    monkeypatch.setattr(verify_module.ops, "verify_coupled", always_accepted)
+    right = verify_module.verify_ops.verify_coupled
+    monkeypatch.setattr(verify_module.verify_ops, "verify_coupled", always_accepted)
     first, _ = drawn_pairs(COUPLED)
     with pytest.raises(AssertionError):
         assert_law(first, TARGET[0])
