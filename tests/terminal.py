@@ -29,11 +29,12 @@ def run(*arguments: str, env: dict[str, str] | None = None, timeout_s: float = 6
 class OnTerminal:
     """A command on a pseudo-terminal that it controls, so that a key pressed there reaches it and its children."""
 
-    def __init__(self, command: Sequence[str]) -> None:
+    def __init__(self, command: Sequence[str], **env: str) -> None:
+        """Starts it with `env` over this process's own environment."""
         self.screen = ""
         self.pid, self._terminal = pty.fork()
         if self.pid == 0:
-            os.execvpe(command[0], list(command), {**os.environ, "TERM": "xterm", "COLUMNS": "200"})
+            os.execvpe(command[0], list(command), {**os.environ, "TERM": "xterm", "COLUMNS": "200", **env})
 
     def wait_for(self, pattern: str, timeout_s: float) -> re.Match[str]:
         """The pattern's match on the screen; TimeoutError shows what is there instead."""

@@ -91,7 +91,9 @@ def test_serve_says_ready_with_its_addresses_and_ends_cleanly(stop, tmp_path):
 def test_a_start_that_is_interrupted_leaves_nothing_running(step, tmp_path):
     options, _ = on_free_ports()
     log = str(tmp_path / "serve.log")
-    terminal = OnTerminal([*COMMAND, "serve", *options, "--log", log])
+    # Operators that are compiled already are ready too soon to be interrupted.
+    caches = {"DFLASH_RAY_KERNEL_CACHE": str(tmp_path / "kernels")} if step == "preparing" else {}
+    terminal = OnTerminal([*COMMAND, "serve", *options, "--log", log], **caches)
     terminal.wait_for(rf"{step}.*?0:00:01", timeout_s=120)  # Ray's own processes are on their way
     processes = started_by(terminal.pid)
     assert processes
