@@ -19,6 +19,7 @@ from dflash_ray.target_group.head import VocabParallelHead
 from dflash_ray.target_group.lean_decoder import LeanDecoder, is_lean
 from dflash_ray.target_group.linears import pack_linears
 from dflash_ray.target_group.paged_cache import PagedCache
+from dflash_ray.target_group.step import Ints
 from dflash_ray.target_group.tensor_parallel import split_over_ranks
 
 
@@ -109,8 +110,12 @@ class RankModel:
         step = PagedStep(batch, self._cache, self._device)
         hidden, taps = self._decoder(batch, step)
         features = None if self._projector is None or taps is None else self._projector(taps)
-        scored = hidden[torch.from_numpy(batch.scored_rows).to(self._device)] if len(batch.scored_rows) else None
-        return StepHidden(hidden[torch.from_numpy(batch.sample_rows).to(self._device)], features, scored)
+        scored = self._some(hidden, batch.scored_rows) if len(batch.scored_rows) else None
+        return StepHidden(self._some(hidden, batch.sample_rows), features, scored)
+
+    def _some(self, hidden: Tensor, rows: Ints) -> Tensor:
+        """Some of the rows, ascending; most passes want all of them."""
+        return hidden if len(rows) == len(hidden) else hidden[torch.from_numpy(rows).to(self._device)]
 
     @torch.inference_mode()
     def rank_logits(self, hidden: Tensor) -> Tensor:
