@@ -168,7 +168,8 @@ class RouterConfig(_Section):
     num_candidates: int = Field(1, ge=1, le=16, description="candidates a draft slot that drafters return")
     cohorts: Literal[1, 2] = Field(1, description="2: one cohort is verified while the other is drafted")
     steps_in_flight: Literal[1, 2] | None = Field(
-        None, description="2: the next step is sent while one runs; as many as there are cohorts unless set"
+        None,
+        description="2: the next step is sent while one runs; unless set, as many as cohorts, and a plain one more",
     )
     draft_timeout_ms: float = Field(100.0, gt=0, description="a slower draft is replaced by an n-gram or none")
     max_missed_drafts: int = Field(3, ge=1, description="late drafts in a row before a drafter is left for a while")
@@ -182,8 +183,13 @@ class RouterConfig(_Section):
 
     @property
     def num_steps_in_flight(self) -> int:
-        """Steps that a target group is sent ahead of their results."""
+        """Steps of different sequences that a target group is sent ahead of their results."""
         return self.steps_in_flight or self.cohorts
+
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether a plain step is sent while another one with the same sequences runs."""
+        return self.cohorts == 1 and self.steps_in_flight != 1
 
 
 class TrafficConfig(_Section):

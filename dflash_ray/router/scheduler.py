@@ -27,7 +27,7 @@ from dflash_ray.core.errors import RequestError
 from dflash_ray.pb import common_pb2, drafter_pb2, router_pb2, target_pb2
 from dflash_ray.router.actions import Action, CloseSequences, DropTarget, Emit, RunStep
 from dflash_ray.router.drafting import Drafting
-from dflash_ray.router.in_flight import Cohorts, StepsInFlight
+from dflash_ray.router.in_flight import Cohorts, StepsInFlight, choose_ahead
 from dflash_ray.router.limits import TargetLimits
 from dflash_ray.router.requests import Requests
 from dflash_ray.router.results import StepOutcome, read_result
@@ -116,7 +116,7 @@ class Scheduler:
         is_current = step.is_current(self._table)
         draft_seconds = result.timings.draft_ns / 1e9
         self.speculating.done(step, outcome, is_current & outcome.is_ok, now, draft_seconds)
-        self._table.step_ids[step.slots[is_current]] = 0
+        self._table.end_step(step.slots[is_current], outcome.is_ok[is_current])
         self._advance(step, outcome, (is_current & outcome.is_ok).nonzero()[0])
         lacks_pages = False
         for entry in (is_current & ~outcome.is_ok).nonzero()[0].tolist():
@@ -221,7 +221,7 @@ class Scheduler:
         if self.limits is not None:
             self._requests.admit(self.limits, self.free_pages, self._cohorts)
             self._request_drafts(self.limits, now)
-            while self._steps.has_room and self._start_step(self.limits, now):
+            while self._start_step(self.limits, now):
                 pass
             if now >= self._steps.deadline:
                 self._actions.append(DropTarget())
@@ -256,7 +256,7 @@ class Scheduler:
 
     def _start_step(self, limits: TargetLimits, now: float) -> bool:
         """Sends the next step when a cohort has all its drafts or has waited long enough for them."""
-        chosen = self._cohorts.choose(self._table, is_target_idle=not len(self._steps))
+        chosen = self._next_step(now)
         if chosen is None:
             return False
         decoding, prefilling, is_alone = chosen
@@ -276,6 +276,17 @@ class Scheduler:
                 self.drafting.add(self._requests.by_id[opened.sequence_id])
             self._request_drafts(limits, now)  # drafters are told of them at once
         return True
+
+    def _next_step(self, now: float) -> tuple[Ints, Ints, bool] | None:
+        """Slots to decode and to prefill, and whether a suspect is alone; None while there is no next step to send."""
+        before = self._steps.only
+        if before is not None and self._router.runs_ahead:
+            ahead = choose_ahead(self._table, before)
+            if ahead is not None and self.speculating.stays_plain(ahead[0]):
+                return (*ahead, False)
+        if not self._steps.has_room:
+            return None
+        return self._cohorts.choose(self._table, is_target_idle=not len(self._steps))
 
     def _count_drafts(self, step: StepInFlight) -> None:
         chains = step.slots[step.num_chunks :]

@@ -165,6 +165,10 @@ class Speculating:
         inside = int(np.count_nonzero(num_asked)), int(num_asked.sum())
         self.controller.step_started(batch, is_in[decoding], counts[decoding], now, inside)
 
+    def stays_plain(self, slots: Ints) -> bool:
+        """Whether the next step of these is a plain one, whatever the present one brings."""
+        return not self.table.draft_tokens[slots].any()
+
     def judge_ngrams(self, slots: Ints, first_tokens: Tokens) -> None:
         """The slots' next tokens have come, and pass judgement on n-grams that were not verified."""
         match_lens, is_right = self.ngrams.judged(slots, first_tokens)
