@@ -94,6 +94,8 @@ class RankModel:
         self._cache = PagedCache(
             kv_heads, head_dim, config.target.num_pages, config.target.page_size, dtype, self._device
         )
+        if projector is not None and self._device == "cpu":
+            pack_linears(projector)
         self._projector = projector
         tap_layer_ids = tap_layer_ids if projector is not None else ()
         self._decoder: LeanDecoder | _TransformersDecoder
