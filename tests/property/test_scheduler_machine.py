@@ -30,9 +30,12 @@ class SchedulerMachine(RuleBasedStateMachine):
     """Target and drafters answer late, wrongly or never; requests come and go."""
 
     @initialize(
-        cohorts=st.sampled_from([1, 2]), depth=st.sampled_from([1, 2]), num_pages=st.sampled_from([14, 18, 24, 200])
+        cohorts=st.sampled_from([1, 2]),
+        depth=st.sampled_from([1, 2]),
+        num_pages=st.sampled_from([14, 18, 24, 200]),
+        finds=st.sampled_from([None, lambda sequence_id: sequence_id % 4]),
     )
-    def start(self, cohorts, depth, num_pages):
+    def start(self, cohorts, depth, num_pages, finds):
         overrides = [
             f"router.cohorts={cohorts}",
             f"router.steps_in_flight={depth}",
@@ -42,7 +45,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             f"target.max_batch_tokens={MAX_BATCH_TOKENS}",
         ]
         self.scheduler = Scheduler(load_config(None, overrides))
-        self.target = ToyTarget(num_pages=num_pages, max_batch_tokens=MAX_BATCH_TOKENS)
+        self.target = ToyTarget(num_pages=num_pages, max_batch_tokens=MAX_BATCH_TOKENS, finds=finds)
         self.now = 0.0
         self.depth = depth
         self.sent: list[target_pb2.Step | list[int]] = []  # steps and closes that the target has not come to
@@ -197,7 +200,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.sent.clear()
         self.scheduler.target_lost(self.now)
         self.pump()
-        self.target = ToyTarget(num_pages=self.target.limits.num_pages, max_batch_tokens=MAX_BATCH_TOKENS)
+        self.target = ToyTarget(
+            num_pages=self.target.limits.num_pages, max_batch_tokens=MAX_BATCH_TOKENS, finds=self.target.finds
+        )
         self.now += 1.0
         self.scheduler.target_ready(self.target.limits, self.now)
 
@@ -230,7 +235,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 self.finish_step()
         assert not self.alive
         self.pump()
-        if self.steps:
+        while self.steps:
             self.finish_step()
         assert self.scheduler.num_running == self.scheduler.num_waiting == 0
         assert not self.target.sequences
