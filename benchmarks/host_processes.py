@@ -104,7 +104,7 @@ async def run_target(case: Case, wire: Connection) -> None:
         colocated_draft_tokens=0,
     )
     compute, watchdog = ThreadPoolExecutor(1), Watchdog(1e6, "a pass")
-    servicer = TargetServicer(target.engine, info, compute, watchdog, TargetMetrics(), target.features)
+    servicer = TargetServicer(target.engine, info, compute, watchdog, TargetMetrics("m"), target.features)
     steps = _Steps(target)
     await _serve(case, lambda server: target_pb2_grpc.add_TargetServicer_to_server(servicer, server), wire, steps)
 

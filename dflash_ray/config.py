@@ -82,6 +82,9 @@ class TargetConfig(_Section):
     num_threads: int = Field(0, ge=0, description="torch threads of a rank; 0 shares the machine's cores")
     page_size: int = Field(16, ge=1, description="tokens of a KV page")
     kv_cache_tokens: int = Field(32768, ge=64, description="tokens that the paged KV cache of a group holds")
+    prefix_cache: bool = Field(
+        True, description="prompts begin behind the pages that an earlier one with the same beginning has computed"
+    )
     max_batch_tokens: int = Field(512, ge=16, description="rows of one target pass")
     init_timeout_s: float = Field(300.0, gt=0)
     step_timeout_s: float = Field(

@@ -29,8 +29,8 @@ class TargetLimits:
 
     @property
     def makes_features(self) -> bool:
-        """Whether drafters out of the group need context features."""
-        return bool(self.feature_fingerprint) and not self.colocated_draft_tokens
+        """Whether the group makes context features, for drafters out of it or for its own."""
+        return bool(self.feature_fingerprint)
 
     def pages(self, tokens: int) -> int:
         """KV pages of so many rows."""

@@ -148,7 +148,9 @@ class Scheduler:
         has_tokens = counts > 0
         first_tokens = token_ids[(counts.cumsum() - counts)[has_tokens]]
         self.speculating.judge_ngrams(slots[has_tokens & ~is_chunk], first_tokens[~is_chunk[has_tokens]])
-        table.num_prefilled[slots] += step.rows[entries]
+        chunks = entries[is_chunk]
+        table.num_prefilled[slots[is_chunk]] = outcome.kv_lens[chunks]
+        table.num_cached[slots[is_chunk]] = outcome.cached_lens[chunks]
         table.start_decoding(slots[is_chunk & has_tokens])
         table.commit(slots, counts, token_ids)
         self.speculating.ngrams.forget(slots)
@@ -168,6 +170,7 @@ class Scheduler:
         logprobs = {}
         if outcome.logprobs:
             logprobs = {i: outcome.logprobs[e] for i, e in enumerate(told.tolist()) if e in outcome.logprobs}
+        num_cached = np.where(told < step.num_chunks, table.num_cached[slots], 0)
         self._actions.append(
             Emit(
                 table.ids[slots],
@@ -181,6 +184,7 @@ class Scheduler:
                 outcome.num_accepted[told],
                 table.draft_tokens[slots],
                 logprobs,
+                num_cached_tokens={i: int(num_cached[i]) for i in num_cached.nonzero()[0].tolist()},
             )
         )
         for slot in slots[reasons > 0].tolist():

@@ -48,7 +48,8 @@ class SlotTable:
         tokens: [num_slots, max_len] prompt and emitted tokens, the router's copy of the committed truth.
         committed_lens: how many of them there are.
         max_lens: at how many the sequence ends.
-        num_prefilled: rows that the target says it has computed, while in PREFILL.
+        num_prefilled: rows that the target says it has, while in PREFILL.
+        num_cached: rows among them that it found computed.
         is_open: the target was sent the sequence.
         cohorts: 0 or 1; those of one cohort decode in the same steps.
         is_suspect: so many groups died over it that it runs alone.
@@ -85,6 +86,7 @@ class SlotTable:
         self.committed_lens = np.zeros(num_slots, np.int64)
         self.max_lens = np.zeros(num_slots, np.int64)
         self.num_prefilled = np.zeros(num_slots, np.int64)
+        self.num_cached = np.zeros(num_slots, np.int64)
         self.is_open = np.zeros(num_slots, np.bool_)
         self.cohorts = np.zeros(num_slots, np.int8)
         self.is_suspect = np.zeros(num_slots, np.bool_)
@@ -129,7 +131,7 @@ class SlotTable:
         self.tokens[slot, : len(tokens)] = tokens
         self.committed_lens[slot] = len(tokens)
         self.max_lens[slot] = max_len
-        self.num_prefilled[slot] = 0
+        self.num_prefilled[slot] = self.num_cached[slot] = 0
         self.is_open[slot] = False
         self.cohorts[slot] = cohort
         self.is_suspect[slot] = is_suspect

@@ -180,4 +180,12 @@ class Speculating:
         chains = slice(step.num_chunks, None)
         accepted = np.full(self.table.num_slots, -1)
         accepted[step.slots[chains]] = np.where(is_known[chains], outcome.num_accepted[chains], -1)
-        self.controller.step_done(accepted, now, draft_seconds)
+        self.controller.step_done(accepted, now, draft_seconds, self._rows_spared(step, outcome, is_known))
+
+    def _rows_spared(self, step: StepInFlight, outcome: StepOutcome, is_known: Flags) -> int:
+        """Rows of prompts that the step need not compute, as they were there already or another prompt's came first."""
+        chunks = is_known[: step.num_chunks].nonzero()[0]
+        slots, table = step.slots[chunks], self.table
+        found = outcome.cached_lens[chunks] - table.num_cached[slots]
+        computed = outcome.kv_lens[chunks] - table.num_prefilled[slots] - found
+        return int((step.rows[chunks] - computed).sum())

@@ -82,6 +82,7 @@ def _decode_opening(message: target_pb2.OpenSequence) -> Opening:
             bias_values=np.array(sampling.bias_values, dtype=np.float32),
         ),
         wants_features=message.wants_features,
+        cache_salt=message.cache_salt,
     )
 
 
@@ -103,6 +104,8 @@ def encode_result(output: StepOutput) -> target_pb2.StepResult:
             forward_ns=output.forward_ns, verify_ns=output.verify_ns, draft_ns=output.draft_ns
         ),
         errors=output.errors,
+        kv_lens=output.kv_lens.tolist(),
+        cached_lens=output.cached_lens.tolist(),
         prompt_logprobs=(
             common_pb2.PromptLogprobs(
                 sequence_id=part.sequence_id, start=part.start, logprobs=_encode_logprobs(part.logprobs)

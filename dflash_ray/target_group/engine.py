@@ -25,6 +25,7 @@ from dflash_ray.target_group.entries import Entries, drafts_of, find_entries, ro
 from dflash_ray.target_group.feature_store import FeatureStore
 from dflash_ray.target_group.model import StepHidden
 from dflash_ray.target_group.page_allocator import PageAllocator
+from dflash_ray.target_group.prefix_cache import PrefixCache
 from dflash_ray.target_group.slots import NO_SLOT, SlotTable
 from dflash_ray.target_group.step import Ids, Ints, PromptLogprobs, StepFeatures, StepInput, StepOutput
 
@@ -52,11 +53,14 @@ class Engine:
 
     Args:
         drafter: colocated drafter that gets this group's features, which then leave in no step's output.
-        features: where features are kept for remote drafters; None where there are none.
+        features: where features are kept for remote drafters, and for a colocated one beside a prefix cache; None where
+            there are none.
         lead: on the rank that leads a group of several.
+        caches_prefixes: sequences share the rows of equal beginnings, with those that are over as well.
 
     Attributes:
         is_in_pass: the ranks are at work; after an exception they may be out of step with each other.
+        prefixes: None where none are cached.
     """
 
     def __init__(
@@ -68,7 +72,9 @@ class Engine:
         drafter: ColocatedDrafter | None = None,
         features: FeatureStore | None = None,
         lead: Lead | None = None,
+        caches_prefixes: bool = False,
     ) -> None:
+        assert not (caches_prefixes and drafter and features is None), "a drafter needs the features of cached rows"
         self._runner = runner
         self._drafter = drafter
         self._features = features
@@ -76,6 +82,7 @@ class Engine:
         self._closed: list[int] = []  # since the last step, of which the other ranks don't know yet
         self._table = SlotTable(max_model_len, page_size)
         self.allocator = PageAllocator(num_pages)
+        self.prefixes = PrefixCache(self._table, self.allocator) if caches_prefixes else None
         self.is_in_pass = False
 
     @property
@@ -90,6 +97,8 @@ class Engine:
 
     def _forget(self, sequence_ids: Sequence[int]) -> None:
         for sequence_id in sequence_ids:
+            if self.prefixes is not None and (slot := self._table.slot_of.get(sequence_id)) is not None:
+                self.prefixes.close(slot)
             self.allocator.free(self._table.close(sequence_id))
             if self._drafter is not None:
                 self._drafter.close(sequence_id)
@@ -103,7 +112,9 @@ class Engine:
             self._closed = []
             self._lead.send(step)
         self._change(step)
-        entries = find_entries(self._table, self.allocator, step)
+        entries = find_entries(self._table, self.allocator, step, self.prefixes)
+        if self._drafter is not None:
+            self._extend_by_found(self._drafter, entries)
         running = entries.running()
         rows = rows_of(self._table, entries, running)
         hidden = verdict = None
@@ -121,6 +132,8 @@ class Engine:
         verified = time.perf_counter_ns()
         prompt_logprobs = self._prompt_logprobs(rows, entries.sequence_ids[running], scores)
         done = commit(self._table, rows, verdict)
+        if self.prefixes is not None:
+            self.prefixes.name_pages(rows.slots)
         for index in running[done.is_flagged].tolist():
             entries.fail(index, "the target's logits are not finite")
         output = self._output(step, entries, running, done)
@@ -160,7 +173,23 @@ class Engine:
         for index, opening in enumerate(step.open):
             self._forget([opening.sequence_id])
             if index not in step.faults_of_open:
-                self._table.open(opening)
+                slot = self._table.open(opening)
+                if self.prefixes is not None:
+                    self.prefixes.open(slot, opening.cache_salt)
+
+    def _extend_by_found(self, drafter: ColocatedDrafter, entries: Entries) -> None:
+        """Gives a colocated drafter the features of rows that were found computed."""
+        for index, count in entries.found.items():
+            slot, end = int(entries.slots[index]), int(entries.starts[index])
+            if self._features is None or slot == NO_SLOT or not self._table.wants_features[slot]:
+                continue
+            positions = np.arange(end - count, end)
+            cache_rows = self._table.cache_rows(np.full(count, slot), positions)
+            columns = (positions[:1], np.array([count]), np.zeros(1, dtype=np.int64))
+            found = StepFeatures(
+                entries.sequence_ids[index : index + 1], *columns, self._features.get(cache_rows), cache_rows
+            )
+            drafter.extend(self._table, found)
 
     def _prompt_logprobs(self, rows: Rows, sequence_ids: Ids, scores: Logprobs) -> list[PromptLogprobs]:
         """The scores of a pass, entry by entry."""
@@ -187,7 +216,8 @@ class Engine:
     def _output(self, step: StepInput, entries: Entries, running: Ints, done: Commit) -> StepOutput:
         columns = np.zeros((3, len(entries.slots)), dtype=np.int64)
         columns[:, running] = done.num_accepted, done.num_tokens, done.finishes
-        committed_lens = self._table.committed_lens[np.maximum(entries.slots, 0)]
+        slots = np.maximum(entries.slots, 0)
+        committed_lens, prefilled = self._table.committed_lens[slots], slots[: entries.num_prefills]
         return StepOutput(
             step_id=step.step_id,
             epoch=step.epoch,
@@ -198,6 +228,8 @@ class Engine:
             num_tokens=columns[1],
             token_ids=done.token_ids,
             finishes=columns[2],
+            kv_lens=self._table.kv_lens[prefilled],
+            cached_lens=self._table.cached_lens[prefilled],
             errors=[entries.errors[index] for index in sorted(entries.errors)],
             logprobs=[],
             prompt_logprobs=[],
@@ -207,6 +239,9 @@ class Engine:
     def _take_features(self, rows: Rows, done: Commit, sequence_ids: Ids, features: Tensor) -> StepFeatures | None:
         """Features [F, H] of a pass go to the colocated drafter, or leave with the output."""
         if self._drafter is not None:
-            self._drafter.extend(self._table, kept_features(self._table, rows, done, sequence_ids, features))
+            kept = kept_features(self._table, rows, done, sequence_ids, features)
+            self._drafter.extend(self._table, kept)
+            if self._features is not None:
+                self._features.put(kept)
             return None
         return kept_features(self._table, rows, done, sequence_ids, features.cpu())

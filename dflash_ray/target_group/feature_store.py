@@ -1,4 +1,4 @@
-"""Context features of live sequences on rank 0's host, for replays to a remote drafter."""
+"""Context features of the cache's rows, for replays to a remote drafter and for rows that a sequence found computed."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ class FeatureStore:
 
     Args:
         dtype: of the features, the model's.
+        device: the host's memory for remote drafters, the model's for a colocated one.
     """
 
-    def __init__(self, num_rows: int, width: int, dtype: torch.dtype) -> None:
-        self._rows = torch.empty(num_rows, width, dtype=dtype)
+    def __init__(self, num_rows: int, width: int, dtype: torch.dtype, device: str = "cpu") -> None:
+        self._rows = torch.empty(num_rows, width, dtype=dtype, device=device)
         self.rows_per_piece = rows_per_piece(width, dtype)  # that one message of a replay holds
 
     @property
@@ -35,11 +36,15 @@ class FeatureStore:
         counts = features.num_rows
         places = features.cache_rows
         index = np.arange(len(places)) + np.repeat(features.first_rows - np.cumsum(counts) + counts, counts)
-        _words(self._rows)[places] = _words(features.rows.contiguous())[index]
+        if self._rows.device.type == "cpu":
+            _words(self._rows)[places] = _words(features.rows.contiguous())[index]
+        else:
+            to, of = (torch.from_numpy(rows).to(self._rows.device) for rows in (places, index))
+            self._rows.index_copy_(0, to, features.rows.index_select(0, of))
 
     def get(self, slots: Ints) -> Tensor:
         """A copy [n, width] of the rows `slots`."""
-        return self._rows.index_select(0, torch.from_numpy(slots))
+        return self._rows.index_select(0, torch.from_numpy(slots).to(self._rows.device))
 
 
 def _words(rows: Tensor) -> NDArray[np.generic]:

@@ -50,6 +50,7 @@ class Opening:
     Attributes:
         prompt_len: tokens before it count as prompt, for penalties and limits.
         min_new_tokens: stop tokens are banned before so many.
+        cache_salt: only sequences with the same one share cached rows.
     """
 
     sequence_id: int
@@ -60,6 +61,7 @@ class Opening:
     stop_ids: Ints = field(default_factory=no_ints)
     sampling: SamplingParams = field(default_factory=SamplingParams)
     wants_features: bool = False
+    cache_salt: bytes = b""
 
 
 @dataclass(slots=True)
@@ -154,6 +156,7 @@ class StepOutput:
 
     Attributes:
         sequence_ids, statuses, committed_lens, num_accepted, num_tokens, finishes: [E]; see StepResult in target.proto.
+        kv_lens, cached_lens: [P]; see StepResult as well.
         token_ids: committed, one entry after the other.
         errors: one text for each FAILED entry, in order.
         logprobs: one for each entry that asked and got tokens, in order.
@@ -170,6 +173,8 @@ class StepOutput:
     num_tokens: Ints
     token_ids: Ints
     finishes: Ints
+    kv_lens: Ints
+    cached_lens: Ints
     errors: list[str]
     logprobs: list[Logprobs]
     prompt_logprobs: list[PromptLogprobs]

@@ -118,8 +118,9 @@ class TargetRank:
             self._channel = StepChannel()
         colocated = self._colocated(drafter)
         features = None
-        if drafter is not None and colocated is None:
-            features = FeatureStore(config.target.kv_cache_rows, drafter.config.hidden_size, dtype)
+        if drafter is not None and (colocated is None or config.target.prefix_cache):
+            home = "cpu" if colocated is None else device
+            features = FeatureStore(config.target.kv_cache_rows, drafter.config.hidden_size, dtype, home)
         self._engine = Engine(
             GroupRunner(model, ranks, device),
             config.target.num_pages,
@@ -128,8 +129,9 @@ class TargetRank:
             colocated,
             features,
             lead=self._channel if is_first else None,
+            caches_prefixes=config.target.prefix_cache,
         )
-        if drafter is not None and features is not None:
+        if drafter is not None and features is not None and colocated is None:
             self._features = FeatureStreams(
                 self._engine.read_features, features.rows_per_piece, self._target_id, drafter.fingerprint
             )
@@ -167,7 +169,7 @@ class TargetRank:
 
     async def _listen(self) -> str:
         server = new_server(self._config.network.max_message_bytes)
-        metrics = TargetMetrics()
+        metrics = TargetMetrics(self._config.model.served_name)
         servicer = TargetServicer(self._engine, self._info, self._compute, self._watchdog, metrics, self._features)
         target_pb2_grpc.add_TargetServicer_to_server(servicer, server)
         add_metrics_service(server, servicer.render_metrics)

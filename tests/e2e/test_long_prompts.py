@@ -93,7 +93,7 @@ def target_servicer(models: Models, config: DflashRayConfig) -> TargetServicer:
         **sizes,
         **limits,
     )
-    return TargetServicer(engine, info, ThreadPoolExecutor(1), Watchdog(600, "a pass"), TargetMetrics(), features)
+    return TargetServicer(engine, info, ThreadPoolExecutor(1), Watchdog(600, "a pass"), TargetMetrics("m"), features)
 
 
 @dataclass

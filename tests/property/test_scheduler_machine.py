@@ -34,8 +34,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         cohorts=st.sampled_from([1, 2]),
         depth=st.sampled_from([1, 2, None]),
         num_pages=st.sampled_from([14, 18, 24, 200]),
+        finds=st.sampled_from([None, lambda sequence_id: sequence_id % 4]),
     )
-    def start(self, cohorts, depth, num_pages):
+    def start(self, cohorts, depth, num_pages, finds):
         overrides = [
             f"router.cohorts={cohorts}",
             *([f"router.steps_in_flight={depth}"] if depth else []),
@@ -45,7 +46,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             f"target.max_batch_tokens={MAX_BATCH_TOKENS}",
         ]
         self.scheduler = Scheduler(load_config(None, overrides))
-        self.target = ToyTarget(num_pages=num_pages, max_batch_tokens=MAX_BATCH_TOKENS)
+        self.target = ToyTarget(num_pages=num_pages, max_batch_tokens=MAX_BATCH_TOKENS, finds=finds)
         self.now = 0.0
         self.runs_ahead = cohorts == 1 and depth != 1
         self.depth = 2 if self.runs_ahead else depth or cohorts
@@ -211,7 +212,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.sent.clear()
         self.scheduler.target_lost(self.now)
         self.pump()
-        self.target = ToyTarget(num_pages=self.target.limits.num_pages, max_batch_tokens=MAX_BATCH_TOKENS)
+        self.target = ToyTarget(
+            num_pages=self.target.limits.num_pages, max_batch_tokens=MAX_BATCH_TOKENS, finds=self.target.finds
+        )
         self.now += 1.0
         self.scheduler.target_ready(self.target.limits, self.now)
 
@@ -244,7 +247,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 self.finish_step()
         assert not self.alive
         self.pump()
-        if self.steps:
+        while self.steps:
             self.finish_step()
         assert self.scheduler.num_running == self.scheduler.num_waiting == 0
         assert not self.target.sequences

@@ -258,14 +258,20 @@ class SpeculationController:
         step.wait = max(0.0, now - max(self._last_result, step.outlook.planned_at))
         self._steps.append(step)
 
-    def step_done(self, accepted: Ints, now: float, draft_seconds: float = 0.0) -> None:
+    def step_done(self, accepted: Ints, now: float, draft_seconds: float = 0.0, rows_spared: int = 0) -> None:
         """The oldest step in flight was answered.
 
         Args:
             accepted: [num_slots] drafts that were kept; -1 where there is no verdict.
             draft_seconds: of a colocated drafter.
+            rows_spared: of prompts, that were not computed.
         """
         step = self._steps.popleft()
+        if rows_spared:
+            batch = step.batch
+            step.batch = replace(
+                batch, num_rows=batch.num_rows - rows_spared, prefill_rows=batch.prefill_rows - rows_spared
+            )
         accepted = accepted[step.slots]
         busy = max(1e-6, now - max(step.sent_at, self._last_result) - draft_seconds)
         self._last_result = now

@@ -50,11 +50,11 @@ def kept(engine: Engine, step: StepInput) -> StepOutput:
 def generate(engine: Engine, start: Opening, draft_of=garbage, num_steps: int = 12, chunk: int = 3):
     """Runs a sequence for some steps; returns its tokens, the rows of its steps, and leaves it open."""
     tokens, parts, at = start.token_ids.tolist(), [], start.sequence_id
-    opened = [start]
-    for _ in range(0, len(start.token_ids), chunk):
-        output = kept(engine, step_of(opened, {at: chunk}))
+    output = kept(engine, step_of([start], {at: chunk}))
+    parts.append(rows_of(output, at))
+    while not output.num_tokens[0]:
+        output = kept(engine, step_of(prefill={at: chunk}))
         parts.append(rows_of(output, at))
-        opened = []
     tokens += output.token_ids.tolist()
     for _ in range(num_steps):
         output = kept(engine, verify_step({at: tokens}, {at: draft_of(tokens)[:3]}))

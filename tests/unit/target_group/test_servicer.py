@@ -66,7 +66,7 @@ def compute():
 @pytest.fixture
 async def stub(engine, compute):
     server = grpc.aio.server()
-    servicer = TargetServicer(engine, INFO, compute, Watchdog(60.0, "a pass"), TargetMetrics())
+    servicer = TargetServicer(engine, INFO, compute, Watchdog(60.0, "a pass"), TargetMetrics("m"))
     target_pb2_grpc.add_TargetServicer_to_server(servicer, server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
