@@ -32,6 +32,7 @@ from rich.table import Table
 from torch import distributed
 
 from dflash_ray.config import ModelConfig
+from dflash_ray.core.memory import keep_freed_memory
 from dflash_ray.target_group.step_channel import StepChannel
 from dflash_ray.target_group.tensor_parallel import create_store, join_store
 from dflash_ray.text.tokenizer import ChatTokenizer
@@ -249,6 +250,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one small case, to see that every part runs")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    keep_freed_memory()
     cases = [QUICK, replace(QUICK, penalties=True, tp=2)] if options.quick else selected(options.case)
     results = [run(case, 3 if options.quick else options.steps) for case in cases]
     show(results)

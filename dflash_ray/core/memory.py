@@ -4,6 +4,21 @@ from __future__ import annotations
 
 import ctypes
 
+_MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # of mallopt in glibc
+_KEPT_BYTES = 64 * 1024 * 1024  # at most, of what was freed at the end of the heap
+_LARGEST_KEPT = 16 * 1024 * 1024  # allocations above it come from the system and go back to it
+
+
+def keep_freed_memory() -> None:
+    """Keeps some of what is freed for what is allocated next; where the C library cannot, nothing happens.
+
+    Otherwise every message of features comes from the system and is zeroed page by page, at more than its copy costs.
+    """
+    option = getattr(ctypes.CDLL(None), "mallopt", None)
+    if option is not None:
+        option(_MMAP_THRESHOLD, _LARGEST_KEPT)
+        option(_TRIM_THRESHOLD, _KEPT_BYTES)
+
 
 def return_freed_memory() -> None:
     """Gives the system back what was freed; where the C library cannot, nothing happens.

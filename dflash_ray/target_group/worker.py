@@ -20,11 +20,12 @@ from dflash_ray.models.drafter_checkpoint import DrafterCheckpoint, resolve_draf
 from dflash_ray.models.target_checkpoint import TargetCheckpoint, resolve_target
 from dflash_ray.observability.logs import configure_logging
 from dflash_ray.observability.metrics import TargetMetrics
-from dflash_ray.pb import target_pb2, target_pb2_grpc
+from dflash_ray.pb import target_pb2
 from dflash_ray.rpc.channel import RunningServer, format_address, new_server, start_server
 from dflash_ray.rpc.metrics import SERVICE_NAME as METRICS_SERVICE_NAME
 from dflash_ray.rpc.metrics import add_metrics_service
 from dflash_ray.rpc.node import bind_host
+from dflash_ray.rpc.target_service import add_target_service
 from dflash_ray.sampling.ranks import ProcessGroupRanks, RankGroup, SingleRank
 from dflash_ray.target_group.colocated import ColocatedDrafter
 from dflash_ray.target_group.engine import Engine
@@ -169,7 +170,7 @@ class TargetRank:
         server = new_server(self._config.network.max_message_bytes)
         metrics = TargetMetrics()
         servicer = TargetServicer(self._engine, self._info, self._compute, self._watchdog, metrics, self._features)
-        target_pb2_grpc.add_TargetServicer_to_server(servicer, server)
+        add_target_service(servicer, server)
         add_metrics_service(server, servicer.render_metrics)
         host = bind_host(self._config.network.bind_host)
         self._server = await start_server(server, [_SERVICE_NAME, METRICS_SERVICE_NAME], host, 0)
