@@ -11,6 +11,7 @@ import numpy as np
 from host_canned import CannedDrafts, CannedRunner, RingStore
 from host_cases import FINGERPRINT, Case, Clock, Texts
 
+from dflash_ray.core.draft_blocks import BlockColumns
 from dflash_ray.core.watchdog import Watchdog
 from dflash_ray.drafter.arrivals import Arrivals
 from dflash_ray.drafter.drafts import Drafts
@@ -18,6 +19,7 @@ from dflash_ray.drafter.feature_sources import FeatureSource
 from dflash_ray.drafter.sessions import DraftSessions
 from dflash_ray.pb import drafter_pb2, target_pb2
 from dflash_ray.target_group.codec import decode_step, encode_result
+from dflash_ray.target_group.colocated import ColocatedDrafter
 from dflash_ray.target_group.engine import Engine
 from dflash_ray.target_group.feature_store import FeatureStore
 from dflash_ray.target_group.feature_streams import FeatureStreams, _Stream, _Wanted
@@ -41,12 +43,35 @@ class _Lead:
 
 
 def _engine(
-    case: Case, runner: CannedRunner, features: FeatureStore | None = None, lead: _Lead | None = None
+    case: Case,
+    runner: CannedRunner,
+    features: FeatureStore | None = None,
+    lead: _Lead | None = None,
+    drafter: ColocatedDrafter | None = None,
 ) -> Engine:
     target = case.config().target
     max_model_len = case.config().model.max_model_len
     assert max_model_len is not None
-    return Engine(runner, target.num_pages, target.page_size, max_model_len, features=features, lead=lead)
+    return Engine(runner, target.num_pages, target.page_size, max_model_len, drafter, features, lead)
+
+
+class _Colocated(ColocatedDrafter):
+    """Runs on a part of its own."""
+
+    def __init__(self, method: CannedDrafts, clock: Clock) -> None:
+        super().__init__(method, 2**40)
+        self._clock = clock
+
+    def extend(self, *arguments: Any) -> None:
+        self._clock.to("drafter")
+        super().extend(*arguments)
+        self._clock.to("target commit")
+
+    def draft(self, *arguments: Any) -> BlockColumns:
+        self._clock.to("drafter")
+        blocks = super().draft(*arguments)
+        self._clock.to("target commit")
+        return blocks
 
 
 class Target:
@@ -60,7 +85,9 @@ class Target:
         )
         self._runner = CannedRunner(case, clock, texts)
         self._store = RingStore(case)
-        self.engine = _engine(case, self._runner, self._store, None if channel is None else _Lead(channel, clock))
+        lead = None if channel is None else _Lead(channel, clock)
+        drafter = _Colocated(CannedDrafts(case, clock, texts), clock) if case.is_colocated else None
+        self.engine = _engine(case, self._runner, None if case.is_colocated else self._store, lead, drafter)
         self.features = FeatureStreams(self.engine.read_features, self._store.rows_per_piece, "target", FINGERPRINT)
         self.features.lead(1)
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import ctypes
 
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # of mallopt in glibc
-_KEPT_BYTES = 64 * 1024 * 1024  # at most, of what was freed at the end of the heap
-_LARGEST_KEPT = 16 * 1024 * 1024  # allocations above it come from the system and go back to it
+# What glibc comes to by itself where blocks of that size are freed: set, it holds from the first message on.
+_LARGEST_KEPT = 32 * 1024 * 1024  # allocations above it come from the system and go back to it
+_KEPT_BYTES = 2 * _LARGEST_KEPT  # at most, of what was freed at the end of the heap
 
 
 def keep_freed_memory() -> None:

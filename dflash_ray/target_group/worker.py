@@ -13,7 +13,7 @@ import ray
 import torch
 
 from dflash_ray.config import DflashRayConfig
-from dflash_ray.core.memory import return_freed_memory
+from dflash_ray.core.memory import keep_freed_memory, return_freed_memory
 from dflash_ray.core.watchdog import Watchdog
 from dflash_ray.models.block_drafter import BlockDrafter
 from dflash_ray.models.drafter_checkpoint import DrafterCheckpoint, resolve_drafter
@@ -80,6 +80,8 @@ class TargetRank:
         loop = asyncio.get_running_loop()
         info = await loop.run_in_executor(self._compute, self._load, rendezvous)
         return_freed_memory()
+        if self._features is not None:
+            keep_freed_memory()
         if self._place.rank == 0:
             info["address"] = await self._listen()
         return info
