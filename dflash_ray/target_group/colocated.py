@@ -47,7 +47,8 @@ class ColocatedDrafter:
             return
         rows = spans(firsts, counts)
         if self._method.feature_width:
-            columns = ContextRows(slots, starts, counts, features=features.rows[torch.from_numpy(rows)])
+            index = torch.from_numpy(rows).to(features.rows.device)
+            columns = ContextRows(slots, starts, counts, features=features.rows.index_select(0, index))
         else:
             token_ids = table.tokens[np.repeat(slots, counts), spans(starts, counts)]
             columns = ContextRows(slots, starts, counts, token_ids=token_ids.astype(np.int64))
