@@ -118,7 +118,7 @@ class Drafts:
             np.array(sessions),
             column(request.token_starts),
             column(request.num_tokens),
-            np.fromiter(request.token_ids, np.uint32, len(request.token_ids)),
+            np.array(request.token_ids, dtype=np.uint32),
         )
         self._arrivals.put(rows)  # behind a gap they are not kept, and the proposal says so
 
@@ -147,7 +147,6 @@ class Drafts:
         reasons = self._reasons(sessions, committed_lens)
         is_ready = reasons == _READY
         if is_ready.any():
-            count = len(sequence_ids)
             wanted = Proposals(
                 sessions,
                 sequence_ids,
@@ -155,9 +154,9 @@ class Drafts:
                 column(request.anchor_token_ids),
                 column(request.num_draft_tokens),
                 Draws(
-                    np.fromiter(request.temperatures, np.float32, count),
-                    np.fromiter(request.seeds, np.uint64, count),
-                    np.fromiter(request.wants_distributions, np.bool_, count),
+                    np.array(request.temperatures, dtype=np.float32),
+                    np.array(request.seeds, dtype=np.uint64),
+                    np.array(request.wants_distributions, dtype=np.bool_),
                 ),
             )
             if not is_ready.all():
