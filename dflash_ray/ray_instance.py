@@ -36,8 +36,6 @@ _QUIET = {
     "RAY_object_manager_timer_freq_ms": "1000",
     "RAY_raylet_check_gc_period_milliseconds": "1000",
     "RAY_memory_monitor_refresh_ms": "2000",
-    "RAY_local_fs_monitor_interval_ms": "10000",
-    "RAY_kill_idle_workers_interval_ms": "5000",
     # Serve's controller looks at its replicas this often; a dead one is seen by its callers at once.
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "1",
     # Serve's own metrics, and how late its event loops are, have no reader either.
