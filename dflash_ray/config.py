@@ -257,8 +257,8 @@ class NetworkConfig(_Section):
     entry_ttl_s: float = Field(5.0, gt=0, description="a process that is silent this long leaves the directory")
     max_message_bytes: int = Field(
         64 * 1024 * 1024,
-        ge=512 * 1024,
-        description="largest message between the inner processes; context features travel in pieces of 256 KiB",
+        ge=1024 * 1024,
+        description="largest message between the inner processes; context features travel in pieces of 512 KiB",
     )
 
 

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dflash_ray.core.arrays import spans
+from dflash_ray.models.context_features import PackedRows
 from dflash_ray.sampling.columns import PlanColumns, columns_of
 from dflash_ray.sampling.logprobs import Logprobs
 from dflash_ray.sampling.parameters import NO_LOGPROBS
@@ -96,12 +98,13 @@ class Engine:
         self._forget(sequence_ids)
 
     def _forget(self, sequence_ids: Sequence[int]) -> None:
+        if self._drafter is not None:
+            slot_of = self._table.slot_of
+            self._drafter.close([slot_of[sequence_id] for sequence_id in sequence_ids if sequence_id in slot_of])
         for sequence_id in sequence_ids:
             if self.prefixes is not None and (slot := self._table.slot_of.get(sequence_id)) is not None:
                 self.prefixes.close(slot)
             self.allocator.free(self._table.close(sequence_id))
-            if self._drafter is not None:
-                self._drafter.close(sequence_id)
 
     def step(self, step: StepInput) -> StepOutput:
         """Runs one step that was checked (`step_check`); the output's entries are in the order of the step's."""
@@ -156,16 +159,15 @@ class Engine:
         assert self._features is not None
         self._features.put(features)
 
-    def read_features(self, sequence_ids: Sequence[int], starts: Sequence[int], counts: Sequence[int]) -> Tensor:
-        """Context features [sum of counts, H] of computed rows of sequences that are not closed before it returns.
+    def read_features(self, sequence_ids: Sequence[int], starts: Sequence[int], counts: Sequence[int]) -> PackedRows:
+        """Context features of computed rows of sequences that are not closed before they are copied.
 
         May be called from another thread than the step's.
         """
         assert self._features is not None
-        num_rows = np.array(counts)
-        slot_of = np.repeat(self._table.slots(np.array(sequence_ids, dtype=np.uint64)), num_rows)
-        positions = np.arange(len(slot_of)) + np.repeat(starts - np.cumsum(num_rows) + num_rows, num_rows)
-        return self._features.get(self._table.cache_rows(slot_of, positions))
+        get, num_rows = self._table.slot_of.get, np.array(counts)
+        slot_of = np.repeat([get(sequence_id, NO_SLOT) for sequence_id in sequence_ids], num_rows)
+        return self._features.read(self._table.cache_rows(slot_of, spans(np.array(starts), num_rows)))
 
     def _change(self, step: StepInput) -> None:
         """Closes and opens the sequences that the step names."""

@@ -128,7 +128,8 @@ class TargetServicer(target_pb2_grpc.TargetServicer):
 
     async def Features(
         self, request_iterator: AsyncIterator[target_pb2.FeaturesRequest], context: grpc.aio.ServicerContext
-    ) -> AsyncIterator[target_pb2.FeaturesResponse]:
+    ) -> AsyncIterator[bytes]:
+        """Yields encoded FeaturesResponses."""
         if self._features is None:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "this group has no features for remote drafters")
         async for response in self._features.serve(request_iterator, context):

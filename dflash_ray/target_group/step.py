@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dflash_ray.core.draft_blocks import DraftBlock
+from dflash_ray.core.draft_blocks import BlockColumns
 from dflash_ray.sampling.logprobs import Logprobs
 from dflash_ray.sampling.parameters import SamplingParams
 
@@ -180,7 +180,7 @@ class StepOutput:
     prompt_logprobs: list[PromptLogprobs]
     free_pages: int
     features: StepFeatures | None = None
-    colocated_drafts: list[DraftBlock] = field(default_factory=list)
+    colocated_drafts: BlockColumns = field(default_factory=BlockColumns.none)
     forward_ns: int = 0
     verify_ns: int = 0
     draft_ns: int = 0

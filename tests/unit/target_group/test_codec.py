@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dflash_ray.core.arrays import packed, unpacked
-from dflash_ray.core.draft_blocks import BlockColumns, DraftBlock
+from dflash_ray.core.draft_blocks import BlockColumns, DraftBlock, to_message
 from dflash_ray.kernels.columns import Finish
 from dflash_ray.pb import common_pb2, target_pb2
 from dflash_ray.sampling.logprobs import Logprobs
@@ -91,8 +91,8 @@ def test_a_results_columns_leave_as_they_are():
         step_id=8, epoch=2, sequence_ids=ids([LARGEST, 4]), statuses=ints([1, 5]), committed_lens=ints([9, 3]),
         num_accepted=ints([1, 0]), num_tokens=ints([2, 0]), token_ids=ints([7, 8]), finishes=ints([2, 0]),
         errors=["why"], logprobs=[scores], prompt_logprobs=[PromptLogprobs(4, 1, scores.part(0, 1, 0))],
-        free_pages=11, kv_lens=ints([8]), cached_lens=ints([4]), colocated_drafts=[block],
-        forward_ns=1, verify_ns=2, draft_ns=3,
+        free_pages=11, kv_lens=ints([8]), cached_lens=ints([4]),
+        colocated_drafts=BlockColumns.of(to_message(2, [block])), forward_ns=1, verify_ns=2, draft_ns=3,
     )  # fmt: skip
     result = target_pb2.StepResult.FromString(encode_result(output).SerializeToString())
     assert (result.step_id, list(result.sequence_ids), list(result.statuses)) == (8, [LARGEST, 4], [1, 5])
