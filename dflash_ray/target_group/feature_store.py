@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from dflash_ray.core.arrays import spans
 from dflash_ray.models.context_features import PackedRows, bytes_of, pack, rows_per_piece, wire_dtype
@@ -54,9 +55,7 @@ class FeatureStore:
         return self._rows.index_select(0, torch.from_numpy(places).to(self._rows.device))
 
     def read(self, places: Ints) -> PackedRows:
-        """The rows `places` as they travel, of a store in the host's memory. They are the store's own and change with it:
-        whoever keeps them copies.
-        """
+        """The rows `places` as they travel. On a host they are the store's own: whoever keeps them copies."""
         if self._bytes is None or self._rows.dtype is not self._dtype:
             return pack(self.get(places))
         firsts, counts = _runs(places)
