@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from dflash_ray.router.speculation.controller import SpeculationController
 from dflash_ray.router.speculation.cost_model import Batch
 from dflash_ray.router.speculation.records import MOST_DRAFTS, Candidates, Policy, Reason
-from tests.unit.router.speculation.loop import Loop, Machine
+from tests.unit.router.speculation.loop import Loop, Machine, worst_loss
 
 MOST_LOSS = 0.02
 ROUNDING = 0.002  # of what a pass is expected to take
@@ -100,11 +100,48 @@ MACHINES = st.builds(
 
 @given(machine=MACHINES, num_sequences=st.sampled_from([1, 2, 4, 16]), accept=ADVERSARIES, seed=st.integers(0, 10))
 @settings(max_examples=max(10, settings().max_examples // 10))
-def test_no_200_steps_are_slower_than_plain_decoding_by_more_than_2_percent(machine, num_sequences, accept, seed):
-    loop = Loop(machine, num_sequences, accept, seed=seed).run(600)
+def test_no_200_steps_are_expected_to_be_slower_than_plain_decoding_by_more_than_2_percent(
+    machine, num_sequences, accept, seed
+):
+    loops = [Loop(machine, num_sequences, accept, seed=number).run(320) for number in range(3 * seed, 3 * seed + 3)]
     # What a draft takes is not known before the first one has come.
     first_draft = machine.draft_seconds(num_sequences, 0) / (200 * machine.pass_seconds(num_sequences))
-    assert loop.worst_loss() <= max(MOST_LOSS, first_draft) + ROUNDING
+    assert worst_loss(loops) <= max(MOST_LOSS, first_draft) + ROUNDING
+
+
+SMALL = Machine(base=0.0194, row=0.0006, draft=0.009, draft_sequence=0.002, noise=0.1)  # two cores, one client
+
+
+@pytest.mark.parametrize(("rate", "least"), [(0.55, 0.86), (0.6, 0.9), (0.7, 0.9), (0.85, 0.95)])
+def test_one_client_gets_nearly_what_the_best_fixed_number_gives(rate, least):
+    """With 2.2 tokens a step and more; a step whose drafts are all wrong takes 1.7 times as long as a plain one."""
+    adaptive = np.mean([Loop(SMALL, 1, lambda *_: rate, seed=seed).run(800).speedup(800) for seed in range(4)])
+    drafting = SMALL.draft_seconds(1, 0)
+    fixed = [
+        sum(rate**k for k in range(count + 1)) * SMALL.pass_seconds(1) / (SMALL.pass_seconds(1 + count) + drafting)
+        for count in range(1, 8)
+    ]
+    assert adaptive > least * max(fixed)
+
+
+def test_a_new_sequence_is_tried_soon_where_drafts_for_the_others_failed():
+    """Answers of 64 steps; the drafts for the first eight are all wrong."""
+    loop = Loop(SMALL, 1, lambda sequence, step: 0.8 if step >= 512 else 0.0)
+    for _ in range(12):
+        loop.controller.open(0, Policy.ADAPTIVE, MOST_DRAFTS)
+        loop.run(64)
+    assert sum(loop.rows[512 : 512 + 128]) > 100
+    assert loop.speedup(128) > 1.7
+
+
+def test_steps_of_a_group_at_rest_are_passed_over_without_a_look_at_drafts():
+    loop = Loop(SMALL, 1, lambda *_: 0.0).run(300)
+    slots = np.zeros(1, np.int64)
+    passed_over = 0
+    for _ in range(16):
+        passed_over += loop.controller.passes_over(slots, loop.now)
+        loop.step(0)
+    assert passed_over >= 10
 
 
 def candidates(count: int, drafts: int = 7, match_lens=None, ngram_lens=None) -> Candidates:
@@ -124,6 +161,7 @@ def run_step(controller, wanted, batch, now, draft_lens=None, accepted=None):
     controller.step_started(batch, np.ones(len(asks), bool), counts, now)
     done = now + 0.030 + 0.001 * (batch.num_rows + int(counts.sum()))
     controller.step_done(np.zeros(len(asks), np.int64) if accepted is None else np.array(accepted), done)
+    controller.learn()
     return asks, counts, from_ngram, done
 
 
