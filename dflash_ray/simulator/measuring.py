@@ -10,6 +10,7 @@ import os
 import platform
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -133,7 +134,7 @@ def measure(config: DflashRayConfig, on_step: Callable[[str], None]) -> Profile:
         rows = [bench.pass_seconds(count - 1) for count in _ROWS]
         bench.close()
         on_step("prompts")
-        prefills = [_median(lambda count=count: bench.open(1, count)) for count in _PREFILLS]
+        prefills = [_median(partial(bench.open, 1, count)) for count in _PREFILLS]
         bench.close()
         on_step("passes of many sequences, and drafts")
         plain, drafts = [], []

@@ -245,3 +245,17 @@ def test_entries_without_a_verdict_teach_nothing():
     before = controller.acceptance.survival(np.array([0]))
     run_step(controller, candidates(1), Batch(1, 1, 5), 0.0, accepted=[-1])
     assert (controller.acceptance.survival(np.array([0])) == before).all()
+
+
+@pytest.mark.parametrize(("policy", "is_learnt_at_once"), [(Policy.ADAPTIVE, False), (Policy.FIXED, True)])
+def test_what_a_plain_step_teaches_waits_until_there_is_time_and_what_drafts_teach_does_not(policy, is_learnt_at_once):
+    controller = SpeculationController(1)
+    controller.open(0, policy, 5)
+    wanted, batch = candidates(1), Batch(1, 1, 5)
+    asks = controller.plan(wanted, batch, 100, 0.0)
+    counts, _ = controller.cut(wanted, asks, np.full((1, MOST_DRAFTS), np.nan), batch, 100)
+    controller.step_started(batch, np.ones(1, bool), counts, 0.0)
+    controller.step_done(np.zeros(1, np.int64), 0.03)
+    assert controller.costs.is_known == is_learnt_at_once
+    controller.learn()
+    assert controller.costs.is_known
