@@ -7,8 +7,8 @@ import math
 import numpy as np
 
 WINDOW = 200  # steps
-MOST_LOSS = 0.015  # of the plain time of any window; what cannot be foreseen has the rest of 2 %
-_CHANCE = 1.5  # standard deviations by which accepted drafts may fall short for no reason,
+MOST_LOSS = 0.017  # of the plain time of any window; what cannot be foreseen has the rest of 2 %
+_CHANCE = 1.25  # standard deviations by which accepted drafts may fall short for no reason,
 _BELIEVED = 0.5  # and the part of it that counts even so
 _REMEMBERED = 0.9  # of a shortfall, with each step
 

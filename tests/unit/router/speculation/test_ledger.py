@@ -1,4 +1,4 @@
-"""No window of 200 steps may lose 1.5 %, and room is what is left for the next step."""
+"""No window of 200 steps may lose 1.7 %, and room is what is left for the next step."""
 
 import numpy as np
 import pytest
