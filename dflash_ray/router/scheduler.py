@@ -235,6 +235,13 @@ class Scheduler:
         self._actions.clear()
         return actions
 
+    def learn(self) -> None:
+        """Takes in what the last step teaches the policy, as far as that can wait until the next one is sent.
+
+        It may come at any time, or never: the next result makes up for it.
+        """
+        self.speculating.controller.learn()
+
     def next_deadline(self) -> float | None:
         """When `poll` has something to do even if no event comes."""
         deadline = min(self.drafting.next_deadline(), self._steps.deadline, self._requests.deadline)

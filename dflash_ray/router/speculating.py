@@ -76,9 +76,9 @@ class Speculating:
         """
         table = self.table
         table.num_asked[slots] = 0
-        for cohort in (0, 1):
-            members = slots[table.cohorts[slots] == cohort]
-            if len(members):
+        cohorts = [slots[table.cohorts[slots] == cohort] for cohort in (0, 1)] if self._is_split else [slots]
+        for cohort, members in enumerate(cohorts):
+            if len(members) and not self.controller.passes_over(members, now, cohort):
                 wanted = self.controller.wants_ngrams(members)
                 candidates = self._candidates(members, reach(members, now), wanted)
                 table.num_asked[members] = self._plan(candidates, cohort, limits, now)
@@ -131,13 +131,16 @@ class Speculating:
         if not len(slots):
             return np.zeros(0, np.int64)
         cohort = int(table.cohorts[slots[0]])
+        batch = self._batch(slots, self._rows_of_prompts(limits))
+        if self.controller.cuts_plainly(slots, batch, cohort):
+            table.draft_sources[slots] = PLAIN
+            return np.zeros(len(slots), np.int64)
         draft_lens = np.maximum(0, table.draft_lens[slots])
         wants_ngram = self.controller.wants_ngrams(slots, draft_lens > 0, cohort)
         candidates = self._candidates(slots, np.zeros(len(slots), np.int64), wants_ngram)
         log_probs = table.draft_log_probs[slots, :MOST_DRAFTS].astype(float)
         # The law of rejection sampling bears no cut that looks at what was drawn.
         log_probs[table.wants_distributions[slots]] = np.nan
-        batch = self._batch(slots, self._rows_of_prompts(limits))
         counts, from_ngram = self.controller.cut(
             candidates,
             draft_lens,
