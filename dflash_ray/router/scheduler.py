@@ -114,8 +114,7 @@ class Scheduler:
             if part.sequence_id in self._requests.by_id:
                 self._actions.append(Emit.one(self._requests.by_id[part.sequence_id], prompt_logprobs=part))
         is_current = step.is_current(self._table)
-        draft_seconds = result.timings.draft_ns / 1e9
-        self.speculating.done(step, outcome, is_current & outcome.is_ok, now, draft_seconds)
+        self.speculating.done(step, outcome, is_current & outcome.is_ok, now, result.timings)
         self._table.end_step(step.slots[is_current], outcome.is_ok[is_current])
         self._advance(step, outcome, (is_current & outcome.is_ok).nonzero()[0])
         lacks_pages = False
@@ -267,7 +266,7 @@ class Scheduler:
 
     def _start_step(self, limits: TargetLimits, now: float) -> bool:
         """Sends the next step when a cohort has all its drafts or has waited long enough for them."""
-        chosen = self._next_step(now)
+        chosen = self._next_step(limits, now)
         if chosen is None:
             return False
         decoding, prefilling, is_alone = chosen
@@ -288,12 +287,12 @@ class Scheduler:
             self._request_drafts(limits, now)  # drafters are told of them at once
         return True
 
-    def _next_step(self, now: float) -> tuple[Ints, Ints, bool] | None:
+    def _next_step(self, limits: TargetLimits, now: float) -> tuple[Ints, Ints, bool] | None:
         """Slots to decode and to prefill, and whether a suspect is alone; None while there is no next step to send."""
         before = self._steps.only
         if before is not None and self._router.runs_ahead:
             ahead = choose_ahead(self._table, before)
-            if ahead is not None and self.speculating.stays_plain(ahead[0]):
+            if ahead is not None and self.speculating.stays_plain(ahead[0], limits, now):
                 return (*ahead, False)
         if not self._steps.has_room:
             return None

@@ -8,7 +8,7 @@ import numpy as np
 
 from dflash_ray.config import DflashRayConfig
 from dflash_ray.core.arrays import Flags, Ints, Tokens
-from dflash_ray.pb import router_pb2
+from dflash_ray.pb import router_pb2, target_pb2
 from dflash_ray.router.limits import TargetLimits
 from dflash_ray.router.ngram_drafts import NgramDrafts
 from dflash_ray.router.results import StepOutcome
@@ -50,6 +50,7 @@ class Speculating:
             self._set_table(table)
         self.controller.prefers_ngram = self._router.prefer_ngram and limits.has_drafter
         self.controller.is_colocated = limits.colocated_draft_tokens > 0
+        self.controller.runs_ahead = self._router.runs_ahead and not limits.colocated_draft_tokens
         self.controller.steps_lost()
 
     def policy_of(self, speculation: router_pb2.Speculation) -> tuple[Policy, int]:
@@ -168,9 +169,11 @@ class Speculating:
         inside = int(np.count_nonzero(num_asked)), int(num_asked.sum())
         self.controller.step_started(batch, is_in[decoding], counts[decoding], now, inside)
 
-    def stays_plain(self, slots: Ints) -> bool:
+    def stays_plain(self, slots: Ints, limits: TargetLimits, now: float) -> bool:
         """Whether the next step of these is a plain one, whatever the present one brings."""
-        return not self.table.draft_tokens[slots].any()
+        if not self.table.draft_tokens[slots].any():
+            return True
+        return not limits.colocated_draft_tokens and self.controller.passes_over(slots, now)
 
     def judge_ngrams(self, slots: Ints, first_tokens: Tokens) -> None:
         """The slots' next tokens have come, and pass judgement on n-grams that were not verified."""
@@ -178,12 +181,20 @@ class Speculating:
         if len(match_lens):
             self.controller.acceptance.saw_ngrams(match_lens, np.ones_like(match_lens), is_right.astype(np.int64))
 
-    def done(self, step: StepInFlight, outcome: StepOutcome, is_known: Flags, now: float, draft_seconds: float) -> None:
+    def done(
+        self, step: StepInFlight, outcome: StepOutcome, is_known: Flags, now: float, timings: target_pb2.StepTimings
+    ) -> None:
         """The oldest step was answered; is_known[i]: entry i's sequence still has its slot, and nothing went wrong."""
         chains = slice(step.num_chunks, None)
         accepted = np.full(self.table.num_slots, -1)
         accepted[step.slots[chains]] = np.where(is_known[chains], outcome.num_accepted[chains], -1)
-        self.controller.step_done(accepted, now, draft_seconds, self._rows_spared(step, outcome, is_known))
+        self.controller.step_done(
+            accepted,
+            now,
+            timings.draft_ns / 1e9,
+            self._rows_spared(step, outcome, is_known),
+            (timings.forward_ns + timings.verify_ns) / 1e9,
+        )
 
     def _rows_spared(self, step: StepInFlight, outcome: StepOutcome, is_known: Flags) -> int:
         """Rows of prompts that the step need not compute, as they were there already or another prompt's came first."""

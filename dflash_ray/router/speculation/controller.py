@@ -35,6 +35,7 @@ _TRIAL_ROOM = 0.5  # of the loss that is allowed
 _TRIAL_EACH = 4  # a trial verifies one draft for so many sequences at least
 _SPARE_SLOTS = 2  # asked for beyond what is expected to be verified, where slots cost time
 _SLOT_PRICE = 0.02  # of a step's time
+_HAND_OVER_RATE = 0.1  # of the newest step in what is known of steps ahead
 _PASSED_OVER = 4  # of steps that leave nothing to choose and have no draft, one in so many is timed
 
 
@@ -47,11 +48,13 @@ class SpeculationController:
     Attributes:
         prefers_ngram: whether n-grams may take a drafter's place.
         is_colocated: the drafter drafts behind a step's pass, inside the step.
+        runs_ahead: a plain step that is known to be one is sent while the step before it runs.
     """
 
     def __init__(self, num_slots: int, prefers_ngram: bool = True, is_colocated: bool = False) -> None:
         self.prefers_ngram = prefers_ngram
         self.is_colocated = is_colocated
+        self.runs_ahead = False
         self._policies = np.zeros(num_slots, np.int64)
         self._limits = np.zeros(num_slots, np.int64)
         self.acceptance = Acceptance(num_slots, MOST_DRAFTS)
@@ -62,6 +65,7 @@ class SpeculationController:
         self._cut: SpeculativeStep | None = None
         self._steps: deque[SpeculativeStep] = deque()
         self._last_result = 0.0
+        self._hand_over = 0.0  # what a step ahead takes beyond its pass
         self._pauses = Pauses()
         self._lesson: Lesson | None = None
         self._num_passed_over = 0
@@ -289,13 +293,21 @@ class SpeculationController:
         step.wait = max(0.0, now - max(self._last_result, step.outlook.planned_at))
         self._steps.append(step)
 
-    def step_done(self, accepted: Ints, now: float, draft_seconds: float = 0.0, rows_spared: int = 0) -> None:
+    def step_done(
+        self,
+        accepted: Ints,
+        now: float,
+        draft_seconds: float = 0.0,
+        rows_spared: int = 0,
+        pass_seconds: float = 0.0,
+    ) -> None:
         """The oldest step in flight was answered.
 
         Args:
             accepted: [num_slots] drafts that were kept; -1 where there is no verdict.
             draft_seconds: of a colocated drafter.
             rows_spared: of prompts, that were not computed.
+            pass_seconds: of the target alone, as it says; 0 where it does not.
         """
         self.learn()
         step = self._steps.popleft()
@@ -306,6 +318,8 @@ class SpeculationController:
             )
         accepted = accepted[step.slots]
         busy = max(1e-6, now - max(step.sent_at, self._last_result) - draft_seconds)
+        if self.runs_ahead and pass_seconds and not step.is_drafted:
+            busy = self._as_if_ahead(step, busy, pass_seconds)
         self._last_result = now
         if len(step.slots) and not (step.counts.any() or step.is_free.any() or step.asked_inside[0]):
             self.counts.steps[step.outlook.reason] += 1
@@ -315,6 +329,13 @@ class SpeculationController:
         self._lesson = Lesson(step, accepted, busy, draft_seconds)
         if step.is_drafted:  # the next plan wants to know
             self.learn()
+
+    def _as_if_ahead(self, step: SpeculativeStep, busy: float, pass_seconds: float) -> float:
+        """What a plain step takes where all are plain: those that were not sent ahead waited for the router as well."""
+        if step.sent_at < self._last_result:
+            self._hand_over += _HAND_OVER_RATE * (max(0.0, busy - pass_seconds) - self._hand_over)
+            return busy
+        return min(busy, pass_seconds + self._hand_over)
 
     def learn(self) -> None:
         """Takes in the last step, where that was left for when there is time: it was a plain one."""
