@@ -55,7 +55,7 @@ def ask(url: str, messages: list[dict[str, str]], salt: str, new_tokens: int, dr
     }
     text, first_token, last = "", 0.0, {}
     started = time.perf_counter()
-    with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=600) as response:
+    with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=600, trust_env=False) as response:
         if response.status_code != 200:
             raise RuntimeError(response.read().decode())
         for line in response.iter_lines():

@@ -55,6 +55,7 @@ class DraftSessionsMachine(RuleBasedStateMachine):
     def _extend(self, keys, fault: type[Exception] | None = None) -> None:
         """The compute thread takes what has come for these sessions."""
         self.method.fault = fault
+        num_held = sum(self.taken.values())
         rows = self.arrivals.take(np.array([self.arrivals.session(key) for key in keys]))
         lost = self.sessions.extend(rows)
         self.method.fault = None
@@ -69,7 +70,7 @@ class DraftSessionsMachine(RuleBasedStateMachine):
             assert fault is not None or reason == REFUSED
             self.taken.pop(key_of[session], None)
         if fault is None:
-            assert not lost or sum(one.num_rows for one in rows) + sum(self.taken.values()) > MAX_ROWS
+            assert not lost or sum(one.num_rows for one in rows) + num_held > MAX_ROWS
         else:
             assert len(lost) == len({int(session) for one in rows for session in one.sessions})
         self._lose({key_of[session]: reason for session, reason in lost.items()})
