@@ -20,7 +20,7 @@ from dflash_ray.sampling.parameters import NO_LOGPROBS
 from dflash_ray.sampling.verify import Verdict
 from dflash_ray.target_group.batch import Rows, StepBatch, build_batch
 from dflash_ray.target_group.colocated import ColocatedDrafter
-from dflash_ray.target_group.commits import Commit, commit, kept_features
+from dflash_ray.target_group.commits import Commit, commit, kept_features, rows_to_move
 from dflash_ray.target_group.entries import Entries, drafts_of, find_entries, rows_of
 from dflash_ray.target_group.feature_store import FeatureStore
 from dflash_ray.target_group.model import StepHidden
@@ -39,6 +39,8 @@ class StepRunner(Protocol):
     def verify(self, hidden: StepHidden, columns: PlanColumns) -> Verdict: ...
 
     def score(self, hidden: StepHidden, batch: StepBatch) -> Logprobs: ...
+
+    def move_rows(self, source: Ints, target: Ints) -> None: ...
 
 
 class Lead(Protocol):
@@ -120,6 +122,8 @@ class Engine:
             scores = self._runner.score(hidden, batch)
         verified = time.perf_counter_ns()
         prompt_logprobs = self._prompt_logprobs(rows, entries.sequence_ids[running], scores)
+        if verdict is not None and len(batch.parents):
+            self._runner.move_rows(*rows_to_move(self._table, rows, verdict))
         done = commit(self._table, rows, verdict)
         for index in running[done.is_flagged].tolist():
             entries.fail(index, "the target's logits are not finite")

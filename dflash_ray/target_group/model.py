@@ -19,6 +19,7 @@ from dflash_ray.target_group.head import VocabParallelHead
 from dflash_ray.target_group.lean_decoder import LeanDecoder, is_lean
 from dflash_ray.target_group.linears import pack_linears
 from dflash_ray.target_group.paged_cache import PagedCache
+from dflash_ray.target_group.step import Ints
 from dflash_ray.target_group.tensor_parallel import split_over_ranks
 
 
@@ -111,6 +112,11 @@ class RankModel:
         features = None if self._projector is None or taps is None else self._projector(taps)
         scored = hidden[torch.from_numpy(batch.scored_rows).to(self._device)] if len(batch.scored_rows) else None
         return StepHidden(hidden[torch.from_numpy(batch.sample_rows).to(self._device)], features, scored)
+
+    @torch.inference_mode()
+    def move_rows(self, source: Ints, target: Ints) -> None:
+        """Copies rows [n] of the cache to other rows; see `PagedCache.move`."""
+        self._cache.move(source, target)
 
     @torch.inference_mode()
     def rank_logits(self, hidden: Tensor) -> Tensor:
