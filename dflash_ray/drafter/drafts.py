@@ -160,7 +160,7 @@ class Drafts:
         lost = self._sessions.extend(rows)
         if lost:
             proposals = [one for one in proposals if one.key not in lost]
-        blocks, missing = self._sessions.propose(proposals, request.num_candidates, request.epoch)
+        blocks, missing = self._sessions.propose(proposals, request.tree_width, request.epoch)
         for key, reason in missing.items():
             if reason != PASSED:
                 lost[key] = reason

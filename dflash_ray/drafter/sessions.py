@@ -86,7 +86,7 @@ class DraftSessions:
         return faults
 
     def propose(
-        self, wanted: Sequence[Proposal], num_candidates: int, epoch: int
+        self, wanted: Sequence[Proposal], tree_width: int, epoch: int
     ) -> tuple[common_pb2.DraftBlocks, dict[Key, Reason]]:
         """Blocks for sessions whose context is whole, and why there is none for the others."""
         faults: dict[Key, Reason] = {}
@@ -99,13 +99,15 @@ class DraftSessions:
                 faults[one.key] = PASSED if held >= one.committed_len else LOST
         if not ready:
             return common_pb2.DraftBlocks(), faults
+        longest = self._method.max_draft_tokens
         try:
             drafts = self._contexts.propose(
                 [one.key for one in ready],
                 [one.anchor_id for one in ready],
-                [min(one.num_draft_tokens, self._method.max_draft_tokens) for one in ready],
-                max(1, num_candidates),
+                [one.num_draft_tokens if tree_width > 1 else min(one.num_draft_tokens, longest) for one in ready],
+                1,
                 [one.draw for one in ready],
+                tree_width,
             )
         except Exception as error:
             # A draft is advice: the router goes on without it, and the sessions at fault are rebuilt.

@@ -53,8 +53,8 @@ def paged_attention(
 ) -> Tensor:
     """Stores a step's keys and values, then attends: a row sees its entry's context and the entry's rows up to itself.
 
-    Without `is_causal` it sees all rows of its entry. In a tree it sees of its entry's rows its ancestors and itself, with
-    the result that it has in a chain of these.
+    Without `is_causal` it sees all rows of its entry. In a tree it sees of its entry's rows its ancestors and itself,
+    with the result that it has in a chain of these.
 
     Args:
         query: [T, n_q, d]; key, value: [T, n_kv, d], all rotated.
@@ -62,8 +62,8 @@ def paged_attention(
         entry_lens, context_lens, page_counts: int64 [E] on the host; pages: int64, the entries' page tables in a row.
         window: a row sees rows at a distance below it; 0 for all.
         softcap: scores become softcap * tanh(score / softcap); 0 for none.
-        parents: int64 [T] on the host, the row of its entry that each row follows, -1 for an entry's first; a parent comes
-            before its children. None or empty: each follows the one before it.
+        parents: int64 [T] on the host, the row of its entry that each row follows, -1 for an entry's first; a parent
+            comes before its children. None or empty: each follows the one before it.
 
     Returns:
         [T, n_q, d].

@@ -10,14 +10,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from dflash_ray.core.draft_trees import likeliest_trees
 from dflash_ray.core.memory import return_freed_memory
 from dflash_ray.kernels import ops
 from dflash_ray.models.dflash import apply_rope, rope_tables
-from dflash_ray.models.dflash2 import CandidateSelector, Draw, walk
+from dflash_ray.models.dflash2 import CandidateSelector, Draw, log_chances, walk
 from dflash_ray.models.draft_head import build_selector, load_draft_head
 from dflash_ray.models.drafter_checkpoint import DrafterCheckpoint
 from dflash_ray.models.packed_layer import PackedLayer, packed_norm
@@ -45,11 +48,15 @@ class DraftProposal:
 
     The first candidate of a slot is the draft; the others follow by falling probability. With `is_drawn` the draft was
     drawn from these probabilities, which then are of all candidates that had a chance.
+
+    With `parents` int64 [n] it is a tree: a node in each slot, likelier ones first, its parent (0 is the anchor, k the
+    k-th node), and its log-probability given its parent.
     """
 
     candidate_ids: Tensor
     logprobs: Tensor
     is_drawn: bool = False
+    parents: Tensor | None = None
 
 
 class _Session:
@@ -194,6 +201,7 @@ class BlockDrafter:
         num_draft_tokens: list[int],
         num_candidates: int,
         draws: Sequence[Draw] | None = None,
+        tree_width: int = 1,
     ) -> list[DraftProposal]:
         """Candidates for the positions after each session's anchor, which stands at position context_len.
 
@@ -202,10 +210,12 @@ class BlockDrafter:
 
         Args:
             draws: how each sequence's tokens are drawn, which only a DFlash 2 drafter looks at; None is greedy.
+            tree_width: above 1 trees of `num_draft_tokens` nodes come back, in which so many follow the same one at
+                most. Drafts whose distribution is wanted are chains all the same.
         """
         self._take_features()
         held = [self._sessions[session] for session in sessions]
-        most = max(num_draft_tokens, default=0)
+        most = min(max(num_draft_tokens, default=0), self.max_draft_tokens)
         size = 1 + most if all(self.config.is_causal) else self.block_size
         inputs = torch.full((len(held), size), self.config.mask_token_id, device=self._device)
         anchors = torch.tensor(anchor_ids, device=self._device)
@@ -215,17 +225,25 @@ class BlockDrafter:
         logits = self._network.shape_logits(self._head(hidden).float())
         if self._selector is not None:
             draws = draws or [Draw()] * len(held)
-            drafts = self._select(self._selector, hidden, logits, anchors, draws, held)
-            proposals = []
-            for (ids, logprobs), n, draw in zip(drafts, num_draft_tokens, draws, strict=True):
-                is_drawn = draw.wants_distribution and draw.temperature > 0
-                kept = ids.shape[1] if is_drawn else num_candidates
-                proposals.append(DraftProposal(ids[:n, :kept], logprobs[:n, :kept], is_drawn))
-            return proposals
+            counts = num_draft_tokens
+            return self._select(
+                self._selector, hidden, logits, anchors, draws, held, counts, num_candidates, tree_width
+            )
+        if tree_width > 1:
+            num_candidates = tree_width
         best, at = logits.topk(min(num_candidates, logits.shape[-1]), dim=-1)
         logprobs = best - logits.logsumexp(dim=-1, keepdim=True)
         ids = self._ids[at] if self._ids is not None else at
+        if tree_width > 1:
+            chances = logprobs[:, :, None].double().cpu().numpy()
+            return _as_trees(ids.cpu().numpy(), chances, num_draft_tokens, tree_width)
         return [DraftProposal(ids[i, :n], logprobs[i, :n]) for i, n in enumerate(num_draft_tokens)]
+
+    def _numbers(self, anchors: Tensor) -> Tensor:
+        """Anchors as the selector numbers tokens, like the head; one without a row counts as the row before it."""
+        if self._ids is None:
+            return anchors
+        return (torch.searchsorted(self._ids, anchors, right=True) - 1).clamp(min=0)
 
     def _select(
         self,
@@ -235,18 +253,29 @@ class BlockDrafter:
         anchors: Tensor,
         draws: Sequence[Draw],
         held: list[_Session],
-    ) -> list[tuple[Tensor, Tensor]]:
-        """For each block the candidates' ids and log-probabilities [S, k], the chosen one of each slot first."""
-        if self._ids is not None:
-            # The selector numbers tokens like the head does; an anchor without a row counts as the row before it.
-            anchors = (torch.searchsorted(self._ids, anchors, right=True) - 1).clamp(min=0)
-        rows, scores = selector(hidden, logits, anchors)
-        candidates = (self._ids[rows] if self._ids is not None else rows).cpu()
-        drafts = []
-        for ids, block_scores, draw, session in zip(candidates, scores.cpu().numpy(), draws, held, strict=True):
-            order, logprobs = walk(block_scores, ids.numpy(), draw, session.length + 1)
-            drafts.append((ids.gather(-1, torch.from_numpy(order)), torch.from_numpy(logprobs)))
-        return drafts
+        num_draft_tokens: list[int],
+        num_candidates: int,
+        tree_width: int,
+    ) -> list[DraftProposal]:
+        """Chains of candidates that were chosen one after the other, or the likeliest trees over them."""
+        rows, scores = (found.cpu() for found in selector(hidden, logits, self._numbers(anchors)))
+        candidates = self._ids.cpu()[rows] if self._ids is not None else rows
+        firsts = [session.length + 1 for session in held]
+        if tree_width > 1:
+            chances = log_chances(scores.numpy(), candidates, draws, firsts)
+            trees = _as_trees(candidates.numpy(), chances, num_draft_tokens, tree_width)
+        proposals = []
+        columns = zip(candidates, scores.numpy(), draws, firsts, num_draft_tokens, strict=True)
+        for at, (ids, block_scores, draw, first, n) in enumerate(columns):
+            is_drawn = draw.wants_distribution and draw.temperature > 0
+            if tree_width > 1 and not is_drawn:
+                proposals.append(trees[at])
+                continue
+            order, logprobs = walk(block_scores, ids.numpy(), draw, first)
+            kept = ids.shape[1] if is_drawn else num_candidates
+            chosen = ids.gather(-1, torch.from_numpy(order))
+            proposals.append(DraftProposal(chosen[:n, :kept], torch.from_numpy(logprobs)[:n, :kept], is_drawn))
+        return proposals
 
     def _forward(self, held: list[_Session], x: Tensor) -> Tensor:
         """Block rows [N, B, H] through all layers and the final norm."""
@@ -295,3 +324,16 @@ class BlockDrafter:
             window=self.config.windows[layer] or 0,
             is_causal=self.config.is_causal[layer],
         ).flatten(1)
+
+
+def _as_trees(
+    ids: NDArray[np.int64], chances: NDArray[np.float64], num_nodes: list[int], width: int
+) -> list[DraftProposal]:
+    """The likeliest trees over candidates ids [N, S, k], whose log-probabilities are [N, S, P, k]."""
+    trees = likeliest_trees(chances, max(num_nodes), width)
+    tokens = ids[np.arange(len(ids))[:, None], trees.slots, trees.candidates]
+    columns = (torch.from_numpy(column) for column in (tokens, trees.log_probs.astype(np.float32), trees.parents))
+    return [
+        DraftProposal(one[:n, None], log_probs[:n, None], parents=parents[:n])
+        for one, log_probs, parents, n in zip(*columns, num_nodes, strict=True)
+    ]

@@ -6,7 +6,7 @@ G groups, K taps; S drafted slots, k candidates a slot, selector rank r.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -214,3 +214,25 @@ def walk(
         shifted = tempered - tempered.max()
         logprobs[slot] = (shifted - np.log(np.exp(shifted).sum()))[order[slot]]
     return order, logprobs
+
+
+def log_chances(
+    scores: NDArray[np.float32], ids: Tensor, draws: Sequence[Draw], first_positions: Sequence[int]
+) -> NDArray[np.float64]:
+    """Log-probabilities [N, S, k, k] that the target chooses a candidate, after each candidate of the slot before.
+
+    Above temperature 0 the noise that the target will draw with is known: chances are of score / temperature + noise,
+    in which what is uncertain is how far the target's scores are from these.
+
+    Args:
+        scores: [N, S, k, k] and ids [N, S, k] as CandidateSelector returns them, of the target's vocabulary.
+        first_positions: [N] position of the first slot's token.
+    """
+    chances = np.empty(scores.shape)
+    for block, (draw, first) in enumerate(zip(draws, first_positions, strict=True)):
+        chances[block] = scores[block] / (draw.temperature or 1.0)
+        if draw.temperature:
+            positions = list(range(first, first + len(ids[block])))
+            chances[block] += gumbel([draw.seed] * len(positions), positions, ids[block]).numpy()[:, None]
+    chances -= chances.max(axis=-1, keepdims=True)
+    return chances - np.log(np.exp(chances).sum(axis=-1, keepdims=True))

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dflash_ray.core.draft_blocks import DraftBlock
+from dflash_ray.core.draft_blocks import DraftBlock, packed_parents
 from dflash_ray.models.block_drafter import DraftProposal
 from dflash_ray.models.dflash2 import Draw
 from dflash_ray.pb import common_pb2
@@ -50,6 +50,7 @@ class DraftMethod(Protocol):
         num_draft_tokens: list[int],
         num_candidates: int,
         draws: Sequence[Draw],
+        tree_width: int = 1,
     ) -> list[DraftProposal]: ...
 
 
@@ -141,6 +142,7 @@ class DraftContexts(Generic[Key]):
         num_draft_tokens: list[int],
         num_candidates: int,
         draws: Sequence[Draw],
+        tree_width: int = 1,
     ) -> list[DraftProposal]:
         """Drafts after each session's anchor, which stands at position context_len.
 
@@ -148,7 +150,7 @@ class DraftContexts(Generic[Key]):
         """
         try:
             numbers = [self._sessions[key].number for key in keys]
-            return self._method.propose(numbers, anchor_ids, num_draft_tokens, num_candidates, draws)
+            return self._method.propose(numbers, anchor_ids, num_draft_tokens, num_candidates, draws, tree_width)
         except Exception:
             for key in keys:
                 self.close(key)
@@ -163,6 +165,7 @@ def to_block(sequence_id: int, committed_len: int, proposal: DraftProposal) -> D
         proposal.candidate_ids.cpu().numpy().astype(np.uint32),
         proposal.logprobs.float().cpu().numpy(),
         proposal.is_drawn,
+        None if proposal.parents is None else proposal.parents.numpy(),
     )
 
 
@@ -184,4 +187,5 @@ def to_message(
         log_probs = torch.cat([proposal.logprobs.reshape(-1) for proposal in proposals])
         message.candidate_ids = ids.cpu().numpy().astype("<u4").tobytes()
         message.log_probs = log_probs.float().cpu().numpy().astype("<f4", copy=False).tobytes()
+        message.parents = packed_parents([proposal.parents for proposal in proposals], [shape[0] for shape in shapes])
     return message

@@ -119,7 +119,8 @@ class Speculating:
             entries = np.flatnonzero((step.rows == 0) | (step.rows == left))  # that will decode
             slots = step.slots[entries]
             zeros = np.zeros(len(slots), np.int64)
-            reach = np.full(len(slots), limits.colocated_draft_tokens)
+            most = limits.colocated_draft_tokens if self._router.tree_width == 1 else MAX_DRAFTS
+            reach = np.full(len(slots), most)
             candidates = Candidates(slots, self.table.most_drafts(slots), reach, zeros, zeros)
             batch = self._batch(slots, 0)
             num_asked[entries] = self.controller.plan(candidates, batch, limits.max_batch_tokens - len(slots), now)

@@ -59,7 +59,9 @@ class ColocatedDrafter:
                 raise
             logger.exception(fault)
 
-    def draft(self, table: SlotTable, sequence_ids: Ids, counts: Ints, num_candidates: int) -> list[DraftBlock]:
+    def draft(
+        self, table: SlotTable, sequence_ids: Ids, counts: Ints, num_candidates: int, tree_width: int = 1
+    ) -> list[DraftBlock]:
         """At most so many tokens for each sequence that only lacks the anchor's row and whose context is whole."""
         slots = table.slots(sequence_ids)
         is_ready = (slots != NO_SLOT) & (counts > 0) & (table.kv_lens[slots] == table.committed_lens[slots] - 1)
@@ -72,9 +74,10 @@ class ColocatedDrafter:
             proposals = self._contexts.propose(
                 ready,
                 table.tokens[slots, lens - 1].tolist(),
-                np.minimum(counts[is_ready], self.max_draft_tokens).tolist(),
+                (counts if tree_width > 1 else np.minimum(counts, self.max_draft_tokens))[is_ready].tolist(),
                 num_candidates,
                 table.draws(slots.tolist()),
+                tree_width,
             )
             return list(map(to_block, ready, lens.tolist(), proposals))
         return []

@@ -73,7 +73,7 @@ def rows_to_move(table: SlotTable, rows: Rows, verdict: Verdict) -> tuple[Ints, 
 
 
 def kept_features(table: SlotTable, rows: Rows, done: Commit, sequence_ids: Ids, features: Tensor) -> StepFeatures:
-    """Features [F, H] of a pass, and which of them it kept; those of an accepted path are together behind its root's."""
+    """Features [F, H] of a pass, and which of them it kept; those of an accepted path lie behind its root's."""
     wanted = table.wants_features[rows.slots]
     starts, counts, num_rows = rows.starts[wanted], rows.counts[wanted], done.num_kept[wanted]
     slot_of = np.repeat(rows.slots[wanted], num_rows)

@@ -136,7 +136,7 @@ class Engine:
             output.features = self._take_features(rows, done, entries.sequence_ids[running], hidden.features)
         if self._drafter is not None and len(step.draft_ids):
             output.colocated_drafts = self._drafter.draft(
-                self._table, step.draft_ids, step.draft_counts, step.num_candidates
+                self._table, step.draft_ids, step.draft_counts, step.num_candidates, step.tree_width
             )
         output.forward_ns, output.verify_ns = forwarded - started, verified - forwarded
         output.draft_ns = time.perf_counter_ns() - verified
