@@ -23,8 +23,8 @@ class DraftBlock:
         candidate_ids: uint32 [n, k]; the first of a slot is the draft, the others follow by falling probability.
         log_probs: float32 [n, k], the drafter's own.
         is_drawn: every draft was drawn from these, and they are of all candidates that had a chance.
-        parents: [n] where the slots are nodes of a tree, likelier ones first: 0 is the anchor, k the k-th node. Each has
-            one candidate then, whose log-probability is given its parent. None for a chain.
+        parents: [n] where the slots are nodes of a tree, likelier ones first: 0 is the anchor, k the k-th node. Each
+            has one candidate then, whose log-probability is given its parent. None for a chain.
     """
 
     sequence_id: int

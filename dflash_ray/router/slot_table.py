@@ -206,7 +206,7 @@ class SlotTable:
     def take_blocks(self, slots: Ints, blocks: BlockColumns, is_taken: Flags, source: int, vocab_size: int) -> None:
         """The drafts of the blocks that are taken; slots[i] is block i's.
 
-        A draft that the target does not have ends its chain or tree before it, as one that comes before its parent does.
+        A draft that the target does not have ends its chain or tree before it, as does one before its parent.
         What is beyond MAX_DRAFTS is left out.
         """
         taken = is_taken.nonzero()[0]

@@ -1,4 +1,4 @@
-"""One ragged pass over the target: rows of prompts' chunks and of anchors with their drafts, gathered from the slots."""
+"""One ragged pass over the target: rows of prompts' chunks and anchors with their drafts, gathered from the slots."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class StepBatch:
     """T rows in E entries. A row sees its sequence's context and those rows of its own entry that it follows.
 
     Attributes:
-        token_ids, positions, slots: [T]; slot = page * page_size + offset, where the row's keys and values go. Rows of a
-            tree may have one position, and have a slot each.
+        token_ids, positions, slots: [T]; slot = page * page_size + offset, where the row's keys and values go. Rows of
+            a tree may have one position, and have a slot each.
         entry_lens: [E] rows of each entry.
         context_lens: [E] rows of the sequence that are in the cache before the entry.
         page_counts: [E] pages of each entry's table; pages: all tables, one after the other.
