@@ -114,6 +114,7 @@ class CannedDrafts:
         num_draft_tokens: list[int],
         num_candidates: int,
         draws: Sequence[Draw],
+        tree_width: int = 1,
     ) -> list[DraftProposal]:
         self._clock.to(None)
         proposals = []

@@ -235,4 +235,5 @@ def log_chances(
             positions = list(range(first, first + len(ids[block])))
             chances[block] += gumbel([draw.seed] * len(positions), positions, ids[block]).numpy()[:, None]
     chances -= chances.max(axis=-1, keepdims=True)
-    return chances - np.log(np.exp(chances).sum(axis=-1, keepdims=True))
+    log_sums: NDArray[np.float64] = np.log(np.exp(chances).sum(axis=-1, keepdims=True))
+    return chances - log_sums

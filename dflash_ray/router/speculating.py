@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 
@@ -16,6 +17,7 @@ from dflash_ray.router.slot_table import DECODE, MAX_DRAFTS, PLAIN, PREFILL, Slo
 from dflash_ray.router.speculation.controller import SpeculationController
 from dflash_ray.router.speculation.cost_model import Batch
 from dflash_ray.router.speculation.records import MOST_DRAFTS, Candidates, Policy
+from dflash_ray.router.speculation.trees import accepted_nodes
 from dflash_ray.router.steps import StepInFlight
 
 _POLICIES = {
@@ -135,6 +137,8 @@ class Speculating:
         draft_lens = np.maximum(0, table.draft_lens[slots])
         wants_ngram = self.controller.wants_ngrams(slots, draft_lens > 0, cohort)
         candidates = self._candidates(slots, np.zeros(len(slots), np.int64), wants_ngram)
+        if table.has_trees:
+            candidates = replace(candidates, parents=table.draft_parents[slots, :MOST_DRAFTS])
         log_probs = table.draft_log_probs[slots, :MOST_DRAFTS].astype(float)
         # The law of rejection sampling bears no cut that looks at what was drawn.
         log_probs[table.wants_distributions[slots]] = np.nan
@@ -177,4 +181,22 @@ class Speculating:
         chains = slice(step.num_chunks, None)
         accepted = np.full(self.table.num_slots, -1)
         accepted[step.slots[chains]] = np.where(is_known[chains], outcome.num_accepted[chains], -1)
-        self.controller.step_done(accepted, now, draft_seconds)
+        is_accepted = self._accepted_in_trees(step, outcome, accepted) if self.table.has_trees else None
+        self.controller.step_done(accepted, now, draft_seconds, is_accepted)
+
+    def _accepted_in_trees(self, step: StepInFlight, outcome: StepOutcome, accepted: Ints) -> Flags:
+        """[num_slots, MOST_DRAFTS]: which drafts were kept."""
+        table = self.table
+        entries = np.arange(step.num_chunks, len(step.slots))
+        slots, counts = step.slots[entries], outcome.num_tokens[entries]
+        tokens = np.zeros((len(slots), max(1, int(counts.max(initial=0)))), np.uint32)
+        tokens[np.arange(tokens.shape[1]) < counts[:, None]] = outcome.tokens_of(entries)
+        is_accepted = np.zeros((table.num_slots, MOST_DRAFTS), np.bool_)
+        is_accepted[slots] = accepted_nodes(
+            table.draft_parents[slots, :MOST_DRAFTS],
+            table.drafts[slots, :MOST_DRAFTS],
+            step.num_drafts[entries],
+            tokens,
+            np.minimum(np.maximum(accepted[slots], 0), counts),
+        )
+        return is_accepted

@@ -42,7 +42,7 @@ class Recorder:
         self._fail()
         context.extend(token_ids[len(context) - start :])
 
-    def propose(self, sessions, anchor_ids, num_draft_tokens, num_candidates, draws) -> list[DraftProposal]:
+    def propose(self, sessions, anchor_ids, num_draft_tokens, num_candidates, draws, tree_width=1):
         self._fail()
         sums = [sum(self.contexts[session]) + anchor for session, anchor in zip(sessions, anchor_ids, strict=True)]
         return [DraftProposal(torch.tensor([[total]]), torch.zeros(1, 1)) for total in sums]

@@ -30,10 +30,14 @@ class SchedulerMachine(RuleBasedStateMachine):
     """Target and drafters answer late, wrongly or never; requests come and go."""
 
     @initialize(
-        cohorts=st.sampled_from([1, 2]), depth=st.sampled_from([1, 2]), num_pages=st.sampled_from([14, 18, 24, 200])
+        cohorts=st.sampled_from([1, 2]),
+        depth=st.sampled_from([1, 2]),
+        num_pages=st.sampled_from([14, 18, 24, 200]),
+        tree_width=st.sampled_from([1, 2]),
     )
-    def start(self, cohorts, depth, num_pages):
+    def start(self, cohorts, depth, num_pages, tree_width):
         overrides = [
+            f"router.tree_width={tree_width}",
             f"router.cohorts={cohorts}",
             f"router.steps_in_flight={depth}",
             "router.prefill_chunk_tokens=8",

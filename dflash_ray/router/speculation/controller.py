@@ -213,7 +213,7 @@ class SpeculationController:
         tokens = float(batch.num_sequences)
         batch = replace(batch, num_rows=batch.num_rows + min(int(counts.sum()), max_rows))
         if is_free.any() and outlook.reason not in PLAIN and self.costs.is_known:
-            drafts = _cut(self.acceptance.survival_of(slots, log_probs), draft_lens)
+            drafts = _cut(self.acceptance.survival_of(slots, log_probs, candidates.parents), draft_lens)
             ngrams = self.acceptance.ngram_survival(candidates.match_lens, ngram_lens)
             is_better = ngrams.sum(axis=1) > drafts.sum(axis=1)
             survival = np.where((is_better & is_free)[:, None], ngrams, drafts * is_free[:, None])
@@ -223,7 +223,8 @@ class SpeculationController:
             counts = np.where(is_free, share(survival, num_rows), counts)
             from_ngram = np.where(is_free, is_better, from_ngram)
         self._cut = SpeculativeStep(
-            batch, outlook, slots, counts, from_ngram, is_free, log_probs, candidates.match_lens, tokens
+            batch, outlook, slots, counts, from_ngram, is_free, log_probs, candidates.match_lens, tokens,
+            parents=candidates.parents,
         )  # fmt: skip
         return counts, from_ngram
 
@@ -254,16 +255,20 @@ class SpeculationController:
         step.slots, step.counts, step.from_ngram = step.slots[is_in], counts[is_in], step.from_ngram[is_in]
         step.is_free, step.log_probs = step.is_free[is_in], step.log_probs[is_in]
         step.match_lens, step.asked_inside = step.match_lens[is_in], asked_inside
+        step.parents = None if step.parents is None else step.parents[is_in]
         step.sent_at = now
         step.wait = max(0.0, now - max(self._last_result, step.outlook.planned_at))
         self._steps.append(step)
 
-    def step_done(self, accepted: Ints, now: float, draft_seconds: float = 0.0) -> None:
+    def step_done(
+        self, accepted: Ints, now: float, draft_seconds: float = 0.0, is_accepted: Flags | None = None
+    ) -> None:
         """The oldest step in flight was answered.
 
         Args:
             accepted: [num_slots] drafts that were kept; -1 where there is no verdict.
             draft_seconds: of a colocated drafter.
+            is_accepted: [num_slots, MOST_DRAFTS] of a step with trees, which drafts were kept.
         """
         step = self._steps.popleft()
         accepted = accepted[step.slots]
@@ -272,7 +277,7 @@ class SpeculationController:
         if not len(step.slots):
             self.costs.saw_pass(step.batch, 0, busy)
             return
-        learn_acceptance(self.acceptance, step, accepted)
+        learn_acceptance(self.acceptance, step, accepted, None if is_accepted is None else is_accepted[step.slots])
         learn_costs(self.costs, step, busy, draft_seconds, self.is_colocated)
         keep_account(self.costs, self.ledger, self.counts, step, accepted, busy, draft_seconds)
         self._pauses.step_done(step.outlook.reason, step.outlook.num_asked > 0, self.ledger.loss)

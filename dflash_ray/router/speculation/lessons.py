@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from dflash_ray.core.arrays import Ints
+from dflash_ray.core.arrays import Flags, Ints
 from dflash_ray.router.speculation.acceptance import Acceptance
 from dflash_ray.router.speculation.cost_model import CostModel
 from dflash_ray.router.speculation.ledger import Ledger
@@ -15,15 +15,22 @@ _SAMPLED = 32  # sequences that acceptance is learnt from in a step that leaves 
 _SPIKE = 1.25  # times what was expected; what a pass takes over that is the machine's doing
 
 
-def learn_acceptance(acceptance: Acceptance, step: SpeculativeStep, accepted: Ints) -> None:
-    """Takes the verdicts; -1 where there is none."""
+def learn_acceptance(
+    acceptance: Acceptance, step: SpeculativeStep, accepted: Ints, is_accepted: Flags | None = None
+) -> None:
+    """Takes the verdicts; -1 where there is none. Of trees `is_accepted` [n, k] says which drafts were kept."""
     has_verdict = (accepted >= 0) & (step.counts > 0)
     remote = np.flatnonzero(has_verdict & ~step.from_ngram)
     if len(remote) > _SAMPLED and not step.is_free.any():
         remote = remote[:: len(remote) // _SAMPLED]
     if len(remote):
         width = min(MOST_DRAFTS, int(step.counts[remote].max()))
-        acceptance.saw_drafts(step.slots[remote], step.counts[remote], accepted[remote], step.log_probs[remote, :width])
+        slots, counts, log_probs = step.slots[remote], step.counts[remote], step.log_probs[remote, :width]
+        if step.parents is None or is_accepted is None:
+            acceptance.saw_drafts(slots, counts, accepted[remote], log_probs)
+        else:
+            kept, parents = is_accepted[remote, :width], step.parents[remote, :width]
+            acceptance.saw_trees(slots, counts, kept, log_probs, parents)
     ngram = np.flatnonzero(has_verdict & step.from_ngram)
     if len(ngram):
         acceptance.saw_ngrams(step.match_lens[ngram], step.counts[ngram], accepted[ngram])

@@ -45,6 +45,7 @@ class SpeculativeStep:
     sent_at: float = 0.0
     wait: float = 0.0
     asked_inside: tuple[int, int] = (0, 0)  # sequences and slots that the colocated drafter drafts for after the pass
+    parents: Ints | None = None  # of drafters' drafts, where not all are chains
 
 
 NO_OUTLOOK = Outlook(Reason.FIXED, 0, 0, np.inf, 0.0)

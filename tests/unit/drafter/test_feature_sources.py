@@ -41,7 +41,7 @@ class Recorder:
         held = self.contexts[session]
         self.contexts[session] = torch.cat([held, features[len(held) - start :, 0]])
 
-    def propose(self, sessions, anchor_ids, num_draft_tokens, num_candidates, draws) -> list[DraftProposal]:
+    def propose(self, sessions, anchor_ids, num_draft_tokens, num_candidates, draws, tree_width=1):
         proposals = []
         for session in sessions:
             context = self.contexts[session]
