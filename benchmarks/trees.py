@@ -66,10 +66,11 @@ def main(
     width: Annotated[int, typer.Option(help="drafts that follow the same one in a tree")] = 8,
     nodes: Annotated[list[int] | None, typer.Option(help="rows of drafts")] = None,
     temperature: Annotated[list[float] | None, typer.Option()] = None,
+    threads: Annotated[int, typer.Option(help="of torch; 0 leaves its choice")] = 0,
 ) -> None:
     """Prints a line for each kind of drafts and temperature."""
     config = load_config(None)
-    settings = EngineSection(max_model_len=config.model.max_model_len or 2048)
+    settings = EngineSection(num_threads=threads)
     drafter = resolve_drafter(config.drafter.path, resolve_target(config.model.path))
     tokenizer = ChatTokenizer(config.model)
     prompts: dict[str, list[list[int]]] = defaultdict(list)

@@ -17,6 +17,11 @@ from torch.nn import functional as F
 
 from dflash_ray.sampling.noise import gumbel
 
+# Fitted to the drafter that comes along, greedy and at temperature 1: of all tokens that the target chose, so many are
+# among the candidates, and candidates lie by so much closer together than their scores say.
+_LOG_COVERAGE = float(np.log(0.8))
+_SHARPNESS = 0.9
+
 
 @dataclass(frozen=True)
 class Dflash2Config:
@@ -219,7 +224,7 @@ def walk(
 def log_chances(
     scores: NDArray[np.float32], ids: Tensor, draws: Sequence[Draw], first_positions: Sequence[int]
 ) -> NDArray[np.float64]:
-    """Log-probabilities [N, S, k, k] that the target chooses a candidate, after each candidate of the slot before.
+    """Log-probabilities [N, S, k, k] that the target chooses a candidate, after each candidate of the slot before it.
 
     Above temperature 0 the noise that the target will draw with is known: chances are of score / temperature + noise,
     in which what is uncertain is how far the target's scores are from these.
@@ -236,4 +241,4 @@ def log_chances(
             chances[block] += gumbel([draw.seed] * len(positions), positions, ids[block]).numpy()[:, None]
     chances -= chances.max(axis=-1, keepdims=True)
     log_sums: NDArray[np.float64] = np.log(np.exp(chances).sum(axis=-1, keepdims=True))
-    return chances - log_sums
+    return chances - log_sums + _LOG_COVERAGE
