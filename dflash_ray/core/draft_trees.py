@@ -42,20 +42,18 @@ def likeliest_trees(log_probs: Floats, num_nodes: int, width: int) -> DraftTrees
     """
     num_blocks, num_slots, num_previous, _ = log_probs.shape
     blocks = np.arange(num_blocks)[:, None]
-    width = min(width, log_probs.shape[3])
-    ranked = np.argsort(-log_probs, axis=-1, kind="stable")[..., :width]  # candidates worth a look, best first
-    chances = np.minimum(np.take_along_axis(log_probs, ranked, axis=-1), 0.0)  # no child is likelier than its parent
     # Level by level: the likeliest paths of each length are continued, then the likeliest of all lengths are taken.
     totals, previous = np.zeros((num_blocks, 1)), np.zeros((num_blocks, 1), np.int64)
     found: list[tuple[Floats, Floats, Ints, Ints]] = []
     for slot in range(num_slots):
-        own = chances[blocks, slot, previous]  # [N, paths, width]
+        after = np.minimum(log_probs[blocks, slot, previous], 0.0)  # [N, paths, k]; no child is likelier than its parent
+        children = _largest(after, width)
+        own = np.take_along_axis(after, children, axis=-1)
         reached = (totals[..., None] + own).reshape(num_blocks, -1)
-        best = np.argsort(-reached, axis=-1, kind="stable")[:, :num_nodes]
-        parents = best // width
-        candidates = ranked[blocks, slot, previous].reshape(num_blocks, -1)[blocks, best]
+        best = _largest(reached, num_nodes)
+        candidates = children.reshape(num_blocks, -1)[blocks, best]
         totals = reached[blocks, best]
-        found.append((totals, own.reshape(num_blocks, -1)[blocks, best], candidates, parents))
+        found.append((totals, own.reshape(num_blocks, -1)[blocks, best], candidates, best // children.shape[-1]))
         previous = candidates if num_previous > 1 else np.zeros_like(candidates)
     return _chosen(found, num_nodes)
 
@@ -73,3 +71,11 @@ def _chosen(found: list[tuple[Floats, Floats, Ints, Ints]], num_nodes: int) -> D
     ranks[blocks, order] = np.arange(1, order.shape[1] + 1)
     parents = np.where(slots[order] == 0, 0, ranks[blocks, parents_at[blocks, order]])
     return DraftTrees(slots[order], candidates[blocks, order], parents, log_probs[blocks, order])
+
+
+def _largest(values: Floats, count: int) -> Ints:
+    """Where the `count` largest of the last axis are, or all; in no order."""
+    if count >= values.shape[-1]:
+        return np.broadcast_to(np.arange(values.shape[-1]), values.shape)
+    places: Ints = np.argpartition(values, -count, axis=-1)[..., -count:]
+    return places
