@@ -15,6 +15,13 @@ SETUPS = {
         "dflash-remote": ("drafter.method=dflash",),
         "dflash-colocated": ("drafter.method=dflash", "drafter.placement_mode=colocated"),
         "ngram": ("drafter.method=ngram",),
+        "trees-remote": ("drafter.method=dflash", "router.tree_width=4", "router.draft_tokens=9"),
+        "trees-colocated": (
+            "drafter.method=dflash",
+            "drafter.placement_mode=colocated",
+            "router.tree_width=4",
+            "router.draft_tokens=9",
+        ),
     }.items()
 }
 
