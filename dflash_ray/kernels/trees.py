@@ -13,11 +13,11 @@ Ints = NDArray[np.int64]
 
 def depths_of(parents: Ints, first_rows: Ints) -> Ints:
     """Distance [T] of every row from its entry's first row, for parents [T] and each row's entry's first row [T]."""
-    depths = np.zeros(len(parents), dtype=np.int64)
     at = np.where(parents < 0, -1, parents + first_rows)
-    while (at >= 0).any():
-        depths += at >= 0
-        at = np.where(at < 0, -1, np.where(parents[at] < 0, -1, parents[at] + first_rows))
+    depths = (at >= 0).astype(np.int64)  # from a row to the one that it looks at, which is twice as far each time
+    while (is_below := at >= 0).any():
+        depths = depths + np.where(is_below, depths[at], 0)
+        at = np.where(is_below, at[at], -1)
     return depths
 
 
