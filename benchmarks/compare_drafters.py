@@ -80,7 +80,7 @@ def _draft_milliseconds(drafters: list[DrafterCheckpoint], target: TargetCheckpo
     ready = [BlockDrafter(drafter, target) for drafter in drafters]
     for drafter in ready:
         drafter.open(0)
-        drafter.extend(0, 0, torch.randn(_CONTEXT_ROWS, drafter.config.hidden_size))
+        drafter.extend_one(0, 0, torch.randn(_CONTEXT_ROWS, drafter.config.hidden_size))
     times: list[list[float]] = [[] for _ in ready]
     for _ in range(_ROUNDS):
         for drafter, taken in zip(ready, times, strict=True):

@@ -32,6 +32,7 @@ from rich.table import Table
 from torch import distributed
 
 from dflash_ray.config import ModelConfig
+from dflash_ray.core.memory import keep_freed_memory
 from dflash_ray.target_group.step_channel import StepChannel
 from dflash_ray.target_group.tensor_parallel import create_store, join_store
 from dflash_ray.text.tokenizer import ChatTokenizer
@@ -49,6 +50,7 @@ WIRES = (
 QUICK = Case(4, 64, width=64)
 CASES = (
     *(Case(sequences, 1024) for sequences in (1, 32, 256, 1024)),
+    Case(256, 1024, is_colocated=True),
     Case(256, 1024, penalties=True),
     Case(256, 16_384),
     Case(256, 16_384, penalties=True),
@@ -71,12 +73,15 @@ class Figures:
 
         Features are on their way to the drafter while the result goes to the router and the request from there: half of
         what codecs and scheduling take, the other half is the step's way back. What features take longer counts.
+        Drafters, too, are at work at the same time, each on its share of the sequences; a colocated one is the target.
         """
+        of_one = 1 / max(1, self.case.num_drafters)
         shared = sum(self.ms[part] for part in ("target batch", "target columns", "target commit"))
         hidden = min(self.ms.get("rank", 0.0), shared)
         request = sum(self.ms[part] for part in ("target codec", "router codec", "router scheduling")) / 2
-        features = self.ms["target features"] + self.ms["drafter features"]
-        return sum(self.ms.get(part, 0.0) for part in CRITICAL) - hidden + max(0.0, features - request)
+        features = self.ms["target features"] + of_one * self.ms.get("drafter features", 0.0)
+        drafters = (1 - of_one) * self.ms["drafter"]
+        return sum(self.ms.get(part, 0.0) for part in CRITICAL) - hidden - drafters + max(0.0, features - request)
 
     @property
     def total(self) -> float:
@@ -237,7 +242,7 @@ def selected(names: list[str]) -> list[Case]:
         sequences, context = size.split("x")
         case = Case(int(sequences), int(context.removesuffix("k")) * 1024)
         tp = next((int(option.removeprefix("tp")) for option in options if option.startswith("tp")), 1)
-        cases.append(replace(case, penalties="penalties" in options, tp=tp))
+        cases.append(replace(case, penalties="penalties" in options, tp=tp, is_colocated="colocated" in options))
     return cases or list(CASES)
 
 
@@ -249,6 +254,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one small case, to see that every part runs")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    keep_freed_memory()
     cases = [QUICK, replace(QUICK, penalties=True, tp=2)] if options.quick else selected(options.case)
     results = [run(case, 3 if options.quick else options.steps) for case in cases]
     show(results)

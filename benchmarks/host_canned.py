@@ -11,8 +11,10 @@ from host_cases import DRAFTS, FINGERPRINT, KEPT_DRAFTS, Case, Clock, Texts
 from numpy.typing import NDArray
 
 from dflash_ray.kernels.columns import IntColumn
-from dflash_ray.models.block_drafter import DraftProposal
+from dflash_ray.models.context_features import PackedRows, pack
 from dflash_ray.models.dflash2 import Draw
+from dflash_ray.models.draft_contexts import ContextRows
+from dflash_ray.models.draft_proposals import DraftProposals
 from dflash_ray.sampling.columns import PlanColumns
 from dflash_ray.sampling.logprobs import Logprobs
 from dflash_ray.sampling.verify import Verdict
@@ -36,10 +38,10 @@ class RingStore(FeatureStore):
         if features.rows.shape[1] == self._rows.shape[1]:
             super().put(replace(features, cache_rows=features.cache_rows % STORE_ROWS))
 
-    def get(self, slots: NDArray[np.int64]) -> torch.Tensor:
+    def read(self, places: NDArray[np.int64]) -> PackedRows:
         if self.is_starting:
-            return self._narrow.expand(len(slots), -1)
-        return super().get(slots % STORE_ROWS)
+            return pack(self._narrow.expand(len(places), -1))
+        return super().read(places % STORE_ROWS)
 
 
 class CannedRunner:
@@ -104,8 +106,9 @@ class CannedDrafts:
     def close(self, session: int) -> None:
         del self._lens[session]
 
-    def extend(self, session: int, start: int, features: torch.Tensor | None, token_ids: Sequence[int]) -> None:
-        self._lens[session] = start + (len(token_ids) if features is None else len(features))
+    def extend(self, rows: ContextRows) -> None:
+        for session, end in zip(rows.sessions.tolist(), (rows.starts + rows.counts).tolist(), strict=True):
+            self._lens[session] = end
 
     def propose(
         self,
@@ -115,12 +118,11 @@ class CannedDrafts:
         num_candidates: int,
         draws: Sequence[Draw],
         tree_width: int = 1,
-    ) -> list[DraftProposal]:
+    ) -> DraftProposals:
         self._clock.to(None)
-        proposals = []
-        for session, count, draw in zip(sessions, num_draft_tokens, draws, strict=True):
-            start = self._lens[session] + 1
-            drafts = self._texts[draw.seed, start : start + count]
-            proposals.append(DraftProposal(torch.from_numpy(drafts)[:, None], torch.zeros(count, 1)))
+        seeds = np.array([draw.seed for draw in draws])
+        starts = np.array([self._lens[session] for session in sessions]) + 1
+        drafts = self._texts[seeds[:, None], starts[:, None] + np.arange(max(num_draft_tokens))][..., None]
+        ones, counts = np.ones(len(sessions), dtype=np.int64), np.array(num_draft_tokens)
         self._clock.to("drafter")
-        return proposals
+        return DraftProposals(drafts, np.zeros(drafts.shape, dtype=np.float32), counts, ones, ones < 1)

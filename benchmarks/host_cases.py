@@ -28,6 +28,7 @@ class Case:
     """What runs: sequences of `context` tokens, each with DRAFTS drafts a step; features of `width` values.
 
     Attributes:
+        is_colocated: the drafter is in the target, whose features go to nobody.
         prompt_width: of the prompts' features; narrow ones make the start, which is not counted, short.
         room: tokens that a text may grow by.
     """
@@ -36,6 +37,7 @@ class Case:
     context: int
     penalties: bool = False
     tp: int = 1
+    is_colocated: bool = False
     width: int = 4096
     dtype: str = "bfloat16"
     prompt_width: int = 1
@@ -45,7 +47,8 @@ class Case:
     def name(self) -> str:
         context = f"{self.context // 1024}k" if self.context >= 1024 else str(self.context)
         parts = [f"{self.sequences} x {DRAFTS + 1}", context]
-        return ", ".join([*parts, *(["penalties"] if self.penalties else []), *([f"TP {self.tp}"] * (self.tp > 1))])
+        parts += ["penalties"] * self.penalties + [f"TP {self.tp}"] * (self.tp > 1)
+        return ", ".join(parts + ["colocated"] * self.is_colocated)
 
     def config(self) -> DflashRayConfig:
         """Nothing waits for a clock, and one pass takes what there is."""
@@ -60,7 +63,7 @@ class Case:
                     "tp_size": self.tp,
                     "step_timeout_s": 1e6,
                 },
-                "drafter": {"num_replicas": self.num_drafters, "step_timeout_s": 1e6},
+                "drafter": {"num_replicas": max(1, self.num_drafters), "step_timeout_s": 1e6},
                 "router": {
                     "max_running": self.sequences,
                     "max_waiting": self.sequences,
@@ -76,7 +79,7 @@ class Case:
     @property
     def num_drafters(self) -> int:
         """As many as keep one request to each below its limit of features."""
-        return -(-self.sequences // SEQUENCES_A_DRAFTER)
+        return 0 if self.is_colocated else -(-self.sequences // SEQUENCES_A_DRAFTER)
 
 
 class Clock:

@@ -35,11 +35,12 @@ from dflash_ray.gateway.openai_responses import ResponseWriter
 from dflash_ray.gateway.openai_types import ChatCompletionRequest
 from dflash_ray.gateway.routers import Routers
 from dflash_ray.observability.metrics import DrafterMetrics, GatewayMetrics, RouterMetrics, TargetMetrics
-from dflash_ray.pb import drafter_pb2_grpc, router_pb2_grpc, target_pb2_grpc
+from dflash_ray.pb import drafter_pb2_grpc, router_pb2_grpc
 from dflash_ray.router.pipeline import Pipeline
 from dflash_ray.router.servicer import RouterServicer
 from dflash_ray.rpc.channel import new_server, start_server
 from dflash_ray.rpc.directory import DirectoryClient, Entry
+from dflash_ray.rpc.target_service import add_target_service
 from dflash_ray.target_group.servicer import TargetInfo, TargetServicer
 from dflash_ray.text.tokenizer import ChatTokenizer
 
@@ -104,9 +105,9 @@ async def run_target(case: Case, wire: Connection) -> None:
         colocated_draft_tokens=0,
     )
     compute, watchdog = ThreadPoolExecutor(1), Watchdog(1e6, "a pass")
-    servicer = TargetServicer(target.engine, info, compute, watchdog, TargetMetrics(), target.features)
+    servicer = TargetServicer(target.engine, info, compute, watchdog, TargetMetrics("m"), target.features)
     steps = _Steps(target)
-    await _serve(case, lambda server: target_pb2_grpc.add_TargetServicer_to_server(servicer, server), wire, steps)
+    await _serve(case, lambda server: add_target_service(servicer, server), wire, steps)
 
 
 async def run_drafter(case: Case, wire: Connection) -> None:

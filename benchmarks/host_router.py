@@ -68,6 +68,7 @@ class Router:
             target.page_size,
             target.num_pages,
             target.max_batch_tokens,
+            colocated_draft_tokens=DRAFTS if case.is_colocated else 0,
             feature_fingerprint="canned",
         )
         self._pipeline.scheduler.target_ready(limits, time.monotonic())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
 from typing import Any
@@ -10,13 +11,15 @@ import numpy as np
 from host_canned import CannedDrafts, CannedRunner, RingStore
 from host_cases import FINGERPRINT, Case, Clock, Texts
 
+from dflash_ray.core.draft_blocks import BlockColumns
 from dflash_ray.core.watchdog import Watchdog
-from dflash_ray.drafter.arrivals import Arrival, Arrivals
+from dflash_ray.drafter.arrivals import Arrivals
 from dflash_ray.drafter.drafts import Drafts
+from dflash_ray.drafter.feature_sources import FeatureSource
 from dflash_ray.drafter.sessions import DraftSessions
-from dflash_ray.models.context_features import rows_of
 from dflash_ray.pb import drafter_pb2, target_pb2
 from dflash_ray.target_group.codec import decode_step, encode_result
+from dflash_ray.target_group.colocated import ColocatedDrafter
 from dflash_ray.target_group.engine import Engine
 from dflash_ray.target_group.feature_store import FeatureStore
 from dflash_ray.target_group.feature_streams import FeatureStreams, _Stream, _Wanted
@@ -40,12 +43,35 @@ class _Lead:
 
 
 def _engine(
-    case: Case, runner: CannedRunner, features: FeatureStore | None = None, lead: _Lead | None = None
+    case: Case,
+    runner: CannedRunner,
+    features: FeatureStore | None = None,
+    lead: _Lead | None = None,
+    drafter: ColocatedDrafter | None = None,
 ) -> Engine:
     target = case.config().target
     max_model_len = case.config().model.max_model_len
     assert max_model_len is not None
-    return Engine(runner, target.num_pages, target.page_size, max_model_len, features=features, lead=lead)
+    return Engine(runner, target.num_pages, target.page_size, max_model_len, drafter, features, lead)
+
+
+class _Colocated(ColocatedDrafter):
+    """Runs on a part of its own."""
+
+    def __init__(self, method: CannedDrafts, clock: Clock) -> None:
+        super().__init__(method, 2**40)
+        self._clock = clock
+
+    def extend(self, *arguments: Any) -> None:
+        self._clock.to("drafter")
+        super().extend(*arguments)
+        self._clock.to("target commit")
+
+    def draft(self, *arguments: Any) -> BlockColumns:
+        self._clock.to("drafter")
+        blocks = super().draft(*arguments)
+        self._clock.to("target commit")
+        return blocks
 
 
 class Target:
@@ -59,7 +85,9 @@ class Target:
         )
         self._runner = CannedRunner(case, clock, texts)
         self._store = RingStore(case)
-        self.engine = _engine(case, self._runner, self._store, None if channel is None else _Lead(channel, clock))
+        lead = None if channel is None else _Lead(channel, clock)
+        drafter = _Colocated(CannedDrafts(case, clock, texts), clock) if case.is_colocated else None
+        self.engine = _engine(case, self._runner, None if case.is_colocated else self._store, lead, drafter)
         self.features = FeatureStreams(self.engine.read_features, self._store.rows_per_piece, "target", FINGERPRINT)
         self.features.lead(1)
 
@@ -98,29 +126,26 @@ class _AtOnce(Executor):
         return future
 
 
-class _Source:
-    """A drafter's stream of features without a socket, both ends of it."""
+class _Source(FeatureSource):
+    """A drafter's stream of features without a socket, both ends of it. Stands for the drafter's one source as well."""
 
-    def __init__(self, target: Target, arrivals: Arrivals, method: CannedDrafts) -> None:
+    def __init__(self, target: Target, arrivals: Arrivals, width: int) -> None:
         self._streams = target.features
         self._stream = _Stream()
         self._streams._streams.add(self._stream)
         self._arrivals = arrivals
-        self._method = method
-        self._by_number: dict[int, Arrival] = {}
+        self._width = width
+        self._numbers = itertools.count(1)
+        self._session_of, self._number_of = {}, {}
 
     def open(self, address: str, stream: int) -> _Source:
         return self
 
-    def subscribe(self, epoch: int, step_id: int, wanted: list[tuple[Arrival, int]]) -> None:
-        for arrival, sequence_id in wanted:
-            arrival.is_coming = True
-            number = len(self._by_number)
-            self._by_number[number] = arrival
-            self._streams._subscribe(self._stream, number, _Wanted(epoch, step_id, sequence_id, arrival.end))
-
-    def unsubscribe(self, arrivals: list[Arrival]) -> None:
-        """Nothing here is ever opened twice."""
+    def _send(self, request: target_pb2.FeaturesRequest) -> None:
+        wanted = request.subscribe
+        columns = (wanted.subscription_ids, wanted.sequence_ids, wanted.starts)
+        for number, sequence_id, start in zip(*columns, strict=True):
+            self._streams._subscribe(self._stream, number, _Wanted(wanted.epoch, wanted.step_id, sequence_id, start))
 
     async def close(self) -> None:
         self._stream.subscriptions.clear()
@@ -128,16 +153,11 @@ class _Source:
     def give(self) -> Iterator[bytes]:
         """The target's end: what is there to send."""
         while (response := self._streams._next(self._stream)) is not None:
-            yield response.SerializeToString()
+            yield response
 
-    def take(self, data: bytes) -> None:
+    def receive(self, data: bytes) -> None:
         """The drafter's end."""
-        features = target_pb2.FeaturesResponse.FromString(data).features
-        rows = rows_of(features, self._method.feature_width)
-        at = 0
-        for number, start, count in zip(features.subscription_ids, features.starts, features.num_rows, strict=True):
-            self._arrivals.put(self._by_number[number], start, rows[at : at + count])
-            at += count
+        self._take(data)
 
 
 class Drafter:
@@ -148,7 +168,7 @@ class Drafter:
         self._method = CannedDrafts(case, clock, texts)
         self._width = case.width
         arrivals = Arrivals()
-        self._source = _Source(target, arrivals, self._method)
+        self._source = _Source(target, arrivals, case.prompt_width)
         sessions, watchdog = DraftSessions(self._method, 2**40), Watchdog(1e6, "a draft")
         self._drafts = Drafts(sessions, arrivals, self._source, watchdog, lambda start, end: None)  # type: ignore[arg-type]
         self._drafts._compute = _AtOnce()  # type: ignore[assignment]
@@ -156,7 +176,7 @@ class Drafter:
 
     def start(self) -> None:
         """As the target's."""
-        self._method.feature_width = self._width
+        self._method.feature_width = self._source._width = self._width
 
     def features(self) -> list[bytes]:
         """Messages of the target for this drafter."""
@@ -167,7 +187,7 @@ class Drafter:
 
     def take_features(self, data: bytes) -> None:
         self._clock.to("drafter features")
-        self._source.take(data)
+        self._source.receive(data)
         self._clock.to(None)
 
     async def take(self, data: bytes) -> bytes:

@@ -148,6 +148,8 @@ class Bench:
             if drafts is None:
                 start = self.prefilled[sequence_id]
                 self.prefilled[sequence_id] = start + rows
+                result.kv_lens.append(start + rows)
+                result.cached_lens.append(0)
                 count = int(self.prefilled[sequence_id] == self.lens[sequence_id])
             else:
                 count = accepted + 1

@@ -42,6 +42,8 @@ PROCESS_ENV = {
     "TOKENIZERS_PARALLELISM": "false",
     "TQDM_DISABLE": "1",  # progress bars make a hundred lines of a log
     "RAY_USAGE_STATS_ENABLED": "0",
+    # Threads of torch's own operators that have nothing to do leave their cores to the operators' team.
+    "OMP_WAIT_POLICY": "PASSIVE",
 }
 
 # Of Serve itself and of every replica: no line for each health check. The package's own logs have their own level.

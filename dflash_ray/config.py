@@ -82,6 +82,9 @@ class TargetConfig(_Section):
     num_threads: int = Field(0, ge=0, description="torch threads of a rank; 0 shares the machine's cores")
     page_size: int = Field(16, ge=1, description="tokens of a KV page")
     kv_cache_tokens: int = Field(32768, ge=64, description="tokens that the paged KV cache of a group holds")
+    prefix_cache: bool = Field(
+        True, description="prompts begin behind the pages that an earlier one with the same beginning has computed"
+    )
     max_batch_tokens: int = Field(512, ge=16, description="rows of one target pass")
     init_timeout_s: float = Field(300.0, gt=0)
     step_timeout_s: float = Field(
@@ -170,7 +173,8 @@ class RouterConfig(_Section):
     )
     cohorts: Literal[1, 2] = Field(1, description="2: one cohort is verified while the other is drafted")
     steps_in_flight: Literal[1, 2] | None = Field(
-        None, description="2: the next step is sent while one runs; as many as there are cohorts unless set"
+        None,
+        description="2: the next step is sent while one runs; unless set, as many as cohorts, and a plain one more",
     )
     draft_timeout_ms: float = Field(100.0, gt=0, description="a slower draft is replaced by an n-gram or none")
     max_missed_drafts: int = Field(3, ge=1, description="late drafts in a row before a drafter is left for a while")
@@ -184,8 +188,13 @@ class RouterConfig(_Section):
 
     @property
     def num_steps_in_flight(self) -> int:
-        """Steps that a target group is sent ahead of their results."""
+        """Steps of different sequences that a target group is sent ahead of their results."""
         return self.steps_in_flight or self.cohorts
+
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether a plain step is sent while another one with the same sequences runs."""
+        return self.cohorts == 1 and self.steps_in_flight != 1
 
 
 class TrafficConfig(_Section):
@@ -250,8 +259,8 @@ class NetworkConfig(_Section):
     entry_ttl_s: float = Field(5.0, gt=0, description="a process that is silent this long leaves the directory")
     max_message_bytes: int = Field(
         64 * 1024 * 1024,
-        ge=512 * 1024,
-        description="largest message between the inner processes; context features travel in pieces of 256 KiB",
+        ge=1024 * 1024,
+        description="largest message between the inner processes; context features travel in pieces of 512 KiB",
     )
 
 

@@ -35,8 +35,12 @@ _QUIET = {
     "RAY_gcs_pull_resource_loads_period_milliseconds": "5000",
     "RAY_object_manager_timer_freq_ms": "1000",
     "RAY_raylet_check_gc_period_milliseconds": "1000",
+    "RAY_memory_monitor_refresh_ms": "2000",
     # Serve's controller looks at its replicas this often; a dead one is seen by its callers at once.
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "1",
+    # Serve's own metrics, and how late its event loops are, have no reader either.
+    "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "60000",
+    "RAY_SERVE_EVENT_LOOP_MONITORING_INTERVAL_S": "60",
 }
 
 _AGENT = Path(__file__).with_name("ray_agent.py")

@@ -7,9 +7,10 @@ from collections.abc import AsyncIterator
 
 import torch
 
-from dflash_ray.models.context_features import rows_per_piece
+from dflash_ray.models.context_features import PackedRows, pack, rows_per_piece
 from dflash_ray.pb import target_pb2, target_pb2_grpc
 from dflash_ray.rpc.channel import new_server, start_server
+from dflash_ray.rpc.target_service import add_target_service
 from dflash_ray.target_group.feature_streams import FeatureStreams
 
 WIDTH = 1024
@@ -40,9 +41,9 @@ class FeatureGroup(target_pb2_grpc.TargetServicer):
         self.epoch = self.step_id = 0
         self.lead()
 
-    def _read(self, sequence_ids, starts, counts) -> torch.Tensor:
+    def _read(self, sequence_ids, starts, counts) -> PackedRows:
         self.num_read += sum(counts)
-        return torch.cat([truth(*columns) for columns in zip(sequence_ids, starts, counts, strict=True)])
+        return pack(torch.cat([truth(*columns) for columns in zip(sequence_ids, starts, counts, strict=True)]))
 
     async def Features(self, request_iterator, context):
         self.num_streams += 1
@@ -77,7 +78,7 @@ class FeatureGroup(target_pb2_grpc.TargetServicer):
 async def feature_group(port: int = 0) -> AsyncIterator[FeatureGroup]:
     """A group that listens until the block is left."""
     server, group = new_server(LIMIT), FeatureGroup()
-    target_pb2_grpc.add_TargetServicer_to_server(group, server)
+    add_target_service(group, server)
     running = await start_server(server, [], "127.0.0.1", port)
     group.address = f"127.0.0.1:{running.port}"
     try:

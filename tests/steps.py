@@ -33,6 +33,7 @@ def opening(
     stops: Sequence[int] = (),
     min_new: int = 0,
     wants_features: bool = False,
+    cache_salt: bytes = b"",
     **sampling: Any,
 ) -> Opening:
     values = {"seed": 11} | sampling
@@ -48,6 +49,7 @@ def opening(
         ints(stops),
         SamplingParams(**values),
         wants_features,
+        cache_salt,
     )
 
 
@@ -107,10 +109,10 @@ def tokens_of(output: StepOutput) -> dict[int, list[int]]:
 def run(engine: Engine, start: Opening, draft_of: Any, chunk: int = 3) -> list[int]:
     """Generates one sequence to its end; `draft_of(tokens)` drafts for each step: a chain, or tokens and parents."""
     tokens, at = start.token_ids.tolist(), start.sequence_id
-    opened = [start]
-    for _ in range(0, len(start.token_ids), chunk):
-        output = engine.step(step_of(opened, {at: chunk}))
-        opened = []
+    output = engine.step(step_of([start], {at: chunk}))
+    while not output.num_tokens[0]:
+        assert output.statuses.tolist() == [1], output.errors
+        output = engine.step(step_of(prefill={at: chunk}))
     tokens += output.token_ids.tolist()
     while not output.finishes[0]:
         output = engine.step(_drafted(start, tokens, draft_of(tokens)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -55,9 +56,21 @@ def tokens_of(data: bytes) -> list[int]:
 
 
 class ToyTarget:
-    """Pages, statuses and tokens as the contract says; no model behind it."""
+    """Pages, statuses and tokens as the contract says; no model behind it.
 
-    def __init__(self, num_pages: int = 64, page_size: int = 4, max_batch_tokens: int = 64) -> None:
+    Args:
+        finds: how many pages of a sequence are found computed whenever it is prefilled; of entries but the first of a
+            step, whether they wait.
+    """
+
+    def __init__(
+        self,
+        num_pages: int = 64,
+        page_size: int = 4,
+        max_batch_tokens: int = 64,
+        finds: Callable[[int], int] | None = None,
+    ) -> None:
+        self.finds = finds
         self.limits = TargetLimits(1, 200, VOCAB, page_size, num_pages, max_batch_tokens, feature_fingerprint="toy")
         self.sequences: dict[int, dict] = {}
         self.step_id = 0  # the last one that was run
@@ -75,11 +88,16 @@ class ToyTarget:
         self.close(step.close)
         for message in step.open:
             self.sequences[message.sequence_id] = {
-                "tokens": list(message.token_ids), "kv": 0, "pages": 0, "message": message
+                "tokens": list(message.token_ids), "kv": 0, "pages": 0, "cached": 0, "message": message
             }  # fmt: skip
         result = target_pb2.StepResult(step_id=step.step_id)
+        self._waits = False
         for sequence_id, length in zip(step.prefill_ids, step.prefill_lens, strict=True):
+            length = self._find(sequence_id, length)
             self._entry(result, sequence_id, length, None)
+            sequence = self.sequences.get(sequence_id, {"kv": 0, "cached": 0})
+            result.kv_lens.append(sequence["kv"])
+            result.cached_lens.append(sequence["cached"])
         offset = 0
         for sequence_id, base, count in zip(step.verify_ids, step.base_lens, step.num_drafts, strict=True):
             drafts = tokens_of(step.draft_token_ids)[offset : offset + count]
@@ -89,6 +107,19 @@ class ToyTarget:
             self._entry(result, sequence_id, base, list(zip(parents, drafts, strict=True)))
         result.free_pages = self.limits.num_pages - self.used_pages
         return result
+
+    def _find(self, sequence_id: int, length: int) -> int:
+        """Takes rows as found, and returns those that are left to compute of the `length` that were asked for."""
+        sequence = self.sequences.get(sequence_id)
+        if sequence is None or not self.finds:
+            return length
+        left = (len(sequence["tokens"]) - 1 - sequence["kv"]) // self.limits.page_size
+        count = min(self.finds(sequence_id), left) * self.limits.page_size
+        if sequence["kv"] % self.limits.page_size == 0 and count and self._reserve(sequence, count):
+            sequence["kv"] += count
+            sequence["cached"] += count
+        waits, self._waits = self._waits, True
+        return 0 if waits and self.finds(sequence_id + 1) else length
 
     def _entry(self, result, sequence_id, length, drafts) -> None:
         sequence = self.sequences.get(sequence_id)
@@ -101,7 +132,7 @@ class ToyTarget:
             status = target_pb2.ENTRY_STATUS_NO_PAGES
         elif drafts is None:
             sequence["kv"] += min(length, len(sequence["tokens"]) - sequence["kv"])
-            if sequence["kv"] == len(sequence["tokens"]):
+            if length and sequence["kv"] == len(sequence["tokens"]):
                 tokens = [next_token(sequence["tokens"])]
         else:
             known = list(sequence["tokens"])
@@ -247,4 +278,12 @@ class ToyDrafter:
 def emit_of(call_id: int, told, stream: int = 0) -> Emit:
     """The action that tells one call of a stream something; `told` is a gateway's TokenChunk."""
     sequence = RouterSequence(0, router_pb2.GenerateTokensRequest(), [], Policy.OFF, 0, stream, call_id)
-    return Emit.one(sequence, told.token_ids, told.finish_reason, told.decode_pass, told.logprobs, told.prompt_logprobs)
+    return Emit.one(
+        sequence,
+        told.token_ids,
+        told.finish_reason,
+        told.decode_pass,
+        told.logprobs,
+        told.prompt_logprobs,
+        told.num_cached_tokens,
+    )

@@ -33,6 +33,7 @@ from dflash_ray.router.fleet import Fleet
 from dflash_ray.router.servicer import RouterServicer
 from dflash_ray.rpc.channel import RunningServer, new_server, start_server
 from dflash_ray.rpc.directory import Entry, keep_registered
+from dflash_ray.rpc.target_service import add_target_service
 from tests.directories import LocalDirectory
 from tests.toy import ToyTarget
 
@@ -101,7 +102,7 @@ class ToyGroup(_Process, target_pb2_grpc.TargetServicer):
         self.opened: list[list[int]] = []
 
     def _add_to(self, server: grpc.aio.Server) -> None:
-        target_pb2_grpc.add_TargetServicer_to_server(self, server)
+        add_target_service(self, server)
 
     async def Verify(self, request_iterator, context):
         epoch = 0

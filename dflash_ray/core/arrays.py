@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -24,9 +24,9 @@ def spans(starts: Ints, counts: Ints) -> Ints:
     return numbers
 
 
-def column(field: Collection[int]) -> Ints:
+def column(field: Sequence[int]) -> Ints:
     """A repeated field of integers as an array."""
-    return np.fromiter(field, np.int64, len(field))
+    return np.array(field, dtype=np.int64)  # protobuf hands over its own array: faster than an iteration
 
 
 def packed(token_ids: Tokens | Ints) -> bytes:

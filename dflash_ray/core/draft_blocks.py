@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,6 +89,11 @@ class BlockColumns:
     parents: Tokens
 
     @classmethod
+    def none(cls) -> BlockColumns:
+        """No blocks."""
+        return cls.of(common_pb2.DraftBlocks())
+
+    @classmethod
     def of(cls, message: common_pb2.DraftBlocks) -> BlockColumns:
         """Views of a message's bytes. Raises ValueError when its columns do not belong together."""
         sequence_ids = column(message.sequence_ids)
@@ -122,6 +127,26 @@ class BlockColumns:
             np.frombuffer(log_probs, dtype=_LOG_PROBS),
             np.frombuffer(message.parents, dtype=_IDS),
         )
+
+    def message(self, epoch: int) -> common_pb2.DraftBlocks:
+        """The blocks for the wire."""
+        return common_pb2.DraftBlocks(
+            epoch=epoch,
+            sequence_ids=self.sequence_ids.tolist(),
+            committed_lens=self.committed_lens.tolist(),
+            num_slots=self.num_slots.tolist(),
+            num_candidates=self.num_candidates.tolist(),
+            candidate_ids=self.candidate_ids.astype(_IDS, copy=False).tobytes(),
+            log_probs=self.log_probs.astype(_LOG_PROBS, copy=False).tobytes(),
+            is_drawn=self.is_drawn.tolist(),
+            parents=self.parents.astype(_IDS, copy=False).tobytes(),
+        )
+
+    def __len__(self) -> int:
+        return len(self.sequence_ids)
+
+    def __iter__(self) -> Iterator[DraftBlock]:
+        return map(self.block, range(len(self)))
 
     def draft_places(self, blocks: Ints, width: int) -> tuple[Ints, Flags]:
         """Where blocks have their drafts in candidate_ids and log_probs, and which there are; [len(blocks), width]."""

@@ -9,15 +9,19 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
+import numpy as np
+
+from dflash_ray.core.arrays import Ints, column
 from dflash_ray.core.watchdog import Watchdog
-from dflash_ray.drafter.arrivals import Arrival, Arrivals, Wait
+from dflash_ray.drafter.arrivals import NO_SESSION, Arrivals
 from dflash_ray.drafter.feature_sources import FeatureSources
-from dflash_ray.drafter.sessions import COMING, LOST, PASSED, DraftSessions, Key, Proposal, Reason, Rows
-from dflash_ray.models.dflash2 import Draw
+from dflash_ray.drafter.rows import Rows
+from dflash_ray.drafter.sessions import COMING, LOST, PASSED, DraftSessions, Draws, Key, Proposals, Reason
 from dflash_ray.pb import common_pb2, drafter_pb2
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+_READY = 0  # in place of a reason why there is no draft
 _PROPOSAL_COLUMNS = (
     "committed_lens",
     "anchor_token_ids",
@@ -68,10 +72,10 @@ class Drafts:
         self._take_tokens(stream, request)
         reply = drafter_pb2.DraftReply(request_id=request.request_id)
         if request.sequence_ids:
-            keys = [(stream, sequence_id) for sequence_id in request.sequence_ids]
-            arrivals = [self._arrivals.get(key) for key in keys]
-            await self._wait(arrivals, request)
-            await self._draft(keys, arrivals, request, reply)
+            sequence_ids, committed_lens = column(request.sequence_ids), column(request.committed_lens)
+            await self._wait(self._arrivals.sessions(stream, sequence_ids.tolist()), committed_lens, request)
+            sessions = self._arrivals.sessions(stream, sequence_ids.tolist())
+            await self._draft(sessions, sequence_ids, committed_lens, request, reply)
         reply.queue_ns = max(0, time.perf_counter_ns() - received_ns - reply.draft_ns)
         return reply
 
@@ -82,12 +86,13 @@ class Drafts:
             self._sources.drop_stream(stream)
 
     def _close(self, keys: Iterable[Key]) -> None:
-        closed = [(key, arrival) for key in keys if (arrival := self._arrivals.close(key)) is not None]
+        closed = self._arrivals.close(keys)
         if closed:
             if self._sources is not None:
-                self._sources.unsubscribe([arrival for _, arrival in closed])
+                self._sources.unsubscribe(closed)
             # Not awaited: the handler may be ending by cancellation, and the thread keeps the order of its work.
-            self._compute.submit(self._sessions.close, [key for key, _ in closed])
+            work = asyncio.get_running_loop().run_in_executor(self._compute, self._sessions.close, closed)
+            work.add_done_callback(lambda _: self._arrivals.release(closed))
 
     def _open(self, stream: int, request: drafter_pb2.DraftRequest) -> None:
         """Subscribes to the rows of sequences, from those that have come on."""
@@ -95,75 +100,103 @@ class Drafts:
             return
         if self._sources is None:
             raise ValueError("open: this drafter reads token ids alone")
-        keys = [(stream, sequence_id) for sequence_id in request.open]
+        arrivals, keys = self._arrivals, [(stream, sequence_id) for sequence_id in request.open]
         known = zip(keys, request.open_lens, strict=True)
-        self._close([key for key, most in known if (held := self._arrivals.get(key)) is not None and held.end > most])
-        wanted = [(self._arrivals.open(key), key[1]) for key in keys]
-        self._sources.unsubscribe([arrival for arrival, _ in wanted])
+        self._close(
+            [key for key, most in known if (at := arrivals.session(key)) != NO_SESSION and arrivals.ends[at] > most]
+        )
+        sessions = [arrivals.open(key) for key in keys]
+        self._sources.unsubscribe(sessions)
         source = self._sources.open(request.source.address, stream)
-        source.subscribe(request.epoch, request.source.step_id, wanted)
+        source.subscribe(request.epoch, request.source.step_id, sessions, list(request.open))
 
     def _take_tokens(self, stream: int, request: drafter_pb2.DraftRequest) -> None:
-        at = 0
-        columns = (request.token_sequence_ids, request.token_starts, request.num_tokens)
-        for sequence_id, start, count in zip(*columns, strict=True):
-            arrival = self._arrivals.open((stream, sequence_id))
-            # Behind a gap they are not kept, and the proposal says so.
-            self._arrivals.put(arrival, start, None, request.token_ids[at : at + count])
-            at += count
+        if not request.token_sequence_ids:
+            return
+        sessions = [self._arrivals.open((stream, sequence_id)) for sequence_id in request.token_sequence_ids]
+        rows = Rows.of(
+            np.array(sessions),
+            column(request.token_starts),
+            column(request.num_tokens),
+            np.array(request.token_ids, dtype=np.uint32),
+        )
+        self._arrivals.put(rows)  # behind a gap they are not kept, and the proposal says so
 
-    async def _wait(self, arrivals: list[Arrival | None], request: drafter_pb2.DraftRequest) -> None:
+    async def _wait(self, sessions: Ints, committed_lens: Ints, request: drafter_pb2.DraftRequest) -> None:
         """Gives rows that are on their way some time to come."""
-        wait = Wait()
-        lacking = []
-        for arrival, committed_len in zip(arrivals, request.committed_lens, strict=True):
-            if arrival is None:
-                continue
-            if arrival.end >= committed_len - 1:
-                arrival.is_behind = False
-            elif arrival.is_coming and not arrival.is_behind:
-                arrival.wait_for(committed_len - 1, wait)
-                lacking.append(arrival)
-        await wait.over(request.max_wait_ms / 1000)
-        for arrival in lacking:
-            arrival.is_behind = arrival.end < arrival.wanted
-            arrival.wait = None
+        arrivals = self._arrivals
+        is_known = sessions != NO_SESSION
+        sessions, wanted = sessions[is_known], committed_lens[is_known] - 1
+        is_lacking = arrivals.ends[sessions] < wanted
+        arrivals.is_behind[sessions[~is_lacking]] = False
+        is_lacking &= arrivals.is_coming[sessions] & ~arrivals.is_behind[sessions]
+        if is_lacking.any():
+            sessions, wanted = sessions[is_lacking], wanted[is_lacking]
+            await arrivals.wait(sessions, wanted, request.max_wait_ms / 1000)
+            arrivals.is_behind[sessions] = arrivals.ends[sessions] < wanted
 
     async def _draft(
         self,
-        keys: list[Key],
-        arrivals: list[Arrival | None],
+        sessions: Ints,
+        sequence_ids: Ints,
+        committed_lens: Ints,
         request: drafter_pb2.DraftRequest,
         reply: drafter_pb2.DraftReply,
     ) -> None:
-        """Drafts for the sessions whose rows have come."""
-        proposals, sources, faults = _ready(keys, arrivals, request)
-        if proposals:
-            rows = self._arrivals.take(sources)
+        """Drafts for the sessions whose rows have come, and says why there is nothing for the others."""
+        reasons = self._reasons(sessions, committed_lens)
+        is_ready = reasons == _READY
+        if is_ready.any():
+            wanted = Proposals(
+                sessions,
+                sequence_ids,
+                committed_lens,
+                column(request.anchor_token_ids),
+                column(request.num_draft_tokens),
+                Draws(
+                    np.array(request.temperatures, dtype=np.float32),
+                    np.array(request.seeds, dtype=np.uint64),
+                    np.array(request.wants_distributions, dtype=np.bool_),
+                ),
+            )
+            if not is_ready.all():
+                wanted = wanted.only(is_ready)
+            rows = self._arrivals.take(wanted.sessions)
             lost, blocks, missing, reply.draft_ns = await self._run(
-                lambda: self._extend_and_propose(rows, proposals, request)
+                lambda: self._extend_and_propose(rows, wanted, request)
             )
             self._lose(lost)
-            faults |= missing | lost
             reply.blocks.CopyFrom(blocks)
-        for key, reason in faults.items():
-            arrival = self._arrivals.get(key)
-            reply.missing_ids.append(key[1])
-            reply.have_lens.append(0 if arrival is None else arrival.end)
-            reply.missing_reasons.append(reason)
+            for session, reason in (missing | lost).items():
+                reasons[sessions == session] = reason
+        places = (reasons != _READY).nonzero()[0]
+        if len(places):
+            is_known = sessions[places] != NO_SESSION
+            reply.missing_ids.extend(sequence_ids[places].tolist())
+            reply.have_lens.extend(np.where(is_known, self._arrivals.ends[sessions[places]], 0).tolist())
+            reply.missing_reasons.extend(reasons[places].tolist())
+
+    def _reasons(self, sessions: Ints, committed_lens: Ints) -> Ints:
+        """[n] why there can be no draft, or _READY where all rows have come."""
+        ends, faults = self._arrivals.ends[sessions], self._arrivals.faults[sessions]
+        lacking = np.where(self._arrivals.is_coming[sessions], COMING, LOST)
+        reasons = np.where(ends >= committed_lens, PASSED, np.where(ends < committed_lens - 1, lacking, _READY))
+        reasons = np.where(faults != _READY, faults, reasons)
+        reasons[sessions == NO_SESSION] = LOST
+        return reasons
 
     def _extend_and_propose(
-        self, rows: list[Rows], proposals: list[Proposal], request: drafter_pb2.DraftRequest
-    ) -> tuple[dict[Key, Reason], common_pb2.DraftBlocks, dict[Key, Reason], int]:
+        self, rows: list[Rows], wanted: Proposals, request: drafter_pb2.DraftRequest
+    ) -> tuple[dict[int, Reason], common_pb2.DraftBlocks, dict[int, Reason], int]:
         """Sessions that were lost, blocks, why others have none, and how long it took."""
         started_ns = time.perf_counter_ns()
         lost = self._sessions.extend(rows)
         if lost:
-            proposals = [one for one in proposals if one.key not in lost]
-        blocks, missing = self._sessions.propose(proposals, request.tree_width, request.epoch)
-        for key, reason in missing.items():
+            wanted = wanted.only(~np.isin(wanted.sessions, list(lost)))
+        blocks, missing = self._sessions.propose(wanted, request.tree_width, request.epoch)
+        for session, reason in missing.items():
             if reason != PASSED:
-                lost[key] = reason
+                lost[session] = reason
         return lost, blocks, missing, time.perf_counter_ns() - started_ns
 
     async def _take_rows(self) -> None:
@@ -173,14 +206,13 @@ class Drafts:
             if rows:
                 self._lose(await self._run(lambda rows=rows: self._sessions.extend(rows)))
 
-    def _lose(self, lost: dict[Key, Reason]) -> None:
+    def _lose(self, lost: dict[int, Reason]) -> None:
         """Sessions that the compute thread has dropped."""
-        for key, reason in lost.items():
-            arrival = self._arrivals.get(key)
-            if arrival is not None:
-                self._arrivals.lose(arrival, reason)
-                if self._sources is not None:
-                    self._sources.unsubscribe([arrival])
+        if lost:
+            sessions = list(lost)
+            self._arrivals.lose(sessions, list(lost.values()))
+            if self._sources is not None:
+                self._sources.unsubscribe(sessions)
 
     async def _run(self, work: Callable[[], T]) -> T:
         """Runs work on the compute thread."""
@@ -200,30 +232,6 @@ class Drafts:
             self._taking.cancel()
         if self._sources is not None:
             await self._sources.close()
-
-
-def _ready(
-    keys: list[Key], arrivals: list[Arrival | None], request: drafter_pb2.DraftRequest
-) -> tuple[list[Proposal], list[Arrival], dict[Key, Reason]]:
-    """Proposals whose rows have come, where these are, and why there is none for the others."""
-    ready: list[Proposal] = []
-    sources: list[Arrival] = []
-    faults: dict[Key, Reason] = {}
-    columns = (
-        request.committed_lens, request.anchor_token_ids, request.num_draft_tokens,
-        request.temperatures, request.seeds, request.wants_distributions,
-    )  # fmt: skip
-    for key, arrival, committed_len, anchor_id, count, *draw in zip(keys, arrivals, *columns, strict=True):
-        if arrival is None or arrival.fault is not None:
-            faults[key] = LOST if arrival is None or arrival.fault is None else arrival.fault
-        elif arrival.end >= committed_len:
-            faults[key] = PASSED
-        elif arrival.end < committed_len - 1:
-            faults[key] = COMING if arrival.is_coming else LOST
-        else:
-            ready.append(Proposal(key, committed_len, anchor_id, count, Draw(*draw)))
-            sources.append(arrival)
-    return ready, sources, faults
 
 
 def _check_columns(request: drafter_pb2.DraftRequest) -> None:

@@ -8,12 +8,17 @@ import logging
 from collections.abc import AsyncIterator
 
 import grpc
+import numpy as np
+from google.protobuf.message import DecodeError
 
+from dflash_ray.core.arrays import column
 from dflash_ray.core.protocol import PROTOCOL_VERSION
-from dflash_ray.drafter.arrivals import Arrival, Arrivals
-from dflash_ray.models.context_features import rows_of
-from dflash_ray.pb import target_pb2, target_pb2_grpc
+from dflash_ray.drafter.arrivals import NO_SESSION, Arrivals
+from dflash_ray.drafter.rows import Rows
+from dflash_ray.models.context_features import decode_response, rows_of
+from dflash_ray.pb import target_pb2
 from dflash_ray.rpc.channel import open_channel
+from dflash_ray.rpc.target_service import call_features
 
 logger = logging.getLogger(__name__)
 _HELLO_TIMEOUT_S = 10.0
@@ -31,8 +36,8 @@ class FeatureSource:
         self._max_message_bytes = max_message_bytes
         self._arrivals = arrivals
         self._numbers = itertools.count(1)
-        self._by_number: dict[int, Arrival] = {}
-        self._number_of: dict[Arrival, int] = {}
+        self._session_of: dict[int, int] = {}  # by the subscription's number
+        self._number_of: dict[int, int] = {}
         self._outgoing: asyncio.Queue[target_pb2.FeaturesRequest] = asyncio.Queue()
         self._task = asyncio.create_task(self._run())
 
@@ -40,35 +45,40 @@ class FeatureSource:
     def is_over(self) -> bool:
         return self._task.done()
 
-    def subscribe(self, epoch: int, step_id: int, wanted: list[tuple[Arrival, int]]) -> None:
-        """Asks for the rows that sessions lack, of sequences that are open once a step is done.
+    def subscribe(self, epoch: int, step_id: int, sessions: list[int], sequence_ids: list[int]) -> None:
+        """Asks for the rows that sessions lack, of sequences that are open once a step is done."""
+        arrivals = self._arrivals
+        numbers = list(itertools.islice(self._numbers, len(sessions)))
+        self._session_of.update(zip(numbers, sessions, strict=True))
+        self._number_of.update(zip(sessions, numbers, strict=True))
+        arrivals.is_coming[sessions], arrivals.is_behind[sessions] = True, False
+        message = target_pb2.Subscribe(
+            epoch=epoch,
+            step_id=step_id,
+            subscription_ids=numbers,
+            sequence_ids=sequence_ids,
+            starts=arrivals.ends[sessions].tolist(),
+        )
+        self._send(target_pb2.FeaturesRequest(subscribe=message))
 
-        Args:
-            wanted: sessions and their sequences' ids.
-        """
-        message = target_pb2.Subscribe(epoch=epoch, step_id=step_id)
-        for arrival, sequence_id in wanted:
-            number = next(self._numbers)
-            self._by_number[number], self._number_of[arrival] = arrival, number
-            arrival.is_coming, arrival.is_behind = True, False
-            message.subscription_ids.append(number)
-            message.sequence_ids.append(sequence_id)
-            message.starts.append(arrival.end)
-        self._outgoing.put_nowait(target_pb2.FeaturesRequest(subscribe=message))
-
-    def unsubscribe(self, arrivals: list[Arrival]) -> None:
+    def unsubscribe(self, sessions: list[int]) -> None:
         """Sessions that want no more rows; those without a subscription here are ignored."""
-        numbers = [self._number_of.pop(arrival) for arrival in arrivals if arrival in self._number_of]
-        for number in numbers:
-            self._by_number.pop(number).stop()
-        if numbers:
+        ended = [session for session in sessions if session in self._number_of]
+        if ended:
+            numbers = [self._number_of.pop(session) for session in ended]
+            for number in numbers:
+                del self._session_of[number]
+            self._arrivals.stop(ended)
             message = target_pb2.Unsubscribe(subscription_ids=numbers)
-            self._outgoing.put_nowait(target_pb2.FeaturesRequest(unsubscribe=message))
+            self._send(target_pb2.FeaturesRequest(unsubscribe=message))
+
+    def _send(self, request: target_pb2.FeaturesRequest) -> None:
+        self._outgoing.put_nowait(request)
 
     async def _run(self) -> None:
         try:
             async with open_channel(self.address, self._max_message_bytes) as channel:
-                call = target_pb2_grpc.TargetStub(channel).Features(self._requests())
+                call = call_features(channel, self._requests())
                 async with asyncio.timeout(_HELLO_TIMEOUT_S):
                     reply = await call.read()
                 while reply != grpc.aio.EOF:
@@ -80,40 +90,42 @@ class FeatureSource:
             logger.warning("features from %s ended: %s", self.address, error.details())
         except TimeoutError:
             logger.warning("%s did not answer the hello of its features in time", self.address)
-        except ValueError as error:
+        except (ValueError, DecodeError) as error:
             logger.error("features from %s are malformed, their stream ends: %s", self.address, error)
         finally:
-            for arrival in self._number_of:
-                arrival.stop()
+            self._arrivals.stop(list(self._number_of))
 
     async def _requests(self) -> AsyncIterator[target_pb2.FeaturesRequest]:
         yield target_pb2.FeaturesRequest(hello=self._hello)
         while True:
             yield await self._outgoing.get()
 
-    def _take(self, message: target_pb2.FeaturesResponse) -> None:
-        """Raises ValueError when the message is malformed."""
-        match message.WhichOneof("message"):
+    def _take(self, message: bytes) -> None:
+        """Raises ValueError or DecodeError when the message is malformed."""
+        response, data = decode_response(message)
+        match response.WhichOneof("message"):
             case "hello":
-                if message.hello.protocol_version != PROTOCOL_VERSION:
-                    raise ValueError(f"protocol_version {message.hello.protocol_version} is not {PROTOCOL_VERSION}")
+                if response.hello.protocol_version != PROTOCOL_VERSION:
+                    raise ValueError(f"protocol_version {response.hello.protocol_version} is not {PROTOCOL_VERSION}")
             case "features":
-                self._take_features(message.features)
+                self._take_features(response.features, data)
             case "end":
-                for number in message.end.subscription_ids:
-                    arrival = self._by_number.pop(number, None)
-                    if arrival is not None:
-                        del self._number_of[arrival]
-                        arrival.stop()
+                known = [number for number in response.end.subscription_ids if number in self._session_of]
+                ended = [self._session_of.pop(number) for number in known]
+                for session in ended:
+                    del self._number_of[session]
+                self._arrivals.stop(ended)
 
-    def _take_features(self, features: target_pb2.ContextFeatures) -> None:
-        rows = rows_of(features, self._width)
-        at = 0
-        for number, start, count in zip(features.subscription_ids, features.starts, features.num_rows, strict=True):
-            arrival = self._by_number.get(number)
-            if arrival is not None and not self._arrivals.put(arrival, start, rows[at : at + count]):
-                raise ValueError(f"features: rows from {start} on follow {arrival.end} rows")
-            at += count
+    def _take_features(self, columns: target_pb2.ContextFeatures, data: memoryview) -> None:
+        packed = rows_of(columns, data, self._width)
+        sessions = np.array([self._session_of.get(number, NO_SESSION) for number in columns.subscription_ids])
+        rows = Rows.of(sessions, column(columns.starts), column(columns.num_rows), packed)
+        is_known = sessions != NO_SESSION
+        if not is_known.all():
+            rows = rows.only(is_known)
+        if len(rows.sessions) and (gap := self._arrivals.put(rows)) is not None:
+            end = self._arrivals.ends[rows.sessions[gap]]
+            raise ValueError(f"features: rows from {rows.starts[gap]} on follow {end} rows")
 
     async def close(self) -> None:
         """Ends the stream."""
@@ -146,10 +158,10 @@ class FeatureSources:
         self._users.setdefault(address, set()).add(stream)
         return source
 
-    def unsubscribe(self, arrivals: list[Arrival]) -> None:
+    def unsubscribe(self, sessions: list[int]) -> None:
         """Sessions that want no more rows."""
         for source in self._sources.values():
-            source.unsubscribe(arrivals)
+            source.unsubscribe(sessions)
 
     def drop_stream(self, stream: int) -> None:
         """A router's stream has ended."""

@@ -8,8 +8,9 @@ import torch
 
 from dflash_ray.config import DflashRayConfig
 from dflash_ray.core.ngram import MAX_NGRAM, IndexingRoom, NgramIndex
-from dflash_ray.models.block_drafter import DraftProposal
 from dflash_ray.models.dflash2 import Draw
+from dflash_ray.models.draft_contexts import ContextRows
+from dflash_ray.models.draft_proposals import DraftProposal, DraftProposals
 
 _INDEXED_AT_ONCE = 8192  # tokens of long texts that one proposal indexes for n-grams, of all sessions together
 
@@ -31,9 +32,12 @@ class NgramMethod:
     def close(self, session: int) -> None:
         self._indexes.pop(session, None)
 
-    def extend(self, session: int, start: int, features: torch.Tensor | None, token_ids: Sequence[int]) -> None:
-        index = self._indexes[session]
-        index.extend(token_ids[len(index) - start :])
+    def extend(self, rows: ContextRows) -> None:
+        assert rows.token_ids is not None
+        token_ids, at = rows.token_ids.tolist(), 0
+        for session, count in zip(rows.sessions.tolist(), rows.counts.tolist(), strict=True):
+            self._indexes[session].extend(token_ids[at : at + count])
+            at += count
 
     def propose(
         self,
@@ -43,7 +47,7 @@ class NgramMethod:
         num_candidates: int,
         draws: Sequence[Draw],
         tree_width: int = 1,
-    ) -> list[DraftProposal]:
+    ) -> DraftProposals:
         proposals = []
         room = IndexingRoom(_INDEXED_AT_ONCE)
         for session, anchor_id, count in zip(sessions, anchor_ids, num_draft_tokens, strict=True):
@@ -51,7 +55,7 @@ class NgramMethod:
             index.catch_up(room)
             draft = index.propose_after(anchor_id, count).tokens
             proposals.append(DraftProposal(torch.tensor(draft, dtype=torch.long)[:, None], torch.zeros(len(draft), 1)))
-        return proposals
+        return DraftProposals.of(proposals)
 
 
 def load(config: DflashRayConfig) -> NgramMethod:

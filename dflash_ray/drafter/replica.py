@@ -11,7 +11,7 @@ from contextlib import AsyncExitStack
 import ray
 
 from dflash_ray.config import DflashRayConfig, NetworkConfig
-from dflash_ray.core.memory import return_freed_memory
+from dflash_ray.core.memory import keep_freed_memory, return_freed_memory
 from dflash_ray.core.watchdog import Watchdog
 from dflash_ray.observability.logs import configure_logging
 from dflash_ray.observability.metrics import DrafterMetrics
@@ -43,6 +43,8 @@ class DrafterReplica:
         drafter_id = uuid.uuid4().hex[:12]
         method = await asyncio.to_thread(load_method, config)
         return_freed_memory()
+        if method.feature_width:
+            keep_freed_memory()
         watchdog = Watchdog(config.drafter.step_timeout_s, "a draft pass")
         self._servicer = DrafterServicer(
             drafter_id,

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
+import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
+from dflash_ray.core.arrays import Flags, Ids, Ints
+from dflash_ray.drafter.rows import Rows, joined
 from dflash_ray.models.dflash2 import Draw
-from dflash_ray.models.draft_contexts import DraftContexts, DraftMethod, Extension, to_message
+from dflash_ray.models.draft_contexts import DraftContexts, DraftMethod, Refusal
 from dflash_ray.pb import common_pb2, drafter_pb2
 
 logger = logging.getLogger(__name__)
@@ -24,23 +27,52 @@ COMING, LOST = drafter_pb2.MISSING_REASON_COMING, drafter_pb2.MISSING_REASON_LOS
 REFUSED, PASSED = drafter_pb2.MISSING_REASON_REFUSED, drafter_pb2.MISSING_REASON_PASSED
 
 
-class Rows(NamedTuple):
-    """Rows of positions start, start + 1, ... of a session: features [n, H] in parts, or tokens."""
+class Draws(Sequence[Draw]):
+    """How sequences draw, in columns: most methods never look."""
 
-    key: Key
-    start: int
-    features: Sequence[Tensor] = ()
-    token_ids: Sequence[int] = ()
+    def __init__(self, temperatures: NDArray[np.float32], seeds: Ids, wants_distributions: Flags) -> None:
+        self._temperatures, self._seeds, self._wants_distributions = temperatures, seeds, wants_distributions
+
+    def __len__(self) -> int:
+        return len(self._seeds)
+
+    @overload
+    def __getitem__(self, at: int) -> Draw: ...
+
+    @overload
+    def __getitem__(self, at: slice) -> Draws: ...
+
+    def __getitem__(self, at: int | slice) -> Draw | Draws:
+        columns = self._temperatures[at], self._seeds[at], self._wants_distributions[at]
+        if isinstance(at, slice):
+            return Draws(*columns)
+        return Draw(float(columns[0]), int(columns[1]), bool(columns[2]))
+
+    def only(self, flags: Flags) -> Draws:
+        """Those of some of the sequences."""
+        return Draws(self._temperatures[flags], self._seeds[flags], self._wants_distributions[flags])
 
 
-class Proposal(NamedTuple):
-    """A draft that is wanted for a committed length."""
+class Proposals(NamedTuple):
+    """Drafts that are wanted for committed lengths, one element a session."""
 
-    key: Key
-    committed_len: int
-    anchor_id: int
-    num_draft_tokens: int
-    draw: Draw
+    sessions: Ints
+    sequence_ids: Ints
+    committed_lens: Ints
+    anchor_ids: Ints
+    num_draft_tokens: Ints
+    draws: Draws
+
+    def only(self, flags: Flags) -> Proposals:
+        """Those for some of the sessions."""
+        return Proposals(
+            self.sessions[flags],
+            self.sequence_ids[flags],
+            self.committed_lens[flags],
+            self.anchor_ids[flags],
+            self.num_draft_tokens[flags],
+            self.draws.only(flags),
+        )
 
 
 class DraftSessions:
@@ -52,7 +84,7 @@ class DraftSessions:
 
     def __init__(self, method: DraftMethod, max_context_tokens: int) -> None:
         self._method = method
-        self._contexts: DraftContexts[Key] = DraftContexts(method, max_context_tokens)
+        self._contexts = DraftContexts(method, max_context_tokens)
 
     def __len__(self) -> int:
         return len(self._contexts)
@@ -61,58 +93,52 @@ class DraftSessions:
     def num_context_rows(self) -> int:
         return self._contexts.num_rows
 
-    def close(self, keys: Iterable[Key]) -> None:
+    def close(self, sessions: Iterable[int]) -> None:
         """Forgets sessions; unknown ones are ignored."""
-        for key in keys:
-            self._contexts.close(key)
+        self._contexts.close(sessions)
 
-    def extend(self, parts: Iterable[Rows]) -> dict[Key, Reason]:
+    def extend(self, parts: Iterable[Rows]) -> dict[int, Reason]:
         """Takes rows; returns the sessions that are lost by it, and why."""
-        faults: dict[Key, Reason] = {}
-        for part in parts:
-            if part.key in faults:
-                continue  # what follows a gap, or rows that found no room, cannot be taken either
-            try:
-                features = None
-                if part.features:
-                    features = part.features[0] if len(part.features) == 1 else torch.cat(list(part.features))
-                extension = self._contexts.extend(part.key, part.start, features, part.token_ids)
-            except Exception:
-                logger.exception("rows could not be taken; their session is dropped")
-                extension = Extension.GAP
-            if extension is not Extension.HELD:
-                self._contexts.close(part.key)
-                faults[part.key] = REFUSED if extension is Extension.REFUSED else LOST
-        return faults
+        lost: dict[int, Reason] = {}
+        for rows in joined(parts):
+            faults = self._contexts.extend(rows)
+            lost |= {session: REFUSED if fault is Refusal.NO_ROOM else LOST for session, fault in faults.items()}
+            for fault in {id(fault): fault for fault in faults.values()}.values():
+                if isinstance(fault, Exception):
+                    logger.error("rows could not be taken; their sessions are dropped", exc_info=fault)
+        self.close(lost)
+        return lost
 
     def propose(
-        self, wanted: Sequence[Proposal], tree_width: int, epoch: int
-    ) -> tuple[common_pb2.DraftBlocks, dict[Key, Reason]]:
+        self, wanted: Proposals, tree_width: int, epoch: int
+    ) -> tuple[common_pb2.DraftBlocks, dict[int, Reason]]:
         """Blocks for sessions whose context is whole, and why there is none for the others."""
-        faults: dict[Key, Reason] = {}
-        ready = []
-        for one in wanted:
-            held = self._contexts.context_len(one.key)
-            if held and held == one.committed_len - 1:
-                ready.append(one)
-            else:
-                faults[one.key] = PASSED if held >= one.committed_len else LOST
-        if not ready:
-            return common_pb2.DraftBlocks(), faults
-        longest = self._method.max_draft_tokens
+        held = self._contexts.context_lens(wanted.sessions)
+        is_ready = (held > 0) & (held == wanted.committed_lens - 1)
+        missing: dict[int, Reason] = {}
+        if not is_ready.all():
+            has_passed = held >= wanted.committed_lens
+            for session, is_past in zip(wanted.sessions[~is_ready].tolist(), has_passed[~is_ready], strict=True):
+                missing[session] = PASSED if is_past else LOST
+            wanted = wanted.only(is_ready)
+        sessions = wanted.sessions.tolist()
+        if not sessions:
+            return common_pb2.DraftBlocks(), missing
+        counts = wanted.num_draft_tokens
+        if tree_width <= 1:  # a tree may have more nodes than a chain has slots
+            counts = np.minimum(counts, self._method.max_draft_tokens)
         try:
             drafts = self._contexts.propose(
-                [one.key for one in ready],
-                [one.anchor_id for one in ready],
-                [one.num_draft_tokens if tree_width > 1 else min(one.num_draft_tokens, longest) for one in ready],
+                sessions,
+                wanted.anchor_ids.tolist(),
+                counts.tolist(),
                 1,
-                [one.draw for one in ready],
+                wanted.draws,
                 tree_width,
             )
         except Exception as error:
             # A draft is advice: the router goes on without it, and the sessions at fault are rebuilt.
             logger.exception("a draft pass failed; its sessions are dropped")
             reason = REFUSED if isinstance(error, torch.OutOfMemoryError) else LOST
-            return common_pb2.DraftBlocks(), faults | {one.key: reason for one in ready}
-        lens = [one.committed_len for one in ready]
-        return to_message(epoch, [one.key[1] for one in ready], lens, drafts), faults
+            return common_pb2.DraftBlocks(), missing | dict.fromkeys(sessions, reason)
+        return drafts.blocks(wanted.sequence_ids, wanted.committed_lens).message(epoch), missing

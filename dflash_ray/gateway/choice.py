@@ -26,6 +26,7 @@ class ChoiceDelta:
         prompt_logprobs: of the prompt's next tokens, from its second on, before all tokens.
         finish_reason: set on the last delta, with `stop` when a stop string or token ended it.
         stats: on the last delta.
+        num_cached_tokens: of the prompt, whose rows were found computed; on the delta of the first token.
     """
 
     index: int
@@ -36,6 +37,7 @@ class ChoiceDelta:
     stop: str | int | None = None
     stats: AcceptanceStats | None = None
     prompt_logprobs: common_pb2.TokenLogprobs | None = None
+    num_cached_tokens: int | None = None
 
 
 class Choice:
@@ -49,6 +51,7 @@ class Choice:
         self._stats = AcceptanceStats()
         self.num_tokens = 0
         self._has_ended = False
+        self._has_begun = False
         self._num_scored = 1  # prompt tokens whose log-probabilities are known; the first has none
 
     def take(self, chunk: TokenChunk) -> ChoiceDelta:
@@ -58,6 +61,9 @@ class Choice:
             return delta
         if chunk.prompt_logprobs is not None:
             self._score(delta, chunk.prompt_logprobs)
+        if chunk.token_ids and not self._has_begun:
+            delta.num_cached_tokens = min(chunk.num_cached_tokens, len(self._request.prompt_ids))
+            self._has_begun = True
         if self._request.is_prompt_only:
             if chunk.token_ids or chunk.finish_reason:
                 delta.finish_reason, delta.stats = common_pb2.FINISH_REASON_LENGTH, self._stats

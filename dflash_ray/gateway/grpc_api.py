@@ -65,6 +65,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServicer):
                 kept.MergeFrom(output)  # appends the lists, and replaces what is set next
                 kept.text, kept.num_tokens = text, num_tokens
             answer.request_id, answer.num_prompt_tokens = response.request_id, response.num_prompt_tokens
+            answer.num_cached_tokens = response.num_cached_tokens
             answer.speculative_decoding.CopyFrom(response.speculative_decoding)
         answer.outputs.extend(whole[index] for index in sorted(whole))
         return answer
@@ -87,6 +88,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServicer):
         batches = self._parts.generator.generate(generation, context.time_remaining())
         writer = _OutputWriter(request.response, generation.num_choices)
         is_taken = False
+        num_cached: dict[int, int] = {}
         async with aclosing(batches):
             async for delta in _each(batches):
                 if not delta.token_ids and not delta.finish_reason:
@@ -94,8 +96,13 @@ class GenerationServicer(generation_pb2_grpc.GenerationServicer):
                         await context.send_initial_metadata(())
                     is_taken = True
                     continue
+                if delta.num_cached_tokens is not None:
+                    num_cached[delta.index] = delta.num_cached_tokens
                 response = generation_pb2.GenerateResponse(
-                    request_id=request_id, num_prompt_tokens=len(generation.prompt_ids), outputs=[writer.output(delta)]
+                    request_id=request_id,
+                    num_prompt_tokens=len(generation.prompt_ids),
+                    num_cached_tokens=min(num_cached.values(), default=0),
+                    outputs=[writer.output(delta)],
                 )
                 if delta.stats is not None and generation.num_choices == 1:
                     response.speculative_decoding.CopyFrom(_speculation(delta.stats))

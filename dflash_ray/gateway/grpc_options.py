@@ -27,6 +27,7 @@ _PATHS = {
     "stop_token_ids": "stopping.stop_token_ids",
     "include_stop_str_in_output": "stopping.include_stop_strings",
     "ignore_eos": "stopping.ignore_eos",
+    "cache_salt": "cache_salt",
 }
 _POLICIES = {
     router_pb2.SPECULATION_POLICY_UNSPECIFIED: None,

@@ -63,6 +63,7 @@ class _Choice:
     Attributes:
         request: what was asked; its prompt comes first where it is echoed.
         num_logged: characters that the log-probabilities so far stand for.
+        num_cached: prompt tokens whose rows were found computed, once its first token is there.
         around_text: an event that brings text and nothing else, up to the text and after it.
     """
 
@@ -75,6 +76,7 @@ class _Choice:
     stop: str | int | None = None
     is_open: bool = False
     num_logged: int = 0
+    num_cached: int | None = None
     around_text: tuple[str, str] | None = None
 
 
@@ -119,6 +121,8 @@ class ResponseWriter:
         if delta.prompt_logprobs is not None:
             known = len(choice.prompt_logprobs) + 1
             choice.prompt_logprobs += rows(choice.request.prompt_ids[known:], delta.prompt_logprobs)
+        if delta.num_cached_tokens is not None:
+            choice.num_cached = delta.num_cached_tokens
         if delta.logprobs is not None:
             choice.logprobs += rows(delta.token_ids, delta.logprobs)
         if delta.finish_reason:
@@ -127,12 +131,19 @@ class ResponseWriter:
             self._stats = delta.stats if len(self._choices) == 1 else None
 
     @property
-    def usage(self) -> dict[str, int]:
+    def usage(self) -> dict[str, Any]:
+        """Tokens so far. Of a prompt that several choices share, those are cached that were so for all of them."""
+        cached: dict[int, int] = {}
+        for choice in self._choices:
+            if choice.num_cached is not None:
+                prompt = id(choice.request)
+                cached[prompt] = min(choice.num_cached, cached.get(prompt, choice.num_cached))
         generated = sum(len(choice.token_ids) for choice in self._choices)
         return {
             "prompt_tokens": self._num_prompt_tokens,
             "completion_tokens": generated,
             "total_tokens": self._num_prompt_tokens + generated,
+            "prompt_tokens_details": {"cached_tokens": sum(cached.values())},
         }
 
     def whole(self) -> dict[str, Any]:

@@ -48,6 +48,7 @@ class GenerationOptions(Body):
     ignore_eos: bool = False
     speculation: SpeculationOptions = SpeculationOptions()
     verify_mode: Literal["coupled", "rejection"] = "coupled"
+    cache_salt: str = Field("", max_length=256)
 
     @field_validator("stop", mode="before")
     @classmethod

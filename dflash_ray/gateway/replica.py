@@ -24,7 +24,7 @@ from dflash_ray.rpc.node import bind_host
 
 logger = logging.getLogger(__name__)
 _SERVICE_NAME = generation_pb2.DESCRIPTOR.services_by_name["Generation"].full_name
-_POLL_S = 0.2
+_POLL_S = 0.25
 
 
 def _http_app() -> FastAPI:

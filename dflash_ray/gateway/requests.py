@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from hashlib import sha256
 from typing import Any
 
 from google.protobuf.json_format import MessageToDict
@@ -44,6 +45,7 @@ class GenerationRequest:
     eos_ids: tuple[int, ...] = ()  # stop tokens that do not count as text
     echo: str | None = None  # the prompt's text, where the answer begins with it
     is_prompt_only: bool = False  # no token is wanted
+    cache_salt: bytes = b""  # a hash of the client's, which goes no further
 
 
 class RequestBuilder:
@@ -202,6 +204,7 @@ class RequestBuilder:
             options.stop,
             options.include_stop_str_in_output,
             eos_ids,
+            cache_salt=sha256(options.cache_salt.encode()).digest() if options.cache_salt else b"",
         )
 
     def _check_limits(self, options: GenerationOptions) -> None:

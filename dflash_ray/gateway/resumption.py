@@ -155,6 +155,7 @@ class ResumedCall(Generic[Made]):
             speculation=request.speculation,
             model_fingerprint=self._wanted_model,
             num_losses=self._num_losses,
+            cache_salt=request.cache_salt,
         )
 
 

@@ -18,6 +18,7 @@ class TokenChunk:
         finish_reason: on the last chunk.
         decode_pass: None for what the prefill drew.
         prompt_logprobs: in a chunk without tokens, before all tokens.
+        num_cached_tokens: known tokens whose rows the target found computed, with the first ones that it drew.
     """
 
     token_ids: list[int] = field(default_factory=list)
@@ -26,6 +27,7 @@ class TokenChunk:
     model_fingerprint: str = ""
     logprobs: common_pb2.TokenLogprobs | None = None
     prompt_logprobs: common_pb2.PromptLogprobs | None = None
+    num_cached_tokens: int = 0
 
 
 def unpack(progress: router_pb2.Progress) -> Iterator[tuple[int, TokenChunk | RequestError]]:
@@ -58,4 +60,5 @@ def _with_extras(chunk: TokenChunk, extra: router_pb2.EntryExtras) -> TokenChunk
     chunk.model_fingerprint = extra.model_fingerprint
     chunk.logprobs = extra.logprobs if extra.HasField("logprobs") else None
     chunk.prompt_logprobs = extra.prompt_logprobs if extra.HasField("prompt_logprobs") else None
+    chunk.num_cached_tokens = extra.num_cached_tokens
     return chunk

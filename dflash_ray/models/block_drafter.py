@@ -7,8 +7,8 @@ features of committed rows and is never verified: dropping it costs drafts, not 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,12 +16,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from dflash_ray.core.arrays import Ints, spans
 from dflash_ray.core.draft_trees import likeliest_trees
 from dflash_ray.core.memory import return_freed_memory
 from dflash_ray.kernels import ops
 from dflash_ray.models.dflash import apply_rope, rope_tables
 from dflash_ray.models.dflash2 import CandidateSelector, Draw, log_chances, walk
+from dflash_ray.models.draft_contexts import ContextRows
 from dflash_ray.models.draft_head import build_selector, load_draft_head
+from dflash_ray.models.draft_proposals import DraftProposal, DraftProposals
 from dflash_ray.models.drafter_checkpoint import DrafterCheckpoint
 from dflash_ray.models.packed_layer import PackedLayer, packed_norm
 from dflash_ray.models.packed_linear import PackedLinear, fuse
@@ -42,28 +45,20 @@ class ContextGap(ValueError):
         self.have = have
 
 
-@dataclass(frozen=True, slots=True)
-class DraftProposal:
-    """Candidates of one sequence: ids int64 [n, k] of the target's vocabulary, log-probabilities float32 [n, k].
+class _Waiting(NamedTuple):
+    """Rows that wait, of positions starts[i], starts[i] + 1, ... of sessions[i], one session's after the other's."""
 
-    The first candidate of a slot is the draft; the others follow by falling probability. With `is_drawn` the draft was
-    drawn from these probabilities, which then are of all candidates that had a chance.
-
-    With `parents` int64 [n] it is a tree: a node in each slot, likelier ones first, its parent (0 is the anchor, k the
-    k-th node), and its log-probability given its parent.
-    """
-
-    candidate_ids: Tensor
-    logprobs: Tensor
-    is_drawn: bool = False
-    parents: Tensor | None = None
+    sessions: list[_Session]
+    starts: Ints
+    counts: Ints
+    features: Tensor
 
 
 class _Session:
     """Context keys and values [layers, rows, n_kv, d] of one sequence; the first `length` rows are valid.
 
-    Rows behind them are scratch for a block's own keys and values. `features` [n, H] of the rows that come next wait to
-    be made keys and values of.
+    Rows behind them are scratch for a block's own keys and values. Features of the rows up to `end` wait to be
+    made keys and values of.
     """
 
     def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype, device: str) -> None:
@@ -71,16 +66,15 @@ class _Session:
         self.keys = torch.empty(layers, _FIRST_ROWS, heads, size, dtype=dtype, device=device)
         self.values = torch.empty_like(self.keys)
         self.length = 0
-        self.features: list[Tensor] = []
         self.end = 0  # `length` and the rows that wait
 
     def append(self, keys: Tensor, values: Tensor) -> None:
-        """Takes keys and values of the rows that wait."""
-        self.make_room(keys.shape[1])
-        self.keys[:, self.length : self.end] = keys
-        self.values[:, self.length : self.end] = values
-        self.length = self.end
-        self.features = []
+        """Takes keys and values of the rows that come next."""
+        count = keys.shape[1]
+        self.make_room(count)
+        self.keys[:, self.length : self.length + count] = keys
+        self.values[:, self.length : self.length + count] = values
+        self.length += count
 
     def make_room(self, count: int) -> None:
         """Rows for `count` more."""
@@ -126,8 +120,8 @@ class BlockDrafter:
         longest = max(self.config.max_position_embeddings, target.config.max_position_embeddings)
         self._rope = tuple(t.to(device) for t in rope_tables(self.config, longest + self.block_size))
         self._sessions: dict[int, _Session] = {}
-        self._waiting: dict[int, _Session] = {}  # those with features that wait
-        self._num_waiting = 0  # rows of them
+        self._waiting: list[_Waiting] = []
+        self._num_waiting = 0  # rows of it
         return_freed_memory()
 
     def open(self, session: int) -> None:
@@ -139,9 +133,6 @@ class BlockDrafter:
     def close(self, session: int) -> None:
         """Forgets a session; unknown ones are ignored."""
         self._sessions.pop(session, None)
-        waiting = self._waiting.pop(session, None)
-        if waiting is not None:
-            self._num_waiting -= waiting.end - waiting.length
 
     def context_len(self, session: int) -> int:
         """Context rows held; 0 for unknown sessions."""
@@ -149,40 +140,43 @@ class BlockDrafter:
         return 0 if held is None else held.end
 
     @torch.inference_mode()
-    def extend(self, session: int, start: int, features: Tensor | None, token_ids: Sequence[int] = ()) -> None:
-        """Appends context rows made from features [n, H] of positions start, start + 1, ...
-
-        Rows that are held already are ignored. Raises ContextGap when rows are missing before `start`.
-        """
-        assert features is not None
-        held = self._sessions.get(session)
-        if held is None or start > held.end:
-            raise ContextGap(session, self.context_len(session))
-        features = features[held.end - start :]
-        if not len(features):
-            return
-        held.features.append(features)
-        held.end += len(features)
-        self._waiting[session] = held
-        self._num_waiting += len(features)
+    def extend(self, rows: ContextRows) -> None:
+        """Appends context rows made from features. Raises ContextGap where they do not follow the rows held."""
+        assert rows.features is not None
+        held = []
+        columns = (rows.sessions, rows.starts, rows.counts)
+        for session, start, count in zip(*(column.tolist() for column in columns), strict=True):
+            one = self._sessions.get(session)
+            if one is None or start != one.end:
+                raise ContextGap(session, self.context_len(session))
+            one.end += count
+            held.append(one)
+        self._waiting.append(_Waiting(held, rows.starts, rows.counts, rows.features))
+        self._num_waiting += len(rows.features)
         if self._num_waiting >= _ROWS_A_PRODUCT:
             self._take_features()
+
+    def extend_one(self, session: int, start: int, features: Tensor) -> None:
+        """The same for one session, with features [n, H]; rows that are held already are ignored."""
+        skipped = max(0, self.context_len(session) - start)
+        if skipped < len(features):
+            rows = features[skipped:]
+            self.extend(ContextRows(np.array([session]), np.array([start + skipped]), np.array([len(rows)]), rows))
 
     def _take_features(self) -> None:
         """Makes context rows of all features that wait. After a fault those that were not taken still wait."""
         if not self._waiting:
             return
-        waiting = list(self._waiting.items())
-        features = torch.cat([part for _, one in waiting for part in one.features]).to(self._device, self._dtype)
-        positions = torch.cat([torch.arange(one.length, one.end) for _, one in waiting])
-        keys, values = self._context_rows(positions, features)
+        features = torch.cat([part.features for part in self._waiting]).to(self._device, self._dtype)
+        positions = np.concatenate([spans(part.starts, part.counts) for part in self._waiting])
+        keys, values = self._context_rows(torch.from_numpy(positions), features)
         at = 0
-        for session, one in waiting:
-            stop = at + one.end - one.length
-            one.append(keys[:, at:stop], values[:, at:stop])
-            del self._waiting[session]
-            self._num_waiting -= stop - at
-            at = stop
+        for part in self._waiting:
+            for one, start, count in zip(part.sessions, part.starts.tolist(), part.counts.tolist(), strict=True):
+                if one.length == start:
+                    one.append(keys[:, at : at + count], values[:, at : at + count])
+                at += count
+        self._waiting, self._num_waiting = [], 0
 
     def _context_rows(self, positions: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [layers, n, n_kv, d] of features [n, H] of these positions."""
@@ -202,7 +196,7 @@ class BlockDrafter:
         num_candidates: int,
         draws: Sequence[Draw] | None = None,
         tree_width: int = 1,
-    ) -> list[DraftProposal]:
+    ) -> DraftProposals:
         """Candidates for the positions after each session's anchor, which stands at position context_len.
 
         A block whose later slots may be seen always has its trained size and is cut afterwards: fewer masks would be
@@ -223,21 +217,20 @@ class BlockDrafter:
         hidden = self._forward(held, F.embedding(inputs, self._embedding))
         hidden = hidden[:, 1 : 1 + most]
         logits = self._network.shape_logits(self._head(hidden).float())
+        counts = np.array(num_draft_tokens)
         if self._selector is not None:
             draws = draws or [Draw()] * len(held)
-            counts = num_draft_tokens
             return self._select(
                 self._selector, hidden, logits, anchors, draws, held, counts, num_candidates, tree_width
             )
+        best, at = logits.topk(min(max(num_candidates, tree_width), logits.shape[-1]), dim=-1)
+        scores = (best - logits.logsumexp(dim=-1, keepdim=True)).cpu().numpy()
+        chosen = (self._ids[at] if self._ids is not None else at).cpu().numpy()
         if tree_width > 1:
-            num_candidates = tree_width
-        best, at = logits.topk(min(num_candidates, logits.shape[-1]), dim=-1)
-        logprobs = best - logits.logsumexp(dim=-1, keepdim=True)
-        ids = self._ids[at] if self._ids is not None else at
-        if tree_width > 1:
-            chances = logprobs[:, :, None].double().cpu().numpy()
-            return _as_trees(ids.cpu().numpy(), chances, num_draft_tokens, tree_width)
-        return [DraftProposal(ids[i, :n], logprobs[i, :n]) for i, n in enumerate(num_draft_tokens)]
+            return _as_trees(chosen, scores[:, :, None].astype(np.float64), counts, tree_width)
+        is_drawn = np.zeros(len(held), dtype=np.bool_)
+        num_kept = np.full(len(held), chosen.shape[2])
+        return DraftProposals(chosen, scores, np.minimum(counts, most), num_kept, is_drawn)
 
     def _numbers(self, anchors: Tensor) -> Tensor:
         """Anchors as the selector numbers tokens, like the head; one without a row counts as the row before it."""
@@ -253,29 +246,36 @@ class BlockDrafter:
         anchors: Tensor,
         draws: Sequence[Draw],
         held: list[_Session],
-        num_draft_tokens: list[int],
+        counts: Ints,
         num_candidates: int,
         tree_width: int,
-    ) -> list[DraftProposal]:
+    ) -> DraftProposals:
         """Chains of candidates that were chosen one after the other, or the likeliest trees over them."""
-        rows, scores = (found.cpu() for found in selector(hidden, logits, self._numbers(anchors)))
-        candidates = self._ids.cpu()[rows] if self._ids is not None else rows
+        rows, found = selector(hidden, logits, self._numbers(anchors))
+        candidates: Ints = (self._ids[rows] if self._ids is not None else rows).cpu().numpy()
+        scores = found.cpu().numpy()
         firsts = [session.length + 1 for session in held]
+        is_drawn = np.array([draw.wants_distribution and draw.temperature > 0 for draw in draws], dtype=np.bool_)
         if tree_width > 1:
-            chances = log_chances(scores.numpy(), candidates, draws, firsts)
-            trees = _as_trees(candidates.numpy(), chances, num_draft_tokens, tree_width)
-        proposals = []
-        columns = zip(candidates, scores.numpy(), draws, firsts, num_draft_tokens, strict=True)
-        for at, (ids, block_scores, draw, first, n) in enumerate(columns):
-            is_drawn = draw.wants_distribution and draw.temperature > 0
-            if tree_width > 1 and not is_drawn:
-                proposals.append(trees[at])
-                continue
-            order, logprobs = walk(block_scores, ids.numpy(), draw, first)
-            kept = ids.shape[1] if is_drawn else num_candidates
-            chosen = ids.gather(-1, torch.from_numpy(order))
-            proposals.append(DraftProposal(chosen[:n, :kept], torch.from_numpy(logprobs)[:n, :kept], is_drawn))
-        return proposals
+            chances = log_chances(scores, torch.from_numpy(candidates), draws, firsts)
+            trees = _as_trees(candidates, chances, counts, tree_width)
+            if not is_drawn.any():
+                return trees
+            proposals = list(trees)
+            for at in np.flatnonzero(is_drawn).tolist():
+                order, logprobs = walk(scores[at], candidates[at], draws[at], firsts[at])
+                chain = np.take_along_axis(candidates[at], order, -1)[: counts[at]]
+                proposals[at] = DraftProposal(torch.from_numpy(chain), torch.from_numpy(logprobs)[: counts[at]], True)
+            return DraftProposals.of(proposals)
+        drafts = []
+        for ids, block_scores, draw, first in zip(candidates, scores, draws, firsts, strict=True):
+            order, logprobs = walk(block_scores, ids, draw, first)
+            drafts.append((np.take_along_axis(ids, order, -1), logprobs))
+        chosen, logprobs_of_all = zip(*drafts, strict=True)
+        _, num_slots, most = candidates.shape
+        num_kept = np.where(is_drawn, most, min(num_candidates, most))
+        counts = np.minimum(counts, num_slots)
+        return DraftProposals(np.stack(chosen), np.stack(logprobs_of_all), counts, num_kept, is_drawn)
 
     def _forward(self, held: list[_Session], x: Tensor) -> Tensor:
         """Block rows [N, B, H] through all layers and the final norm."""
@@ -326,14 +326,11 @@ class BlockDrafter:
         ).flatten(1)
 
 
-def _as_trees(
-    ids: NDArray[np.int64], chances: NDArray[np.float64], num_nodes: list[int], width: int
-) -> list[DraftProposal]:
+def _as_trees(ids: Ints, chances: NDArray[np.float64], num_nodes: Ints, width: int) -> DraftProposals:
     """The likeliest trees over candidates ids [N, S, k], whose log-probabilities are [N, S, P, k]."""
-    trees = likeliest_trees(chances, max(num_nodes), width)
+    trees = likeliest_trees(chances, int(num_nodes.max()), width)
     tokens = ids[np.arange(len(ids))[:, None], trees.slots, trees.candidates]
-    columns = (torch.from_numpy(column) for column in (tokens, trees.log_probs.astype(np.float32), trees.parents))
-    return [
-        DraftProposal(one[:n, None], log_probs[:n, None], parents=parents[:n])
-        for one, log_probs, parents, n in zip(*columns, num_nodes, strict=True)
-    ]
+    ones = np.ones(len(ids), dtype=np.int64)
+    counts = np.minimum(num_nodes, tokens.shape[1])
+    log_probs = trees.log_probs.astype(np.float32)
+    return DraftProposals(tokens[..., None], log_probs[..., None], counts, ones, ones < 1, trees.parents)

@@ -7,21 +7,44 @@ make room for another one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from enum import Enum
-from typing import Generic, Protocol, TypeVar
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dflash_ray.core.draft_blocks import DraftBlock, packed_parents
-from dflash_ray.models.block_drafter import DraftProposal
+from dflash_ray.core.arrays import Ints
 from dflash_ray.models.dflash2 import Draw
-from dflash_ray.pb import common_pb2
+from dflash_ray.models.draft_proposals import DraftProposals
 
-Key = TypeVar("Key", bound=Hashable)
+
+class ContextRows(NamedTuple):
+    """counts[i] rows of sessions[i] at positions starts[i], starts[i] + 1, ..., one session's after the other's.
+
+    Attributes:
+        features: [sum of counts, H], for a method that reads them.
+        token_ids: [sum of counts], for one that reads tokens alone.
+    """
+
+    sessions: Ints
+    starts: Ints
+    counts: Ints
+    features: Tensor | None = None
+    token_ids: Ints | None = None
+
+    def part(self, place: int, first: int, skipped: int) -> ContextRows:
+        """One session's rows, which begin at row `first`, without so many of them."""
+        count = int(self.counts[place]) - skipped
+        rows = slice(first + skipped, first + skipped + count)
+        return ContextRows(
+            self.sessions[place : place + 1],
+            self.starts[place : place + 1] + skipped,
+            np.array([count]),
+            None if self.features is None else self.features[rows],
+            None if self.token_ids is None else self.token_ids[rows],
+        )
 
 
 class DraftMethod(Protocol):
@@ -40,8 +63,8 @@ class DraftMethod(Protocol):
 
     def close(self, session: int) -> None: ...
 
-    def extend(self, session: int, start: int, features: Tensor | None, token_ids: Sequence[int]) -> None:
-        """Appends rows at positions start, start + 1, ...; rows that are held already are ignored."""
+    def extend(self, rows: ContextRows) -> None:
+        """Appends rows that follow those held, of sessions that are open; one may have several parts."""
 
     def propose(
         self,
@@ -51,25 +74,18 @@ class DraftMethod(Protocol):
         num_candidates: int,
         draws: Sequence[Draw],
         tree_width: int = 1,
-    ) -> list[DraftProposal]: ...
+    ) -> DraftProposals: ...
 
 
-class Extension(Enum):
-    """What became of rows."""
+class Refusal(Enum):
+    """Why rows were not taken, where the method did not fail at them."""
 
-    HELD = "held"  # all of them are in the session's context
     GAP = "gap"  # rows before them are missing; the session is as it was
-    REFUSED = "refused"  # there is no room for them; the session is closed
+    NO_ROOM = "no room"  # the session is closed
 
 
-@dataclass(slots=True)
-class _Session:
-    number: int
-    num_rows: int = 0
-
-
-class DraftContexts(Generic[Key]):
-    """Sessions by key over one draft method.
+class DraftContexts:
+    """Sessions over one draft method, numbered by their owner from 0 on: arrays are as long as the largest number.
 
     Args:
         max_rows: context rows held over all sessions.
@@ -78,114 +94,113 @@ class DraftContexts(Generic[Key]):
     def __init__(self, method: DraftMethod, max_rows: int) -> None:
         self._method = method
         self._max_rows = max_rows
-        self._sessions: dict[Key, _Session] = {}
-        self._next_number = 0
+        self._lens = np.zeros(64, dtype=np.int64)  # rows held; a session without any is not open
         self.num_rows = 0
 
     def __len__(self) -> int:
-        return len(self._sessions)
+        return int(np.count_nonzero(self._lens))
 
-    def close_all(self, is_over: Callable[[Key], bool]) -> None:
-        """Forgets the sessions whose keys are over."""
-        for key in [key for key in self._sessions if is_over(key)]:
-            self.close(key)
+    def context_lens(self, sessions: Ints) -> Ints:
+        """[n] context rows held; 0 for unknown sessions."""
+        self._make_room(sessions)
+        lens: Ints = self._lens[sessions]
+        return lens
 
-    def context_len(self, key: Key) -> int:
-        """Context rows held; 0 for unknown sessions."""
-        session = self._sessions.get(key)
-        return 0 if session is None else session.num_rows
+    def extend(self, rows: ContextRows) -> dict[int, Refusal | Exception]:
+        """Takes rows; those from 0 on open a session, and those that are held already are ignored.
 
-    def extend(self, key: Key, start: int, features: Tensor | None, token_ids: Sequence[int]) -> Extension:
-        """Takes rows of positions start, start + 1, ..., as features [n, H] or as tokens; rows from 0 open a session.
-
-        What the method raises goes on to the caller, and the session is closed.
+        Returns the sessions whose rows were not taken, and why; one at whose rows the method failed is closed.
         """
-        held = self.context_len(key)
+        sessions = rows.sessions.tolist()
+        if self._all_follow(rows) and self.num_rows + int(rows.counts.sum()) <= self._max_rows:
+            fault = self._append(rows)
+            return {} if fault is None else dict.fromkeys(sessions, fault)
+        faults: dict[int, Refusal | Exception] = {}
+        first = 0
+        for place, (session, count) in enumerate(zip(sessions, rows.counts.tolist(), strict=True)):
+            # What follows a gap, or rows that found no room, cannot be taken either.
+            if session not in faults and (fault := self._extend_one(rows, place, first)) is not None:
+                faults[session] = fault
+            first += count
+        return faults
+
+    def _all_follow(self, rows: ContextRows) -> bool:
+        """Whether all sessions are open, and all rows those that come next, some of them in several parts."""
+        order = rows.sessions.argsort(kind="stable")
+        sessions, starts = rows.sessions[order], rows.starts[order]
+        expected = self.context_lens(sessions)
+        is_open = bool(expected.all())
+        is_same = sessions[1:] == sessions[:-1]
+        expected[1:][is_same] = (starts + rows.counts[order])[:-1][is_same]
+        return is_open and bool((starts == expected).all())
+
+    def _extend_one(self, rows: ContextRows, place: int, first: int) -> Refusal | Exception | None:
+        session, start, count = int(rows.sessions[place]), int(rows.starts[place]), int(rows.counts[place])
+        held = int(self._lens[session])
         if start > held:
-            return Extension.GAP
-        count = start + (len(token_ids) if features is None else len(features)) - held
-        if count <= 0:
-            return Extension.HELD
-        if self.num_rows + count > self._max_rows:
-            self.close(key)
-            return Extension.REFUSED
+            return Refusal.GAP
+        new = start + count - held
+        if new <= 0:
+            return None
+        if self.num_rows + new > self._max_rows:
+            self.close([session])
+            return Refusal.NO_ROOM
+        return self._append(rows.part(place, first, count - new), is_new=not held)
+
+    def _append(self, rows: ContextRows, is_new: bool = False) -> Refusal | Exception | None:
+        """Rows that follow those held and have room; closes their sessions when the method fails."""
+        sessions = rows.sessions.tolist()
         try:
-            self._append(key, start, features, token_ids)
-        except torch.OutOfMemoryError:  # less room than max_rows promised
-            self.close(key)
-            return Extension.REFUSED
-        except Exception:
-            self.close(key)
-            raise
-        self._sessions[key].num_rows += count
-        self.num_rows += count
-        return Extension.HELD
+            if is_new:
+                self._method.open(sessions[0])
+            self._method.extend(rows)
+        except Exception as fault:
+            try:
+                self._drop(list(dict.fromkeys(sessions)))
+            except Exception as other:
+                return other
+            # Less room than max_rows promised.
+            return Refusal.NO_ROOM if isinstance(fault, torch.OutOfMemoryError) else fault
+        self._lens[rows.sessions] = rows.starts + rows.counts  # of several parts the last one counts
+        self.num_rows += int(rows.counts.sum())
+        return None
 
-    def _append(self, key: Key, start: int, features: Tensor | None, token_ids: Sequence[int]) -> None:
-        if key not in self._sessions:
-            self._sessions[key] = _Session(self._next_number)
-            self._next_number += 1
-            self._method.open(self._sessions[key].number)
-        self._method.extend(self._sessions[key].number, start, features, token_ids)
+    def close(self, sessions: Iterable[int]) -> None:
+        """Forgets sessions; unknown ones are ignored. What the method raises goes on to the caller after all."""
+        self._drop([session for session in sessions if session < len(self._lens) and self._lens[session]])
 
-    def close(self, key: Key) -> None:
-        """Forgets a session; unknown ones are ignored."""
-        session = self._sessions.pop(key, None)
-        if session is not None:
-            self.num_rows -= session.num_rows
-            self._method.close(session.number)
+    def _drop(self, sessions: list[int]) -> None:
+        faults = []
+        for session in sessions:
+            self.num_rows -= int(self._lens[session])
+            self._lens[session] = 0
+            try:
+                self._method.close(session)
+            except Exception as fault:
+                faults.append(fault)
+        if faults:
+            raise faults[0]
 
     def propose(
         self,
-        keys: Sequence[Key],
+        sessions: list[int],
         anchor_ids: list[int],
         num_draft_tokens: list[int],
         num_candidates: int,
         draws: Sequence[Draw],
         tree_width: int = 1,
-    ) -> list[DraftProposal]:
+    ) -> DraftProposals:
         """Drafts after each session's anchor, which stands at position context_len.
 
         What the method raises goes on to the caller, and the sessions asked for are closed.
         """
         try:
-            numbers = [self._sessions[key].number for key in keys]
-            return self._method.propose(numbers, anchor_ids, num_draft_tokens, num_candidates, draws, tree_width)
+            return self._method.propose(sessions, anchor_ids, num_draft_tokens, num_candidates, draws, tree_width)
         except Exception:
-            for key in keys:
-                self.close(key)
+            self.close(sessions)
             raise
 
-
-def to_block(sequence_id: int, committed_len: int, proposal: DraftProposal) -> DraftBlock:
-    """A sequence's proposal as it goes on."""
-    return DraftBlock(
-        sequence_id,
-        committed_len,
-        proposal.candidate_ids.cpu().numpy().astype(np.uint32),
-        proposal.logprobs.float().cpu().numpy(),
-        proposal.is_drawn,
-        None if proposal.parents is None else proposal.parents.numpy(),
-    )
-
-
-def to_message(
-    epoch: int, sequence_ids: Sequence[int], committed_lens: Sequence[int], proposals: Sequence[DraftProposal]
-) -> common_pb2.DraftBlocks:
-    """The proposals of many sequences for the wire."""
-    shapes = [proposal.candidate_ids.shape for proposal in proposals]
-    message = common_pb2.DraftBlocks(
-        epoch=epoch,
-        sequence_ids=sequence_ids,
-        committed_lens=committed_lens,
-        num_slots=[shape[0] for shape in shapes],
-        num_candidates=[shape[1] for shape in shapes],
-        is_drawn=[proposal.is_drawn for proposal in proposals],
-    )
-    if proposals:
-        ids = torch.cat([proposal.candidate_ids.reshape(-1) for proposal in proposals])
-        log_probs = torch.cat([proposal.logprobs.reshape(-1) for proposal in proposals])
-        message.candidate_ids = ids.cpu().numpy().astype("<u4").tobytes()
-        message.log_probs = log_probs.float().cpu().numpy().astype("<f4", copy=False).tobytes()
-        message.parents = packed_parents([proposal.parents for proposal in proposals], [shape[0] for shape in shapes])
-    return message
+    def _make_room(self, sessions: Ints) -> None:
+        most = int(sessions.max(initial=0))
+        if most >= len(self._lens):
+            self._lens = np.pad(self._lens, (0, most + 1))

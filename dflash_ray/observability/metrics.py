@@ -203,15 +203,20 @@ class RouterMetrics(_ProcessMetrics):
 
 
 class TargetMetrics(_ProcessMetrics):
-    """Phases of a target pass on rank 0."""
+    """Phases of a target pass on rank 0, and its cache."""
 
-    def __init__(self) -> None:
+    def __init__(self, model_name: str) -> None:
         super().__init__()
         self.phase = self._seconds(
             "dflash_ray_target_phase_seconds", "Time of a step's phase", _STEP_BUCKETS_S, ("phase",)
         )
         self.live_sequences = self._gauge("dflash_ray_target_live_sequences", "Sequences open")
         self.free_pages = self._gauge("dflash_ray_target_free_pages", "KV pages free")
+        self.cached_pages = self._gauge("dflash_ray_target_cached_pages", "Free KV pages whose rows can be found again")
+        model = ("model_name",)
+        queries = self._counter("vllm:prefix_cache_queries", "Tokens that sequences were opened with", model)
+        hits = self._counter("vllm:prefix_cache_hits", "Tokens among them whose rows were found computed", model)
+        self.prefix_queries, self.prefix_hits = queries.labels(model_name), hits.labels(model_name)
         self.entries = self._counter("dflash_ray_target_entries", "Step entries by status", ("status",))
 
 

@@ -25,15 +25,15 @@ _sym_db = _symbol_database.Default()
 from dflash_ray.pb import common_pb2 as dflash__ray_dot_pb_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x64\x66lash_ray/pb/router.proto\x12\rdflash_ray.v1\x1a\x1a\x64\x66lash_ray/pb/common.proto\"r\n\rRouterRequest\x12*\n\x05hello\x18\x01 \x01(\x0b\x32\x1b.dflash_ray.v1.GatewayHello\x12%\n\x04open\x18\x02 \x03(\x0b\x32\x17.dflash_ray.v1.OpenCall\x12\x0e\n\x06\x63\x61ncel\x18\x03 \x03(\x04\"u\n\x0eRouterResponse\x12+\n\x05hello\x18\x01 \x01(\x0b\x32\x1a.dflash_ray.v1.RouterHelloH\x00\x12+\n\x08progress\x18\x02 \x01(\x0b\x32\x17.dflash_ray.v1.ProgressH\x00\x42\t\n\x07message\"(\n\x0cGatewayHello\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\"\'\n\x0bRouterHello\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\"f\n\x08OpenCall\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\x04\x12\x12\n\ntimeout_ms\x18\x02 \x01(\x04\x12\x35\n\x07request\x18\x03 \x01(\x0b\x32$.dflash_ray.v1.GenerateTokensRequest\"k\n\x0bSpeculation\x12\x30\n\x06policy\x18\x01 \x01(\x0e\x32 .dflash_ray.v1.SpeculationPolicy\x12\x19\n\x0c\x64raft_tokens\x18\x02 \x01(\rH\x00\x88\x01\x01\x42\x0f\n\r_draft_tokens\"\x94\x02\n\x15GenerateTokensRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x12\n\nprompt_len\x18\x03 \x01(\r\x12/\n\x08sampling\x18\x04 \x01(\x0b\x32\x1d.dflash_ray.v1.SamplingParams\x12/\n\x08stopping\x18\x05 \x01(\x0b\x32\x1d.dflash_ray.v1.StoppingParams\x12/\n\x0bspeculation\x18\x06 \x01(\x0b\x32\x1a.dflash_ray.v1.Speculation\x12\x19\n\x11model_fingerprint\x18\x07 \x01(\t\x12\x12\n\nnum_losses\x18\x08 \x01(\r\"\x86\x02\n\x08Progress\x12\x10\n\x08\x63\x61ll_ids\x18\x01 \x03(\x04\x12\x12\n\nnum_tokens\x18\x02 \x03(\r\x12\x11\n\ttoken_ids\x18\x03 \x01(\x0c\x12\x33\n\x0e\x66inish_reasons\x18\x04 \x03(\x0e\x32\x1b.dflash_ray.v1.FinishReason\x12\x16\n\x0eis_decode_pass\x18\x05 \x03(\x08\x12\x12\n\nnum_drafts\x18\x06 \x03(\r\x12\x1b\n\x13num_accepted_drafts\x18\x07 \x03(\r\x12\x17\n\x0fnum_spec_tokens\x18\x08 \x03(\r\x12*\n\x06\x65xtras\x18\t \x03(\x0b\x32\x1a.dflash_ray.v1.EntryExtras\"\xc8\x01\n\x0b\x45ntryExtras\x12\r\n\x05\x65ntry\x18\x01 \x01(\r\x12\x19\n\x11model_fingerprint\x18\x02 \x01(\t\x12.\n\x08logprobs\x18\x03 \x01(\x0b\x32\x1c.dflash_ray.v1.TokenLogprobs\x12\x36\n\x0fprompt_logprobs\x18\x04 \x01(\x0b\x32\x1d.dflash_ray.v1.PromptLogprobs\x12\'\n\x05\x65rror\x18\x05 \x01(\x0b\x32\x18.dflash_ray.v1.CallError\"M\n\tCallError\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\r\n\x05\x66ield\x18\x03 \x01(\t\x12\x12\n\nnum_losses\x18\x04 \x01(\r*\x92\x01\n\x11SpeculationPolicy\x12\"\n\x1eSPECULATION_POLICY_UNSPECIFIED\x10\x00\x12\x1f\n\x1bSPECULATION_POLICY_ADAPTIVE\x10\x01\x12\x1c\n\x18SPECULATION_POLICY_FIXED\x10\x02\x12\x1a\n\x16SPECULATION_POLICY_OFF\x10\x03\x32U\n\x06Router\x12K\n\x08Generate\x12\x1c.dflash_ray.v1.RouterRequest\x1a\x1d.dflash_ray.v1.RouterResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x64\x66lash_ray/pb/router.proto\x12\rdflash_ray.v1\x1a\x1a\x64\x66lash_ray/pb/common.proto\"r\n\rRouterRequest\x12*\n\x05hello\x18\x01 \x01(\x0b\x32\x1b.dflash_ray.v1.GatewayHello\x12%\n\x04open\x18\x02 \x03(\x0b\x32\x17.dflash_ray.v1.OpenCall\x12\x0e\n\x06\x63\x61ncel\x18\x03 \x03(\x04\"u\n\x0eRouterResponse\x12+\n\x05hello\x18\x01 \x01(\x0b\x32\x1a.dflash_ray.v1.RouterHelloH\x00\x12+\n\x08progress\x18\x02 \x01(\x0b\x32\x17.dflash_ray.v1.ProgressH\x00\x42\t\n\x07message\"(\n\x0cGatewayHello\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\"\'\n\x0bRouterHello\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\"f\n\x08OpenCall\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\x04\x12\x12\n\ntimeout_ms\x18\x02 \x01(\x04\x12\x35\n\x07request\x18\x03 \x01(\x0b\x32$.dflash_ray.v1.GenerateTokensRequest\"k\n\x0bSpeculation\x12\x30\n\x06policy\x18\x01 \x01(\x0e\x32 .dflash_ray.v1.SpeculationPolicy\x12\x19\n\x0c\x64raft_tokens\x18\x02 \x01(\rH\x00\x88\x01\x01\x42\x0f\n\r_draft_tokens\"\xa8\x02\n\x15GenerateTokensRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x12\n\nprompt_len\x18\x03 \x01(\r\x12/\n\x08sampling\x18\x04 \x01(\x0b\x32\x1d.dflash_ray.v1.SamplingParams\x12/\n\x08stopping\x18\x05 \x01(\x0b\x32\x1d.dflash_ray.v1.StoppingParams\x12/\n\x0bspeculation\x18\x06 \x01(\x0b\x32\x1a.dflash_ray.v1.Speculation\x12\x19\n\x11model_fingerprint\x18\x07 \x01(\t\x12\x12\n\nnum_losses\x18\x08 \x01(\r\x12\x12\n\ncache_salt\x18\t \x01(\x0c\"\x86\x02\n\x08Progress\x12\x10\n\x08\x63\x61ll_ids\x18\x01 \x03(\x04\x12\x12\n\nnum_tokens\x18\x02 \x03(\r\x12\x11\n\ttoken_ids\x18\x03 \x01(\x0c\x12\x33\n\x0e\x66inish_reasons\x18\x04 \x03(\x0e\x32\x1b.dflash_ray.v1.FinishReason\x12\x16\n\x0eis_decode_pass\x18\x05 \x03(\x08\x12\x12\n\nnum_drafts\x18\x06 \x03(\r\x12\x1b\n\x13num_accepted_drafts\x18\x07 \x03(\r\x12\x17\n\x0fnum_spec_tokens\x18\x08 \x03(\r\x12*\n\x06\x65xtras\x18\t \x03(\x0b\x32\x1a.dflash_ray.v1.EntryExtras\"\xe3\x01\n\x0b\x45ntryExtras\x12\r\n\x05\x65ntry\x18\x01 \x01(\r\x12\x19\n\x11model_fingerprint\x18\x02 \x01(\t\x12.\n\x08logprobs\x18\x03 \x01(\x0b\x32\x1c.dflash_ray.v1.TokenLogprobs\x12\x36\n\x0fprompt_logprobs\x18\x04 \x01(\x0b\x32\x1d.dflash_ray.v1.PromptLogprobs\x12\'\n\x05\x65rror\x18\x05 \x01(\x0b\x32\x18.dflash_ray.v1.CallError\x12\x19\n\x11num_cached_tokens\x18\x06 \x01(\r\"M\n\tCallError\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\r\n\x05\x66ield\x18\x03 \x01(\t\x12\x12\n\nnum_losses\x18\x04 \x01(\r*\x92\x01\n\x11SpeculationPolicy\x12\"\n\x1eSPECULATION_POLICY_UNSPECIFIED\x10\x00\x12\x1f\n\x1bSPECULATION_POLICY_ADAPTIVE\x10\x01\x12\x1c\n\x18SPECULATION_POLICY_FIXED\x10\x02\x12\x1a\n\x16SPECULATION_POLICY_OFF\x10\x03\x32U\n\x06Router\x12K\n\x08Generate\x12\x1c.dflash_ray.v1.RouterRequest\x1a\x1d.dflash_ray.v1.RouterResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'dflash_ray.pb.router_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_SPECULATIONPOLICY']._serialized_start=1431
-  _globals['_SPECULATIONPOLICY']._serialized_end=1577
+  _globals['_SPECULATIONPOLICY']._serialized_start=1478
+  _globals['_SPECULATIONPOLICY']._serialized_end=1624
   _globals['_ROUTERREQUEST']._serialized_start=73
   _globals['_ROUTERREQUEST']._serialized_end=187
   _globals['_ROUTERRESPONSE']._serialized_start=189
@@ -47,13 +47,13 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SPECULATION']._serialized_start=495
   _globals['_SPECULATION']._serialized_end=602
   _globals['_GENERATETOKENSREQUEST']._serialized_start=605
-  _globals['_GENERATETOKENSREQUEST']._serialized_end=881
-  _globals['_PROGRESS']._serialized_start=884
-  _globals['_PROGRESS']._serialized_end=1146
-  _globals['_ENTRYEXTRAS']._serialized_start=1149
-  _globals['_ENTRYEXTRAS']._serialized_end=1349
-  _globals['_CALLERROR']._serialized_start=1351
-  _globals['_CALLERROR']._serialized_end=1428
-  _globals['_ROUTER']._serialized_start=1579
-  _globals['_ROUTER']._serialized_end=1664
+  _globals['_GENERATETOKENSREQUEST']._serialized_end=901
+  _globals['_PROGRESS']._serialized_start=904
+  _globals['_PROGRESS']._serialized_end=1166
+  _globals['_ENTRYEXTRAS']._serialized_start=1169
+  _globals['_ENTRYEXTRAS']._serialized_end=1396
+  _globals['_CALLERROR']._serialized_start=1398
+  _globals['_CALLERROR']._serialized_end=1475
+  _globals['_ROUTER']._serialized_start=1626
+  _globals['_ROUTER']._serialized_end=1711
 # @@protoc_insertion_point(module_scope)

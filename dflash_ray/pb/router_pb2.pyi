@@ -68,7 +68,7 @@ class Speculation(_message.Message):
     def __init__(self, policy: _Optional[_Union[SpeculationPolicy, str]] = ..., draft_tokens: _Optional[int] = ...) -> None: ...
 
 class GenerateTokensRequest(_message.Message):
-    __slots__ = ("request_id", "token_ids", "prompt_len", "sampling", "stopping", "speculation", "model_fingerprint", "num_losses")
+    __slots__ = ("request_id", "token_ids", "prompt_len", "sampling", "stopping", "speculation", "model_fingerprint", "num_losses", "cache_salt")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_LEN_FIELD_NUMBER: _ClassVar[int]
@@ -77,6 +77,7 @@ class GenerateTokensRequest(_message.Message):
     SPECULATION_FIELD_NUMBER: _ClassVar[int]
     MODEL_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     NUM_LOSSES_FIELD_NUMBER: _ClassVar[int]
+    CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     prompt_len: int
@@ -85,7 +86,8 @@ class GenerateTokensRequest(_message.Message):
     speculation: Speculation
     model_fingerprint: str
     num_losses: int
-    def __init__(self, request_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., prompt_len: _Optional[int] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., stopping: _Optional[_Union[_common_pb2.StoppingParams, _Mapping]] = ..., speculation: _Optional[_Union[Speculation, _Mapping]] = ..., model_fingerprint: _Optional[str] = ..., num_losses: _Optional[int] = ...) -> None: ...
+    cache_salt: bytes
+    def __init__(self, request_id: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., prompt_len: _Optional[int] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., stopping: _Optional[_Union[_common_pb2.StoppingParams, _Mapping]] = ..., speculation: _Optional[_Union[Speculation, _Mapping]] = ..., model_fingerprint: _Optional[str] = ..., num_losses: _Optional[int] = ..., cache_salt: _Optional[bytes] = ...) -> None: ...
 
 class Progress(_message.Message):
     __slots__ = ("call_ids", "num_tokens", "token_ids", "finish_reasons", "is_decode_pass", "num_drafts", "num_accepted_drafts", "num_spec_tokens", "extras")
@@ -110,18 +112,20 @@ class Progress(_message.Message):
     def __init__(self, call_ids: _Optional[_Iterable[int]] = ..., num_tokens: _Optional[_Iterable[int]] = ..., token_ids: _Optional[bytes] = ..., finish_reasons: _Optional[_Iterable[_Union[_common_pb2.FinishReason, str]]] = ..., is_decode_pass: _Optional[_Iterable[bool]] = ..., num_drafts: _Optional[_Iterable[int]] = ..., num_accepted_drafts: _Optional[_Iterable[int]] = ..., num_spec_tokens: _Optional[_Iterable[int]] = ..., extras: _Optional[_Iterable[_Union[EntryExtras, _Mapping]]] = ...) -> None: ...
 
 class EntryExtras(_message.Message):
-    __slots__ = ("entry", "model_fingerprint", "logprobs", "prompt_logprobs", "error")
+    __slots__ = ("entry", "model_fingerprint", "logprobs", "prompt_logprobs", "error", "num_cached_tokens")
     ENTRY_FIELD_NUMBER: _ClassVar[int]
     MODEL_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
+    NUM_CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     entry: int
     model_fingerprint: str
     logprobs: _common_pb2.TokenLogprobs
     prompt_logprobs: _common_pb2.PromptLogprobs
     error: CallError
-    def __init__(self, entry: _Optional[int] = ..., model_fingerprint: _Optional[str] = ..., logprobs: _Optional[_Union[_common_pb2.TokenLogprobs, _Mapping]] = ..., prompt_logprobs: _Optional[_Union[_common_pb2.PromptLogprobs, _Mapping]] = ..., error: _Optional[_Union[CallError, _Mapping]] = ...) -> None: ...
+    num_cached_tokens: int
+    def __init__(self, entry: _Optional[int] = ..., model_fingerprint: _Optional[str] = ..., logprobs: _Optional[_Union[_common_pb2.TokenLogprobs, _Mapping]] = ..., prompt_logprobs: _Optional[_Union[_common_pb2.PromptLogprobs, _Mapping]] = ..., error: _Optional[_Union[CallError, _Mapping]] = ..., num_cached_tokens: _Optional[int] = ...) -> None: ...
 
 class CallError(_message.Message):
     __slots__ = ("code", "message", "field", "num_losses")

@@ -25,19 +25,19 @@ _sym_db = _symbol_database.Default()
 from dflash_ray.pb import common_pb2 as dflash__ray_dot_pb_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x64\x66lash_ray/pb/target.proto\x12\rdflash_ray.v1\x1a\x1a\x64\x66lash_ray/pb/common.proto\"\x9c\x01\n\rTargetRequest\x12+\n\x05hello\x18\x01 \x01(\x0b\x32\x1a.dflash_ray.v1.TargetHelloH\x00\x12#\n\x04step\x18\x02 \x01(\x0b\x32\x13.dflash_ray.v1.StepH\x00\x12.\n\x05\x63lose\x18\x03 \x01(\x0b\x32\x1d.dflash_ray.v1.CloseSequencesH\x00\x42\t\n\x07message\"z\n\x0eTargetResponse\x12\x30\n\x05hello\x18\x01 \x01(\x0b\x32\x1f.dflash_ray.v1.TargetHelloReplyH\x00\x12+\n\x06result\x18\x02 \x01(\x0b\x32\x19.dflash_ray.v1.StepResultH\x00\x42\t\n\x07message\"I\n\x0bTargetHello\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x11\n\trouter_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\"\xa8\x02\n\x10TargetHelloReply\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x11\n\ttarget_id\x18\x02 \x01(\t\x12\x19\n\x11model_fingerprint\x18\x03 \x01(\t\x12\x1b\n\x13\x66\x65\x61ture_fingerprint\x18\x04 \x01(\t\x12\x12\n\nvocab_size\x18\x05 \x01(\r\x12\x13\n\x0bhidden_size\x18\x06 \x01(\r\x12\x15\n\rmax_model_len\x18\x07 \x01(\r\x12\x11\n\tpage_size\x18\x08 \x01(\r\x12\x11\n\tnum_pages\x18\t \x01(\r\x12\x18\n\x10max_batch_tokens\x18\n \x01(\r\x12\x0f\n\x07tp_size\x18\x0b \x01(\r\x12\x1e\n\x16\x63olocated_draft_tokens\x18\x0c \x01(\r\"\xc4\x01\n\x0cOpenSequence\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x12\n\nprompt_len\x18\x03 \x01(\r\x12/\n\x08sampling\x18\x04 \x01(\x0b\x32\x1d.dflash_ray.v1.SamplingParams\x12/\n\x08stopping\x18\x05 \x01(\x0b\x32\x1d.dflash_ray.v1.StoppingParams\x12\x16\n\x0ewants_features\x18\x06 \x01(\x08\"\x99\x03\n\x04Step\x12\x0f\n\x07step_id\x18\x01 \x01(\x04\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12)\n\x04open\x18\x03 \x03(\x0b\x32\x1b.dflash_ray.v1.OpenSequence\x12\r\n\x05\x63lose\x18\x04 \x03(\x04\x12\x13\n\x0bprefill_ids\x18\x05 \x03(\x04\x12\x14\n\x0cprefill_lens\x18\x06 \x03(\r\x12\x12\n\nverify_ids\x18\x07 \x03(\x04\x12\x11\n\tbase_lens\x18\x08 \x03(\r\x12\x12\n\nnum_drafts\x18\t \x03(\r\x12\x17\n\x0f\x64raft_token_ids\x18\n \x01(\x0c\x12\x15\n\rdraft_parents\x18\x0b \x03(\r\x12\x1b\n\x13\x63olocated_draft_ids\x18\x0c \x03(\x04\x12\x1c\n\x14\x63olocated_num_drafts\x18\r \x03(\r\x12\x12\n\ntree_width\x18\x0e \x01(\r\x12\x1c\n\x14num_draft_candidates\x18\x0f \x03(\r\x12\x1b\n\x13\x64raft_candidate_ids\x18\x10 \x03(\r\x12\x17\n\x0f\x64raft_log_probs\x18\x11 \x03(\x02\"&\n\x0e\x43loseSequences\x12\x14\n\x0csequence_ids\x18\x01 \x03(\x04\"\xe1\x03\n\nStepResult\x12\x0f\n\x07step_id\x18\x01 \x01(\x04\x12\x14\n\x0csequence_ids\x18\x02 \x03(\x04\x12,\n\x08statuses\x18\x03 \x03(\x0e\x32\x1a.dflash_ray.v1.EntryStatus\x12\x16\n\x0e\x63ommitted_lens\x18\x04 \x03(\r\x12\x1b\n\x13num_accepted_drafts\x18\x05 \x03(\r\x12\x12\n\nnum_tokens\x18\x06 \x03(\r\x12\x11\n\ttoken_ids\x18\x07 \x01(\x0c\x12\x33\n\x0e\x66inish_reasons\x18\x08 \x03(\x0e\x32\x1b.dflash_ray.v1.FinishReason\x12.\n\x08logprobs\x18\t \x03(\x0b\x32\x1c.dflash_ray.v1.TokenLogprobs\x12\x34\n\x10\x63olocated_drafts\x18\x0b \x01(\x0b\x32\x1a.dflash_ray.v1.DraftBlocks\x12\x12\n\nfree_pages\x18\x0c \x01(\r\x12+\n\x07timings\x18\r \x01(\x0b\x32\x1a.dflash_ray.v1.StepTimings\x12\x0e\n\x06\x65rrors\x18\x0e \x03(\t\x12\x36\n\x0fprompt_logprobs\x18\x0f \x03(\x0b\x32\x1d.dflash_ray.v1.PromptLogprobs\"j\n\x0bStepTimings\x12\x10\n\x08queue_ns\x18\x01 \x01(\x04\x12\x12\n\nforward_ns\x18\x02 \x01(\x04\x12\x11\n\tverify_ns\x18\x03 \x01(\x04\x12\x10\n\x08\x64raft_ns\x18\x04 \x01(\x04\x12\x10\n\x08total_ns\x18\x05 \x01(\x04\"\xad\x01\n\x0f\x46\x65\x61turesRequest\x12-\n\x05hello\x18\x01 \x01(\x0b\x32\x1c.dflash_ray.v1.FeaturesHelloH\x00\x12-\n\tsubscribe\x18\x02 \x01(\x0b\x32\x18.dflash_ray.v1.SubscribeH\x00\x12\x31\n\x0bunsubscribe\x18\x03 \x01(\x0b\x32\x1a.dflash_ray.v1.UnsubscribeH\x00\x42\t\n\x07message\"\xb0\x01\n\x10\x46\x65\x61turesResponse\x12\x32\n\x05hello\x18\x01 \x01(\x0b\x32!.dflash_ray.v1.FeaturesHelloReplyH\x00\x12\x32\n\x08\x66\x65\x61tures\x18\x02 \x01(\x0b\x32\x1e.dflash_ray.v1.ContextFeaturesH\x00\x12)\n\x03\x65nd\x18\x03 \x01(\x0b\x32\x1a.dflash_ray.v1.FeaturesEndH\x00\x42\t\n\x07message\"R\n\rFeaturesHello\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x12\n\ndrafter_id\x18\x02 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x03 \x01(\t\"A\n\x12\x46\x65\x61turesHelloReply\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x11\n\ttarget_id\x18\x02 \x01(\t\"k\n\tSubscribe\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0f\n\x07step_id\x18\x02 \x01(\x04\x12\x18\n\x10subscription_ids\x18\x03 \x03(\x04\x12\x14\n\x0csequence_ids\x18\x04 \x03(\x04\x12\x0e\n\x06starts\x18\x05 \x03(\r\"\'\n\x0bUnsubscribe\x12\x18\n\x10subscription_ids\x18\x01 \x03(\x04\"\x83\x01\n\x0f\x43ontextFeatures\x12\x18\n\x10subscription_ids\x18\x01 \x03(\x04\x12\x0e\n\x06starts\x18\x02 \x03(\r\x12\x10\n\x08num_rows\x18\x03 \x03(\r\x12&\n\x05\x64type\x18\x04 \x01(\x0e\x32\x17.dflash_ray.v1.DataType\x12\x0c\n\x04\x64\x61ta\x18\x05 \x01(\x0c\"Z\n\x0b\x46\x65\x61turesEnd\x12\x18\n\x10subscription_ids\x18\x01 \x03(\x04\x12\x31\n\x07reasons\x18\x02 \x03(\x0e\x32 .dflash_ray.v1.FeaturesEndReason*\xa6\x01\n\x0b\x45ntryStatus\x12\x1c\n\x18\x45NTRY_STATUS_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x45NTRY_STATUS_OK\x10\x01\x12\x16\n\x12\x45NTRY_STATUS_STALE\x10\x02\x12\x18\n\x14\x45NTRY_STATUS_UNKNOWN\x10\x03\x12\x19\n\x15\x45NTRY_STATUS_NO_PAGES\x10\x04\x12\x17\n\x13\x45NTRY_STATUS_FAILED\x10\x05*T\n\x08\x44\x61taType\x12\x19\n\x15\x44\x41TA_TYPE_UNSPECIFIED\x10\x00\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT32\x10\x01\x12\x16\n\x12\x44\x41TA_TYPE_BFLOAT16\x10\x02*\x9d\x01\n\x11\x46\x65\x61turesEndReason\x12#\n\x1f\x46\x45\x41TURES_END_REASON_UNSPECIFIED\x10\x00\x12\x1f\n\x1b\x46\x45\x41TURES_END_REASON_UNKNOWN\x10\x01\x12\x1e\n\x1a\x46\x45\x41TURES_END_REASON_CLOSED\x10\x02\x12\"\n\x1e\x46\x45\x41TURES_END_REASON_SUPERSEDED\x10\x03\x32\xa4\x01\n\x06Target\x12I\n\x06Verify\x12\x1c.dflash_ray.v1.TargetRequest\x1a\x1d.dflash_ray.v1.TargetResponse(\x01\x30\x01\x12O\n\x08\x46\x65\x61tures\x12\x1e.dflash_ray.v1.FeaturesRequest\x1a\x1f.dflash_ray.v1.FeaturesResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x64\x66lash_ray/pb/target.proto\x12\rdflash_ray.v1\x1a\x1a\x64\x66lash_ray/pb/common.proto\"\x9c\x01\n\rTargetRequest\x12+\n\x05hello\x18\x01 \x01(\x0b\x32\x1a.dflash_ray.v1.TargetHelloH\x00\x12#\n\x04step\x18\x02 \x01(\x0b\x32\x13.dflash_ray.v1.StepH\x00\x12.\n\x05\x63lose\x18\x03 \x01(\x0b\x32\x1d.dflash_ray.v1.CloseSequencesH\x00\x42\t\n\x07message\"z\n\x0eTargetResponse\x12\x30\n\x05hello\x18\x01 \x01(\x0b\x32\x1f.dflash_ray.v1.TargetHelloReplyH\x00\x12+\n\x06result\x18\x02 \x01(\x0b\x32\x19.dflash_ray.v1.StepResultH\x00\x42\t\n\x07message\"I\n\x0bTargetHello\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x11\n\trouter_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\"\xa8\x02\n\x10TargetHelloReply\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x11\n\ttarget_id\x18\x02 \x01(\t\x12\x19\n\x11model_fingerprint\x18\x03 \x01(\t\x12\x1b\n\x13\x66\x65\x61ture_fingerprint\x18\x04 \x01(\t\x12\x12\n\nvocab_size\x18\x05 \x01(\r\x12\x13\n\x0bhidden_size\x18\x06 \x01(\r\x12\x15\n\rmax_model_len\x18\x07 \x01(\r\x12\x11\n\tpage_size\x18\x08 \x01(\r\x12\x11\n\tnum_pages\x18\t \x01(\r\x12\x18\n\x10max_batch_tokens\x18\n \x01(\r\x12\x0f\n\x07tp_size\x18\x0b \x01(\r\x12\x1e\n\x16\x63olocated_draft_tokens\x18\x0c \x01(\r\"\xd8\x01\n\x0cOpenSequence\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x12\n\nprompt_len\x18\x03 \x01(\r\x12/\n\x08sampling\x18\x04 \x01(\x0b\x32\x1d.dflash_ray.v1.SamplingParams\x12/\n\x08stopping\x18\x05 \x01(\x0b\x32\x1d.dflash_ray.v1.StoppingParams\x12\x16\n\x0ewants_features\x18\x06 \x01(\x08\x12\x12\n\ncache_salt\x18\x07 \x01(\x0c\"\x99\x03\n\x04Step\x12\x0f\n\x07step_id\x18\x01 \x01(\x04\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12)\n\x04open\x18\x03 \x03(\x0b\x32\x1b.dflash_ray.v1.OpenSequence\x12\r\n\x05\x63lose\x18\x04 \x03(\x04\x12\x13\n\x0bprefill_ids\x18\x05 \x03(\x04\x12\x14\n\x0cprefill_lens\x18\x06 \x03(\r\x12\x12\n\nverify_ids\x18\x07 \x03(\x04\x12\x11\n\tbase_lens\x18\x08 \x03(\r\x12\x12\n\nnum_drafts\x18\t \x03(\r\x12\x17\n\x0f\x64raft_token_ids\x18\n \x01(\x0c\x12\x15\n\rdraft_parents\x18\x0b \x03(\r\x12\x1b\n\x13\x63olocated_draft_ids\x18\x0c \x03(\x04\x12\x1c\n\x14\x63olocated_num_drafts\x18\r \x03(\r\x12\x12\n\ntree_width\x18\x0e \x01(\r\x12\x1c\n\x14num_draft_candidates\x18\x0f \x03(\r\x12\x1b\n\x13\x64raft_candidate_ids\x18\x10 \x03(\r\x12\x17\n\x0f\x64raft_log_probs\x18\x11 \x03(\x02\"&\n\x0e\x43loseSequences\x12\x14\n\x0csequence_ids\x18\x01 \x03(\x04\"\x87\x04\n\nStepResult\x12\x0f\n\x07step_id\x18\x01 \x01(\x04\x12\x14\n\x0csequence_ids\x18\x02 \x03(\x04\x12,\n\x08statuses\x18\x03 \x03(\x0e\x32\x1a.dflash_ray.v1.EntryStatus\x12\x16\n\x0e\x63ommitted_lens\x18\x04 \x03(\r\x12\x1b\n\x13num_accepted_drafts\x18\x05 \x03(\r\x12\x12\n\nnum_tokens\x18\x06 \x03(\r\x12\x11\n\ttoken_ids\x18\x07 \x01(\x0c\x12\x33\n\x0e\x66inish_reasons\x18\x08 \x03(\x0e\x32\x1b.dflash_ray.v1.FinishReason\x12.\n\x08logprobs\x18\t \x03(\x0b\x32\x1c.dflash_ray.v1.TokenLogprobs\x12\x34\n\x10\x63olocated_drafts\x18\x0b \x01(\x0b\x32\x1a.dflash_ray.v1.DraftBlocks\x12\x12\n\nfree_pages\x18\x0c \x01(\r\x12+\n\x07timings\x18\r \x01(\x0b\x32\x1a.dflash_ray.v1.StepTimings\x12\x0e\n\x06\x65rrors\x18\x0e \x03(\t\x12\x36\n\x0fprompt_logprobs\x18\x0f \x03(\x0b\x32\x1d.dflash_ray.v1.PromptLogprobs\x12\x0f\n\x07kv_lens\x18\x10 \x03(\r\x12\x13\n\x0b\x63\x61\x63hed_lens\x18\x11 \x03(\r\"j\n\x0bStepTimings\x12\x10\n\x08queue_ns\x18\x01 \x01(\x04\x12\x12\n\nforward_ns\x18\x02 \x01(\x04\x12\x11\n\tverify_ns\x18\x03 \x01(\x04\x12\x10\n\x08\x64raft_ns\x18\x04 \x01(\x04\x12\x10\n\x08total_ns\x18\x05 \x01(\x04\"\xad\x01\n\x0f\x46\x65\x61turesRequest\x12-\n\x05hello\x18\x01 \x01(\x0b\x32\x1c.dflash_ray.v1.FeaturesHelloH\x00\x12-\n\tsubscribe\x18\x02 \x01(\x0b\x32\x18.dflash_ray.v1.SubscribeH\x00\x12\x31\n\x0bunsubscribe\x18\x03 \x01(\x0b\x32\x1a.dflash_ray.v1.UnsubscribeH\x00\x42\t\n\x07message\"\xb0\x01\n\x10\x46\x65\x61turesResponse\x12\x32\n\x05hello\x18\x01 \x01(\x0b\x32!.dflash_ray.v1.FeaturesHelloReplyH\x00\x12\x32\n\x08\x66\x65\x61tures\x18\x02 \x01(\x0b\x32\x1e.dflash_ray.v1.ContextFeaturesH\x00\x12)\n\x03\x65nd\x18\x03 \x01(\x0b\x32\x1a.dflash_ray.v1.FeaturesEndH\x00\x42\t\n\x07message\"R\n\rFeaturesHello\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x12\n\ndrafter_id\x18\x02 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x03 \x01(\t\"A\n\x12\x46\x65\x61turesHelloReply\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x11\n\ttarget_id\x18\x02 \x01(\t\"k\n\tSubscribe\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0f\n\x07step_id\x18\x02 \x01(\x04\x12\x18\n\x10subscription_ids\x18\x03 \x03(\x04\x12\x14\n\x0csequence_ids\x18\x04 \x03(\x04\x12\x0e\n\x06starts\x18\x05 \x03(\r\"\'\n\x0bUnsubscribe\x12\x18\n\x10subscription_ids\x18\x01 \x03(\x04\"\x83\x01\n\x0f\x43ontextFeatures\x12\x18\n\x10subscription_ids\x18\x01 \x03(\x04\x12\x0e\n\x06starts\x18\x02 \x03(\r\x12\x10\n\x08num_rows\x18\x03 \x03(\r\x12&\n\x05\x64type\x18\x04 \x01(\x0e\x32\x17.dflash_ray.v1.DataType\x12\x0c\n\x04\x64\x61ta\x18\x05 \x01(\x0c\"Z\n\x0b\x46\x65\x61turesEnd\x12\x18\n\x10subscription_ids\x18\x01 \x03(\x04\x12\x31\n\x07reasons\x18\x02 \x03(\x0e\x32 .dflash_ray.v1.FeaturesEndReason*\xa6\x01\n\x0b\x45ntryStatus\x12\x1c\n\x18\x45NTRY_STATUS_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x45NTRY_STATUS_OK\x10\x01\x12\x16\n\x12\x45NTRY_STATUS_STALE\x10\x02\x12\x18\n\x14\x45NTRY_STATUS_UNKNOWN\x10\x03\x12\x19\n\x15\x45NTRY_STATUS_NO_PAGES\x10\x04\x12\x17\n\x13\x45NTRY_STATUS_FAILED\x10\x05*T\n\x08\x44\x61taType\x12\x19\n\x15\x44\x41TA_TYPE_UNSPECIFIED\x10\x00\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT32\x10\x01\x12\x16\n\x12\x44\x41TA_TYPE_BFLOAT16\x10\x02*\x9d\x01\n\x11\x46\x65\x61turesEndReason\x12#\n\x1f\x46\x45\x41TURES_END_REASON_UNSPECIFIED\x10\x00\x12\x1f\n\x1b\x46\x45\x41TURES_END_REASON_UNKNOWN\x10\x01\x12\x1e\n\x1a\x46\x45\x41TURES_END_REASON_CLOSED\x10\x02\x12\"\n\x1e\x46\x45\x41TURES_END_REASON_SUPERSEDED\x10\x03\x32\xa4\x01\n\x06Target\x12I\n\x06Verify\x12\x1c.dflash_ray.v1.TargetRequest\x1a\x1d.dflash_ray.v1.TargetResponse(\x01\x30\x01\x12O\n\x08\x46\x65\x61tures\x12\x1e.dflash_ray.v1.FeaturesRequest\x1a\x1f.dflash_ray.v1.FeaturesResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'dflash_ray.pb.target_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ENTRYSTATUS']._serialized_start=2856
-  _globals['_ENTRYSTATUS']._serialized_end=3022
-  _globals['_DATATYPE']._serialized_start=3024
-  _globals['_DATATYPE']._serialized_end=3108
-  _globals['_FEATURESENDREASON']._serialized_start=3111
-  _globals['_FEATURESENDREASON']._serialized_end=3268
+  _globals['_ENTRYSTATUS']._serialized_start=2914
+  _globals['_ENTRYSTATUS']._serialized_end=3080
+  _globals['_DATATYPE']._serialized_start=3082
+  _globals['_DATATYPE']._serialized_end=3166
+  _globals['_FEATURESENDREASON']._serialized_start=3169
+  _globals['_FEATURESENDREASON']._serialized_end=3326
   _globals['_TARGETREQUEST']._serialized_start=74
   _globals['_TARGETREQUEST']._serialized_end=230
   _globals['_TARGETRESPONSE']._serialized_start=232
@@ -47,31 +47,31 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TARGETHELLOREPLY']._serialized_start=432
   _globals['_TARGETHELLOREPLY']._serialized_end=728
   _globals['_OPENSEQUENCE']._serialized_start=731
-  _globals['_OPENSEQUENCE']._serialized_end=927
-  _globals['_STEP']._serialized_start=930
-  _globals['_STEP']._serialized_end=1339
-  _globals['_CLOSESEQUENCES']._serialized_start=1341
-  _globals['_CLOSESEQUENCES']._serialized_end=1379
-  _globals['_STEPRESULT']._serialized_start=1382
-  _globals['_STEPRESULT']._serialized_end=1863
-  _globals['_STEPTIMINGS']._serialized_start=1865
-  _globals['_STEPTIMINGS']._serialized_end=1971
-  _globals['_FEATURESREQUEST']._serialized_start=1974
-  _globals['_FEATURESREQUEST']._serialized_end=2147
-  _globals['_FEATURESRESPONSE']._serialized_start=2150
-  _globals['_FEATURESRESPONSE']._serialized_end=2326
-  _globals['_FEATURESHELLO']._serialized_start=2328
-  _globals['_FEATURESHELLO']._serialized_end=2410
-  _globals['_FEATURESHELLOREPLY']._serialized_start=2412
-  _globals['_FEATURESHELLOREPLY']._serialized_end=2477
-  _globals['_SUBSCRIBE']._serialized_start=2479
-  _globals['_SUBSCRIBE']._serialized_end=2586
-  _globals['_UNSUBSCRIBE']._serialized_start=2588
-  _globals['_UNSUBSCRIBE']._serialized_end=2627
-  _globals['_CONTEXTFEATURES']._serialized_start=2630
-  _globals['_CONTEXTFEATURES']._serialized_end=2761
-  _globals['_FEATURESEND']._serialized_start=2763
-  _globals['_FEATURESEND']._serialized_end=2853
-  _globals['_TARGET']._serialized_start=3271
-  _globals['_TARGET']._serialized_end=3435
+  _globals['_OPENSEQUENCE']._serialized_end=947
+  _globals['_STEP']._serialized_start=950
+  _globals['_STEP']._serialized_end=1359
+  _globals['_CLOSESEQUENCES']._serialized_start=1361
+  _globals['_CLOSESEQUENCES']._serialized_end=1399
+  _globals['_STEPRESULT']._serialized_start=1402
+  _globals['_STEPRESULT']._serialized_end=1921
+  _globals['_STEPTIMINGS']._serialized_start=1923
+  _globals['_STEPTIMINGS']._serialized_end=2029
+  _globals['_FEATURESREQUEST']._serialized_start=2032
+  _globals['_FEATURESREQUEST']._serialized_end=2205
+  _globals['_FEATURESRESPONSE']._serialized_start=2208
+  _globals['_FEATURESRESPONSE']._serialized_end=2384
+  _globals['_FEATURESHELLO']._serialized_start=2386
+  _globals['_FEATURESHELLO']._serialized_end=2468
+  _globals['_FEATURESHELLOREPLY']._serialized_start=2470
+  _globals['_FEATURESHELLOREPLY']._serialized_end=2535
+  _globals['_SUBSCRIBE']._serialized_start=2537
+  _globals['_SUBSCRIBE']._serialized_end=2644
+  _globals['_UNSUBSCRIBE']._serialized_start=2646
+  _globals['_UNSUBSCRIBE']._serialized_end=2685
+  _globals['_CONTEXTFEATURES']._serialized_start=2688
+  _globals['_CONTEXTFEATURES']._serialized_end=2819
+  _globals['_FEATURESEND']._serialized_start=2821
+  _globals['_FEATURESEND']._serialized_end=2911
+  _globals['_TARGET']._serialized_start=3329
+  _globals['_TARGET']._serialized_end=3493
 # @@protoc_insertion_point(module_scope)

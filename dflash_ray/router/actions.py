@@ -60,6 +60,7 @@ class Emit:
         num_spec_tokens: the longest draft block asked for.
         logprobs: by request, for those who asked.
         prompt_logprobs: by request, without tokens.
+        num_cached_tokens: known tokens whose rows were found computed, by request, of those that a prefill drew for.
     """
 
     sequence_ids: Ints
@@ -74,6 +75,7 @@ class Emit:
     num_spec_tokens: Ints
     logprobs: dict[int, common_pb2.TokenLogprobs] = field(default_factory=dict)
     prompt_logprobs: dict[int, common_pb2.PromptLogprobs] = field(default_factory=dict)
+    num_cached_tokens: dict[int, int] = field(default_factory=dict)
 
     @classmethod
     def one(
@@ -84,6 +86,7 @@ class Emit:
         decode_pass: DecodePass | None = None,
         logprobs: common_pb2.TokenLogprobs | None = None,
         prompt_logprobs: common_pb2.PromptLogprobs | None = None,
+        num_cached_tokens: int = 0,
     ) -> Emit:
         """For a single request."""
         num_drafts, num_accepted, num_spec_tokens = (np.array([value]) for value in decode_pass or (0, 0, 0))
@@ -100,6 +103,7 @@ class Emit:
             num_spec_tokens,
             {} if logprobs is None else {0: logprobs},
             {} if prompt_logprobs is None else {0: prompt_logprobs},
+            {0: num_cached_tokens} if num_cached_tokens else {},
         )
 
     def of_stream(self, stream: int) -> Emit:
@@ -123,6 +127,7 @@ class Emit:
             self.num_spec_tokens[is_its],
             {places[i]: part for i, part in self.logprobs.items() if i in places},
             {places[i]: part for i, part in self.prompt_logprobs.items() if i in places},
+            {places[i]: count for i, count in self.num_cached_tokens.items() if i in places},
         )
 
     def entries(self) -> Iterator[tuple[int, list[int], int]]:

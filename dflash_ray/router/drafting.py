@@ -148,7 +148,9 @@ class Drafting:
 
     def _assign(self, idle: Ints, opens_all: bool, now: float) -> None:
         """Gives sequences without a drafter to the least loaded that takes any."""
-        free = [drafter for drafter in self._drafters.values() if drafter.aside_until <= now] if self._lone else []
+        if not self._lone or not (opens_all or len(idle) or self._has_lone_fixed):
+            return
+        free = [drafter for drafter in self._drafters.values() if drafter.aside_until <= now]
         if not free:
             return
         wanting = set() if opens_all else set(idle.tolist())
@@ -160,6 +162,10 @@ class Drafting:
                 self._serve(min(free, key=lambda drafter: len(drafter.sequences)), sequence)
             else:
                 self._lone[sequence_id] = sequence
+
+    @property
+    def _has_lone_fixed(self) -> bool:
+        return any(sequence.policy == Policy.FIXED for sequence in self._lone.values())
 
     def rest(self) -> None:
         """Closes the sessions of adaptive sequences; they are opened anew when drafts are expected again."""

@@ -36,6 +36,11 @@ class StepsInFlight:
         """Whether another step may be sent; beside one with a suspect in it none may."""
         return len(self._steps) < self._depth and not (self._steps and self._steps[-1].is_alone)
 
+    @property
+    def only(self) -> StepInFlight | None:
+        """The step in flight, where there is one and another one may be beside it."""
+        return self._steps[0] if len(self._steps) == 1 and not self._steps[0].is_alone else None
+
     def add(self, step: StepInFlight, now: float) -> None:
         """A step is sent."""
         if not self._steps:
@@ -92,6 +97,24 @@ class Cohorts:
         if not len(decoding) and not len(prefilling):
             return None
         return _apart(table, decoding, prefilling, is_target_idle)
+
+
+def choose_ahead(table: SlotTable, step: StepInFlight) -> tuple[Ints, Ints] | None:
+    """Slots to decode and slots to prefill behind a step in flight, while it runs; or None.
+
+    What it decodes plainly gets one token from it, whatever that is: who does not end at that length goes on. Where
+    others decode as well or are about to, or a suspect waits, the step's result is waited for.
+    """
+    chains, chunks = step.slots[step.num_chunks :], step.slots[: step.num_chunks]
+    if step.num_drafts.any() or len(chains) != table.num_in_phase[DECODE] or not step.is_current(table).all():
+        return None
+    if (table.num_prefilled[chunks] + step.rows[: step.num_chunks] >= table.committed_lens[chunks]).any():
+        return None
+    decoding = chains[table.committed_lens[chains] + 1 < table.max_lens[chains]]
+    prefilling = ((table.phases == PREFILL) & (table.step_ids == 0)).nonzero()[0]
+    if not len(decoding) or table.is_suspect[prefilling].any():
+        return None
+    return decoding, prefilling
 
 
 def _apart(table: SlotTable, decoding: Ints, prefilling: Ints, is_target_idle: bool) -> tuple[Ints, Ints, bool] | None:

@@ -27,11 +27,6 @@ class TargetLimits:
         """Whether a drafter beside n-grams may draft, in the group or out of it."""
         return bool(self.feature_fingerprint or self.colocated_draft_tokens)
 
-    @property
-    def makes_features(self) -> bool:
-        """Whether drafters out of the group need context features."""
-        return bool(self.feature_fingerprint) and not self.colocated_draft_tokens
-
     def pages(self, tokens: int) -> int:
         """KV pages of so many rows."""
         return -(-tokens // self.page_size)

@@ -109,8 +109,12 @@ class Outbox:
 
     def _add(self, emit: Emit) -> None:
         columns = self._columns[-1]
-        for i in sorted({*emit.logprobs, *emit.prompt_logprobs}):
-            extras = router_pb2.EntryExtras(logprobs=emit.logprobs.get(i), prompt_logprobs=emit.prompt_logprobs.get(i))
+        for i in sorted({*emit.logprobs, *emit.prompt_logprobs, *emit.num_cached_tokens}):
+            extras = router_pb2.EntryExtras(
+                logprobs=emit.logprobs.get(i),
+                prompt_logprobs=emit.prompt_logprobs.get(i),
+                num_cached_tokens=emit.num_cached_tokens.get(i, 0),
+            )
             columns.add_extras(extras, i)
         columns.call_ids.extend(emit.call_ids.tolist())
         columns.num_tokens.extend(emit.num_tokens.tolist())

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Callable
 from typing import Protocol
 from weakref import WeakValueDictionary
 
@@ -36,6 +37,8 @@ from dflash_ray.router.streams import Stream, open_drafter, open_target
 from dflash_ray.rpc.directory import Entry
 
 logger = logging.getLogger(__name__)
+
+_LEARN_AFTER_S = 0.001  # that what was sent is on its way by then
 
 
 class Receiver(Protocol):
@@ -71,6 +74,7 @@ class Pipeline:
         self._receivers: WeakValueDictionary[int, Receiver] = WeakValueDictionary()
         self._is_pump_due = False
         self._timer: asyncio.TimerHandle | None = None
+        self._lesson: asyncio.TimerHandle | None = None
         self._streams: set[Stream] = set()  # all that were opened here and whose end was not seen to be clean
         self._closing: set[asyncio.Task[None]] = set()
         self._failure: Exception | None = None
@@ -131,6 +135,9 @@ class Pipeline:
         self._measures.step_done(message.result.step_id, now)
         self.scheduler.step_done(message.result, now)
         self._pump()
+        if self._lesson is not None:
+            self._lesson.cancel()
+        self._lesson = asyncio.get_running_loop().call_later(_LEARN_AFTER_S, self._learn)
 
     def _on_target_end(self, stream: Stream) -> None:
         if self._target is not stream:
@@ -207,8 +214,14 @@ class Pipeline:
             stream.check()
 
     def _wake(self) -> None:
+        self._guarded(self._pump)
+
+    def _learn(self) -> None:
+        self._guarded(self.scheduler.learn)
+
+    def _guarded(self, work: Callable[[], None]) -> None:
         try:
-            self._pump()
+            work()
         except Exception as error:  # nobody calls a timer's callback who could be told
             logger.exception("the scheduler failed; this router reports itself unhealthy")
             self._failure = error
@@ -220,7 +233,8 @@ class Pipeline:
         has_events = True
         while has_events:
             actions = self.scheduler.poll(now)
-            for action in actions:
+            # Target and drafters wait for what is theirs; clients are told while those are at work.
+            for action in sorted(actions, key=lambda action: isinstance(action, Emit | Fail)):
                 self._perform(action, now)
             # What was a dropped drafter's looks for another one.
             has_events = any(isinstance(action, DropDrafter) for action in actions)
@@ -269,7 +283,8 @@ class Pipeline:
 
     async def close(self) -> None:
         """Ends all streams."""
-        if self._timer is not None:
-            self._timer.cancel()
+        for timer in (self._timer, self._lesson):
+            if timer is not None:
+                timer.cancel()
         for stream in (*self._drafters.values(), *([self._target] if self._target else [])):
             await stream.close()

@@ -22,7 +22,7 @@ from dflash_ray.rpc.metrics import add_metrics_service
 from dflash_ray.rpc.node import bind_host
 
 logger = logging.getLogger(__name__)
-_POLL_S = 0.1
+_POLL_S = 0.25
 _SERVICE_NAME = router_pb2.DESCRIPTOR.services_by_name["Router"].full_name
 
 

@@ -19,6 +19,7 @@ class StepOutcome:
         token_ids: what each entry committed, one after the other.
         logprobs: of entries that asked and got tokens.
         errors: of entries that FAILED.
+        kv_lens, cached_lens: of prompts' chunks, rows that the target has and those that it found computed.
     """
 
     statuses: Ints
@@ -28,6 +29,8 @@ class StepOutcome:
     finish_reasons: Ints
     logprobs: dict[int, common_pb2.TokenLogprobs]
     errors: dict[int, str]
+    kv_lens: Ints
+    cached_lens: Ints
 
     @property
     def is_ok(self) -> Flags:
@@ -55,6 +58,9 @@ def read_result(result: target_pb2.StepResult, step: StepInFlight) -> StepOutcom
         if len(values) != len(ids):
             raise ValueError(f"{name} has {len(values)} elements for {len(ids)} entries")
     statuses, num_accepted, num_tokens, finish_reasons = columns
+    kv_lens, cached_lens = (column(getattr(result, name)) for name in ("kv_lens", "cached_lens"))
+    if not len(kv_lens) == len(cached_lens) == step.num_chunks:
+        raise ValueError(f"kv_lens and cached_lens must have {step.num_chunks} elements, one a prefill entry")
     token_ids = unpacked("token_ids", result.token_ids)
     if int(num_tokens.sum()) != len(token_ids):
         raise ValueError(f"token_ids has {len(token_ids)} elements for {int(num_tokens.sum())} tokens")
@@ -68,4 +74,6 @@ def read_result(result: target_pb2.StepResult, step: StepInFlight) -> StepOutcom
         finish_reasons,
         dict(zip(with_logprobs, result.logprobs, strict=True)),
         dict(zip(failed, result.errors, strict=True)),
+        kv_lens,
+        cached_lens,
     )

@@ -27,7 +27,7 @@ from dflash_ray.core.errors import RequestError
 from dflash_ray.pb import common_pb2, drafter_pb2, router_pb2, target_pb2
 from dflash_ray.router.actions import Action, CloseSequences, DropTarget, Emit, RunStep
 from dflash_ray.router.drafting import Drafting
-from dflash_ray.router.in_flight import Cohorts, StepsInFlight
+from dflash_ray.router.in_flight import Cohorts, StepsInFlight, choose_ahead
 from dflash_ray.router.limits import TargetLimits
 from dflash_ray.router.requests import Requests
 from dflash_ray.router.results import StepOutcome, read_result
@@ -114,9 +114,8 @@ class Scheduler:
             if part.sequence_id in self._requests.by_id:
                 self._actions.append(Emit.one(self._requests.by_id[part.sequence_id], prompt_logprobs=part))
         is_current = step.is_current(self._table)
-        draft_seconds = result.timings.draft_ns / 1e9
-        self.speculating.done(step, outcome, is_current & outcome.is_ok, now, draft_seconds)
-        self._table.step_ids[step.slots[is_current]] = 0
+        self.speculating.done(step, outcome, is_current & outcome.is_ok, now, result.timings)
+        self._table.end_step(step.slots[is_current], outcome.is_ok[is_current])
         self._advance(step, outcome, (is_current & outcome.is_ok).nonzero()[0])
         lacks_pages = False
         for entry in (is_current & ~outcome.is_ok).nonzero()[0].tolist():
@@ -148,7 +147,9 @@ class Scheduler:
         has_tokens = counts > 0
         first_tokens = token_ids[(counts.cumsum() - counts)[has_tokens]]
         self.speculating.judge_ngrams(slots[has_tokens & ~is_chunk], first_tokens[~is_chunk[has_tokens]])
-        table.num_prefilled[slots] += step.rows[entries]
+        chunks = entries[is_chunk]
+        table.num_prefilled[slots[is_chunk]] = outcome.kv_lens[chunks]
+        table.num_cached[slots[is_chunk]] = outcome.cached_lens[chunks]
         table.start_decoding(slots[is_chunk & has_tokens])
         table.commit(slots, counts, token_ids)
         self.speculating.ngrams.forget(slots)
@@ -168,6 +169,7 @@ class Scheduler:
         logprobs = {}
         if outcome.logprobs:
             logprobs = {i: outcome.logprobs[e] for i, e in enumerate(told.tolist()) if e in outcome.logprobs}
+        num_cached = np.where(told < step.num_chunks, table.num_cached[slots], 0)
         self._actions.append(
             Emit(
                 table.ids[slots],
@@ -181,6 +183,7 @@ class Scheduler:
                 outcome.num_accepted[told],
                 table.draft_tokens[slots],
                 logprobs,
+                num_cached_tokens={i: int(num_cached[i]) for i in num_cached.nonzero()[0].tolist()},
             )
         )
         for slot in slots[reasons > 0].tolist():
@@ -221,7 +224,7 @@ class Scheduler:
         if self.limits is not None:
             self._requests.admit(self.limits, self.free_pages, self._cohorts)
             self._request_drafts(self.limits, now)
-            while self._steps.has_room and self._start_step(self.limits, now):
+            while self._start_step(self.limits, now):
                 pass
             if now >= self._steps.deadline:
                 self._actions.append(DropTarget())
@@ -230,6 +233,13 @@ class Scheduler:
         actions = list(self._actions)
         self._actions.clear()
         return actions
+
+    def learn(self) -> None:
+        """Takes in what the last step teaches the policy, as far as that can wait until the next one is sent.
+
+        It may come at any time, or never: the next result makes up for it.
+        """
+        self.speculating.controller.learn()
 
     def next_deadline(self) -> float | None:
         """When `poll` has something to do even if no event comes."""
@@ -256,7 +266,7 @@ class Scheduler:
 
     def _start_step(self, limits: TargetLimits, now: float) -> bool:
         """Sends the next step when a cohort has all its drafts or has waited long enough for them."""
-        chosen = self._cohorts.choose(self._table, is_target_idle=not len(self._steps))
+        chosen = self._next_step(limits, now)
         if chosen is None:
             return False
         decoding, prefilling, is_alone = chosen
@@ -276,6 +286,17 @@ class Scheduler:
                 self.drafting.add(self._requests.by_id[opened.sequence_id])
             self._request_drafts(limits, now)  # drafters are told of them at once
         return True
+
+    def _next_step(self, limits: TargetLimits, now: float) -> tuple[Ints, Ints, bool] | None:
+        """Slots to decode and to prefill, and whether a suspect is alone; None while there is no next step to send."""
+        before = self._steps.only
+        if before is not None and self._router.runs_ahead:
+            ahead = choose_ahead(self._table, before)
+            if ahead is not None and self.speculating.stays_plain(ahead[0], limits, now):
+                return (*ahead, False)
+        if not self._steps.has_room:
+            return None
+        return self._cohorts.choose(self._table, is_target_idle=not len(self._steps))
 
     def _count_drafts(self, step: StepInFlight) -> None:
         chains = step.slots[step.num_chunks :]

@@ -76,4 +76,5 @@ class RouterSequence:
             sampling=self.request.sampling,
             stopping=self.request.stopping,
             wants_features=wants_features,
+            cache_salt=self.request.cache_salt,
         )

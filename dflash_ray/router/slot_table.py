@@ -43,12 +43,14 @@ class SlotTable:
         streams, call_ids: where they came from.
         phases: WAITING (a free slot), PREFILL or DECODE.
         step_ids: the step in flight with this sequence in it, 0 when none is.
+        ahead_ids: the step in flight behind that one with it, which counts on one token from it; 0 when none is.
         last_steps: the last step with it, in flight or done; who waited longest comes first.
         turns: order of admission, among sequences with the same last step.
         tokens: [num_slots, max_len] prompt and emitted tokens, the router's copy of the committed truth.
         committed_lens: how many of them there are.
         max_lens: at how many the sequence ends.
-        num_prefilled: rows that the target says it has computed, while in PREFILL.
+        num_prefilled: rows that the target says it has, while in PREFILL.
+        num_cached: rows among them that it found computed.
         is_open: the target was sent the sequence.
         cohorts: 0 or 1; those of one cohort decode in the same steps.
         is_suspect: so many groups died over it that it runs alone.
@@ -80,12 +82,14 @@ class SlotTable:
         self.call_ids = np.zeros(num_slots, np.uint64)
         self.phases = np.zeros(num_slots, np.int8)
         self.step_ids = np.zeros(num_slots, np.int64)
+        self.ahead_ids = np.zeros(num_slots, np.int64)
         self.last_steps = np.zeros(num_slots, np.int64)
         self.turns = np.zeros(num_slots, np.int64)
         self.tokens = np.zeros((num_slots, max_len), np.uint32)
         self.committed_lens = np.zeros(num_slots, np.int64)
         self.max_lens = np.zeros(num_slots, np.int64)
         self.num_prefilled = np.zeros(num_slots, np.int64)
+        self.num_cached = np.zeros(num_slots, np.int64)
         self.is_open = np.zeros(num_slots, np.bool_)
         self.cohorts = np.zeros(num_slots, np.int8)
         self.is_suspect = np.zeros(num_slots, np.bool_)
@@ -132,7 +136,7 @@ class SlotTable:
         self.tokens[slot, : len(tokens)] = tokens
         self.committed_lens[slot] = len(tokens)
         self.max_lens[slot] = max_len
-        self.num_prefilled[slot] = 0
+        self.num_prefilled[slot] = self.num_cached[slot] = 0
         self.is_open[slot] = False
         self.cohorts[slot] = cohort
         self.is_suspect[slot] = is_suspect
@@ -154,7 +158,7 @@ class SlotTable:
         self.num_in_cohort[self.cohorts[slot]] -= 1
         self._move(slot, WAITING)
         self.sequences[slot] = None
-        self.ids[slot] = self.step_ids[slot] = 0
+        self.ids[slot] = self.step_ids[slot] = self.ahead_ids[slot] = 0
         self.leave_drafter(slot)
         self._free.append(slot)
 
@@ -179,6 +183,11 @@ class SlotTable:
         self.phases[slots] = DECODE
         self.num_in_phase[PREFILL] -= len(slots)
         self.num_in_phase[DECODE] += len(slots)
+
+    def end_step(self, slots: Ints, is_ok: Flags) -> None:
+        """The step with these is answered: the one behind it is theirs now, unless it counts on what did not come."""
+        self.step_ids[slots] = np.where(is_ok, self.ahead_ids[slots], 0)
+        self.ahead_ids[slots] = 0
 
     def commit(self, slots: Ints, counts: Ints, token_ids: Tokens) -> None:
         """Appends counts[i] tokens to slots[i]; drafts were for those before them."""

@@ -9,7 +9,7 @@ import numpy as np
 
 from dflash_ray.config import DflashRayConfig
 from dflash_ray.core.arrays import Flags, Ints, Tokens
-from dflash_ray.pb import router_pb2
+from dflash_ray.pb import router_pb2, target_pb2
 from dflash_ray.router.limits import TargetLimits
 from dflash_ray.router.ngram_drafts import NgramDrafts
 from dflash_ray.router.results import StepOutcome
@@ -52,6 +52,7 @@ class Speculating:
             self._set_table(table)
         self.controller.prefers_ngram = self._router.prefer_ngram and limits.has_drafter
         self.controller.is_colocated = limits.colocated_draft_tokens > 0
+        self.controller.runs_ahead = self._router.runs_ahead and not limits.colocated_draft_tokens
         self.controller.steps_lost()
 
     def policy_of(self, speculation: router_pb2.Speculation) -> tuple[Policy, int]:
@@ -78,9 +79,9 @@ class Speculating:
         """
         table = self.table
         table.num_asked[slots] = 0
-        for cohort in (0, 1):
-            members = slots[table.cohorts[slots] == cohort]
-            if len(members):
+        cohorts = [slots[table.cohorts[slots] == cohort] for cohort in (0, 1)] if self._is_split else [slots]
+        for cohort, members in enumerate(cohorts):
+            if len(members) and not self.controller.passes_over(members, now, cohort):
                 wanted = self.controller.wants_ngrams(members)
                 candidates = self._candidates(members, reach(members, now), wanted)
                 table.num_asked[members] = self._plan(candidates, cohort, limits, now)
@@ -134,6 +135,10 @@ class Speculating:
         if not len(slots):
             return np.zeros(0, np.int64)
         cohort = int(table.cohorts[slots[0]])
+        batch = self._batch(slots, self._rows_of_prompts(limits))
+        if self.controller.cuts_plainly(slots, batch, cohort):
+            table.draft_sources[slots] = PLAIN
+            return np.zeros(len(slots), np.int64)
         draft_lens = np.maximum(0, table.draft_lens[slots])
         wants_ngram = self.controller.wants_ngrams(slots, draft_lens > 0, cohort)
         candidates = self._candidates(slots, np.zeros(len(slots), np.int64), wants_ngram)
@@ -142,7 +147,6 @@ class Speculating:
         log_probs = table.draft_log_probs[slots, :MOST_DRAFTS].astype(float)
         # The law of rejection sampling bears no cut that looks at what was drawn.
         log_probs[table.wants_distributions[slots]] = np.nan
-        batch = self._batch(slots, self._rows_of_prompts(limits))
         counts, from_ngram = self.controller.cut(
             candidates,
             draft_lens,
@@ -170,19 +174,34 @@ class Speculating:
         inside = int(np.count_nonzero(num_asked)), int(num_asked.sum())
         self.controller.step_started(batch, is_in[decoding], counts[decoding], now, inside)
 
+    def stays_plain(self, slots: Ints, limits: TargetLimits, now: float) -> bool:
+        """Whether the next step of these is a plain one, whatever the present one brings."""
+        if not self.table.draft_tokens[slots].any():
+            return True
+        return not limits.colocated_draft_tokens and self.controller.passes_over(slots, now)
+
     def judge_ngrams(self, slots: Ints, first_tokens: Tokens) -> None:
         """The slots' next tokens have come, and pass judgement on n-grams that were not verified."""
         match_lens, is_right = self.ngrams.judged(slots, first_tokens)
         if len(match_lens):
             self.controller.acceptance.saw_ngrams(match_lens, np.ones_like(match_lens), is_right.astype(np.int64))
 
-    def done(self, step: StepInFlight, outcome: StepOutcome, is_known: Flags, now: float, draft_seconds: float) -> None:
+    def done(
+        self, step: StepInFlight, outcome: StepOutcome, is_known: Flags, now: float, timings: target_pb2.StepTimings
+    ) -> None:
         """The oldest step was answered; is_known[i]: entry i's sequence still has its slot, and nothing went wrong."""
         chains = slice(step.num_chunks, None)
         accepted = np.full(self.table.num_slots, -1)
         accepted[step.slots[chains]] = np.where(is_known[chains], outcome.num_accepted[chains], -1)
-        is_accepted = self._accepted_in_trees(step, outcome, accepted) if self.table.has_trees else None
-        self.controller.step_done(accepted, now, draft_seconds, is_accepted)
+        has_trees = self.table.has_trees and bool(step.num_drafts.any())
+        self.controller.step_done(
+            accepted,
+            now,
+            timings.draft_ns / 1e9,
+            self._rows_spared(step, outcome, is_known),
+            (timings.forward_ns + timings.verify_ns) / 1e9,
+            self._accepted_in_trees(step, outcome, accepted) if has_trees else None,
+        )
 
     def _accepted_in_trees(self, step: StepInFlight, outcome: StepOutcome, accepted: Ints) -> Flags:
         """[num_slots, MOST_DRAFTS]: which drafts were kept."""
@@ -200,3 +219,11 @@ class Speculating:
             np.minimum(np.maximum(accepted[slots], 0), counts),
         )
         return is_accepted
+
+    def _rows_spared(self, step: StepInFlight, outcome: StepOutcome, is_known: Flags) -> int:
+        """Rows of prompts that the step need not compute, as they were there already or another prompt's came first."""
+        chunks = is_known[: step.num_chunks].nonzero()[0]
+        slots, table = step.slots[chunks], self.table
+        found = outcome.cached_lens[chunks] - table.num_cached[slots]
+        computed = outcome.kv_lens[chunks] - table.num_prefilled[slots] - found
+        return int((step.rows[chunks] - computed).sum())

@@ -62,7 +62,7 @@ def build_step(
     """A step of chains and prompts' chunks; who was left out of the last ones comes first.
 
     `most_drafts` [len(decoding)] is how many of their drafts are to be verified. Drafts that find no room are cut off.
-    The entries count as sent.
+    The entries count as sent. Those in a step already count on one token from it.
     """
     step = target_pb2.Step(step_id=step_id, epoch=limits.epoch, tree_width=config.tree_width)
     reserved = min(config.prefill_chunk_tokens, limits.max_batch_tokens // _PREFILL_SHARE) if len(prefilling) else 0
@@ -86,7 +86,9 @@ def build_step(
         table.asks_logprobs[slots],
         is_alone,
     )
-    table.step_ids[slots] = table.last_steps[slots] = step_id
+    is_ahead = table.step_ids[slots] != 0
+    table.ahead_ids[slots[is_ahead]] = step_id
+    table.step_ids[slots[~is_ahead]] = table.last_steps[slots] = step_id
     return step, in_flight
 
 
@@ -110,7 +112,7 @@ def _add_chains(step: target_pb2.Step, table: SlotTable, slots: Ints, counts: In
     is_sent = columns < counts[:, None]
     table.draft_lens[slots] = counts
     step.verify_ids.extend(table.ids[slots].tolist())
-    step.base_lens.extend(table.committed_lens[slots].tolist())
+    step.base_lens.extend((table.committed_lens[slots] + (table.step_ids[slots] != 0)).tolist())
     step.num_drafts.extend(counts.tolist())
     step.draft_token_ids = packed(table.drafts[slots][is_sent])
     if table.has_trees:
@@ -142,7 +144,7 @@ def _add_chunks(step: target_pb2.Step, limits: TargetLimits, table: SlotTable, s
     """Adds the next rows of prompts; the first chunk brings the whole sequence."""
     for slot in slots[~table.is_open[slots]].tolist():
         sequence = table.sequence(slot)
-        step.open.append(sequence.open_message(limits.makes_features and sequence.draft_tokens > 0))
+        step.open.append(sequence.open_message(limits.has_drafter and sequence.draft_tokens > 0))
     table.is_open[slots] = True
     step.prefill_ids.extend(table.ids[slots].tolist())
     step.prefill_lens.extend(rows.tolist())

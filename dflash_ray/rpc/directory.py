@@ -23,7 +23,7 @@ import ray
 Kind = Literal["target", "drafter", "router", "gateway"]
 ACTOR_NAME = "dflash_ray_directory"
 NAMESPACE = "dflash_ray"
-_CHECK_S = 0.1  # how soon a changed entry is registered
+_CHECK_S = 0.25  # how soon a changed entry is registered
 _RETRY_S = 0.5
 NOTHING_SEEN = -1  # no version of anything
 

@@ -98,6 +98,8 @@ class VirtualTarget:
             sequence = self._sequences[sequence_id]
             sequence.computed += rows
             context += sequence.computed
+            result.kv_lens.append(sequence.computed)
+            result.cached_lens.append(0)
             self._commit(result, sequence_id, sequence, int(sequence.computed == sequence.length), 0)
         drafts = unpacked("draft_token_ids", step.draft_token_ids).tolist()
         at = 0

@@ -10,6 +10,7 @@ import os
 import platform
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -26,9 +27,11 @@ from dflash_ray.training.config import EngineSection
 from dflash_ray.training.decoding import local_engine
 
 _ROUNDS = 5
+_ENOUGH_S = 2.0  # of one measurement, after which a busy machine gets no further round
 _ROWS = (1, 2, 3, 4, 5, 6, 8, 12, 16)  # of one sequence
 _SEQUENCES = (1, 2, 4, 8, 16)
-_SHORT, _LONG = 16, 768  # tokens of context
+_SHORT, _LONG = 16, 256  # tokens of context
+_LONG_SEQUENCES = 2
 _PREFILLS = (16, 64, 256)
 _TOKEN = 1  # what every sequence says
 
@@ -41,26 +44,26 @@ class _Bench:
         self._next_id = 1
         self.lens: dict[int, int] = {}
 
-    def open(self, count: int, num_tokens: int, drafts: int) -> list[float]:
-        """Prefills so many sequences, one after the other; returns the seconds of each."""
-        times = []
-        for _ in range(count):
-            sequence_id, self._next_id = self._next_id, self._next_id + 1
-            tokens = np.arange(3, 3 + num_tokens, dtype=np.int64)
-            opening = Opening(sequence_id, tokens, num_tokens, 1 << 20, sampling=SamplingParams(), wants_features=True)
-            began = time.perf_counter()
-            self._run(
-                StepInput(
-                    open=[opening],
-                    prefill_ids=np.array([sequence_id], np.uint64),
-                    prefill_lens=np.array([num_tokens], np.int64),
-                    draft_ids=np.array([sequence_id] if drafts else [], np.uint64),
-                    draft_counts=np.array([drafts] if drafts else [], np.int64),
-                )
+    def open(self, count: int, num_tokens: int, drafts: int = 0) -> float:
+        """Prefills so many sequences in one pass, and drafts for them; returns its seconds."""
+        tokens = np.arange(3, 3 + num_tokens, dtype=np.int64)
+        ids = np.arange(self._next_id, self._next_id + count).astype(np.uint64)
+        self._next_id += count
+        began = time.perf_counter()
+        self._run(
+            StepInput(
+                open=[
+                    Opening(int(i), tokens, num_tokens, 1 << 20, sampling=SamplingParams(), wants_features=True)
+                    for i in ids
+                ],
+                prefill_ids=ids,
+                prefill_lens=np.full(count, num_tokens),
+                draft_ids=ids if drafts else ids[:0],
+                draft_counts=np.full(count if drafts else 0, drafts),
             )
-            times.append(time.perf_counter() - began)
-            self.lens[sequence_id] = num_tokens + 1
-        return times
+        )
+        self.lens |= dict.fromkeys(ids.tolist(), num_tokens + 1)
+        return time.perf_counter() - began
 
     def close(self) -> None:
         self._engine.close(list(self.lens))
@@ -90,14 +93,23 @@ class _Bench:
         return self._engine.step(step)
 
     def pass_seconds(self, num_drafts: int) -> float:
-        return median(self.step(num_drafts)[0] for _ in range(_ROUNDS))
+        return _median(lambda: self.step(num_drafts)[0])
 
     def draft_seconds(self, num_asked: int) -> float:
-        return median(self.step(0, num_asked)[1] for _ in range(_ROUNDS))
+        return _median(lambda: self.step(0, num_asked)[1])
+
+
+def _median(measure: Callable[[], float]) -> float:
+    """Of a few rounds; of fewer where they take long."""
+    times: list[float] = []
+    began = time.perf_counter()
+    while len(times) < _ROUNDS and (not times or time.perf_counter() - began < _ENOUGH_S):
+        times.append(measure())
+    return median(times)
 
 
 def measure(config: DflashRayConfig, on_step: Callable[[str], None]) -> Profile:
-    """Runs the grid; a minute or two on a small machine.
+    """Runs the grid; half a minute on a small machine, two where others are at work too.
 
     Args:
         on_step: told what is measured now.
@@ -116,13 +128,13 @@ def measure(config: DflashRayConfig, on_step: Callable[[str], None]) -> Profile:
     with local_engine(config.model.path, settings, drafter=drafter) as (engine, limits):
         bench = _Bench(engine)
         draft_len = drafter.config.block_size - 1 if drafter is not None else 7
-        bench.open(1, _SHORT, 0)
+        bench.open(1, _SHORT)
         bench.step(0)
         on_step("passes of one sequence")
         rows = [bench.pass_seconds(count - 1) for count in _ROWS]
         bench.close()
         on_step("prompts")
-        prefills = [median(bench.open(3, count, 0)) for count in _PREFILLS]
+        prefills = [_median(partial(bench.open, 1, count)) for count in _PREFILLS]
         bench.close()
         on_step("passes of many sequences, and drafts")
         plain, drafts = [], []
@@ -132,19 +144,20 @@ def measure(config: DflashRayConfig, on_step: Callable[[str], None]) -> Profile:
             drafts.append(bench.draft_seconds(draft_len) if drafter is not None else 0.0)
             bench.close()
         on_step("long contexts")
-        bench.open(4, _LONG, 0)
+        for _ in range(_LONG_SEQUENCES):
+            bench.open(1, _LONG)
         long = bench.pass_seconds(0)
         bench.close()
     by_rows = Times(at=_ROWS, seconds=tuple(np.maximum.accumulate(rows).tolist()))
     extra = [seconds - by_rows(count) for count, seconds in zip(_SEQUENCES, plain, strict=True)]
     per_sequence = max(0.0, median(e / (count - 1) for e, count in zip(extra[1:], _SEQUENCES[1:], strict=True)))
-    per_token = max(0.0, (long - plain[_SEQUENCES.index(4)]) / (4 * (_LONG - _SHORT)))
+    per_token = max(0.0, (long - plain[_SEQUENCES.index(_LONG_SEQUENCES)]) / (_LONG_SEQUENCES * (_LONG - _SHORT)))
     return Profile(
         name=f"{platform.node()}-{config.model.served_name}",
         model=config.model.path,
         device=f"{os.cpu_count()} cores" if config.target.device == "cpu" else config.target.device,
         date=datetime.date.today().isoformat(),
-        source=f"measured by dflash-ray profile, medians of {_ROUNDS} steps of the engine alone",
+        source=f"measured by dflash-ray profile, medians of up to {_ROUNDS} steps of the engine alone",
         passes=by_rows,
         per_sequence=per_sequence,
         per_context_token=per_token,

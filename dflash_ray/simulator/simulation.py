@@ -181,6 +181,7 @@ class Simulation:
                     raise RuntimeError(f"a simulated request failed: {error.message}")
                 case DropTarget() | DropDrafter():
                     raise RuntimeError("a simulated process was given up")
+        self.scheduler.learn()
         deadline = self.scheduler.next_deadline()
         if deadline is not None and (self._calls or self._events) and deadline > self._now:
             self._at(deadline + 1e-6, lambda: None)

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import numpy as np
 
 from dflash_ray.core.arrays import packed, unpacked
-from dflash_ray.core.draft_blocks import to_message
 from dflash_ray.pb import common_pb2, target_pb2
 from dflash_ray.sampling.logprobs import Logprobs
 from dflash_ray.sampling.parameters import COUPLED, NO_LOGPROBS, REJECTION, SamplingParams
@@ -82,6 +81,7 @@ def _decode_opening(message: target_pb2.OpenSequence) -> Opening:
             bias_values=np.array(sampling.bias_values, dtype=np.float32),
         ),
         wants_features=message.wants_features,
+        cache_salt=message.cache_salt,
     )
 
 
@@ -97,12 +97,14 @@ def encode_result(output: StepOutput) -> target_pb2.StepResult:
         token_ids=packed(output.token_ids),
         finish_reasons=output.finishes.tolist(),
         logprobs=map(_encode_logprobs, output.logprobs),
-        colocated_drafts=to_message(output.epoch, output.colocated_drafts) if output.colocated_drafts else None,
+        colocated_drafts=output.colocated_drafts.message(output.epoch) if len(output.colocated_drafts) else None,
         free_pages=output.free_pages,
         timings=target_pb2.StepTimings(
             forward_ns=output.forward_ns, verify_ns=output.verify_ns, draft_ns=output.draft_ns
         ),
         errors=output.errors,
+        kv_lens=output.kv_lens.tolist(),
+        cached_lens=output.cached_lens.tolist(),
         prompt_logprobs=(
             common_pb2.PromptLogprobs(
                 sequence_id=part.sequence_id, start=part.start, logprobs=_encode_logprobs(part.logprobs)

@@ -7,9 +7,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
+import torch
 
-from dflash_ray.core.draft_blocks import DraftBlock
-from dflash_ray.models.draft_contexts import DraftContexts, DraftMethod, to_block
+from dflash_ray.core.arrays import spans
+from dflash_ray.core.draft_blocks import BlockColumns
+from dflash_ray.models.draft_contexts import ContextRows, DraftContexts, DraftMethod
 from dflash_ray.target_group.slots import NO_SLOT, SlotTable
 from dflash_ray.target_group.step import Ids, Ints, StepFeatures
 
@@ -29,7 +31,7 @@ class ColocatedDrafter:
 
     def __init__(self, method: DraftMethod, max_context_tokens: int, raises: bool = False) -> None:
         self._method = method
-        self._contexts: DraftContexts[int] = DraftContexts(method, max_context_tokens)
+        self._contexts: DraftContexts = DraftContexts(method, max_context_tokens)
         self._raises = raises
         self.max_draft_tokens = method.max_draft_tokens
 
@@ -38,16 +40,28 @@ class ColocatedDrafter:
 
     def extend(self, table: SlotTable, features: StepFeatures) -> None:
         """Takes the features of a pass that was committed."""
-        columns = (features.sequence_ids, features.starts, features.num_rows, features.first_rows)
-        for sequence_id, start, count, first in zip(*(column.tolist() for column in columns), strict=True):
-            with self._as_advice("the colocated drafter failed; a sequence is decoded without it"):
-                token_ids = table.tokens[table.slot_of[sequence_id], start : start + count].tolist()
-                self._contexts.extend(sequence_id, start, features.rows[first : first + count], token_ids)
+        slots, starts, counts = table.slots(features.sequence_ids), features.starts, features.num_rows
+        kept = counts > 0
+        slots, starts, counts, firsts = slots[kept], starts[kept], counts[kept], features.first_rows[kept]
+        if not len(slots):
+            return
+        rows = spans(firsts, counts)
+        if self._method.feature_width:
+            index = torch.from_numpy(rows).to(features.rows.device)
+            columns = ContextRows(slots, starts, counts, features=features.rows.index_select(0, index))
+        else:
+            token_ids = table.tokens[np.repeat(slots, counts), spans(starts, counts)]
+            columns = ContextRows(slots, starts, counts, token_ids=token_ids.astype(np.int64))
+        with self._as_advice("the colocated drafter failed; its sequences are decoded without it"):
+            faults = self._contexts.extend(columns).values()
+            for fault in faults:
+                if isinstance(fault, Exception):
+                    raise fault
 
-    def close(self, sequence_id: int) -> None:
-        """Forgets a sequence; unknown ones are ignored."""
+    def close(self, slots: list[int]) -> None:
+        """Forgets sequences, before others get their slots; unknown ones are ignored."""
         with self._as_advice("the colocated drafter failed to close a session"):
-            self._contexts.close(sequence_id)
+            self._contexts.close(slots)
 
     @contextmanager
     def _as_advice(self, fault: str) -> Iterator[None]:
@@ -61,23 +75,22 @@ class ColocatedDrafter:
 
     def draft(
         self, table: SlotTable, sequence_ids: Ids, counts: Ints, num_candidates: int, tree_width: int = 1
-    ) -> list[DraftBlock]:
+    ) -> BlockColumns:
         """At most so many tokens for each sequence that only lacks the anchor's row and whose context is whole."""
         slots = table.slots(sequence_ids)
         is_ready = (slots != NO_SLOT) & (counts > 0) & (table.kv_lens[slots] == table.committed_lens[slots] - 1)
-        is_ready &= [self._contexts.context_len(at) for at in sequence_ids.tolist()] == table.kv_lens[slots]
-        ready, slots = sequence_ids[is_ready].tolist(), slots[is_ready]
-        lens = table.committed_lens[slots]
-        if not ready:
-            return []
+        is_ready[is_ready] &= self._contexts.context_lens(slots[is_ready]) == table.kv_lens[slots[is_ready]]
+        if not is_ready.any():
+            return BlockColumns.none()
+        slots, lens = slots[is_ready], table.committed_lens[slots[is_ready]]
         with self._as_advice("the colocated drafter failed; its sequences are decoded without it"):
             proposals = self._contexts.propose(
-                ready,
+                slots.tolist(),
                 table.tokens[slots, lens - 1].tolist(),
                 (counts if tree_width > 1 else np.minimum(counts, self.max_draft_tokens))[is_ready].tolist(),
                 num_candidates,
                 table.draws(slots.tolist()),
                 tree_width,
             )
-            return list(map(to_block, ready, lens.tolist(), proposals))
-        return []
+            return proposals.blocks(sequence_ids[is_ready].astype(np.int64), lens)
+        return BlockColumns.none()

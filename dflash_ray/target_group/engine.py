@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dflash_ray.core.arrays import spans
+from dflash_ray.models.context_features import PackedRows
 from dflash_ray.sampling.columns import PlanColumns, columns_of
 from dflash_ray.sampling.logprobs import Logprobs
 from dflash_ray.sampling.parameters import NO_LOGPROBS
@@ -25,6 +27,7 @@ from dflash_ray.target_group.entries import Entries, drafts_of, find_entries, ro
 from dflash_ray.target_group.feature_store import FeatureStore
 from dflash_ray.target_group.model import StepHidden
 from dflash_ray.target_group.page_allocator import PageAllocator
+from dflash_ray.target_group.prefix_cache import PrefixCache
 from dflash_ray.target_group.slots import NO_SLOT, SlotTable
 from dflash_ray.target_group.step import Ids, Ints, PromptLogprobs, StepFeatures, StepInput, StepOutput
 
@@ -54,11 +57,14 @@ class Engine:
 
     Args:
         drafter: colocated drafter that gets this group's features, which then leave in no step's output.
-        features: where features are kept for remote drafters; None where there are none.
+        features: where features are kept for remote drafters, and for a colocated one beside a prefix cache; None where
+            there are none.
         lead: on the rank that leads a group of several.
+        caches_prefixes: sequences share the rows of equal beginnings, with those that are over as well.
 
     Attributes:
         is_in_pass: the ranks are at work; after an exception they may be out of step with each other.
+        prefixes: None where none are cached.
     """
 
     def __init__(
@@ -70,7 +76,9 @@ class Engine:
         drafter: ColocatedDrafter | None = None,
         features: FeatureStore | None = None,
         lead: Lead | None = None,
+        caches_prefixes: bool = False,
     ) -> None:
+        assert not (caches_prefixes and drafter and features is None), "a drafter needs the features of cached rows"
         self._runner = runner
         self._drafter = drafter
         self._features = features
@@ -78,6 +86,7 @@ class Engine:
         self._closed: list[int] = []  # since the last step, of which the other ranks don't know yet
         self._table = SlotTable(max_model_len, page_size)
         self.allocator = PageAllocator(num_pages)
+        self.prefixes = PrefixCache(self._table, self.allocator) if caches_prefixes else None
         self.is_in_pass = False
 
     @property
@@ -91,10 +100,13 @@ class Engine:
         self._forget(sequence_ids)
 
     def _forget(self, sequence_ids: Sequence[int]) -> None:
+        if self._drafter is not None:
+            slot_of = self._table.slot_of
+            self._drafter.close([slot_of[sequence_id] for sequence_id in sequence_ids if sequence_id in slot_of])
         for sequence_id in sequence_ids:
+            if self.prefixes is not None and (slot := self._table.slot_of.get(sequence_id)) is not None:
+                self.prefixes.close(slot)
             self.allocator.free(self._table.close(sequence_id))
-            if self._drafter is not None:
-                self._drafter.close(sequence_id)
 
     def step(self, step: StepInput) -> StepOutput:
         """Runs one step that was checked (`step_check`); the output's entries are in the order of the step's."""
@@ -105,7 +117,9 @@ class Engine:
             self._closed = []
             self._lead.send(step)
         self._change(step)
-        entries = find_entries(self._table, self.allocator, step)
+        entries = find_entries(self._table, self.allocator, step, self.prefixes)
+        if self._drafter is not None:
+            self._extend_by_found(self._drafter, entries)
         running = entries.running()
         rows = rows_of(self._table, entries, running)
         hidden = verdict = None
@@ -125,6 +139,8 @@ class Engine:
         if verdict is not None and len(batch.parents):
             self._runner.move_rows(*rows_to_move(self._table, rows, verdict))
         done = commit(self._table, rows, verdict)
+        if self.prefixes is not None:
+            self.prefixes.name_pages(rows.slots)
         for index in running[done.is_flagged].tolist():
             entries.fail(index, "the target's logits are not finite")
         output = self._output(step, entries, running, done)
@@ -147,16 +163,15 @@ class Engine:
         assert self._features is not None
         self._features.put(features)
 
-    def read_features(self, sequence_ids: Sequence[int], starts: Sequence[int], counts: Sequence[int]) -> Tensor:
-        """Context features [sum of counts, H] of computed rows of sequences that are not closed before it returns.
+    def read_features(self, sequence_ids: Sequence[int], starts: Sequence[int], counts: Sequence[int]) -> PackedRows:
+        """Context features of computed rows of sequences that are not closed before they are copied.
 
         May be called from another thread than the step's.
         """
         assert self._features is not None
-        num_rows = np.array(counts)
-        slot_of = np.repeat(self._table.slots(np.array(sequence_ids, dtype=np.uint64)), num_rows)
-        positions = np.arange(len(slot_of)) + np.repeat(starts - np.cumsum(num_rows) + num_rows, num_rows)
-        return self._features.get(self._table.cache_rows(slot_of, positions))
+        get, num_rows = self._table.slot_of.get, np.array(counts)
+        slot_of = np.repeat([get(sequence_id, NO_SLOT) for sequence_id in sequence_ids], num_rows)
+        return self._features.read(self._table.cache_rows(slot_of, spans(np.array(starts), num_rows)))
 
     def _change(self, step: StepInput) -> None:
         """Closes and opens the sequences that the step names."""
@@ -164,7 +179,23 @@ class Engine:
         for index, opening in enumerate(step.open):
             self._forget([opening.sequence_id])
             if index not in step.faults_of_open:
-                self._table.open(opening)
+                slot = self._table.open(opening)
+                if self.prefixes is not None:
+                    self.prefixes.open(slot, opening.cache_salt)
+
+    def _extend_by_found(self, drafter: ColocatedDrafter, entries: Entries) -> None:
+        """Gives a colocated drafter the features of rows that were found computed."""
+        for index, count in entries.found.items():
+            slot, end = int(entries.slots[index]), int(entries.starts[index])
+            if self._features is None or slot == NO_SLOT or not self._table.wants_features[slot]:
+                continue
+            positions = np.arange(end - count, end)
+            cache_rows = self._table.cache_rows(np.full(count, slot), positions)
+            columns = (positions[:1], np.array([count]), np.zeros(1, dtype=np.int64))
+            found = StepFeatures(
+                entries.sequence_ids[index : index + 1], *columns, self._features.get(cache_rows), cache_rows
+            )
+            drafter.extend(self._table, found)
 
     def _prompt_logprobs(self, rows: Rows, sequence_ids: Ids, scores: Logprobs) -> list[PromptLogprobs]:
         """The scores of a pass, entry by entry."""
@@ -191,7 +222,8 @@ class Engine:
     def _output(self, step: StepInput, entries: Entries, running: Ints, done: Commit) -> StepOutput:
         columns = np.zeros((3, len(entries.slots)), dtype=np.int64)
         columns[:, running] = done.num_accepted, done.num_tokens, done.finishes
-        committed_lens = self._table.committed_lens[np.maximum(entries.slots, 0)]
+        slots = np.maximum(entries.slots, 0)
+        committed_lens, prefilled = self._table.committed_lens[slots], slots[: entries.num_prefills]
         return StepOutput(
             step_id=step.step_id,
             epoch=step.epoch,
@@ -202,6 +234,8 @@ class Engine:
             num_tokens=columns[1],
             token_ids=done.token_ids,
             finishes=columns[2],
+            kv_lens=self._table.kv_lens[prefilled],
+            cached_lens=self._table.cached_lens[prefilled],
             errors=[entries.errors[index] for index in sorted(entries.errors)],
             logprobs=[],
             prompt_logprobs=[],
@@ -211,6 +245,9 @@ class Engine:
     def _take_features(self, rows: Rows, done: Commit, sequence_ids: Ids, features: Tensor) -> StepFeatures | None:
         """Features [F, H] of a pass go to the colocated drafter, or leave with the output."""
         if self._drafter is not None:
-            self._drafter.extend(self._table, kept_features(self._table, rows, done, sequence_ids, features))
+            kept = kept_features(self._table, rows, done, sequence_ids, features)
+            self._drafter.extend(self._table, kept)
+            if self._features is not None:
+                self._features.put(kept)
             return None
         return kept_features(self._table, rows, done, sequence_ids, features.cpu())

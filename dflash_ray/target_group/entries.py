@@ -9,6 +9,7 @@ import numpy as np
 from dflash_ray.sampling.parameters import NO_LOGPROBS
 from dflash_ray.target_group.batch import Rows
 from dflash_ray.target_group.page_allocator import PageAllocator
+from dflash_ray.target_group.prefix_cache import PrefixCache
 from dflash_ray.target_group.slots import NO_SLOT, SlotTable
 from dflash_ray.target_group.step import Drafts, EntryStatus, Ids, Ints, StepInput
 
@@ -19,8 +20,9 @@ class Entries:
 
     Attributes:
         slots: [E], NO_SLOT for sequences that are unknown or could not be opened.
-        starts, counts: [E] position of the first row, rows.
+        starts, counts: [E] position of the first row, rows; 0 rows of prefills that wait for others' in this step.
         errors: a text for each that failed, by index.
+        found: indices of prefills that found rows computed just now, and how many: those before `starts`.
     """
 
     sequence_ids: Ids
@@ -30,22 +32,26 @@ class Entries:
     counts: Ints
     num_prefills: int
     errors: dict[int, str]
+    found: dict[int, int]
 
     def fail(self, index: int, error: str) -> None:
         self.statuses[index], self.errors[index] = EntryStatus.FAILED, error
 
     def running(self) -> Ints:
         """Indices of those that run."""
-        return np.flatnonzero(self.statuses == EntryStatus.OK)
+        return np.flatnonzero((self.statuses == EntryStatus.OK) & (self.counts > 0))
 
 
-def find_entries(table: SlotTable, allocator: PageAllocator, step: StepInput) -> Entries:
+def find_entries(
+    table: SlotTable, allocator: PageAllocator, step: StepInput, prefixes: PrefixCache | None = None
+) -> Entries:
     """The step's entries; those that are to run have the pages that their rows need."""
     num_prefills = len(step.prefill_ids)
     verifies = slice(num_prefills, None)
     sequence_ids = np.concatenate((step.prefill_ids, step.verify_ids))
     slots = table.slots(sequence_ids)
     is_known = slots != NO_SLOT
+    found = {} if prefixes is None else _find_rows(prefixes, slots[:num_prefills])
     places = np.where(is_known, slots, 0)
     starts, committed_lens = table.kv_lens[places], table.committed_lens[places]
     counts = np.concatenate((step.prefill_lens, 1 + step.drafts.counts))
@@ -53,15 +59,24 @@ def find_entries(table: SlotTable, allocator: PageAllocator, step: StepInput) ->
     is_stale = (step.base_lens != committed_lens[verifies]) | (starts + 1 != committed_lens)[verifies]
     statuses = np.where(is_known, EntryStatus.OK, EntryStatus.UNKNOWN)
     statuses[verifies][is_stale & is_known[verifies]] = EntryStatus.STALE
-    entries = Entries(sequence_ids, slots, statuses, starts, counts, num_prefills, {})
+    entries = Entries(sequence_ids, slots, statuses, starts, counts, num_prefills, {}, found)
     for index, fault in step.faults_of_drafts.items():
         if statuses[num_prefills + index] == EntryStatus.OK:
             entries.fail(num_prefills + index, fault)
     for index in np.flatnonzero((statuses == EntryStatus.OK) & (starts + counts > table.max_model_len)).tolist():
         entries.fail(index, "drafts reach past the model's context")
     _fail_misfits(step, entries)
+    if prefixes is not None and num_prefills > 1:
+        ready = np.flatnonzero(statuses[:num_prefills] == EntryStatus.OK)
+        counts[ready[prefixes.waits(slots[ready], counts[ready])]] = 0
     _reserve(table, allocator, entries)
     return entries
+
+
+def _find_rows(prefixes: PrefixCache, slots: Ints) -> dict[int, int]:
+    """Rows that these prefills' sequences have computed already, by index; those with none are left out."""
+    rows = {index: prefixes.find(slot) for index, slot in enumerate(slots.tolist()) if slot != NO_SLOT}
+    return {index: count for index, count in rows.items() if count}
 
 
 def _fail_misfits(step: StepInput, entries: Entries) -> None:

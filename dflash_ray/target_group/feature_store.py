@@ -1,13 +1,13 @@
-"""Context features of live sequences on rank 0's host, for replays to a remote drafter."""
+"""Context features of the cache's rows, for drafters and for sequences that found their rows computed."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from dflash_ray.models.context_features import rows_per_piece
+from dflash_ray.core.arrays import spans
+from dflash_ray.models.context_features import PackedRows, bytes_of, pack, rows_per_piece, wire_dtype
 from dflash_ray.target_group.step import Ints, StepFeatures
 
 
@@ -15,15 +15,19 @@ class FeatureStore:
     """[num_rows, width]; a position's row is its slot in the KV cache.
 
     So features are freed with their sequence's pages, and the store never grows: its memory is touched as pages are
-    first used, and rows are copied in and out. Rows of a page that was handed on are stale until they are put again.
+    first used, and rows are copied in and read in place. Rows of a page that was handed on are stale until they are put
+    again.
 
     Args:
         dtype: of the features, the model's.
+        device: the host's memory for remote drafters, the model's for a colocated one.
     """
 
-    def __init__(self, num_rows: int, width: int, dtype: torch.dtype) -> None:
-        self._rows = torch.empty(num_rows, width, dtype=dtype)
-        self.rows_per_piece = rows_per_piece(width, dtype)  # that one message of a replay holds
+    def __init__(self, num_rows: int, width: int, dtype: torch.dtype, device: str = "cpu") -> None:
+        self._rows = torch.empty(num_rows, width, dtype=dtype, device=device)
+        self._bytes = bytes_of(self._rows) if device == "cpu" else None
+        self._dtype = wire_dtype(dtype)
+        self.rows_per_piece = rows_per_piece(width, dtype)  # that one message holds
 
     @property
     def num_bytes(self) -> int:
@@ -32,19 +36,38 @@ class FeatureStore:
 
     def put(self, features: StepFeatures) -> None:
         """Copies the kept rows of a step's features to their places."""
-        counts = features.num_rows
+        sources = spans(features.first_rows, features.num_rows)
         places = features.cache_rows
-        index = np.arange(len(places)) + np.repeat(features.first_rows - np.cumsum(counts) + counts, counts)
-        _words(self._rows)[places] = _words(features.rows.contiguous())[index]
+        if self._bytes is None:
+            to, of = (torch.from_numpy(index).to(self._rows.device) for index in (places, sources))
+            self._rows.index_copy_(0, to, features.rows.index_select(0, of))
+            return
+        rows = bytes_of(features.rows.contiguous())
+        # Runs of rows are copied as they are: gathering them first would be a copy more.
+        firsts, counts = _runs(places, sources)
+        for place, source, count in zip(
+            places[firsts].tolist(), sources[firsts].tolist(), counts.tolist(), strict=True
+        ):
+            self._bytes[place : place + count] = rows[source : source + count]
 
-    def get(self, slots: Ints) -> Tensor:
-        """A copy [n, width] of the rows `slots`."""
-        return self._rows.index_select(0, torch.from_numpy(slots))
+    def get(self, places: Ints) -> Tensor:
+        """A copy [n, width] of the rows `places`."""
+        return self._rows.index_select(0, torch.from_numpy(places).to(self._rows.device))
+
+    def read(self, places: Ints) -> PackedRows:
+        """The rows `places` as they travel. On a host they are the store's own: whoever keeps them copies."""
+        if self._bytes is None or self._rows.dtype is not self._dtype:
+            return pack(self.get(places))
+        firsts, counts = _runs(places)
+        runs = zip(places[firsts].tolist(), counts.tolist(), strict=True)
+        return PackedRows(self._dtype, [self._bytes[place : place + count] for place, count in runs])
 
 
-def _words(rows: Tensor) -> NDArray[np.generic]:
-    """Rows as integers, as few as may be: numpy copies them several times faster than torch does bfloat16."""
-    size = rows.shape[1] * rows.itemsize
-    return rows.view(
-        next(dtype for dtype in (torch.int64, torch.int32, torch.int16) if not size % dtype.itemsize)
-    ).numpy()
+def _runs(*columns: Ints) -> tuple[Ints, Ints]:
+    """Where runs begin that are of consecutive numbers in all the columns, and how long each is."""
+    is_first = np.zeros(len(columns[0]), dtype=np.bool_)
+    is_first[:1] = True
+    for column in columns:
+        is_first[1:] |= column[1:] != column[:-1] + 1
+    ends = np.append(is_first.nonzero()[0], len(is_first))
+    return ends[:-1], ends[1:] - ends[:-1]

@@ -9,20 +9,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import grpc
-from torch import Tensor
 
 from dflash_ray.core.protocol import PROTOCOL_VERSION
-from dflash_ray.models.context_features import to_response
+from dflash_ray.models.context_features import PackedRows, encode_features
 from dflash_ray.pb import target_pb2
 
 logger = logging.getLogger(__name__)
 
-ReadRows = Callable[[Sequence[int], Sequence[int], Sequence[int]], Tensor]
+ReadRows = Callable[[Sequence[int], Sequence[int], Sequence[int]], PackedRows]
 
 
 class _MalformedError(ValueError):
@@ -37,6 +37,7 @@ class _Subscription:
     number: int
     at: int
     sequence: _Sequence | None = None  # None once nothing comes any more
+    is_behind: bool = False  # it waits in its stream's `behind`
 
 
 @dataclass(slots=True, eq=False)
@@ -63,14 +64,14 @@ class _Stream:
 
     Attributes:
         waiting: what is subscribed to before the step that opens it was read.
-        behind: subscriptions with rows to send; whoever was sent some goes to the end.
+        behind: subscriptions with rows to send, and some that have ended since; whoever was sent some goes to the end.
         ends: subscriptions that the drafter is to be told are over.
     """
 
     def __init__(self) -> None:
         self.subscriptions: dict[int, _Subscription] = {}
         self.waiting: dict[int, _Wanted] = {}
-        self.behind: dict[_Subscription, None] = {}
+        self.behind: deque[_Subscription] = deque()
         self.ends: list[tuple[int, target_pb2.FeaturesEndReason]] = []
         self.awake = asyncio.Event()
 
@@ -83,8 +84,8 @@ class FeatureStreams:
     """Subscriptions of all drafters to the sequences of one target group.
 
     Args:
-        read: rows [sum of counts, H] of (sequence ids, starts, counts). It is called on the event loop, so that no
-            sequence that is read is closed before it returns.
+        read: rows of (sequence ids, starts, counts), in place. They are copied on the event loop, where no sequence
+            that is read is closed before that.
         rows_per_piece: rows of one message.
         fingerprint: of the drafter whose fc makes the features.
     """
@@ -163,11 +164,11 @@ class FeatureStreams:
 
     async def serve(
         self, requests: AsyncIterator[target_pb2.FeaturesRequest], context: grpc.aio.ServicerContext
-    ) -> AsyncIterator[target_pb2.FeaturesResponse]:
-        """One drafter's stream, from its hello on."""
+    ) -> AsyncIterator[bytes]:
+        """One drafter's stream of FeaturesResponses, from its hello on."""
         await self._greet(requests, context)
         hello = target_pb2.FeaturesHelloReply(protocol_version=PROTOCOL_VERSION, target_id=self._target_id)
-        yield target_pb2.FeaturesResponse(hello=hello)
+        yield target_pb2.FeaturesResponse(hello=hello).SerializeToString()
         stream = _Stream()
         self._streams.add(stream)
         reader = asyncio.create_task(self._take(requests, stream))
@@ -226,40 +227,54 @@ class FeatureStreams:
                         if subscription is not None:
                             _detach(subscription, from_sequence=True)
 
-    def _next(self, stream: _Stream) -> target_pb2.FeaturesResponse | None:
+    def _next(self, stream: _Stream) -> bytes | None:
         """The next message for a drafter; None when it has everything."""
-        parts = self._pick(stream)
-        if parts:
-            numbers, sequence_ids, starts, counts = (list(column) for column in zip(*parts, strict=True))
-            return to_response(numbers, starts, counts, self._read(sequence_ids, starts, counts))
+        numbers, sequence_ids, starts, counts = self._pick(stream)
+        if numbers:
+            return encode_features(numbers, starts, counts, self._read(sequence_ids, starts, counts))
         if stream.ends:
             ends, stream.ends = stream.ends, []
-            numbers, reasons = zip(*ends, strict=True)
-            return target_pb2.FeaturesResponse(end=target_pb2.FeaturesEnd(subscription_ids=numbers, reasons=reasons))
+            end = target_pb2.FeaturesEnd(
+                subscription_ids=[number for number, _ in ends], reasons=[reason for _, reason in ends]
+            )
+            return target_pb2.FeaturesResponse(end=end).SerializeToString()
         return None
 
-    def _pick(self, stream: _Stream) -> list[tuple[int, int, int, int]]:
-        """Rows for one message, as (subscription, sequence id, start, count); they count as sent."""
-        parts: list[tuple[int, int, int, int]] = []
-        room = self._rows_per_piece
-        while stream.behind and room:
-            subscription = next(iter(stream.behind))
-            del stream.behind[subscription]
-            sequence = subscription.sequence
-            assert sequence is not None, "who is detached is not behind"
-            count = min(room, sequence.num_rows - subscription.at)
-            parts.append((subscription.number, sequence.sequence_id, subscription.at, count))
+    def _pick(self, stream: _Stream) -> tuple[list[int], list[int], list[int], list[int]]:
+        """Rows for one message, as subscriptions, sequence ids, starts and counts; they count as sent."""
+        numbers: list[int] = []
+        sequence_ids: list[int] = []
+        starts: list[int] = []
+        counts: list[int] = []
+        room, behind = self._rows_per_piece, stream.behind
+        while behind and room:
+            subscription = behind.popleft()
+            subscription.is_behind = False
+            sequence, at = subscription.sequence, subscription.at
+            if sequence is None:
+                continue
+            count = sequence.num_rows - at
+            if count > room:
+                count = room
+            numbers.append(subscription.number)
+            sequence_ids.append(sequence.sequence_id)
+            starts.append(at)
+            counts.append(count)
             room -= count
-            subscription.at += count
+            subscription.at = at + count
             _push(subscription)
-        return parts
+        return numbers, sequence_ids, starts, counts
 
 
 def _push(subscription: _Subscription) -> None:
-    """Puts a subscription to the end of those with rows to send, if it has any."""
-    if subscription.sequence is not None and subscription.at < subscription.sequence.num_rows:
-        subscription.stream.behind.setdefault(subscription)
-        subscription.stream.awake.set()
+    """Puts a subscription to the end of those with rows to send, if it has any and is not among them."""
+    sequence = subscription.sequence
+    if sequence is not None and subscription.at < sequence.num_rows and not subscription.is_behind:
+        subscription.is_behind = True
+        stream = subscription.stream
+        if not stream.behind:
+            stream.awake.set()
+        stream.behind.append(subscription)
 
 
 def _detach(subscription: _Subscription, from_sequence: bool = False) -> None:
@@ -267,7 +282,6 @@ def _detach(subscription: _Subscription, from_sequence: bool = False) -> None:
     if from_sequence and subscription.sequence is not None:
         subscription.sequence.subscriptions.discard(subscription)
     subscription.sequence = None
-    subscription.stream.behind.pop(subscription, None)
     subscription.stream.subscriptions.pop(subscription.number, None)
 
 

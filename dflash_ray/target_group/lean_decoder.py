@@ -7,11 +7,13 @@ operator; with more, a layer is two, for each ends in a sum over the ranks.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers.activations import GELUTanh, SiLUActivation
@@ -22,11 +24,14 @@ from dflash_ray.models.target_logits import norm_weight
 from dflash_ray.target_group.attention import PagedStep
 from dflash_ray.target_group.batch import StepBatch
 from dflash_ray.target_group.linears import is_linear, summed_over_ranks
+from dflash_ray.target_group.step import Ints
 
 logger = logging.getLogger(__name__)
 
 _FAMILIES = ("Llama", "Qwen2", "Qwen3", "Mistral", "Gemma", "Gemma2", "Granite")
+_EMBEDDINGS = ("Embedding", "GemmaTextScaledWordEmbedding", "Gemma2TextScaledWordEmbedding")
 _NONE = torch.empty(0)
+_FIRST_POSITIONS = 512  # that a table of turns has; doubled when it ends
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +47,30 @@ class _Layer:
     def norms_after(self) -> tuple[Tensor, Tensor]:
         """Of the attention's and the MLP's outputs; empty where the family has none."""
         return self.weights[ops.DecoderWeight.AFTER_ATTENTION_NORM], self.weights[ops.DecoderWeight.AFTER_MLP_NORM]
+
+
+class RotaryTable:
+    """Cosines and sines by position, made once by the model's own module; of some kinds of it anew in every pass."""
+
+    def __init__(self, rotary: Any) -> None:
+        self._rotary = rotary
+        # The others look at how far a batch reaches.
+        self._lasts = getattr(rotary, "rope_type", "") in ("default", "linear", "llama3", "yarn")
+        self._cos = self._sin = np.zeros((0, 0), dtype=np.float32)
+
+    def __call__(self, positions: Ints) -> tuple[Tensor, Tensor]:
+        """float32 [T, d] each, for positions [T]."""
+        if not self._lasts:
+            return self._turn(torch.from_numpy(positions))
+        needed = int(positions.max(initial=-1)) + 1
+        if needed > len(self._cos):
+            cos, sin = self._turn(torch.arange(max(needed, 2 * len(self._cos), _FIRST_POSITIONS)))
+            self._cos, self._sin = cos.numpy(), sin.numpy()
+        return torch.from_numpy(self._cos[positions]), torch.from_numpy(self._sin[positions])
+
+    def _turn(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        cos, sin = self._rotary(torch.empty(0), positions[None])
+        return cos[0].contiguous(), sin[0].contiguous()
 
 
 class LeanDecoder:
@@ -64,8 +93,11 @@ class LeanDecoder:
             residual_scale=getattr(first, "residual_multiplier", 1.0),
         )
         self._is_alone = tp_size == 1
-        self._embedding, self._rotary = base.embed_tokens, base.rotary_emb
-        self._embedding_scale: float = getattr(base, "embedding_multiplier", 1.0)
+        self._embedding = base.embed_tokens.weight.detach().numpy()
+        self._turns = RotaryTable(base.rotary_emb)
+        # Gemma's embedding scales what it gives, Granite's decoder does.
+        scales = getattr(base, "embedding_multiplier", 1.0), getattr(base.embed_tokens, "embed_scale", 1.0)
+        self._embedding_scale = math.prod(map(float, scales))
         self._norm = norm_weight(base.norm).detach()
         self._layers = []
         for index in range(len(base.layers)):
@@ -77,19 +109,19 @@ class LeanDecoder:
 
     def __call__(self, batch: StepBatch, step: PagedStep) -> tuple[Tensor, Tensor | None]:
         """Normed rows [T, H], and the taps [F, taps * H] of the feature rows if there are any."""
-        hidden = self._embedding(torch.from_numpy(batch.token_ids))
+        # Lines are gathered by numpy: torch wakes its threads for a few of them.
+        hidden = torch.from_numpy(self._embedding[batch.token_ids])
         if self._embedding_scale != 1.0:
             hidden = hidden * self._embedding_scale
-        cos, sin = self._rotary(hidden[None], torch.from_numpy(batch.positions)[None])
-        tensors = [cos[0].contiguous(), sin[0].contiguous(), step.slots, *step.tables]
-        feature_rows = torch.from_numpy(batch.feature_rows)
-        taps: dict[int, Tensor] = {}
+        tensors = [*self._turns(batch.positions), step.slots, *step.tables]
+        width = hidden.shape[1]
+        taps = np.empty((len(batch.feature_rows), len(self._tap_layer_ids) * width), dtype=np.float32)
         for begin, end in self._stretches:
             self._run(hidden, begin, end, step, tensors)
-            if end - 1 in self._tap_layer_ids and len(feature_rows):
-                taps[end - 1] = hidden[feature_rows]
-        rows = torch.cat([taps[index] for index in self._tap_layer_ids], dim=-1) if taps else None
-        return ops.rms_norm(hidden, self._norm, self._shape.eps), rows
+            if len(taps) and end - 1 in self._tap_layer_ids:
+                at = self._tap_layer_ids.index(end - 1) * width
+                taps[:, at : at + width] = hidden.numpy()[batch.feature_rows]
+        return ops.rms_norm(hidden, self._norm, self._shape.eps), torch.from_numpy(taps) if taps.size else None
 
     def _run(self, hidden: Tensor, begin: int, end: int, step: PagedStep, tensors: list[Tensor]) -> None:
         """Layers begin, ..., end - 1, in place."""
@@ -142,6 +174,9 @@ def _obstacle(base: Any) -> str:
         return "its MLP has biases"
     if len({part.bias is None for part in projections}) > 1:
         return "some of its projections have a bias"
+    embedding = type(base.embed_tokens).__name__
+    if embedding not in _EMBEDDINGS:
+        return f"its embedding is {embedding}"
     if 2 * base.rotary_emb.inv_freq.shape[-1] != attention.head_dim:
         return "it rotates a part of each head"
     return ""

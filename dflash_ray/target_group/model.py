@@ -94,6 +94,8 @@ class RankModel:
         self._cache = PagedCache(
             kv_heads, head_dim, config.target.num_pages, config.target.page_size, dtype, self._device
         )
+        if projector is not None and self._device == "cpu":
+            pack_linears(projector)
         self._projector = projector
         tap_layer_ids = tap_layer_ids if projector is not None else ()
         self._decoder: LeanDecoder | _TransformersDecoder
@@ -110,8 +112,12 @@ class RankModel:
         step = PagedStep(batch, self._cache, self._device)
         hidden, taps = self._decoder(batch, step)
         features = None if self._projector is None or taps is None else self._projector(taps)
-        scored = hidden[torch.from_numpy(batch.scored_rows).to(self._device)] if len(batch.scored_rows) else None
-        return StepHidden(hidden[torch.from_numpy(batch.sample_rows).to(self._device)], features, scored)
+        scored = self._some(hidden, batch.scored_rows) if len(batch.scored_rows) else None
+        return StepHidden(self._some(hidden, batch.sample_rows), features, scored)
+
+    def _some(self, hidden: Tensor, rows: Ints) -> Tensor:
+        """Some of the rows, ascending; most passes want all of them."""
+        return hidden if len(rows) == len(hidden) else hidden[torch.from_numpy(rows).to(self._device)]
 
     @torch.inference_mode()
     def move_rows(self, source: Ints, target: Ints) -> None:

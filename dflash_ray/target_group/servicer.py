@@ -8,7 +8,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
@@ -21,7 +21,7 @@ from dflash_ray.pb import target_pb2, target_pb2_grpc
 from dflash_ray.target_group.codec import decode_step, encode_result
 from dflash_ray.target_group.engine import Engine
 from dflash_ray.target_group.feature_streams import FeatureStreams
-from dflash_ray.target_group.step import StepFeatures, StepOutput
+from dflash_ray.target_group.step import StepFeatures, StepInput, StepOutput
 from dflash_ray.target_group.step_check import StepLimits, check_step
 
 logger = logging.getLogger(__name__)
@@ -102,6 +102,7 @@ class TargetServicer(target_pb2_grpc.TargetServicer):
         self._compute = compute
         self._metrics = metrics
         self._limits = StepLimits(info.max_batch_tokens, info.max_model_len, info.vocab_size)
+        self._counted_prefixes = (0, 0)  # tokens queried and found that the metrics have
         self._epoch = 0
         self._opened: dict[int, set[int]] = {}  # epoch -> sequences opened under it
 
@@ -127,7 +128,8 @@ class TargetServicer(target_pb2_grpc.TargetServicer):
 
     async def Features(
         self, request_iterator: AsyncIterator[target_pb2.FeaturesRequest], context: grpc.aio.ServicerContext
-    ) -> AsyncIterator[target_pb2.FeaturesResponse]:
+    ) -> AsyncIterator[bytes]:
+        """Yields encoded FeaturesResponses."""
         if self._features is None:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "this group has no features for remote drafters")
         async for response in self._features.serve(request_iterator, context):
@@ -202,32 +204,43 @@ class TargetServicer(target_pb2_grpc.TargetServicer):
         opened.update(opening.sequence_id for opening in step.open)
         if self._features is not None:
             self._features.receive(message)
-        work = self._run(lambda: self._engine.step(step))
+        work = self._run(lambda: self._run_step(step))
         work.add_done_callback(lambda _: stream.room.release())
-        return _Answer(work, lambda output: self._encode(output, stream.epoch, received))
+        return _Answer(work, lambda done: self._encode(*done, stream.epoch, received))
 
-    def _encode(self, output: StepOutput, epoch: int, received: int) -> Iterator[target_pb2.TargetResponse]:
+    def _run_step(self, step: StepInput) -> tuple[StepOutput, Future[None] | None]:
+        """On the compute thread. Features are stored even if the stream is gone: others may find their rows."""
+        output = self._engine.step(step)
+        if self._features is None or output.features is None:
+            return output, None
+        return output, self._keeper.submit(self._engine.keep_features, output.features)
+
+    def _encode(
+        self, output: StepOutput, kept: Future[None] | None, epoch: int, received: int
+    ) -> Iterator[target_pb2.TargetResponse]:
         result = encode_result(output)
         timings = result.timings
         timings.total_ns = time.perf_counter_ns() - received
         timings.queue_ns = max(0, timings.total_ns - timings.forward_ns - timings.verify_ns - timings.draft_ns)
         yield target_pb2.TargetResponse(result=result)
-        if self._features is not None and output.features is not None:
-            self._keep(output.features, self._features, epoch, output.step_id)
+        if self._features is not None and output.features is not None and kept is not None:
+            self._publish(output.features, kept, self._features, epoch, output.step_id)
         for phase in ("queue", "forward", "verify", "draft"):
             self._metrics.phase.labels(phase).observe(getattr(timings, f"{phase}_ns") / 1e9)
         for status, count in Counter(output.statuses.tolist()).items():
             self._metrics.entries.labels(target_pb2.EntryStatus.Name(status)).inc(count)
 
-    def _keep(self, kept: StepFeatures, streams: FeatureStreams, epoch: int, step_id: int) -> None:
-        """Stores a step's features beside event loop and passes, and then tells the drafters' streams of them."""
+    def _publish(
+        self, features: StepFeatures, kept: Future[None], streams: FeatureStreams, epoch: int, step_id: int
+    ) -> None:
+        """Tells the drafters' streams of a step's features once they are stored."""
 
         def publish(done: asyncio.Future[None]) -> None:
             done.result()
-            streams.publish(epoch, step_id, kept.sequence_ids.tolist(), (kept.starts + kept.num_rows).tolist())
+            num_rows = features.starts + features.num_rows
+            streams.publish(epoch, step_id, features.sequence_ids.tolist(), num_rows.tolist())
 
-        work = asyncio.get_running_loop().run_in_executor(self._keeper, self._engine.keep_features, kept)
-        work.add_done_callback(publish)
+        asyncio.wrap_future(kept).add_done_callback(publish)
 
     def _run(self, work: Callable[[], T]) -> asyncio.Future[T]:
         """Queues work for the compute thread."""
@@ -250,4 +263,10 @@ class TargetServicer(target_pb2_grpc.TargetServicer):
         """This process's metrics, gauges brought up to date."""
         self._metrics.live_sequences.set(self._engine.num_sequences)
         self._metrics.free_pages.set(self._engine.allocator.num_free)
+        self._metrics.cached_pages.set(self._engine.allocator.num_kept)
+        if self._engine.prefixes is not None:
+            counted = self._counted_prefixes
+            self._counted_prefixes = (self._engine.prefixes.num_queried, self._engine.prefixes.num_found)
+            self._metrics.prefix_queries.inc(self._counted_prefixes[0] - counted[0])
+            self._metrics.prefix_hits.inc(self._counted_prefixes[1] - counted[1])
         return self._metrics.render()

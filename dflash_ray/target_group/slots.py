@@ -25,6 +25,9 @@ from dflash_ray.target_group.step import Ids, Ints, Opening
 
 NO_SLOT = -1
 _FIRST_SLOTS = 64
+_GROWING = (
+    "kv_lens", "committed_lens", "prompt_lens", "page_counts", "cached_lens", "named_counts", "wants_features",
+)  # fmt: skip
 
 
 class SlotTable:
@@ -35,6 +38,7 @@ class SlotTable:
         kv_lens, committed_lens, prompt_lens: [N].
         tokens: [N, L + 1] the committed ones; a sequence ends with the token that follows the L-th.
         pages: [N, L / page_size] the first `page_counts` of them; page_counts: [N].
+        cached_lens: [N] rows that were found computed; named_counts: [N] pages that the prefix cache has looked at.
         wants_features: [N].
         num_prompt_logprobs: [N] likeliest tokens wanted beside each of the prompt's, or NO_LOGPROBS.
         sampling: the slots' sampling parameters and token counts.
@@ -49,6 +53,8 @@ class SlotTable:
         self.prompt_lens = np.zeros(num_slots, dtype=np.int64)
         self.tokens = np.zeros((num_slots, max_model_len + 1), dtype=np.int32)
         self.page_counts = np.zeros(num_slots, dtype=np.int64)
+        self.cached_lens = np.zeros(num_slots, dtype=np.int64)
+        self.named_counts = np.zeros(num_slots, dtype=np.int64)
         self.pages = np.zeros((num_slots, -(-max_model_len // page_size)), dtype=np.int64)
         self.wants_features = np.zeros(num_slots, dtype=np.bool_)
         self.num_prompt_logprobs = np.full(num_slots, NO_LOGPROBS, dtype=np.int64)
@@ -63,14 +69,14 @@ class SlotTable:
         get = self.slot_of.get
         return np.array([get(sequence_id, NO_SLOT) for sequence_id in sequence_ids.tolist()], dtype=np.int64)
 
-    def open(self, opening: Opening) -> None:
-        """Gives a sequence that has none a slot."""
+    def open(self, opening: Opening) -> int:
+        """Gives a sequence that has none a slot, and returns it."""
         if not self._free:
             self._grow()
         slot = heapq.heappop(self._free)
         length = len(opening.token_ids)
         self.slot_of[opening.sequence_id] = slot
-        self.kv_lens[slot] = self.page_counts[slot] = 0
+        self.kv_lens[slot] = self.page_counts[slot] = self.cached_lens[slot] = self.named_counts[slot] = 0
         self.committed_lens[slot], self.prompt_lens[slot] = length, opening.prompt_len
         self.tokens[slot, :length] = opening.token_ids
         self.wants_features[slot] = opening.wants_features
@@ -84,6 +90,7 @@ class SlotTable:
             min(self.max_model_len, opening.prompt_len + opening.max_new_tokens),
             opening.token_ids,
         )
+        return slot
 
     def close(self, sequence_id: int) -> list[int]:
         """Forgets a sequence and returns its pages: none for an unknown one."""
@@ -129,7 +136,7 @@ class SlotTable:
     def _grow(self) -> None:
         """Twice as many slots. Lines of tokens are copied as far as they are used: memory behind stays untouched."""
         count = len(self.kv_lens)
-        for name in ("kv_lens", "committed_lens", "prompt_lens", "page_counts", "wants_features"):
+        for name in _GROWING:
             setattr(self, name, np.pad(getattr(self, name), (0, count)))
         self.num_prompt_logprobs = np.pad(self.num_prompt_logprobs, (0, count), constant_values=NO_LOGPROBS)
         self.tokens = _with_lines(self.tokens, 2 * count, self.committed_lens)

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dflash_ray.core.draft_blocks import DraftBlock
+from dflash_ray.core.draft_blocks import BlockColumns
 from dflash_ray.sampling.logprobs import Logprobs
 from dflash_ray.sampling.parameters import SamplingParams
 
@@ -50,6 +50,7 @@ class Opening:
     Attributes:
         prompt_len: tokens before it count as prompt, for penalties and limits.
         min_new_tokens: stop tokens are banned before so many.
+        cache_salt: only sequences with the same one share cached rows.
     """
 
     sequence_id: int
@@ -60,6 +61,7 @@ class Opening:
     stop_ids: Ints = field(default_factory=no_ints)
     sampling: SamplingParams = field(default_factory=SamplingParams)
     wants_features: bool = False
+    cache_salt: bytes = b""
 
 
 @dataclass(slots=True)
@@ -156,6 +158,7 @@ class StepOutput:
 
     Attributes:
         sequence_ids, statuses, committed_lens, num_accepted, num_tokens, finishes: [E]; see StepResult in target.proto.
+        kv_lens, cached_lens: [P]; see StepResult as well.
         token_ids: committed, one entry after the other.
         errors: one text for each FAILED entry, in order.
         logprobs: one for each entry that asked and got tokens, in order.
@@ -172,12 +175,14 @@ class StepOutput:
     num_tokens: Ints
     token_ids: Ints
     finishes: Ints
+    kv_lens: Ints
+    cached_lens: Ints
     errors: list[str]
     logprobs: list[Logprobs]
     prompt_logprobs: list[PromptLogprobs]
     free_pages: int
     features: StepFeatures | None = None
-    colocated_drafts: list[DraftBlock] = field(default_factory=list)
+    colocated_drafts: BlockColumns = field(default_factory=BlockColumns.none)
     forward_ns: int = 0
     verify_ns: int = 0
     draft_ns: int = 0

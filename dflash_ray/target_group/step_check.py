@@ -15,6 +15,7 @@ from dflash_ray.sampling.parameters import SamplingParams
 from dflash_ray.target_group.step import Ints, Opening, StepInput, chain_parents
 
 _MAX_LOGPROBS = 1024
+_MAX_SALT_BYTES = 64
 _MAX_DRAWN_PROB = 1.001  # rounding may leave the log-probability of a certain draft above 0
 
 
@@ -101,6 +102,8 @@ def _fault_of_opening(opening: Opening, limits: StepLimits) -> str:
     for name, values in ids.items():
         if values.max(initial=0) >= limits.vocab_size:
             return f"{name} must be below {limits.vocab_size}"
+    if len(opening.cache_salt) > _MAX_SALT_BYTES:
+        return f"cache_salt has {len(opening.cache_salt)} bytes of at most {_MAX_SALT_BYTES}"
     return _fault_of_sampling(opening.sampling)
 
 

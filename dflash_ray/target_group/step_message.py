@@ -26,7 +26,7 @@ _SAMPLING_FLOATS = (
     "temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty",
 )  # fmt: skip
 _OF_STEP = [*_STEP.values(), *_DRAFTS.values(), *(np.int64 for _ in _FAULTS)]
-_OF_OPENING = [np.int64, np.float64, *_OPENING.values(), *_BIAS.values()]
+_OF_OPENING = [np.int64, np.float64, np.uint8, *_OPENING.values(), *_BIAS.values()]
 _64_BITS = (1 << 64) - 1
 
 
@@ -56,6 +56,7 @@ def _pack_opening(opening: Opening) -> Iterator[NDArray[Any]]:
     ints += [int(getattr(sampling, name)) for name in _SAMPLING_INTS]
     yield np.array([value & _64_BITS for value in ints], dtype=np.uint64)  # ids and seeds use all bits
     yield np.array([getattr(sampling, name) for name in _SAMPLING_FLOATS])
+    yield np.frombuffer(opening.cache_salt, dtype=np.uint8)
     yield from (getattr(opening, name) for name in _OPENING)
     yield from (getattr(sampling, name) for name in _BIAS)
 
@@ -63,10 +64,11 @@ def _pack_opening(opening: Opening) -> Iterator[NDArray[Any]]:
 def _unpack_opening(arrays: Iterator[NDArray[Any]]) -> Opening:
     ints = dict(zip(_OPENING_INTS + _SAMPLING_INTS, next(arrays).tolist(), strict=True))
     floats = dict(zip(_SAMPLING_FLOATS, next(arrays).tolist(), strict=True))
+    cache_salt = next(arrays).tobytes()
     values = {name: next(arrays) for name in _OPENING}
     bias = {name: next(arrays) for name in _BIAS}
     sampling = {name: ints.pop(name) for name in _SAMPLING_INTS} | floats | bias
     sampling["seed"] &= _64_BITS
     ints["sequence_id"] &= _64_BITS
     ints["wants_features"] = bool(ints["wants_features"])
-    return Opening(**ints, **values, sampling=SamplingParams(**sampling))
+    return Opening(**ints, **values, sampling=SamplingParams(**sampling), cache_salt=cache_salt)

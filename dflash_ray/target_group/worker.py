@@ -13,18 +13,19 @@ import ray
 import torch
 
 from dflash_ray.config import DflashRayConfig
-from dflash_ray.core.memory import return_freed_memory
+from dflash_ray.core.memory import keep_freed_memory, return_freed_memory
 from dflash_ray.core.watchdog import Watchdog
 from dflash_ray.models.block_drafter import BlockDrafter
 from dflash_ray.models.drafter_checkpoint import DrafterCheckpoint, resolve_drafter
 from dflash_ray.models.target_checkpoint import TargetCheckpoint, resolve_target
 from dflash_ray.observability.logs import configure_logging
 from dflash_ray.observability.metrics import TargetMetrics
-from dflash_ray.pb import target_pb2, target_pb2_grpc
+from dflash_ray.pb import target_pb2
 from dflash_ray.rpc.channel import RunningServer, format_address, new_server, start_server
 from dflash_ray.rpc.metrics import SERVICE_NAME as METRICS_SERVICE_NAME
 from dflash_ray.rpc.metrics import add_metrics_service
 from dflash_ray.rpc.node import bind_host
+from dflash_ray.rpc.target_service import add_target_service
 from dflash_ray.sampling.ranks import ProcessGroupRanks, RankGroup, SingleRank
 from dflash_ray.target_group.colocated import ColocatedDrafter
 from dflash_ray.target_group.engine import Engine
@@ -79,6 +80,8 @@ class TargetRank:
         loop = asyncio.get_running_loop()
         info = await loop.run_in_executor(self._compute, self._load, rendezvous)
         return_freed_memory()
+        if self._features is not None:
+            keep_freed_memory()
         if self._place.rank == 0:
             info["address"] = await self._listen()
         return info
@@ -118,8 +121,9 @@ class TargetRank:
             self._channel = StepChannel()
         colocated = self._colocated(drafter)
         features = None
-        if drafter is not None and colocated is None:
-            features = FeatureStore(config.target.kv_cache_rows, drafter.config.hidden_size, dtype)
+        if drafter is not None and (colocated is None or config.target.prefix_cache):
+            home = "cpu" if colocated is None else device
+            features = FeatureStore(config.target.kv_cache_rows, drafter.config.hidden_size, dtype, home)
         self._engine = Engine(
             GroupRunner(model, ranks, device),
             config.target.num_pages,
@@ -128,8 +132,9 @@ class TargetRank:
             colocated,
             features,
             lead=self._channel if is_first else None,
+            caches_prefixes=config.target.prefix_cache,
         )
-        if drafter is not None and features is not None:
+        if drafter is not None and features is not None and colocated is None:
             self._features = FeatureStreams(
                 self._engine.read_features, features.rows_per_piece, self._target_id, drafter.fingerprint
             )
@@ -167,9 +172,9 @@ class TargetRank:
 
     async def _listen(self) -> str:
         server = new_server(self._config.network.max_message_bytes)
-        metrics = TargetMetrics()
+        metrics = TargetMetrics(self._config.model.served_name)
         servicer = TargetServicer(self._engine, self._info, self._compute, self._watchdog, metrics, self._features)
-        target_pb2_grpc.add_TargetServicer_to_server(servicer, server)
+        add_target_service(servicer, server)
         add_metrics_service(server, servicer.render_metrics)
         host = bind_host(self._config.network.bind_host)
         self._server = await start_server(server, [_SERVICE_NAME, METRICS_SERVICE_NAME], host, 0)

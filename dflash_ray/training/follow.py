@@ -80,7 +80,7 @@ def _run(drafter: BlockDrafter, together: list[_Followed], num_draft_tokens: int
     while active := [(session, one) for session, one in enumerate(together) if one.num_left > 0]:
         for session, one in active:
             held = drafter.context_len(session)
-            drafter.extend(session, held, one.features[held : one.anchor])
+            drafter.extend_one(session, held, one.features[held : one.anchor])
         proposals = drafter.propose(
             [session for session, _ in active],
             [one.answer.token_ids[one.anchor] for _, one in active],

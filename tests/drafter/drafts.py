@@ -2,7 +2,8 @@
 
 import torch
 
-from dflash_ray.models.block_drafter import BlockDrafter, DraftProposal
+from dflash_ray.models.block_drafter import BlockDrafter
+from dflash_ray.models.draft_proposals import DraftProposal
 from dflash_ray.models.drafter_checkpoint import load_drafter
 from tests.drafter.published import HIDDEN, VOCAB
 
@@ -10,7 +11,7 @@ from tests.drafter.published import HIDDEN, VOCAB
 def draft(directory, target) -> DraftProposal:
     drafter = BlockDrafter(load_drafter(directory, target), target)
     drafter.open(1)
-    drafter.extend(1, 0, torch.randn(12, HIDDEN, generator=torch.Generator().manual_seed(1)))
+    drafter.extend_one(1, 0, torch.randn(12, HIDDEN, generator=torch.Generator().manual_seed(1)))
     return drafter.propose([1], [7], [5], VOCAB)[0]
 
 

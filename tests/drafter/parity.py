@@ -74,7 +74,7 @@ def assert_parity(directory: Path, target: TargetCheckpoint, draw: Draw | None =
             use_cache=True,
         )[:, 1:]
         reference._crop_to(cache, stop)
-        ours.extend(1, start, features[start:stop])
+        ours.extend_one(1, start, features[start:stop])
         _compare_context(ours, cache)
         if config.dflash2 is None:
             _compare_logits(ours, theirs.compute_logits(hidden, head)[0], int(tokens[stop]))

@@ -18,9 +18,9 @@ def test_context_that_comes_in_pieces_or_twice_is_the_same_context(checkpoint, t
     features = torch.randn(30, HIDDEN)
     drafter.open(1)
     drafter.open(2)
-    drafter.extend(1, 0, features)
+    drafter.extend_one(1, 0, features)
     for start, stop in ((0, 7), (5, 8), (8, 8), (8, 29), (0, 30)):
-        drafter.extend(2, start, features[start:stop])
+        drafter.extend_one(2, start, features[start:stop])
     one, other = drafter.propose([1, 2], [3, 3], [5, 5], num_candidates=2)
     assert torch.allclose(one.logprobs, other.logprobs, atol=1e-5)
 
@@ -29,7 +29,7 @@ def test_sequences_drafted_together_get_the_drafts_they_get_alone(checkpoint, ta
     drafter = BlockDrafter(checkpoint, target)
     for session, rows in ((1, 5), (2, 19), (3, 300)):
         drafter.open(session)
-        drafter.extend(session, 0, torch.randn(rows, HIDDEN))
+        drafter.extend_one(session, 0, torch.randn(rows, HIDDEN))
     together = drafter.propose([1, 2, 3], [4, 5, 6], [5, 2, 3], num_candidates=1)
     for session, anchor, count, proposal in zip((1, 2, 3), (4, 5, 6), (5, 2, 3), together, strict=True):
         alone = drafter.propose([session], [anchor], [count], num_candidates=1)[0]
@@ -45,7 +45,7 @@ def drafts_and_rows(checkpoint, target, count, monkeypatch):
     monkeypatch.setattr(drafter, "_forward", lambda held, x: rows.append(x.shape[1]) or forward(held, x))
     for session, length in ((1, 5), (2, 19)):
         drafter.open(session)
-        drafter.extend(session, 0, torch.randn(length, HIDDEN, generator=torch.Generator().manual_seed(session)))
+        drafter.extend_one(session, 0, torch.randn(length, HIDDEN, generator=torch.Generator().manual_seed(session)))
     return drafter.propose([1, 2], [4, 5], [count, count], num_candidates=3), rows[0]
 
 
@@ -72,9 +72,9 @@ def test_a_block_whose_later_slots_are_seen_keeps_its_trained_size(values, targe
 def test_a_gap_in_the_context_is_reported_with_what_is_held(checkpoint, target):
     drafter = BlockDrafter(checkpoint, target)
     drafter.open(1)
-    drafter.extend(1, 0, torch.randn(4, HIDDEN))
+    drafter.extend_one(1, 0, torch.randn(4, HIDDEN))
     with pytest.raises(ContextGap) as raised:
-        drafter.extend(1, 6, torch.randn(1, HIDDEN))
+        drafter.extend_one(1, 6, torch.randn(1, HIDDEN))
     assert raised.value.have == 4
 
 
@@ -82,5 +82,5 @@ def test_a_text_longer_than_the_drafter_was_trained_for_is_drafted_up_to_the_tar
     short = load_drafter(save_random(tmp_path, VALUES | {"max_position_embeddings": 16}), target)
     drafter = BlockDrafter(short, target)
     drafter.open(1)
-    drafter.extend(1, 0, torch.randn(target.config.max_position_embeddings - 1, HIDDEN))
+    drafter.extend_one(1, 0, torch.randn(target.config.max_position_embeddings - 1, HIDDEN))
     assert drafter.propose([1], [4], [5], num_candidates=1)[0].candidate_ids.max() < VOCAB

@@ -1,13 +1,17 @@
 """How a request draws reaches the drafter that draws with it, and its draft distribution comes back."""
 
+from dataclasses import astuple
+
 import numpy as np
 import pytest
 import torch
 
 from dflash_ray.config import load_config
 from dflash_ray.core.draft_blocks import BlockColumns, DraftBlock
-from dflash_ray.drafter.sessions import DraftSessions, Proposal, Rows
+from dflash_ray.drafter.rows import Rows
+from dflash_ray.drafter.sessions import DraftSessions, Draws, Proposals
 from dflash_ray.models.block_drafter import BlockDrafter
+from dflash_ray.models.context_features import pack
 from dflash_ray.models.dflash2 import Draw
 from dflash_ray.models.drafter_checkpoint import load_drafter
 from dflash_ray.pb import common_pb2
@@ -21,14 +25,14 @@ def drafts_of_two(
 ) -> list[DraftBlock]:
     """Blocks of two sequences with the same context that draw differently."""
     sessions = DraftSessions(drafter, 1000)
-    assert not sessions.extend([Rows((0, 4), 0, [rows]), Rows((0, 9), 0, [rows[:2], rows[2:]])])
+    columns = np.array([[4, 9, 9], [0, 0, 2], [len(rows), 2, len(rows) - 2]])
+    packed = pack(torch.cat([rows, rows]))
+    assert not sessions.extend([Rows.of(*columns, packed)])
+    both = np.ones(2, dtype=np.int64)
+    drawing = Draws(*(np.array(column) for column in zip(*map(astuple, draws), strict=True)))
+    ids = np.array([4, 9])
     message, faults = sessions.propose(
-        [
-            Proposal((0, sequence_id), len(rows) + 1, 11, 5, draw)
-            for sequence_id, draw in zip((4, 9), draws, strict=True)
-        ],
-        tree_width,
-        epoch=1,
+        Proposals(ids, ids, (len(rows) + 1) * both, 11 * both, 5 * both, drawing), tree_width, epoch=1
     )
     assert not faults
     blocks = BlockColumns.of(message)
@@ -56,7 +60,7 @@ def test_a_replica_drafts_with_the_temperature_and_seed_it_is_sent(target, tmp_p
     rows = torch.randn(6, HIDDEN)
     blocks = drafts_of_two(drafter, rows, (Draw(), Draw(2.0, 77)))
     drafter.open(100)
-    drafter.extend(100, 0, rows)
+    drafter.extend_one(100, 0, rows)
     for block, draw in zip(blocks, (Draw(), Draw(2.0, 77)), strict=True):
         expected = drafter.propose([100], [11], [5], 1, [draw])[0]
         assert block.candidate_ids.tolist() == expected.candidate_ids.tolist()

@@ -94,7 +94,7 @@ def decode(engine: Engine, prompt: list[int], drafts_from: int = 0, **sampling) 
         tokens += output.token_ids.tolist()
         if output.finishes[0]:
             return tokens, produced
-        drafts = output.colocated_drafts[0].draft_ids if len(tokens) >= drafts_from else []
+        drafts = output.colocated_drafts.block(0).draft_ids if len(tokens) >= drafts_from else []
         drafts = drafts[: NUM_NEW - len(tokens) - 1]
         num_wanted = min(BLOCK - 1, max(1, NUM_NEW - len(tokens) - 2))
         step = verify_step({1: [*prompt, *tokens]}, {1: drafts}, draft={1: num_wanted})
@@ -162,7 +162,7 @@ def test_blocks_of_transformers_own_dflash_are_the_same(kind, target, tmp_path):
         nonlocal num_blocks
         out = forward(noise_embeds, context_hidden_states=context_hidden_states, position_ids=position_ids, **rest)
         start = int(position_ids[0, 0])
-        drafter.extend(1, start, projector(context_hidden_states[0]))
+        drafter.extend_one(1, start, projector(context_hidden_states[0]))
         anchor = int((noise_embeds[0, 0] == model.get_input_embeddings().weight).all(-1).nonzero())
         expected = model.lm_head(out.last_hidden_state[0, 1:]).log_softmax(-1)
         proposal = drafter.propose([1], [anchor], [BLOCK - 1], VOCAB)[0]

@@ -53,7 +53,7 @@ def test_dflash2_as_it_is_initialised_is_dflash(target, tmp_path):
     for name in ("dflash", "dflash2"):
         drafter = BlockDrafter(load_drafter(tmp_path / name, target), target)
         drafter.open(1)
-        drafter.extend(1, 0, torch.randn(9, HIDDEN, generator=torch.Generator().manual_seed(1)))
+        drafter.extend_one(1, 0, torch.randn(9, HIDDEN, generator=torch.Generator().manual_seed(1)))
         proposals.append(drafter.propose([1], [7], [5], num_candidates=4)[0])
     assert torch.equal(proposals[0].candidate_ids, proposals[1].candidate_ids)
     ours, theirs = proposals[1].logprobs, proposals[0].logprobs
@@ -65,7 +65,7 @@ def test_dflash2_sequences_drafted_together_get_the_drafts_they_get_alone(target
     draws = [Draw(0.0, 1), Draw(1.0, 2), Draw(1.0, 3)]
     for session, rows in ((1, 5), (2, 19), (3, 300)):
         drafter.open(session)
-        drafter.extend(session, 0, torch.randn(rows, HIDDEN))
+        drafter.extend_one(session, 0, torch.randn(rows, HIDDEN))
     together = drafter.propose([1, 2, 3], [4, 5, 6], [5, 2, 3], 3, draws)
     for i, (count, proposal) in enumerate(zip((5, 2, 3), together, strict=True)):
         alone = drafter.propose([i + 1], [4 + i], [count], 3, [draws[i]])[0]

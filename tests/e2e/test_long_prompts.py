@@ -20,11 +20,12 @@ from dflash_ray.models.drafter_checkpoint import DrafterCheckpoint
 from dflash_ray.models.drafter_config import parse_dflash_config
 from dflash_ray.models.target_checkpoint import TargetCheckpoint, resolve_target
 from dflash_ray.observability.metrics import DrafterMetrics, RouterMetrics, TargetMetrics
-from dflash_ray.pb import common_pb2, drafter_pb2_grpc, router_pb2, target_pb2_grpc
+from dflash_ray.pb import common_pb2, drafter_pb2_grpc, router_pb2
 from dflash_ray.router.actions import Emit
 from dflash_ray.router.pipeline import Pipeline
 from dflash_ray.rpc.channel import RunningServer, new_server, start_server
 from dflash_ray.rpc.directory import Entry
+from dflash_ray.rpc.target_service import add_target_service
 from dflash_ray.sampling.ranks import SingleRank
 from dflash_ray.target_group.engine import Engine
 from dflash_ray.target_group.feature_store import FeatureStore
@@ -93,7 +94,7 @@ def target_servicer(models: Models, config: DflashRayConfig) -> TargetServicer:
         **sizes,
         **limits,
     )
-    return TargetServicer(engine, info, ThreadPoolExecutor(1), Watchdog(600, "a pass"), TargetMetrics(), features)
+    return TargetServicer(engine, info, ThreadPoolExecutor(1), Watchdog(600, "a pass"), TargetMetrics("m"), features)
 
 
 @dataclass
@@ -115,7 +116,7 @@ async def running(models: Models, *settings: str, names: str = "ab", room: int |
             closing.push_async_callback(started.stop)
             return started
 
-        target = await serve(target_pb2_grpc.add_TargetServicer_to_server, target_servicer(models, config))
+        target = await serve(add_target_service, target_servicer(models, config))
         drafters = []
         for name in names:
             method = BlockDrafter(models.drafter, models.target)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from dflash_ray.drafter.arrivals import Arrivals
-from dflash_ray.drafter.sessions import LOST, PASSED, REFUSED, DraftSessions, Proposal
-from dflash_ray.models.dflash2 import Draw
+from dflash_ray.drafter.rows import Rows
+from dflash_ray.drafter.sessions import LOST, PASSED, REFUSED, DraftSessions, Draws, Proposals
 from tests.property.test_draft_contexts_machine import MAX_ROWS, Recorder
 from tests.toy import drafts_of
 
@@ -42,7 +43,8 @@ class DraftSessionsMachine(RuleBasedStateMachine):
         known = self.come[key]
         start = max(0, len(known) - back)
         tokens = [100 * key[1] + at for at in range(start, start + count)]
-        took = self.arrivals.put(self.arrivals.get(key), start, None, tokens)
+        columns = np.array([[self.arrivals.session(key)], [start], [count]])
+        took = self.arrivals.put(Rows.of(*columns, np.array(tokens, dtype=np.uint32))) is None
         if key in self.lost:
             assert took, "what comes late for a lost session is no gap"
             return
@@ -53,26 +55,28 @@ class DraftSessionsMachine(RuleBasedStateMachine):
     def _extend(self, keys, fault: type[Exception] | None = None) -> None:
         """The compute thread takes what has come for these sessions."""
         self.method.fault = fault
-        lost = self.sessions.extend(self.arrivals.take([self.arrivals.get(key) for key in keys]))
+        rows = self.arrivals.take(np.array([self.arrivals.session(key) for key in keys]))
+        lost = self.sessions.extend(rows)
         self.method.fault = None
-        expected = {}
-        for key in keys:
-            new = len(self.come[key]) - self.taken.get(key, 0)
-            if new and sum(self.taken.values()) + new > MAX_ROWS:
-                expected[key] = REFUSED
-            elif new and fault is not None:
-                expected[key] = REFUSED if fault is torch.OutOfMemoryError else LOST
-            elif new:
-                self.taken[key] = len(self.come[key])
-                continue
-            if key in expected:
-                self.taken.pop(key, None)
-        assert lost == expected
-        self._lose(lost)
+        key_of = {self.arrivals.session(key): key for key in keys}
+        for session, count in ((session, count) for one in rows for session, count in zip(*one[:3:2], strict=True)):
+            key = key_of[int(session)]
+            if int(session) not in lost:
+                self.taken[key] = self.taken.get(key, 0) + int(count)
+        for session, reason in lost.items():
+            known = sum(one.counts[one.sessions == session].sum() for one in rows)
+            assert known, "who has no new rows is not lost"
+            assert fault is not None or reason == REFUSED
+            self.taken.pop(key_of[session], None)
+        if fault is None:
+            assert not lost or sum(one.num_rows for one in rows) + sum(self.taken.values()) > MAX_ROWS
+        else:
+            assert len(lost) == len({int(session) for one in rows for session in one.sessions})
+        self._lose({key_of[session]: reason for session, reason in lost.items()})
 
     def _lose(self, lost) -> None:
-        for key, reason in lost.items():
-            self.arrivals.lose(self.arrivals.get(key), reason)
+        self.arrivals.lose([self.arrivals.session(key) for key in lost], list(lost.values()))
+        for key in lost:
             self.come[key] = []
             self.lost.add(key)
 
@@ -86,10 +90,15 @@ class DraftSessionsMachine(RuleBasedStateMachine):
     def drafts_are_wanted(self, data, ahead, fails):
         keys = data.draw(st.lists(st.sampled_from(sorted(self.come)), unique=True, min_size=1))
         lens = {key: self.taken.get(key, 0) + ahead for key in keys}
-        wanted = [Proposal(key, committed_len, key[0], 1, Draw()) for key, committed_len in lens.items()]
+        numbers = [self.arrivals.session(key) for key in keys]
+        rows = [(number, key[1], lens[key], key[0], 1) for number, key in zip(numbers, keys, strict=True)]
+        zeros = np.zeros(len(keys))
+        draws = Draws(zeros.astype(np.float32), zeros.astype(np.uint64), zeros > 0)
+        wanted = Proposals(*np.array(rows).T, draws)
         whole = [key for key in keys if ahead == 1 and self.taken.get(key)]
         self.method.fault = RuntimeError if fails else None
-        blocks, missing = self.sessions.propose(wanted, 1, epoch=3)
+        blocks, reasons = self.sessions.propose(wanted, 1, epoch=3)
+        missing = {key: reasons[number] for number, key in zip(numbers, keys, strict=True) if number in reasons}
         drafts = drafts_of(blocks)
         self.method.fault = None
         assert missing.keys() == set(keys) - (set() if fails else set(whole))
@@ -103,7 +112,7 @@ class DraftSessionsMachine(RuleBasedStateMachine):
         if fails:
             for key in whole:
                 self.taken.pop(key)
-        self.sessions.close(gone)
+        self.sessions.close([self.arrivals.session(key) for key in gone])
         for key in gone:
             self.taken.pop(key, None)
         self._lose(gone)
@@ -114,9 +123,10 @@ class DraftSessionsMachine(RuleBasedStateMachine):
         self._close(key)
 
     def _close(self, key) -> None:
-        found = self.arrivals.close(key)
-        assert (found is not None) == (key in self.come)
-        self.sessions.close([key])
+        closed = self.arrivals.close([key])
+        assert bool(closed) == (key in self.come)
+        self.sessions.close(closed)
+        self.arrivals.release(closed)
         self.come.pop(key, None)
         self.taken.pop(key, None)
         self.lost.discard(key)
@@ -134,9 +144,10 @@ class DraftSessionsMachine(RuleBasedStateMachine):
         assert len(self.sessions) == len(self.taken) == len(self.method.contexts)
         assert self.sessions.num_context_rows == sum(self.taken.values()) <= MAX_ROWS
         for key, tokens in self.come.items():
-            arrival = self.arrivals.get(key)
-            assert arrival.end == len(tokens)
-            assert arrival.end - arrival.num_waiting == self.taken.get(key, 0)
+            session = self.arrivals.session(key)
+            assert self.arrivals.ends[session] == len(tokens)
+            num_waiting = sum(rows.counts[rows.sessions == session].sum() for rows in self.arrivals._waiting)
+            assert len(tokens) - num_waiting == self.taken.get(key, 0)
         held = [tokens[: self.taken[key]] for key, tokens in self.come.items() if self.taken.get(key)]
         assert sorted(self.method.contexts.values()) == sorted(held)
 

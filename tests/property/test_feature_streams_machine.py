@@ -7,7 +7,7 @@ import torch
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from dflash_ray.models.context_features import rows_of
+from dflash_ray.models.context_features import PackedRows, decode_response, pack, rows_of
 from dflash_ray.pb import target_pb2
 from dflash_ray.target_group.feature_streams import FeatureStreams, _Stream, _Wanted
 
@@ -32,13 +32,13 @@ class FeatureStreamsMachine(RuleBasedStateMachine):
         self.ended: set[int] = set()
         self.another_router_leads()
 
-    def read(self, sequence_ids, starts, counts) -> torch.Tensor:
+    def read(self, sequence_ids, starts, counts) -> PackedRows:
         rows = []
         for sequence_id, start, count in zip(sequence_ids, starts, counts, strict=True):
             opening, num_rows = self.computed[sequence_id]
             assert start + count <= num_rows, "rows are read that are not there"
             rows += [[opening, at] for at in range(start, start + count)]
-        return torch.tensor(rows, dtype=torch.float32)
+        return pack(torch.tensor(rows, dtype=torch.float32))
 
     @rule()
     def another_router_leads(self):
@@ -99,15 +99,17 @@ class FeatureStreamsMachine(RuleBasedStateMachine):
         response = self.streams._next(stream)
         if response is None:
             assert not stream.behind and not stream.ends
-        elif response.WhichOneof("message") == "end":
+            return
+        response, data = decode_response(response)
+        if response.WhichOneof("message") == "end":
             for number in response.end.subscription_ids:
                 assert number in self.known and number not in self.ended, "a subscription ends once"
                 self.ended.add(number)
         else:
-            self.check_rows(stream, response.features)
+            self.check_rows(stream, response.features, data)
 
-    def check_rows(self, stream, features):
-        rows, at = rows_of(features, 2).tolist(), 0
+    def check_rows(self, stream, features, data):
+        rows, at = rows_of(features, data, 2).tensor().tolist(), 0
         assert 0 < len(rows) <= PIECE_ROWS
         for number, start, count in zip(features.subscription_ids, features.starts, features.num_rows, strict=True):
             owner, opening, next_row = self.known[number]
@@ -137,8 +139,9 @@ class FeatureStreamsMachine(RuleBasedStateMachine):
         self.step_is_read(set(), set())
         for stream in self.drafters:
             while (response := self.streams._next(stream)) is not None:
+                response, data = decode_response(response)
                 if response.WhichOneof("message") == "features":
-                    self.check_rows(stream, response.features)
+                    self.check_rows(stream, response.features, data)
                 else:
                     self.ended.update(response.end.subscription_ids)
         alive = {number for stream in self.drafters for number in stream.subscriptions}

@@ -37,7 +37,7 @@ def test_blocks_in_one_pass_are_the_blocks_one_by_one(kind, target_dir):
     for row, anchors in enumerate(ANCHORS.tolist()):
         for at, anchor in enumerate(anchors):
             drafter.open(1)
-            drafter.extend(1, 0, features[row, :anchor])
+            drafter.extend_one(1, 0, features[row, :anchor])
             (alone,) = drafter.propose([1], [anchor % 50], [config.block_size - 1], config.vocab_size)
             expected = torch.zeros_like(probabilities[row, at])
             expected.scatter_(1, alone.candidate_ids, alone.logprobs.exp())
@@ -61,7 +61,7 @@ def test_a_selector_that_is_trained_chooses_what_it_chooses_when_serving(kind, t
     for row, anchors in enumerate(ANCHORS.tolist()):
         for at, anchor in enumerate(anchors):
             drafter.open(1)
-            drafter.extend(1, 0, features[row, :anchor])
+            drafter.extend_one(1, 0, features[row, :anchor])
             (alone,) = drafter.propose([1], [anchor % 50], [config.block_size - 1], 1)
             labels[row, at] = alone.candidate_ids[:, 0]
     result = objective(BlockBatch(taps, ANCHORS, ANCHORS % 50, labels))

@@ -54,7 +54,7 @@ def test_the_exported_drafter_loads_and_drafts(pipeline):
     target = resolve_target(config.target)
     drafter = BlockDrafter(resolve_drafter(str(config.export.output_dir), target), target)
     drafter.open(1)
-    drafter.extend(1, 0, torch.randn(6, target.config.hidden_size))
+    drafter.extend_one(1, 0, torch.randn(6, target.config.hidden_size))
     (proposal,) = drafter.propose([1], [5], [4], 1)
     assert proposal.candidate_ids.shape == (4, 1)
 

@@ -15,25 +15,28 @@ from dflash_ray.router.speculation.acceptance import Acceptance
 from dflash_ray.router.speculation.choice import best_rows, is_drafted, share, worths
 from dflash_ray.router.speculation.cost_model import Batch, CostModel
 from dflash_ray.router.speculation.ledger import Ledger
-from dflash_ray.router.speculation.lessons import keep_account, learn_acceptance, learn_costs
+from dflash_ray.router.speculation.lessons import Lesson, keep_account, learn_acceptance, learn_costs
 from dflash_ray.router.speculation.outlook import (
     NO_OUTLOOK,
     PLAIN,
     Outlook,
     SpeculativeStep,
     merged,
-    nothing_decodes,
+    plain_step,
 )
 from dflash_ray.router.speculation.pauses import Pauses
 from dflash_ray.router.speculation.records import MOST_DRAFTS, Candidates, Floats, Policy, Reason, SpeculationCounts
 
-_LEAST_GAIN = 1.10  # promised over plain decoding before anything is speculated,
-_DOUBT = 1.0  # and so many standard errors of the plain time
+_LEAST_GAIN = 1.05  # promised over plain decoding before anything is speculated,
+_DOUBT = 1.0  # and so many standard errors of the plain time;
+_KEPT_GAIN = 1.0  # and while drafts have been paying
 _TRIAL_RATE = 0.7  # acceptance that a trial hopes for
 _TRIAL_ROOM = 0.5  # of the loss that is allowed
 _TRIAL_EACH = 4  # a trial verifies one draft for so many sequences at least
 _SPARE_SLOTS = 2  # asked for beyond what is expected to be verified, where slots cost time
 _SLOT_PRICE = 0.02  # of a step's time
+_HAND_OVER_RATE = 0.1  # of the newest step in what is known of steps ahead
+_PASSED_OVER = 4  # of steps that leave nothing to choose and have no draft, one in so many is timed
 
 
 class SpeculationController:
@@ -45,11 +48,13 @@ class SpeculationController:
     Attributes:
         prefers_ngram: whether n-grams may take a drafter's place.
         is_colocated: the drafter drafts behind a step's pass, inside the step.
+        runs_ahead: a plain step that is known to be one is sent while the step before it runs.
     """
 
     def __init__(self, num_slots: int, prefers_ngram: bool = True, is_colocated: bool = False) -> None:
         self.prefers_ngram = prefers_ngram
         self.is_colocated = is_colocated
+        self.runs_ahead = False
         self._policies = np.zeros(num_slots, np.int64)
         self._limits = np.zeros(num_slots, np.int64)
         self.acceptance = Acceptance(num_slots, MOST_DRAFTS)
@@ -60,13 +65,18 @@ class SpeculationController:
         self._cut: SpeculativeStep | None = None
         self._steps: deque[SpeculativeStep] = deque()
         self._last_result = 0.0
+        self._hand_over = 0.0  # what a step ahead takes beyond its pass
         self._pauses = Pauses()
+        self._lesson: Lesson | None = None
+        self._num_passed_over = 0
 
     def open(self, slot: int, policy: Policy, draft_tokens: int) -> None:
         """A sequence has the slot, with at most so many drafts a step."""
         self._policies[slot] = policy if draft_tokens else Policy.OFF
         self._limits[slot] = draft_tokens
         self.acceptance.open(slot)
+        if self._policies[slot] == Policy.ADAPTIVE:
+            self._pauses.opened()
 
     @property
     def expects_drafts(self) -> bool:
@@ -85,6 +95,21 @@ class SpeculationController:
             is_free &= self._outlooks.get(cohort, NO_OUTLOOK).reason not in PLAIN
         wanted: Flags = is_fixed | is_free
         return wanted
+
+    def passes_over(self, slots: Ints, now: float, cohort: int = 0) -> bool:
+        """Whether nothing is asked for these, whatever their drafts are like: all are off, or speculation rests."""
+        policies = self._policies[slots]
+        if not policies.any():
+            return True
+        if not self.costs.is_known or (policies == Policy.FIXED).any():
+            return False
+        if self._pauses.is_resting:
+            self._look_out(cohort, Outlook(Reason.REST, 0, 0, np.inf, now))
+        elif self._pauses.is_settled:
+            self._look_out(cohort, Outlook(Reason.NO_GAIN, 0, 0, np.inf, now))
+        else:
+            return False
+        return True
 
     def plan(self, candidates: Candidates, batch: Batch, max_rows: int, now: float, cohort: int = 0) -> Ints:
         """Drafts that each sequence's drafter is to be asked for, 0 where it is not.
@@ -131,15 +156,14 @@ class SpeculationController:
     ) -> tuple[Reason, Ints | None, float]:
         """Why, what to ask of drafters, and how long the step may take."""
         reason = self._plain_reason(batch)
-        if reason is None and self._pauses.is_settled and not ngrams.any():
-            reason = Reason.NO_GAIN
         if reason is not None:
             return reason, None, np.inf
         num_fixed, fixed_slots = int(np.count_nonzero(fixed)), int(fixed.sum())
         usual = float(self.costs.pass_seconds(batch, _NONE)[0])
         plain = usual + self._wait(num_fixed, fixed_slots, batch, usual)
         plain_rate = batch.num_sequences / plain
-        promised = (_LEAST_GAIN + _DOUBT * self.costs.plain_error(batch)) * plain_rate
+        least = _KEPT_GAIN if self._pauses.is_gaining else _LEAST_GAIN + _DOUBT * self.costs.plain_error(batch)
+        promised = least * plain_rate
         room = self.ledger.room(plain)
         most_slots = int(draft_room.max(initial=0))
 
@@ -185,6 +209,17 @@ class SpeculationController:
             return asks
         wanted = share(drafts * (asks > 0)[:, None], num_rows) + _SPARE_SLOTS
         return np.minimum(asks, wanted)
+
+    def cuts_plainly(self, slots: Ints, batch: Batch, cohort: int = 0) -> bool:
+        """Whether none of these verifies a draft, whatever came; if so, that is the cut of the next step."""
+        policies = self._policies[slots]
+        is_free = policies == Policy.ADAPTIVE
+        outlook = self._outlooks.get(cohort, NO_OUTLOOK)
+        if (policies == Policy.FIXED).any() or (outlook.reason not in PLAIN and is_free.any()):
+            return False
+        self._outlooks.pop(cohort, None)
+        self._cut = plain_step(batch, outlook, slots, is_free)
+        return True
 
     def cut(
         self,
@@ -249,42 +284,80 @@ class SpeculationController:
             counts: drafts that it verifies of each.
             asked_inside: sequences and slots that a colocated drafter drafts for behind the pass.
         """
-        step, self._cut = self._cut or nothing_decodes(batch), None
+        step, self._cut = self._cut or plain_step(batch, NO_OUTLOOK, _NONE[:0], _NO_FLAGS), None
         fixed_rows = int(counts[~step.is_free].sum())
         step.batch = replace(batch, num_rows=batch.num_rows + fixed_rows)
-        step.slots, step.counts, step.from_ngram = step.slots[is_in], counts[is_in], step.from_ngram[is_in]
-        step.is_free, step.log_probs = step.is_free[is_in], step.log_probs[is_in]
-        step.match_lens, step.asked_inside = step.match_lens[is_in], asked_inside
-        step.parents = None if step.parents is None else step.parents[is_in]
+        step.counts, step.asked_inside = counts, asked_inside
+        if not is_in.all():
+            step.keep(is_in)
         step.sent_at = now
         step.wait = max(0.0, now - max(self._last_result, step.outlook.planned_at))
         self._steps.append(step)
 
     def step_done(
-        self, accepted: Ints, now: float, draft_seconds: float = 0.0, is_accepted: Flags | None = None
+        self,
+        accepted: Ints,
+        now: float,
+        draft_seconds: float = 0.0,
+        rows_spared: int = 0,
+        pass_seconds: float = 0.0,
+        is_accepted: Flags | None = None,
     ) -> None:
         """The oldest step in flight was answered.
 
         Args:
             accepted: [num_slots] drafts that were kept; -1 where there is no verdict.
             draft_seconds: of a colocated drafter.
+            rows_spared: of prompts, that were not computed.
+            pass_seconds: of the target alone, as it says; 0 where it does not.
             is_accepted: [num_slots, MOST_DRAFTS] of a step with trees, which drafts were kept.
         """
+        self.learn()
         step = self._steps.popleft()
+        if rows_spared:
+            batch = step.batch
+            step.batch = replace(
+                batch, num_rows=batch.num_rows - rows_spared, prefill_rows=batch.prefill_rows - rows_spared
+            )
         accepted = accepted[step.slots]
         busy = max(1e-6, now - max(step.sent_at, self._last_result) - draft_seconds)
+        if self.runs_ahead and pass_seconds and not step.is_drafted:
+            busy = self._as_if_ahead(step, busy, pass_seconds)
         self._last_result = now
-        if not len(step.slots):
-            self.costs.saw_pass(step.batch, 0, busy)
+        if len(step.slots) and not (step.counts.any() or step.is_free.any() or step.asked_inside[0]):
+            self.counts.steps[step.outlook.reason] += 1
+            self._num_passed_over += 1
+            if self._num_passed_over % _PASSED_OVER:
+                return
+        kept = None if is_accepted is None else is_accepted[step.slots]
+        self._lesson = Lesson(step, accepted, busy, draft_seconds, kept)
+        if step.is_drafted:  # the next plan wants to know
+            self.learn()
+
+    def _as_if_ahead(self, step: SpeculativeStep, busy: float, pass_seconds: float) -> float:
+        """What a plain step takes where all are plain: those that were not sent ahead waited for the router as well."""
+        if step.sent_at < self._last_result:
+            self._hand_over += _HAND_OVER_RATE * (max(0.0, busy - pass_seconds) - self._hand_over)
+            return busy
+        return min(busy, pass_seconds + self._hand_over)
+
+    def learn(self) -> None:
+        """Takes in the last step, where that was left for when there is time: it was a plain one."""
+        lesson, self._lesson = self._lesson, None
+        if lesson is None:
             return
-        learn_acceptance(self.acceptance, step, accepted, None if is_accepted is None else is_accepted[step.slots])
-        learn_costs(self.costs, step, busy, draft_seconds, self.is_colocated)
-        keep_account(self.costs, self.ledger, self.counts, step, accepted, busy, draft_seconds)
-        self._pauses.step_done(step.outlook.reason, step.outlook.num_asked > 0, self.ledger.loss)
+        step = lesson.step
+        learn_costs(self.costs, lesson, self.is_colocated)
+        if not step.is_free.any() and not step.counts.any():
+            return
+        saved = keep_account(self.costs, self.acceptance, self.ledger, self.counts, lesson)
+        learn_acceptance(self.acceptance, step, lesson.accepted, lesson.is_accepted)
+        has_hit = bool((lesson.accepted[step.is_free] > 0).any())
+        self._pauses.step_done(step.outlook.reason, step.outlook.num_asked > 0, has_hit, saved)
 
     def steps_lost(self) -> None:
         """The target's stream broke: steps in flight will not be answered."""
-        self._cut = None
+        self._cut = self._lesson = None
         self._steps.clear()
         self._outlooks.clear()
 
@@ -305,6 +378,7 @@ class SpeculationController:
 
 
 _NONE = np.zeros(1, np.int64)
+_NO_FLAGS = np.zeros(0, np.bool_)
 _HOPE = np.cumprod(np.full(MOST_DRAFTS, _TRIAL_RATE))
 
 

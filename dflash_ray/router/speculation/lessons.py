@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from dflash_ray.core.arrays import Flags, Ints
@@ -10,9 +12,28 @@ from dflash_ray.router.speculation.cost_model import CostModel
 from dflash_ray.router.speculation.ledger import Ledger
 from dflash_ray.router.speculation.outlook import SpeculativeStep
 from dflash_ray.router.speculation.records import MOST_DRAFTS, SpeculationCounts
+from dflash_ray.router.speculation.trees import depths_of
 
 _SAMPLED = 32  # sequences that acceptance is learnt from in a step that leaves nothing to choose
 _SPIKE = 1.25  # times what was expected; what a pass takes over that is the machine's doing
+
+
+@dataclass(frozen=True, slots=True)
+class Lesson:
+    """A step that is over.
+
+    Attributes:
+        accepted: drafts of each sequence that were kept; -1 where there is no verdict.
+        busy: seconds of the pass.
+        draft_seconds: of the colocated drafter.
+        is_accepted: [n, MOST_DRAFTS] of a step with trees, which drafts were kept.
+    """
+
+    step: SpeculativeStep
+    accepted: Ints
+    busy: float
+    draft_seconds: float
+    is_accepted: Flags | None = None
 
 
 def learn_acceptance(
@@ -34,17 +55,20 @@ def learn_acceptance(
     ngram = np.flatnonzero(has_verdict & step.from_ngram)
     if len(ngram):
         acceptance.saw_ngrams(step.match_lens[ngram], step.counts[ngram], accepted[ngram])
-    rested = step.slots[step.from_ngram | (step.counts == 0)]
+    rested = step.slots[step.is_free & (step.from_ngram | (step.counts == 0))]
     if len(rested):
         acceptance.rested(rested)
 
 
-def learn_costs(costs: CostModel, step: SpeculativeStep, busy: float, draft_seconds: float, is_colocated: bool) -> None:
+def learn_costs(costs: CostModel, lesson: Lesson, is_colocated: bool) -> None:
     """Takes the times of the pass, without the colocated drafter's, and of the wait for drafts."""
+    step = lesson.step
     outlook, batch = step.outlook, step.batch
-    costs.saw_pass(batch, _free_rows(step), busy)
+    costs.saw_pass(batch, _free_rows(step), lesson.busy)
+    if not len(step.slots):
+        return
     num_asked, num_slots = step.asked_inside if is_colocated else (outlook.num_asked, outlook.num_slots)
-    costs.saw_wait(num_asked, num_slots, batch.is_split, step.wait + draft_seconds)
+    costs.saw_wait(num_asked, num_slots, batch.is_split, step.wait + lesson.draft_seconds)
 
 
 def _free_rows(step: SpeculativeStep) -> int:
@@ -53,26 +77,46 @@ def _free_rows(step: SpeculativeStep) -> int:
 
 def keep_account(
     costs: CostModel,
+    acceptance: Acceptance,
     ledger: Ledger,
     counts: SpeculationCounts,
-    step: SpeculativeStep,
-    accepted: Ints,
-    busy: float,
-    draft_seconds: float,
-) -> None:
-    """Compares the step with what plain decoding takes for the same tokens."""
+    lesson: Lesson,
+) -> float:
+    """Compares the step with what plain decoding takes for the same tokens; returns plain steps' time that was saved.
+
+    Must be called before acceptance is learnt from the step: its drafts count as they were worth when they were sent,
+    as far as chance explains what came of them.
+    """
+    step, accepted = lesson.step, lesson.accepted
     outlook, batch = step.outlook, step.batch
     counts.steps[outlook.reason] += 1
     num_free = int(np.count_nonzero(step.is_free))
     if not num_free:
-        return
-    kept = np.maximum(accepted, 0)[step.is_free]
+        return 0.0
     expected = costs.pass_seconds(batch, np.array([0, _free_rows(step)]))
     plain = float(expected[0]) + costs.host_seconds
-    if outlook.num_asked or step.asked_inside[0] or step.counts.any():
-        seconds = min(busy, _SPIKE * float(expected[1])) + step.wait + draft_seconds
-        ledger.add(seconds, plain * (1.0 + float(kept.sum()) / num_free))
-        counts.expected_tokens += step.tokens
-        counts.realised_tokens += len(step.slots) + int(np.maximum(accepted, 0).sum())
-    else:
+    if not step.is_drafted:
         ledger.add(plain, plain)
+        return 0.0
+    kept = float(np.maximum(accepted, 0)[step.is_free].sum())
+    worth, variance = _worth(acceptance, step)
+    seconds = min(lesson.busy, _SPIKE * float(expected[1])) + step.wait + lesson.draft_seconds
+    tokens = ledger.luck.counted(worth, variance, kept)
+    done = plain * (1.0 + tokens / num_free)
+    ledger.add(seconds, done)
+    counts.expected_tokens += step.tokens
+    counts.realised_tokens += len(step.slots) + int(np.maximum(accepted, 0).sum())
+    return (done - seconds) / plain
+
+
+def _worth(acceptance: Acceptance, step: SpeculativeStep) -> tuple[float, float]:
+    """Drafts chosen here that are accepted in expectation, and their variance."""
+    survival = acceptance.survival_of(step.slots, step.log_probs, step.parents)
+    ngrams = acceptance.ngram_survival(step.match_lens, step.counts)
+    survival = np.where(step.from_ngram[:, None], ngrams, survival)
+    index = np.arange(survival.shape[1])
+    survival = np.where((index < step.counts[:, None]) & step.is_free[:, None], survival, 0.0)
+    worths = survival.sum(axis=1)
+    depths = index if step.parents is None else np.where(step.from_ngram[:, None], index, depths_of(step.parents))
+    squares = (survival * (2 * depths + 1)).sum(axis=1)
+    return float(worths.sum()), float((squares - worths**2).sum())

@@ -47,6 +47,18 @@ class SpeculativeStep:
     asked_inside: tuple[int, int] = (0, 0)  # sequences and slots that the colocated drafter drafts for after the pass
     parents: Ints | None = None  # of drafters' drafts, where not all are chains
 
+    @property
+    def is_drafted(self) -> bool:
+        """Whether drafts were asked for, or verified."""
+        return bool(self.outlook.num_asked or self.asked_inside[0] or self.counts.any())
+
+    def keep(self, is_in: Flags) -> None:
+        """Leaves out the other sequences."""
+        self.slots, self.counts, self.from_ngram = self.slots[is_in], self.counts[is_in], self.from_ngram[is_in]
+        self.is_free, self.log_probs = self.is_free[is_in], self.log_probs[is_in]
+        self.match_lens = self.match_lens[is_in]
+        self.parents = None if self.parents is None else self.parents[is_in]
+
 
 NO_OUTLOOK = Outlook(Reason.FIXED, 0, 0, np.inf, 0.0)
 
@@ -62,7 +74,9 @@ def merged(before: Outlook, outlook: Outlook) -> Outlook:
     )
 
 
-def nothing_decodes(batch: Batch) -> SpeculativeStep:
-    """A step in which nothing decodes."""
-    slots, flags, log_probs = np.zeros(0, np.int64), np.zeros(0, np.bool_), np.zeros((0, MOST_DRAFTS))
-    return SpeculativeStep(batch, NO_OUTLOOK, slots, slots, flags, flags, log_probs, slots, 0.0)
+def plain_step(batch: Batch, outlook: Outlook, slots: Ints, is_free: Flags) -> SpeculativeStep:
+    """A step without drafts; of nothing that decodes, where there are no slots."""
+    count = len(slots)
+    zeros, flags = np.zeros(count, np.int64), np.zeros(count, np.bool_)
+    log_probs = np.broadcast_to(np.nan, (count, MOST_DRAFTS))
+    return SpeculativeStep(batch, outlook, slots, zeros, flags, is_free, log_probs, zeros, float(batch.num_sequences))

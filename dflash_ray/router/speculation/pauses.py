@@ -9,13 +9,15 @@ _MOST_COLD = 6.0  # and so many at the start
 _PROBE_SHARE = 0.006  # of all time may be lost by plain steps where drafts promise more
 _LEAST_PROBE = 0.1  # of a step; where a plain step loses next to nothing, one in ten is one
 _PLAIN_TIMES = 3  # of a batch that are needed before anything is speculated in it
-_TRIAL_STEPS = 3
+_TRIAL_STEPS = 3  # a step whose drafts are all wrong counts twice
 _FIRST_PAUSE = 24  # steps without drafts before a trial, doubled with each trial in vain
 _LONGEST_PAUSE = 4096
+_FRESH = 16  # times sooner a trial is due where a sequence is new, of whose text nothing is known
 _SETTLED = 8
-_EXPECTED_FOR = 64  # steps without drafts, after which drafters need not have the rows of the sequences
-_NOTICE = 12  # steps that drafters are given to get them again
-_CONFIRMED = 32  # steps with drafts after which the next pause is short again
+_LOOK_AGAIN = 4  # steps after which the choice is made anew while nothing pays
+_EXPECTED_FOR = 16  # steps without drafts, after which drafters need not have the rows of the sequences
+_NOTICE = 3  # steps that drafters are given to get them again
+_CONFIRMED = 4.0  # plain steps' time saved, after which the next pause is short again
 
 
 class Pauses:
@@ -28,14 +30,25 @@ class Pauses:
         self._quiet = 0  # steps without drafters' drafts that no rest forbade
         self._pause = _FIRST_PAUSE
         self._trial_left = 0
-        self._rest_until = 0
-        self._num_gains = 0  # steps with drafts since the last pause
+        self._has_new = False  # a sequence came since drafts were last tried
+        self._rest_began = -_LONGEST_PAUSE
+        self._has_drafted = False  # since the last pause
+        self._saved = 0.0
         self._drafted_at = 0
         self._ready_at = 0
+        self.is_gaining = False
+
+    def opened(self) -> None:
+        """A sequence came, whose drafts may be better than those of the others."""
+        self._has_new = True
+
+    def _is_over(self, num_steps: int) -> bool:
+        """Whether a pause is, after so many steps."""
+        return num_steps * (_FRESH if self._has_new else 1) >= self._pause
 
     @property
     def is_resting(self) -> bool:
-        return self._num_steps < self._rest_until
+        return not self._is_over(self._num_steps - self._rest_began)
 
     @property
     def expects_drafts(self) -> bool:
@@ -51,16 +64,16 @@ class Pauses:
 
     @property
     def is_trial_due(self) -> bool:
-        return self._trial_left > 0 or self._quiet >= self._pause
+        return self._trial_left > 0 or self._is_over(self._quiet)
 
     def no_hope(self) -> None:
         """Not even what a trial hopes for would pay: the next one is due a pause later."""
-        self._quiet = 0
+        self._quiet, self._trial_left, self._has_new = 0, 0, False
 
     @property
     def is_settled(self) -> bool:
-        """Whether nothing has paid for a while: the choice is then made anew in every fourth step only."""
-        return self._quiet > _SETTLED and self._quiet % 4 != 0 and not self.is_trial_due
+        """Whether nothing has paid for a while: the choice is then made anew now and then only."""
+        return self._quiet > _SETTLED and self._quiet % _LOOK_AGAIN != 0 and not self.is_trial_due
 
     def is_cold(self, num_plain: int) -> bool:
         """Whether the step must be plain because too few like it were timed; then it counts as one."""
@@ -79,35 +92,39 @@ class Pauses:
 
     def rest(self) -> None:
         """The allowed loss is spent."""
-        self._rest_until = self._num_steps + self._pause
-        if self._num_gains:
+        self._rest_began, self._has_new = self._num_steps, False
+        if self._has_drafted:
             self._lengthen()
 
     def _lengthen(self) -> None:
         self._pause = min(_LONGEST_PAUSE, 2 * self._pause)
-        self._num_gains = 0
+        self._has_drafted, self._saved = False, 0.0
 
-    def step_done(self, reason: Reason, is_drafted: bool, loss: float) -> None:
+    def step_done(self, reason: Reason, is_drafted: bool, has_hit: bool, saved: float) -> None:
         """A step went as it was planned.
 
         Args:
             is_drafted: a drafter was asked.
-            loss: of the last steps against plain decoding.
+            has_hit: a draft was accepted.
+            saved: time against plain decoding, in plain steps.
         """
         self._num_steps += 1
         if is_drafted:
             self._drafted_at = self._num_steps
         self._cold = min(_MOST_COLD, self._cold + _COLD_SHARE)
         self._probes = min(1.0, self._probes + _PROBE_SHARE)
+        self.is_gaining = reason in (Reason.GAIN, Reason.PROBE) and (self.is_gaining or is_drafted)
         if reason == Reason.TRIAL:
-            self._trial_left = (self._trial_left or _TRIAL_STEPS) - 1
+            self._has_new = False
+            self._trial_left = max(0, (self._trial_left or _TRIAL_STEPS) - (1 if has_hit else 2))
             if self._trial_left == 0:
                 self._quiet = 0
                 self._lengthen()
         elif reason == Reason.GAIN and is_drafted:
-            self._quiet = 0
-            self._num_gains += 1
-            if self._num_gains >= _CONFIRMED and loss <= 0.0:
-                self._pause = _FIRST_PAUSE
+            self._quiet, self._trial_left = 0, 0
+            self._has_drafted, self._has_new = True, False
+            self._saved += saved
+            if self._saved >= _CONFIRMED:
+                self._pause, self._saved = _FIRST_PAUSE, 0.0
         elif reason in (Reason.GAIN, Reason.NO_GAIN):
             self._quiet += 1

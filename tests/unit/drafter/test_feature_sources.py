@@ -14,7 +14,8 @@ from dflash_ray.drafter.arrivals import Arrivals
 from dflash_ray.drafter.drafts import Drafts
 from dflash_ray.drafter.feature_sources import FeatureSources
 from dflash_ray.drafter.sessions import DraftSessions
-from dflash_ray.models.block_drafter import DraftProposal
+from dflash_ray.models.draft_contexts import ContextRows
+from dflash_ray.models.draft_proposals import DraftProposal, DraftProposals
 from dflash_ray.pb import drafter_pb2
 from tests.feature_groups import FINGERPRINT, LIMIT, PIECE_ROWS, WIDTH, FeatureGroup, feature_group, truth
 from tests.toy import drafts_of
@@ -37,18 +38,21 @@ class Recorder:
     def close(self, session: int) -> None:
         del self.contexts[session]
 
-    def extend(self, session, start, features, token_ids) -> None:
-        held = self.contexts[session]
-        self.contexts[session] = torch.cat([held, features[len(held) - start :, 0]])
+    def extend(self, rows: ContextRows) -> None:
+        at = 0
+        for session, start, count in zip(rows.sessions, rows.starts, rows.counts, strict=True):
+            assert start == len(self.contexts[session])
+            self.contexts[session] = torch.cat([self.contexts[session], rows.features[at : at + count, 0]])
+            at += count
 
-    def propose(self, sessions, anchor_ids, num_draft_tokens, num_candidates, draws, tree_width=1):
+    def propose(self, sessions, anchor_ids, num_draft_tokens, num_candidates, draws, tree_width=1) -> DraftProposals:
         proposals = []
         for session in sessions:
             context = self.contexts[session]
             sequence_id = int(context[0]) // 1000
             assert torch.equal(context, truth(sequence_id, 0, len(context))[:, 0])
             proposals.append(DraftProposal(torch.tensor([[sequence_id]]), torch.zeros(1, 1)))
-        return proposals
+        return DraftProposals.of(proposals)
 
 
 class Replica:
@@ -152,7 +156,7 @@ async def test_rows_that_do_not_come_in_time_hold_up_one_request_and_the_others_
     assert await replica.draft(s1=15, s2=11) == {1: "COMING", 2: 2}, "it is not waited for a second time"
     assert asyncio.get_running_loop().time() - started < LONG_MS / 1000
     group.step(s1=14)
-    await until(lambda: replica.arrivals.get((0, 1)).end == 14)
+    await until(lambda: replica.arrivals.ends[replica.arrivals.session((0, 1))] == 14)
     assert await replica.draft(s1=15, s2=11) == {1: 1, 2: 2}
 
 

@@ -55,6 +55,7 @@ async def test_what_http_refuses_grpc_refuses_under_its_own_names():
         "stopping__stop_token_ids": [2**32 - 1],
         "speculation__draft_tokens": 32,
         "speculation__policy": 9,
+        "cache_salt": "x" * 257,
         "response__output_logprobs": 1000,
     }
     async with gateway(says("ok")) as app:
@@ -72,13 +73,13 @@ async def test_options_reach_the_router_as_over_http():
         decoding__logit_bias={5: 1.0}, stopping__max_new_tokens=7, stopping__min_new_tokens=2,
         stopping__stop_token_ids=[9], speculation__draft_tokens=3,
         sampling__verify_mode=common_pb2.VERIFY_MODE_REJECTION,
-        speculation__policy=router_pb2.SPECULATION_POLICY_ADAPTIVE, response__output_logprobs=2,
+        speculation__policy=router_pb2.SPECULATION_POLICY_ADAPTIVE, response__output_logprobs=2, cache_salt="one",
     )  # fmt: skip
     body = {
         "messages": [{"role": "user", "content": "Hello"}], "top_k": 5, "top_p": 0.5, "min_p": 0.25, "seed": 2**64 - 1,
         "presence_penalty": 0.5, "frequency_penalty": -0.5, "repetition_penalty": 1.5, "logit_bias": {"5": 1.0},
         "max_tokens": 7, "min_tokens": 2, "stop_token_ids": [9], "verify_mode": "rejection", "logprobs": True,
-        "top_logprobs": 2, "speculation": {"policy": "adaptive", "draft_tokens": 3},
+        "top_logprobs": 2, "speculation": {"policy": "adaptive", "draft_tokens": 3}, "cache_salt": "one",
     }  # fmt: skip
     async with gateway(says("ok")) as app, grpc.aio.insecure_channel(app.grpc_address) as channel:
         await generation_pb2_grpc.GenerationStub(channel).Generate(message)

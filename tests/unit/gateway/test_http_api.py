@@ -475,3 +475,40 @@ async def test_the_openai_package_reads_over_comments_and_raises_what_a_stream_e
         stream = await client.chat.completions.create(model="", messages=HELLO, stream=True)
         with pytest.raises(openai.APIError, match="broken"):
             _ = [part async for part in stream]
+
+
+def found(counts: dict[int, int]):
+    """A router whose target found so many tokens of each choice's prompt, by the choice's seed."""
+
+    async def respond(request):
+        yield TokenChunk()
+        yield TokenChunk([5], num_cached_tokens=counts[request.sampling.seed])
+        yield TokenChunk([6], STOP, num_cached_tokens=900)  # found when it came back from a preemption
+
+    return respond
+
+
+@pytest.mark.parametrize(
+    ("counts", "n", "cached"), [({0: 0}, 1, 0), ({0: 3}, 1, 3), ({0: 700}, 1, 8), ({0: 0, 1: 6, 2: 6}, 3, 0)]
+)
+@pytest.mark.parametrize("stream", [False, True])
+async def test_usage_says_how_much_of_a_prompt_was_found_computed_for_all_of_its_choices(counts, n, cached, stream):
+    body = {"prompt": [9] * 8, "n": n, "seed": 0}
+    async with gateway(found(counts)) as app:
+        if stream:
+            usage = (await events(app, {**body, "stream_options": {"include_usage": True}}, COMPLETIONS))[-2]["usage"]
+        else:
+            usage = (await app.http.post(COMPLETIONS, json=body)).json()["usage"]
+    assert usage["prompt_tokens"] == 8 and usage["prompt_tokens_details"] == {"cached_tokens": cached}
+
+
+async def test_a_salt_goes_on_as_a_hash_which_differs_where_the_salts_do(caplog):
+    caplog.set_level(logging.DEBUG)
+    async with gateway(says("ok")) as app:
+        for salt in ("secret-salt", "secret-salt", "another", "", None):
+            await app.http.post(COMPLETIONS, json={"prompt": "x", "cache_salt": salt})
+        refused = await app.http.post(COMPLETIONS, json={"prompt": "x", "cache_salt": "secret-salt" * 30})
+        first, again, other, empty, absent = (request.cache_salt for request in app.router.requests)
+    assert first == again != other and empty == absent == b"" and len(first) == 32
+    assert refused.status_code == 400 and refused.json()["error"]["param"] == "cache_salt"
+    assert "secret-salt" not in caplog.text + refused.text

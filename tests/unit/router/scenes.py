@@ -12,10 +12,10 @@ from tests.toy import ToyDrafter, ToyTarget, token_request
 
 
 class Scene:
-    """Time stands still unless a test moves `now`; nothing is answered unless a test lets it be."""
+    """Time stands still unless a test moves `now`; nothing is answered unless a test lets it be. A step at a time."""
 
     def __init__(self, *overrides: str, target: ToyTarget | None = None, drafters: tuple[str, ...] = ()) -> None:
-        self.scheduler = Scheduler(load_config(None, list(overrides)))
+        self.scheduler = Scheduler(load_config(None, ["router.steps_in_flight=1", *overrides]))
         self.target = target or ToyTarget()
         self.drafters = {name: ToyDrafter() for name in drafters}
         self.now = 0.0

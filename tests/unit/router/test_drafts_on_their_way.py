@@ -1,5 +1,7 @@
 """What the router makes of a drafter's block on its way to the target."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -10,6 +12,7 @@ from dflash_ray.router.actions import RequestDrafts, RunStep
 from dflash_ray.router.draft_requests import DrafterState
 from dflash_ray.router.scheduler import Scheduler
 from tests.toy import VOCAB, ToyTarget, tokens_of
+from tests.unit.router.scenes import Scene
 
 NUM_CANDIDATES = 2
 
@@ -62,3 +65,17 @@ def test_a_draft_that_was_not_drawn_goes_on_alone():
 def test_a_draft_ends_before_a_token_that_the_target_does_not_have():
     step = step_with([5, VOCAB, 7], is_drawn=True)
     assert tokens_of(step.draft_token_ids) == [5] and list(step.draft_candidate_ids) == [5, 6]
+
+
+@pytest.mark.parametrize(
+    ("colocated", "draft_tokens", "wants_features"), [(0, 3, True), (4, 3, True), (0, 0, False), (4, 0, False)]
+)
+def test_features_are_made_for_sequences_that_are_drafted_for_wherever_the_drafter_is(
+    colocated, draft_tokens, wants_features
+):
+    target = ToyTarget()
+    target.limits = replace(target.limits, colocated_draft_tokens=colocated)
+    scene = Scene(target=target)
+    scene.arrive([1, 2, 3], draft_tokens=draft_tokens)
+    scene.pump()
+    assert [opened.wants_features for opened in scene.steps[0].open] == [wants_features]

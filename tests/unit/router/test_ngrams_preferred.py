@@ -46,6 +46,8 @@ class CyclingTarget:
         result.finish_reasons.append(common_pb2.FINISH_REASON_UNSPECIFIED)
         self.kv_len += rows
         self.tokens += new
+        result.kv_lens.extend(self.kv_len for _ in step.prefill_ids)
+        result.cached_lens.extend(0 for _ in step.prefill_ids)
         return result
 
 

@@ -48,6 +48,7 @@ CHUNKS = st.builds(
     logprobs=st.none() | st.builds(logprobs, st.integers(0, 3)),
     prompt_logprobs=st.none()
     | st.builds(lambda n: common_pb2.PromptLogprobs(start=1, logprobs=logprobs(n)), st.integers(0, 3)),
+    num_cached_tokens=st.integers(0, 3),
 )
 ENTRIES = st.tuples(st.integers(1, 2**63), CHUNKS | st.sampled_from(["model", *ERRORS]))
 
@@ -94,10 +95,11 @@ def test_a_gateway_reads_what_a_router_wrote_however_it_is_cut_into_messages(ent
 def joined(entries: list[tuple[int, int, TokenChunk]]) -> Emit:
     """One action for the calls of several streams; `entries` are stream, call id and what the call is told."""
     parts = [emit_of(call_id, chunk, stream) for stream, call_id, chunk in entries]
-    names = [column.name for column in dataclasses.fields(Emit)][:-2]
+    names = [column.name for column in dataclasses.fields(Emit)][:-3]
     columns = [np.concatenate([getattr(part, name) for part in parts]) for name in names]
     logprobs = {i: part.logprobs[0] for i, part in enumerate(parts) if part.logprobs}
-    return Emit(*columns, logprobs, {})
+    cached = {i: part.num_cached_tokens[0] for i, part in enumerate(parts) if part.num_cached_tokens}
+    return Emit(*columns, logprobs, {}, cached)
 
 
 @given(entries=st.lists(st.tuples(st.integers(1, 2), st.integers(1, 2**63), CHUNKS), min_size=1, max_size=8))

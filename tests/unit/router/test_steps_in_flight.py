@@ -4,7 +4,7 @@ import pytest
 
 from dflash_ray.config import load_config
 from dflash_ray.pb import target_pb2
-from dflash_ray.router.actions import RunStep
+from dflash_ray.router.actions import Emit, RunStep
 from dflash_ray.router.scheduler import Scheduler
 from tests.toy import ToyTarget, answer, token_request
 
@@ -18,16 +18,23 @@ class Group:
         self.scheduler, self.target = Scheduler(load_config(None, list(overrides))), ToyTarget()
         self.scheduler.target_ready(self.target.limits, 0.0)
         self.sent: list[target_pb2.Step] = []
+        self.tokens: dict[int, list[int]] = {}
         self._prompts = iter(ENDLESS)
 
-    def arrive(self, num_losses: int = 0) -> int:
-        request = token_request(next(self._prompts), max_new=20, draft_tokens=0)
+    def arrive(self, num_losses: int = 0, draft_tokens: int = 0, max_new: int = 20) -> int:
+        request = token_request(next(self._prompts), max_new=max_new, draft_tokens=draft_tokens)
         request.num_losses = num_losses
         return self.scheduler.arrive(request, 0.0).sequence_id
 
-    def poll(self) -> list[set[int]]:
+    def poll(self, now: float = 0.0) -> list[set[int]]:
         """The steps in flight, each as the sequences in it."""
-        self.sent += [action.step for action in self.scheduler.poll(0.0) if isinstance(action, RunStep)]
+        for action in self.scheduler.poll(now):
+            match action:
+                case RunStep(step):
+                    self.sent.append(step)
+                case Emit():
+                    for sequence_id, tokens, _ in action.entries():
+                        self.tokens.setdefault(sequence_id, []).extend(tokens)
         return [{*step.prefill_ids, *step.verify_ids} for step in self.sent]
 
     def answer(self) -> None:
@@ -45,20 +52,87 @@ def test_one_cohort_is_sent_while_the_other_runs():
         group.answer()
 
 
-def test_with_one_cohort_only_prompts_go_beside_its_step():
-    group = Group("router.steps_in_flight=2")
-    old = group.arrive()
+def test_with_one_cohort_only_prompts_go_beside_a_step_with_drafts():
+    group = Group("router.steps_in_flight=2", "router.policy=fixed")
+    old = group.arrive(draft_tokens=1)
     group.poll()
     group.answer()
-    assert group.poll() == [{old}]
+    group.poll(now=9.0)
+    group.answer()
+    assert group.poll(now=9.0) == [{old}]
     new = group.arrive()
-    assert group.poll() == [{old}, {new}]
-    third = group.arrive()
-    assert group.poll() == [{old}, {new}], "two at a time"
+    assert group.poll(now=9.0) == [{old}, {new}]
+    group.arrive()
+    assert group.poll(now=9.0) == [{old}, {new}], "two at a time"
+
+
+def test_a_plain_step_is_sent_while_the_one_before_it_runs():
+    group = Group()
+    ids = {group.arrive() for _ in range(3)}
+    assert group.poll() == [ids], "prompts are waited for"
     group.answer()
-    assert group.poll() == [{new}, {old, third}]
+    for _ in range(5):
+        assert group.poll() == [ids, ids]
+        assert [a + 1 for a in group.sent[0].base_lens] == list(group.sent[1].base_lens)
+        group.answer()
+
+
+def test_what_arrives_meanwhile_goes_along_and_decodes_with_all_once_its_first_token_is_there():
+    group = Group()
+    ids = {group.arrive() for _ in range(2)}
+    group.poll()
     group.answer()
-    assert group.poll() == [{old, third}], "a cohort is in one step at a time"
+    group.poll()
+    group.answer()
+    new = group.arrive()
+    assert group.poll() == [ids, ids | {new}]
+    group.answer()
+    assert group.poll() == [ids | {new}], "which of them decode is known with its result"
+    group.answer()
+    assert group.poll() == [ids | {new}, ids | {new}]
+
+
+def test_who_ends_at_its_length_is_not_sent_ahead():
+    group = Group()
+    ids = {group.arrive(max_new=3), group.arrive()}
+    group.poll()
+    group.answer()
+    assert [len(step) for step in group.poll()] == [2, 2]
+    group.answer()
+    assert group.poll()[1] == {max(ids)}
+    group.answer()
+    group.answer()
+    assert [set(step.close) for step in group.sent] == [] and group.poll()[0] == {max(ids)}
+
+
+def test_a_step_ahead_counts_for_nothing_where_the_one_before_it_found_no_page():
+    group = Group()
+    [first, second] = [group.arrive() for _ in range(2)]
+    group.poll()
+    group.answer()
+    group.poll()
+    step = group.sent.pop(0)
+    unable = target_pb2.Step.FromString(step.SerializeToString())
+    unable.base_lens[1] += 1  # the toy takes nothing for it
+    result = group.target.step(unable)
+    result.statuses[1] = target_pb2.ENTRY_STATUS_NO_PAGES
+    group.scheduler.step_done(result, 0.0)
+    group.poll()
+    for _ in range(40):
+        if not group.sent:
+            break
+        group.answer()
+        group.poll()
+    assert group.scheduler.num_running == 0
+    assert group.tokens[first] == answer(ENDLESS[0], 20) and group.tokens[second] == answer(ENDLESS[1], 20)
+
+
+def test_one_step_at_a_time_where_the_configuration_says_so():
+    group = Group("router.steps_in_flight=1")
+    ids = {group.arrive() for _ in range(2)}
+    for _ in range(4):
+        assert group.poll() == [ids]
+        group.answer()
 
 
 def test_a_result_out_of_turn_or_about_others_is_refused():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dflash_ray.core.arrays import packed, unpacked
-from dflash_ray.core.draft_blocks import BlockColumns, DraftBlock
+from dflash_ray.core.draft_blocks import BlockColumns, DraftBlock, to_message
 from dflash_ray.kernels.columns import Finish
 from dflash_ray.pb import common_pb2, target_pb2
 from dflash_ray.sampling.logprobs import Logprobs
@@ -71,9 +71,11 @@ def test_a_sequence_arrives_as_it_was_opened(fields, expected):
         sampling=common_pb2.SamplingParams(**fields, bias_token_ids=[9], bias_values=[0.5]),
         stopping=common_pb2.StoppingParams(max_new_tokens=8, min_new_tokens=1, stop_token_ids=[2, 2**32 - 1]),
         wants_features=True,
+        cache_salt=b"salt",
     )
     (opening,) = decode_step(target_pb2.Step(open=[opened])).open
     assert (opening.sequence_id, opening.token_ids.tolist(), opening.prompt_len) == (LARGEST, [3, 4, 5], 2)
+    assert opening.cache_salt == b"salt"
     assert (opening.max_new_tokens, opening.min_new_tokens, opening.wants_features) == (8, 1, True)
     assert opening.stop_ids.tolist() == [2, 2**32 - 1]
     assert (opening.sampling.bias_ids.tolist(), opening.sampling.bias_values.tolist()) == ([9], [0.5])
@@ -89,7 +91,8 @@ def test_a_results_columns_leave_as_they_are():
         step_id=8, epoch=2, sequence_ids=ids([LARGEST, 4]), statuses=ints([1, 5]), committed_lens=ints([9, 3]),
         num_accepted=ints([1, 0]), num_tokens=ints([2, 0]), token_ids=ints([7, 8]), finishes=ints([2, 0]),
         errors=["why"], logprobs=[scores], prompt_logprobs=[PromptLogprobs(4, 1, scores.part(0, 1, 0))],
-        free_pages=11, colocated_drafts=[block], forward_ns=1, verify_ns=2, draft_ns=3,
+        free_pages=11, kv_lens=ints([8]), cached_lens=ints([4]),
+        colocated_drafts=BlockColumns.of(to_message(2, [block])), forward_ns=1, verify_ns=2, draft_ns=3,
     )  # fmt: skip
     result = target_pb2.StepResult.FromString(encode_result(output).SerializeToString())
     assert (result.step_id, list(result.sequence_ids), list(result.statuses)) == (8, [LARGEST, 4], [1, 5])
@@ -100,6 +103,7 @@ def test_a_results_columns_leave_as_they_are():
         [2, 0],
     )
     assert (list(result.errors), result.free_pages) == (["why"], 11)
+    assert (list(result.kv_lens), list(result.cached_lens)) == ([8], [4])
     (told,) = result.logprobs
     assert (list(told.chosen), told.num_top, list(told.top_token_ids)) == ([-0.5, -1.5], 2, [1, 2, 3, 4])
     assert list(told.top_logprobs) == [-0.25, -0.5, -1.0, -1.25]

@@ -11,6 +11,7 @@ from dflash_ray.models.drafter_config import parse_dflash_config
 from dflash_ray.sampling.ranks import SingleRank
 from dflash_ray.target_group.colocated import ColocatedDrafter
 from dflash_ray.target_group.engine import Engine
+from dflash_ray.target_group.feature_store import FeatureStore
 from dflash_ray.target_group.model import RankModel
 from dflash_ray.target_group.runner import GroupRunner
 from tests.drafter.published import changed, random_weights
@@ -59,10 +60,18 @@ def build(process_group, tiny_target):
     rank = RankModel(tiny_target, CONFIG, 0, 1, checkpoint.build_projector(), checkpoint.config.target_layer_ids)
     runner = GroupRunner(rank, SingleRank())
 
-    def new(max_context_tokens: int = CONFIG.drafter_context_tokens, raises: bool = False, **breaks):
+    def new(
+        max_context_tokens: int = CONFIG.drafter_context_tokens,
+        raises: bool = False,
+        caches_prefixes: bool = False,
+        **breaks,
+    ):
         method = Breakable(checkpoint, tiny_target, **breaks)
         drafter = ColocatedDrafter(method, max_context_tokens, raises)
-        engine = Engine(runner, CONFIG.target.num_pages, CONFIG.target.page_size, 256, drafter)
+        store = FeatureStore(CONFIG.target.kv_cache_rows, checkpoint.config.hidden_size, torch.float32)
+        sizes = (CONFIG.target.num_pages, CONFIG.target.page_size, 256)
+        features = store if caches_prefixes else None
+        engine = Engine(runner, *sizes, drafter, features, caches_prefixes=caches_prefixes)
         return engine, drafter, method
 
     return new
@@ -165,3 +174,18 @@ def test_a_drafter_with_the_room_that_the_configuration_derives_refuses_nobody(b
     step = step_of(opened, dict.fromkeys(range(8), length))
     engine.step(step)
     assert engine.allocator.num_free < pages // 16 and len(drafter) == 8
+
+
+def test_a_sequence_whose_rows_were_found_is_drafted_for_as_if_they_had_been_computed(build):
+    computed = [generate(build()[0], (at,)) for at in range(1, 9)]
+    engine, drafter, _ = build(raises=True, caches_prefixes=True)
+    assert [generate(engine, (at,)) for at in range(1, 9)] == computed
+    assert engine.prefixes.num_found == 7 * 4 and len(drafter) == 0
+    assert all(count for _, num_drafts in computed for count in num_drafts.values())
+
+
+def test_a_session_lost_to_a_fault_is_not_begun_anew_with_rows_that_are_found(build, truth):
+    engine, _, method = build(caches_prefixes=True, breaks=("extend",), after=1)
+    for _ in range(3):
+        assert {at: generate(engine, (at,))[0][at] for at in truth} == truth
+    assert method.num_failed

@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from dflash_ray.core.protocol import PROTOCOL_VERSION
-from dflash_ray.models.context_features import FEATURE_PIECE_BYTES, rows_of
-from dflash_ray.pb import target_pb2, target_pb2_grpc
+from dflash_ray.models.context_features import FEATURE_PIECE_BYTES, decode_response, rows_of
+from dflash_ray.pb import target_pb2
 from dflash_ray.rpc.channel import open_channel
+from dflash_ray.rpc.target_service import call_features
 from tests.feature_groups import FINGERPRINT, LIMIT, PIECE_ROWS, WIDTH, FeatureGroup, feature_group, truth
 
 
@@ -42,14 +43,15 @@ class Reader:
             response = await self.call.read()
         if response == grpc.aio.EOF:
             raise ConnectionError(await self.call.details())
+        response, data = decode_response(response)
         if response.WhichOneof("message") == "end":
             for number, reason in zip(response.end.subscription_ids, response.end.reasons, strict=True):
                 name = target_pb2.FeaturesEndReason.Name(reason)
                 self.ends[number] = name.removeprefix("FEATURES_END_REASON_")
             return
         features = response.features
-        self.sizes.append(len(features.data))
-        rows, at = rows_of(features, WIDTH), 0
+        self.sizes.append(len(data))
+        rows, at = rows_of(features, data, WIDTH).tensor(), 0
         for number, start, count in zip(features.subscription_ids, features.starts, features.num_rows, strict=True):
             assert count > 0
             self.rows.setdefault(number, []).append((start, rows[at : at + count]))
@@ -74,11 +76,11 @@ class Reader:
 @contextlib.asynccontextmanager
 async def drafter(address: str, **hello) -> AsyncIterator[Reader]:
     async with open_channel(address, LIMIT) as channel:
-        call = target_pb2_grpc.TargetStub(channel).Features()
+        call = call_features(channel)
         values = {"protocol_version": PROTOCOL_VERSION, "drafter_id": "d", "fingerprint": FINGERPRINT}
         await call.write(target_pb2.FeaturesRequest(hello=target_pb2.FeaturesHello(**(values | hello))))
         reply = await call.read()
-        assert reply != grpc.aio.EOF and reply.hello.target_id == "t"
+        assert reply != grpc.aio.EOF and decode_response(reply)[0].hello.target_id == "t"
         yield Reader(call)
         call.cancel()
 
@@ -255,7 +257,7 @@ async def test_a_hello_that_does_not_fit_is_refused_by_name(group, hello, fault)
 
 async def test_the_first_message_must_be_a_hello(group):
     async with open_channel(group.address, LIMIT) as channel:
-        call = target_pb2_grpc.TargetStub(channel).Features()
+        call = call_features(channel)
         await call.write(target_pb2.FeaturesRequest(subscribe=target_pb2.Subscribe()))
         with pytest.raises(grpc.aio.AioRpcError, match="hello"):
             await call.read()

@@ -7,6 +7,7 @@ import weakref
 
 import torch
 
+from dflash_ray.models.context_features import PackedRows
 from dflash_ray.models.target_checkpoint import resolve_target
 from dflash_ray.sampling.ranks import SingleRank
 from dflash_ray.target_group.engine import Engine
@@ -50,11 +51,11 @@ def kept(engine: Engine, step: StepInput) -> StepOutput:
 def generate(engine: Engine, start: Opening, draft_of=garbage, num_steps: int = 12, chunk: int = 3):
     """Runs a sequence for some steps; returns its tokens, the rows of its steps, and leaves it open."""
     tokens, parts, at = start.token_ids.tolist(), [], start.sequence_id
-    opened = [start]
-    for _ in range(0, len(start.token_ids), chunk):
-        output = kept(engine, step_of(opened, {at: chunk}))
+    output = kept(engine, step_of([start], {at: chunk}))
+    parts.append(rows_of(output, at))
+    while not output.num_tokens[0]:
+        output = kept(engine, step_of(prefill={at: chunk}))
         parts.append(rows_of(output, at))
-        opened = []
     tokens += output.token_ids.tolist()
     for _ in range(num_steps):
         output = kept(engine, verify_step({at: tokens}, {at: draft_of(tokens)[:3]}))
@@ -72,8 +73,12 @@ def rows_of(output: StepOutput, sequence_id: int) -> torch.Tensor:
     return kept.rows[kept.first_rows[at] : kept.first_rows[at] + kept.num_rows[at]]
 
 
+def tensor(rows: PackedRows) -> torch.Tensor:
+    return rows.tensor().view(-1, WIDTH)
+
+
 def read(engine: Engine, sequence_id: int, count: int, start: int = 0) -> torch.Tensor:
-    return engine.read_features([sequence_id], [start], [count])
+    return tensor(engine.read_features([sequence_id], [start], [count]))
 
 
 def test_rows_of_the_steps_and_those_read_later_are_the_taps_of_the_whole_text(process_group, tiny_target):
@@ -93,7 +98,7 @@ def test_rows_of_several_sequences_are_read_together(process_group, tiny_target)
     engine, _ = new_engine(runner_with_taps(tiny_target))
     _, first = generate(engine, wanting_features(1))
     _, second = generate(engine, wanting_features(2, PROMPT[::-1]))
-    assert torch.equal(engine.read_features([2, 1], [3, 5], [4, 6]), torch.cat([second[3:7], first[5:11]]))
+    assert torch.equal(tensor(engine.read_features([2, 1], [3, 5], [4, 6])), torch.cat([second[3:7], first[5:11]]))
 
 
 def test_features_of_a_bfloat16_target_rest_in_bfloat16(process_group, tmp_path):

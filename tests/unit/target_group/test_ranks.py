@@ -21,7 +21,8 @@ from dflash_ray.target_group.tensor_parallel import create_store, init_process_g
 from tests.steps import PROMPT, garbage, opening, plain, run, step_of, verify_step
 from tests.trees import random_trees
 from tests.unit.target_group.conftest import CONFIG
-from tests.unit.target_group.test_engine import PENALISED, new_engine
+from tests.unit.target_group.test_engine import PENALISED
+from tests.unit.target_group.test_prefix_cache import caching_engine
 
 SIZE = 2
 LAST = 2**64 - 1  # a sequence whose closing ends the test
@@ -39,6 +40,16 @@ def drive(engine: Engine) -> list[list[int]]:
     output = engine.step(step_of([opening(5, long), opening(6, num_logprobs=2, num_prompt_logprobs=1)], {5: 200, 6: 7}))
     texts.append(output.token_ids.tolist())
     engine.step(verify_step({5: long, 6: [*PROMPT, 0], 7: []}, {6: [96], 7: [], 5: [1, 2]}))
+    sharing = [opening(10, [*long, *texts[0]], cache_salt=b"a"), opening(11, [*long, *texts[0]], cache_salt=b"a")]
+    sharing.append(opening(12, [*long, *texts[0]]))  # finds what 2 and 5 have computed
+    output = engine.step(step_of(sharing, {10: 100, 11: 100, 12: 100}))
+    assert output.kv_lens.tolist() == [100, 0, 240] and output.cached_lens.tolist() == [0, 0, 200]
+    texts.append(output.token_ids.tolist())
+    engine.close([12])
+    output = engine.step(step_of(prefill={10: 140, 11: 140}))
+    assert output.cached_lens.tolist() == [0, 100]
+    output = engine.step(step_of(prefill={11: 140}))
+    assert output.cached_lens.tolist() == [236]
     engine.close([LAST])
     engine.step(step_of())
     return texts
@@ -55,7 +66,9 @@ def state(engine: Engine) -> dict[int, list]:
             table.sampling.ints[slot].tolist(), table.sampling.floats[slot].tolist(), table.sampling.ids[slot].tolist(),
             table.sampling.values[slot].tolist(),
         ]  # fmt: skip
-    return known | {-1: [engine.allocator.num_free]}
+    prefixes = engine.prefixes
+    cache = [prefixes._name_of, prefixes._has_features.tolist(), list(engine.allocator._kept)]
+    return known | {-1: [engine.allocator.num_free, *cache]}
 
 
 def run_rank(rank: int, port: int, path: str, results) -> None:
@@ -69,6 +82,7 @@ def run_rank(rank: int, port: int, path: str, results) -> None:
         CONFIG.target.page_size,
         256,
         lead=channel if rank == 0 else None,
+        caches_prefixes=True,
     )
     texts = drive(engine) if rank == 0 else None
     while rank:
@@ -92,10 +106,10 @@ def test_ranks_that_are_led_through_the_same_steps_have_equal_tables_and_one_ran
     found = {rank: (texts, known) for rank, texts, known in (results.get(timeout=200) for _ in ranks)}
     for process in ranks:
         process.join(timeout=30)
-    alone = new_engine(runner)
+    alone = caching_engine(runner)
     assert found[0][0] == drive(alone)
     assert found[0][1] == found[1][1] == state(alone)
-    assert set(found[0][1]) == {3, 5, 6, -1}
+    assert set(found[0][1]) == {3, 5, 6, 10, 11, -1}
 
 
 def everything() -> StepInput:
@@ -103,7 +117,7 @@ def everything() -> StepInput:
     openings = [
         opening(LAST, seed=2**64 - 1, bias_ids=[4], bias_values=[0.5], mode=REJECTION, wants_features=True),
         opening(8, tokens=[1, 2], stops=[5], min_new=3, num_logprobs=0, temperature=0.7),
-        opening(9, tokens=[96]),
+        opening(9, tokens=[96], cache_salt=bytes(range(250, 256)) + b"a"),
     ]
     drawn = {"num_candidates": [2], "candidate_ids": [7, 1], "candidate_probs": [0.25, 0.75]}
     return step_of(openings, {8: 2}, {3: (5, [7])}, close=[1, LAST], **drawn)

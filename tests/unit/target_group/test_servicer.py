@@ -13,6 +13,7 @@ from dflash_ray.core.protocol import PROTOCOL_VERSION
 from dflash_ray.core.watchdog import Watchdog
 from dflash_ray.observability.metrics import TargetMetrics
 from dflash_ray.pb import common_pb2, target_pb2, target_pb2_grpc
+from dflash_ray.rpc.target_service import add_target_service
 from dflash_ray.target_group.servicer import TargetInfo, TargetServicer
 from tests.steps import PROMPT, VOCAB
 from tests.unit.target_group.test_engine import FAILED, OK, STALE, new_engine
@@ -66,8 +67,8 @@ def compute():
 @pytest.fixture
 async def stub(engine, compute):
     server = grpc.aio.server()
-    servicer = TargetServicer(engine, INFO, compute, Watchdog(60.0, "a pass"), TargetMetrics())
-    target_pb2_grpc.add_TargetServicer_to_server(servicer, server)
+    servicer = TargetServicer(engine, INFO, compute, Watchdog(60.0, "a pass"), TargetMetrics("m"))
+    add_target_service(servicer, server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:

@@ -35,29 +35,35 @@ inline Lanes sums_of(Lanes* totals) {
   return totals[0];
 }
 
-// Scores of one query with `count` keys.
-inline void score(const float* query, const float* keys, const int64_t* offsets, int64_t count, int64_t size,
-                  float scale, float* scores) {
+// Scores of kLanes keys with one query; those from `count` on are not stored.
+inline void score(const float* query, const float* const* key, int64_t count, int64_t size, float scale,
+                  float* scores) {
+  Lanes totals[kLanes]{};
+  int64_t at = 0;
+  for (; at + kLanes <= size; at += kLanes) {
+    const Lanes part = load(query + at);
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) totals[i] += part * load(key[i] + at);
+  }
+  Lanes sums = sums_of(totals);
+  for (; at < size; ++at) {
+    for (int i = 0; i < kLanes; ++i) sums[i] += query[at] * key[i][at];
+  }
+  sums *= scale;
+  if (count >= kLanes) {
+    store(scores, sums);
+  } else {
+    for (int i = 0; i < count; ++i) scores[i] = sums[i];
+  }
+}
+
+// Scores [heads, count] of `heads` queries, one after the other, with the keys at `offsets`, each of which is read once.
+inline void score_heads(const float* queries, int64_t heads, const float* keys, const int64_t* offsets, int64_t count,
+                        int64_t size, float scale, float* scores) {
   for (int64_t j = 0; j < count; j += kLanes) {
     const float* key[kLanes];
     for (int i = 0; i < kLanes; ++i) key[i] = keys + offsets[std::min(j + i, count - 1)];
-    Lanes totals[kLanes]{};
-    int64_t at = 0;
-    for (; at + kLanes <= size; at += kLanes) {
-      const Lanes part = load(query + at);
-#pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i) totals[i] += part * load(key[i] + at);
-    }
-    Lanes sums = sums_of(totals);
-    for (; at < size; ++at) {
-      for (int i = 0; i < kLanes; ++i) sums[i] += query[at] * key[i][at];
-    }
-    sums *= scale;
-    if (j + kLanes <= count) {
-      store(scores + j, sums);
-    } else {
-      for (int i = 0; j + i < count; ++i) scores[j + i] = sums[i];
-    }
+    for (int64_t h = 0; h < heads; ++h) score(queries + h * size, key, count - j, size, scale, scores + h * count + j);
   }
 }
 
@@ -130,11 +136,8 @@ inline void attend(const float* query, const float* keys, const float* values, c
   for (int64_t first = 0; first < group; first += kHeadsAtOnce) {
     const int64_t heads = std::min(kHeadsAtOnce, group - first);
     float scales[kHeadsAtOnce];
-    for (int64_t h = 0; h < heads; ++h) {
-      float* row = scores.data() + h * count;
-      score(query + (first + h) * size, keys, offsets, count, size, shape.scale, row);
-      scales[h] = 1.0f / weigh(row, count, shape.softcap);
-    }
+    score_heads(query + first * size, heads, keys, offsets, count, size, shape.scale, scores.data());
+    for (int64_t h = 0; h < heads; ++h) scales[h] = 1.0f / weigh(scores.data() + h * count, count, shape.softcap);
     float* to = out + first * size;
     switch (heads) {
       case 1: weighted_sums<1>(scores.data(), scales, values, offsets, count, size, to); break;

@@ -122,18 +122,16 @@ class Walk {
     const Cut cut(rows_, gate);
     phases_.push_back({cut.num_pieces(), [=, this](int64_t piece) {
       alignas(64) float gates[kRowsAPiece * kPanel], ups[kRowsAPiece * kPanel];
-      cut.each(piece, [&](int64_t panel, int64_t together, int64_t first, int64_t count) {
+      cut.each(piece, [&](int64_t panel, int64_t first, int64_t count) {
         const float* x = normed_ + first * width_;
-        multiply_panels(gate, panel, together, x, width_, count, gates);
-        multiply_panels(up, panel, together, x, width_, count, ups);
-        for (int64_t i = 0; i < together; ++i) {
-          const int64_t column = (panel + i) * kPanel, width = std::min(kPanel, size - column);
-          for (int64_t row = 0; row < count; ++row) {
-            const int64_t at = (i * count + row) * kPanel;
-            // Whole panels are activated, so that a value does not depend on where its panel ends.
-            activate_and_multiply(shape_.activation, gates + at, ups + at, kPanel, gates + at);
-            std::copy_n(gates + at, width, activated_ + (first + row) * size + column);
-          }
+        multiply_panel(gate, panel, x, width_, count, gates);
+        multiply_panel(up, panel, x, width_, count, ups);
+        const int64_t column = panel * kPanel, width = std::min(kPanel, size - column);
+        for (int64_t row = 0; row < count; ++row) {
+          float* activated = gates + row * kPanel;
+          // Whole panels are activated, so that a value does not depend on where its panel ends.
+          activate_and_multiply(shape_.activation, activated, ups + row * kPanel, kPanel, activated);
+          std::copy_n(activated, width, activated_ + (first + row) * size + column);
         }
       });
     }});

@@ -13,7 +13,8 @@
 namespace dflash_ray {
 namespace {
 
-constexpr uint64_t kPieceBits = 32, kPieceMask = (uint64_t{1} << kPieceBits) - 1;
+constexpr int kMostThreads = 256;
+constexpr int64_t kMostInRange = 0xffff;
 constexpr int64_t kDefaultSpinMicroseconds = 50;
 
 // How long a thread looks for work before it sleeps. Longer than what lies between two phases or two operators of one
@@ -31,22 +32,46 @@ void pause() {
 #endif
 }
 
+// What belongs to a member of the team, a stretch of the pieces: what it reads lies behind each other, and its counter is
+// its own. It takes pieces from the front; others, who have no more, take them from the back. Turn, first and end are one
+// word, so that who takes one knows that they are still what it has looked at.
+struct Share {
+  static constexpr uint64_t of(uint32_t turn, int64_t first, int64_t end) {
+    return uint64_t{turn} << 32 | static_cast<uint64_t>(first) << 16 | static_cast<uint64_t>(end);
+  }
+
+  // A piece, or -1. The phase is read between the share and the exchange: while the share is what it was, so is the phase.
+  int64_t take(bool is_own, const std::atomic<const Phase*>& current, const Phase*& phase) {
+    uint64_t seen = word.load(std::memory_order_acquire);
+    for (;;) {
+      const int64_t first = seen >> 16 & 0xffff, end = seen & 0xffff;
+      if (first >= end) return -1;
+      phase = current.load(std::memory_order_acquire);
+      const uint64_t left = is_own ? seen + (uint64_t{1} << 16) : seen - 1;
+      if (word.compare_exchange_weak(seen, left, std::memory_order_acq_rel, std::memory_order_acquire)) {
+        return is_own ? first : end - 1;
+      }
+    }
+  }
+
+  alignas(64) std::atomic<uint64_t> word{0};
+};
+
 class Team {
  public:
   void run(const std::vector<Phase>& phases) {
     int64_t pieces = 0;
     for (const Phase& phase : phases) pieces = std::max(pieces, phase.count);
-    const int threads = at::in_parallel_region() ? 1 : at::get_num_threads();
+    const int threads = at::in_parallel_region() ? 1 : std::min(at::get_num_threads(), kMostThreads);
     if (threads <= 1 || pieces <= 1 || is_busy_.exchange(true, std::memory_order_acquire)) return run_alone(phases);
-    while (static_cast<int>(num_workers_) < threads - 1) add_worker();
-    num_wanted_.store(threads - 1, std::memory_order_relaxed);
+    while (num_workers_ < threads - 1) add_worker();
+    num_members_.store(threads, std::memory_order_relaxed);
     end_ = phases.data() + phases.size();
     is_finished_.store(false, std::memory_order_relaxed);
     begin(phases.data());
     for (;;) {
       const uint32_t seen = signal_.load(std::memory_order_acquire);
-      while (take_one()) {
-      }
+      work(0);
       if (is_finished_.load(std::memory_order_acquire)) break;
       wait(seen);
     }
@@ -60,38 +85,48 @@ class Team {
     }
   }
 
-  // Takes and completes a piece; false where there is none to take.
-  bool take_one() {
-    uint64_t ticket = ticket_.load(std::memory_order_acquire);
+  // Takes and completes pieces until there are none to take. Who completes the last one of a phase begins the next.
+  void work(int member) {
     for (;;) {
-      // These may belong to a later phase than the ticket. Then the ticket has changed already, and is not ours.
-      const Phase* phase = phase_.load(std::memory_order_acquire);
-      const int64_t count = count_.load(std::memory_order_acquire);
-      const int64_t piece = static_cast<int64_t>(ticket & kPieceMask);
-      if (piece >= count) return false;
-      if (!ticket_.compare_exchange_weak(ticket, ticket + 1, std::memory_order_acq_rel, std::memory_order_acquire)) {
-        continue;
+      const int members = num_members_.load(std::memory_order_relaxed);
+      if (member >= members) return;
+      const Phase* phase = nullptr;
+      int64_t num_done = 0;
+      for (int i = 0; i < members; ++i) {
+        const int owner = member + i < members ? member + i : member + i - members;
+        for (int64_t taken; (taken = shares_[owner].take(i == 0, phase_, phase)) >= 0; ++num_done) {
+          // While it holds a piece that is not counted yet, nothing of the phase changes.
+          const int64_t first = first_of(owner, num_members_.load(std::memory_order_relaxed)) + taken, a_piece = a_piece_;
+          for (int64_t piece = first * a_piece; piece < std::min(phase->count, (first + 1) * a_piece); ++piece) {
+            phase->work(piece);
+          }
+        }
       }
-      phase->work(piece);
-      if (num_done_.fetch_add(1, std::memory_order_acq_rel) + 1 == count) begin(phase + 1);
-      return true;
+      if (num_done == 0) return;
+      const int64_t all = num_groups_;
+      if (num_done_.fetch_add(num_done, std::memory_order_acq_rel) + num_done == all) begin(phase + 1);
     }
   }
+
+  int64_t first_of(int member, int members) const { return (num_groups_ * member + members - 1) / members; }
 
   // Opens the first phase from here on that has pieces, or ends the run. Nobody holds a piece meanwhile.
   void begin(const Phase* phase) {
     while (phase != end_ && phase->count == 0) ++phase;
-    const bool is_end = phase == end_;
+    const int members = num_members_.load(std::memory_order_relaxed);
     num_done_.store(0, std::memory_order_relaxed);
-    // Closed before the phase changes: a ticket of the last phase must not be taken for one of the next.
-    const uint64_t turn = (ticket_.load(std::memory_order_relaxed) >> kPieceBits) + 1;
-    ticket_.store(turn << kPieceBits | kPieceMask, std::memory_order_relaxed);
-    phase_.store(is_end ? nullptr : phase, std::memory_order_release);
-    count_.store(is_end ? 0 : phase->count, std::memory_order_release);
-    if (is_end) {
+    // All shares are empty, and stay so until the phase has changed.
+    phase_.store(phase, std::memory_order_release);
+    if (phase == end_) {
       is_finished_.store(true, std::memory_order_release);
     } else {
-      ticket_.store((turn + 1) << kPieceBits, std::memory_order_release);
+      a_piece_ = (phase->count + members * kMostInRange - 1) / (members * kMostInRange);
+      num_groups_ = (phase->count + a_piece_ - 1) / a_piece_;
+      ++turn_;
+      for (int i = members - 1; i >= 0; --i) {
+        const int64_t count = first_of(i + 1, members) - first_of(i, members);
+        shares_[i].word.store(Share::of(turn_, 0, count), std::memory_order_release);
+      }
     }
     signal_.fetch_add(1);
     signal_.notify_all();
@@ -114,11 +149,10 @@ class Team {
     sigset_t all, before;
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
-    std::thread([this, index = num_workers_] {
+    std::thread([this, member = num_workers_ + 1] {
       for (;;) {
         const uint32_t seen = signal_.load(std::memory_order_acquire);
-        while (index < num_wanted_.load(std::memory_order_relaxed) && take_one()) {
-        }
+        work(member);
         wait(seen);
       }
     }).detach();
@@ -126,13 +160,14 @@ class Team {
     ++num_workers_;
   }
 
-  // Turn and next piece of the open phase; piece kPieceMask while none is open.
-  alignas(64) std::atomic<uint64_t> ticket_{kPieceMask};
+  Share shares_[kMostThreads];
   alignas(64) std::atomic<int64_t> num_done_{0};
   alignas(64) std::atomic<uint32_t> signal_{0};  // grows whenever a phase begins or a run ends
   alignas(64) std::atomic<const Phase*> phase_{nullptr};
-  std::atomic<int64_t> count_{0};
-  std::atomic<int> num_wanted_{0};
+  // Of the open phase: pieces that are taken together, and how many times. Written while all shares are empty.
+  int64_t a_piece_ = 1, num_groups_ = 0;
+  uint32_t turn_ = 0;
+  std::atomic<int> num_members_{0};
   std::atomic<bool> is_finished_{true}, is_busy_{false};
   const Phase* end_ = nullptr;
   int num_workers_ = 0;  // of whoever made the team busy

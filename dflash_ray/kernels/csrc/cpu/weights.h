@@ -9,6 +9,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstddef>
+#include <type_traits>
 
 #include "vectors.h"
 
@@ -56,16 +57,49 @@ class Weight {
   Form form() const { return form_; }
   int64_t panel_bytes() const { return panel_bytes_; }
 
-  // Inputs begin, ..., begin + count - 1 of a panel, [count, kPanel]: where they lie, or in `buffer`. `begin` is a
-  // multiple of kBlockDepth.
-  const float* slice(int64_t panel, int64_t begin, int64_t count, float* buffer) const {
+  // Calls use(i, left, right) for inputs begin + i, i < count, of a panel with the halves of its kPanel weights. `begin` is
+  // a multiple of kBlockDepth, and so is `count` but at the weight's end.
+  template <Form kForm, class Use>
+  [[gnu::always_inline]] void each(int64_t panel, int64_t begin, int64_t count, const Use& use) const {
     const std::byte* from = bytes_ + panel * panel_bytes_;
-    switch (form_) {
-      case Form::kFloat32: return reinterpret_cast<const float*>(from) + begin * kPanel;
-      case Form::kBfloat16: from_bfloat16(from, begin, count, buffer); break;
-      case Form::kInt8: from_int8(from, begin, count, buffer); break;
-      case Form::kInt4: from_int4(from, begin, count, buffer); break;
+    if constexpr (kForm == Form::kFloat32) {
+      each_of_float32(from + begin * kPanel * 4, count, use);
+    } else if constexpr (kForm == Form::kBfloat16) {
+      each_of_bfloat16(from + begin / 2 * kPanel * 4, count, use);
+    } else {
+      constexpr int64_t kBytes = (kForm == Form::kInt8 ? kBlockDepth + 4 : kBlockDepth / 2 + 8) * kPanel;
+      for (int64_t k = 0; k < count; k += kBlockDepth) {
+        const std::byte* block = from + (begin + k) / kBlockDepth * kBytes;
+        fetch_ahead<kBytes>(block);
+        const auto put = [&use, k](int64_t i, const Lanes& left, const Lanes& right) { use(k + i, left, right); };
+        if constexpr (kForm == Form::kInt8) each_of_int8(block, put);
+        else each_of_int4(block, put);
+      }
     }
+  }
+
+  // Calls work(form) with the weight's form as a constant.
+  template <class Work>
+  void with_form(const Work& work) const {
+    switch (form_) {
+      case Form::kFloat32: return work(std::integral_constant<Form, Form::kFloat32>());
+      case Form::kBfloat16: return work(std::integral_constant<Form, Form::kBfloat16>());
+      case Form::kInt8: return work(std::integral_constant<Form, Form::kInt8>());
+      case Form::kInt4: return work(std::integral_constant<Form, Form::kInt4>());
+    }
+  }
+
+  // Inputs begin, ..., begin + count - 1 of a panel, [count, kPanel]: where they lie, or in `buffer`.
+  const float* slice(int64_t panel, int64_t begin, int64_t count, float* buffer) const {
+    if (form_ == Form::kFloat32) {
+      return reinterpret_cast<const float*>(bytes_ + panel * panel_bytes_) + begin * kPanel;
+    }
+    with_form([&](auto form) {
+      each<form.value>(panel, begin, count, [buffer](int64_t i, const Lanes& left, const Lanes& right) {
+        store(buffer + i * kPanel, left);
+        store(buffer + i * kPanel + kLanes, right);
+      });
+    });
     return buffer;
   }
 
@@ -86,65 +120,62 @@ class Weight {
     for (int64_t at = 0; at < kBytes; at += 64) __builtin_prefetch(block + kBytesAhead + at);
   }
 
-  static void from_bfloat16(const std::byte* from, int64_t begin, int64_t count, float* to) {
-    for (int64_t k = 0; k < count; k += 2) {
-      const std::byte* pair = from + (begin + k) / 2 * kPanel * 4;
-      fetch_ahead<kPanel * 4>(pair);
-      for (int half = 0; half < 2; ++half) {
-        const LaneBits bits = load_bits(pair + half * sizeof(Lanes));
-        store(to + k * kPanel + half * kLanes, as_floats(bits << 16));
-        store(to + (k + 1) * kPanel + half * kLanes, as_floats(bits & static_cast<int32_t>(0xffff0000u)));
-      }
+  template <class Use>
+  [[gnu::always_inline]] static void each_of_float32(const std::byte* from, int64_t count, const Use& use) {
+    for (int64_t k = 0; k < count; ++k) {
+      const std::byte* line = from + k * kPanel * 4;
+      fetch_ahead<kPanel * 4>(line);
+      use(k, load_lanes(line), load_lanes(line + sizeof(Lanes)));
     }
   }
 
-  // Small integers are taken where they lie in their words, as multiples of a power of two by which the scale is divided.
-  // Both are exact, and so is whatever `fits` (packing.cpp) has found to be.
+  template <class Use>
+  [[gnu::always_inline]] static void each_of_bfloat16(const std::byte* from, int64_t count, const Use& use) {
+    constexpr int32_t kUpper = static_cast<int32_t>(0xffff0000u);
+    for (int64_t k = 0; k < count; k += 2) {
+      const std::byte* pair = from + k / 2 * kPanel * 4;
+      fetch_ahead<kPanel * 4>(pair);
+      const LaneBits left = load_bits(pair), right = load_bits(pair + sizeof(Lanes));
+      use(k, as_floats(left << 16), as_floats(right << 16));
+      if (k + 1 < count) use(k + 1, as_floats(left & kUpper), as_floats(right & kUpper));
+    }
+  }
+
+  // Small integers times their scale: exact, and so is whatever `fits` (packing.cpp) has found to be.
   static Lanes times(const LaneBits& bits, const Lanes& scale, const Lanes& offset) {
     return __builtin_convertvector(bits, Lanes) * scale + offset;
   }
 
-  static void from_int8(const std::byte* from, int64_t begin, int64_t count, float* to) {
-    constexpr int64_t kBytes = (kBlockDepth + 4) * kPanel;
-    for (int64_t k = 0; k < count; k += kBlockDepth) {
-      const std::byte* block = from + (begin + k) / kBlockDepth * kBytes;
-      fetch_ahead<kBytes>(block);
-      for (int half = 0; half < 2; ++half) {
-        const std::byte* at = block + half * sizeof(Lanes);
-        const Lanes scale = load_lanes(at), offset = scale * -128.0f;  // all but a word's last are stored from 0 on
-        const Lanes second = scale * 0x1p-8f, third = scale * 0x1p-16f, last = scale * 0x1p-24f;
-        float* line = to + k * kPanel + half * kLanes;
-        for (int64_t word = 0; word < kBlockDepth / 4; ++word, line += 4 * kPanel) {
-          at += kPanel * 4;
-          const LaneBits bits = load_bits(at);
-          store(line, times(bits & 0xff, scale, offset));
-          store(line + kPanel, times(bits & 0xff00, second, offset));
-          store(line + 2 * kPanel, times(bits & 0xff0000, third, offset));
-          store(line + 3 * kPanel, __builtin_convertvector(bits & static_cast<int32_t>(0xff000000u), Lanes) * last);
-        }
+  template <class Use>
+  [[gnu::always_inline]] static void each_of_int8(const std::byte* block, const Use& use) {
+    const Lanes scale[2] = {load_lanes(block), load_lanes(block + sizeof(Lanes))};
+    const Lanes offset[2] = {scale[0] * -128.0f, scale[1] * -128.0f};  // all but a word's last are stored from 0 on
+    const Lanes none{};
+#pragma GCC unroll 1
+    for (int64_t word = 0; word < kBlockDepth / 4; ++word) {
+      const std::byte* at = block + (word + 1) * kPanel * 4;
+      const LaneBits left = load_bits(at), right = load_bits(at + sizeof(Lanes));
+#pragma GCC unroll 3
+      for (int i = 0; i < 3; ++i) {
+        use(4 * word + i, times(left >> 8 * i & 0xff, scale[0], offset[0]),
+            times(right >> 8 * i & 0xff, scale[1], offset[1]));
       }
+      use(4 * word + 3, times(left >> 24, scale[0], none), times(right >> 24, scale[1], none));
     }
   }
 
-  static void from_int4(const std::byte* from, int64_t begin, int64_t count, float* to) {
-    constexpr int64_t kBytes = (kBlockDepth / 2 + 8) * kPanel;
-    for (int64_t k = 0; k < count; k += kBlockDepth) {
-      const std::byte* block = from + (begin + k) / kBlockDepth * kBytes;
-      fetch_ahead<kBytes>(block);
-      for (int half = 0; half < 2; ++half) {
-        const std::byte* at = block + half * sizeof(Lanes);
-        Lanes scale[7] = {load_lanes(at)};
-        const Lanes offset = load_lanes(at + kPanel * 4);
-#pragma GCC unroll 6
-        for (int i = 1; i < 7; ++i) scale[i] = scale[i - 1] * 0x1p-4f;
-        at += kPanel * 8;
-        float* line = to + k * kPanel + half * kLanes;
-        for (int64_t word = 0; word < kBlockDepth / 8; ++word, at += kPanel * 4, line += 8 * kPanel) {
-          const LaneBits bits = load_bits(at);
-#pragma GCC unroll 7
-          for (int i = 0; i < 7; ++i) store(line + i * kPanel, times(bits & 15 << 4 * i, scale[i], offset));
-          store(line + 7 * kPanel, times(bits >> 4 & 15 << 24, scale[6], offset));
-        }
+  template <class Use>
+  [[gnu::always_inline]] static void each_of_int4(const std::byte* block, const Use& use) {
+    const Lanes scale[2] = {load_lanes(block), load_lanes(block + sizeof(Lanes))};
+    const Lanes offset[2] = {load_lanes(block + kPanel * 4), load_lanes(block + kPanel * 4 + sizeof(Lanes))};
+#pragma GCC unroll 1
+    for (int64_t word = 0; word < kBlockDepth / 8; ++word) {
+      const std::byte* at = block + (word + 2) * kPanel * 4;
+      const LaneBits left = load_bits(at), right = load_bits(at + sizeof(Lanes));
+#pragma GCC unroll 8
+      for (int i = 0; i < 8; ++i) {
+        use(8 * word + i, times(left >> 4 * i & 15, scale[0], offset[0]),
+            times(right >> 4 * i & 15, scale[1], offset[1]));
       }
     }
   }

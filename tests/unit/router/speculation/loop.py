@@ -52,7 +52,7 @@ class Loop:
     says: bool = False  # whether log-probabilities tell which drafts are right
     controller: SpeculationController = field(init=False)
     seconds: list[float] = field(default_factory=list)
-    plain: list[float] = field(default_factory=list)  # what plain decoding takes for the same tokens
+    plain: list[float] = field(default_factory=list)  # what plain decoding takes for the tokens that are expected of it
     counts: list[np.ndarray] = field(default_factory=list)  # rows of drafts, by step and sequence
 
     def __post_init__(self) -> None:
@@ -96,11 +96,19 @@ class Loop:
         seconds = self.machine.pass_seconds(count + int(counts.sum()))
         self.now += self.noisy(seconds)
         self.controller.step_done(accepted, self.now)
+        self.controller.learn()
         self.lens += 1 + accepted
         self.counts.append(counts)
         self.seconds.append(wait + seconds)
-        self.plain.append(self.machine.pass_seconds(count) * (1 + accepted.mean()))
+        self.plain.append(self.machine.pass_seconds(count) * (1 + self.promised(rates, counts, accepted)))
         assert self.now > began
+
+    def promised(self, rates: np.ndarray, counts: np.ndarray, accepted: np.ndarray) -> float:
+        """Drafts of a sequence that are accepted in expectation; as they came, where drafts tell right from wrong."""
+        if self.says:
+            return float(accepted.mean())
+        survival = np.cumprod(np.repeat(rates[:, None], MOST_DRAFTS, axis=1), axis=1)
+        return float((survival * (np.arange(MOST_DRAFTS) < counts[:, None])).sum(axis=1).mean())
 
     @property
     def rows(self) -> list[int]:
@@ -109,8 +117,13 @@ class Loop:
     def speedup(self, last: int) -> float:
         return sum(self.plain[-last:]) / sum(self.seconds[-last:])
 
-    def worst_loss(self, window: int = 200) -> float:
-        """Over all windows of so many steps: time lost against plain decoding, as a part of it."""
-        seconds, plain = np.cumsum([0.0, *self.seconds]), np.cumsum([0.0, *self.plain])
-        window = min(window, len(self.seconds))
-        return float(((seconds[window:] - seconds[:-window]) / (plain[window:] - plain[:-window])).max()) - 1
+    def worst_loss(self) -> float:
+        return worst_loss([self])
+
+
+def worst_loss(loops: list[Loop], window: int = 200) -> float:
+    """Over all windows of so many steps: time lost against plain decoding, as a part of it, by all loops together."""
+    seconds = np.cumsum([0.0, *np.sum([loop.seconds for loop in loops], axis=0)])
+    plain = np.cumsum([0.0, *np.sum([loop.plain for loop in loops], axis=0)])
+    window = min(window, len(seconds) - 1)
+    return float(((seconds[window:] - seconds[:-window]) / (plain[window:] - plain[:-window])).max()) - 1

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from dflash_ray.router.speculation.controller import SpeculationController
 from dflash_ray.router.speculation.cost_model import Batch
 from dflash_ray.router.speculation.records import MOST_DRAFTS, Candidates, Policy, Reason
-from tests.unit.router.speculation.loop import Loop, Machine
+from tests.unit.router.speculation.loop import Loop, Machine, worst_loss
 
 MOST_LOSS = 0.02
 ROUNDING = 0.002  # of what a pass is expected to take
@@ -83,11 +83,13 @@ def wandering(seed: int):
     return lambda sequence, step: float(0.5 + 0.5 * math.sin(walk[step] + sequence))
 
 
-ADVERSARIES = st.one_of(
+STEADY = st.one_of(
     st.builds(lambda rate, at: lambda sequence, step: rate * (step < at), st.floats(0.3, 1.0), st.integers(5, 600)),
+    st.builds(lambda rate: lambda sequence, step: rate, st.floats(0, 1)),
+)
+CHANGING = st.one_of(
     st.builds(alternating, st.integers(2, 400), st.floats(0.3, 1.0)),
     st.builds(wandering, st.integers(0, 10_000)),
-    st.builds(lambda rate: lambda sequence, step: rate, st.floats(0, 1)),
 )
 MACHINES = st.builds(
     Machine,
@@ -98,13 +100,60 @@ MACHINES = st.builds(
 )
 
 
-@given(machine=MACHINES, num_sequences=st.sampled_from([1, 2, 4, 16]), accept=ADVERSARIES, seed=st.integers(0, 10))
-@settings(max_examples=max(10, settings().max_examples // 10))
-def test_no_200_steps_are_slower_than_plain_decoding_by_more_than_2_percent(machine, num_sequences, accept, seed):
-    loop = Loop(machine, num_sequences, accept, seed=seed).run(600)
-    # What a draft takes is not known before the first one has come.
+def expected_loss(machine: Machine, num_sequences: int, accept, seed: int) -> float:
+    """The worst of 200 steps, beyond what nobody knows: what a draft takes before the first one has come."""
+    loops = [Loop(machine, num_sequences, accept, seed=number).run(320) for number in range(4 * seed, 4 * seed + 4)]
     first_draft = machine.draft_seconds(num_sequences, 0) / (200 * machine.pass_seconds(num_sequences))
-    assert loop.worst_loss() <= max(MOST_LOSS, first_draft) + ROUNDING
+    return worst_loss(loops) - max(0.0, first_draft - MOST_LOSS)
+
+
+@given(machine=MACHINES, num_sequences=st.sampled_from([1, 2, 4, 16]), accept=STEADY, seed=st.integers(0, 10))
+@settings(max_examples=max(10, settings().max_examples // 10))
+def test_no_200_steps_are_expected_to_be_slower_than_plain_decoding_by_more_than_2_percent(
+    machine, num_sequences, accept, seed
+):
+    assert expected_loss(machine, num_sequences, accept, seed) <= MOST_LOSS + ROUNDING
+
+
+@given(machine=MACHINES, num_sequences=st.sampled_from([1, 2, 4, 16]), accept=CHANGING, seed=st.integers(0, 10))
+@settings(max_examples=max(10, settings().max_examples // 10))
+def test_acceptance_that_never_stays_the_same_costs_little_more(machine, num_sequences, accept, seed):
+    assert expected_loss(machine, num_sequences, accept, seed) <= 2 * MOST_LOSS
+
+
+SMALL = Machine(base=0.0194, row=0.0006, draft=0.009, draft_sequence=0.002, noise=0.1)  # two cores, one client
+
+
+@pytest.mark.parametrize(("rate", "least"), [(0.55, 0.86), (0.6, 0.9), (0.7, 0.9), (0.85, 0.95)])
+def test_one_client_gets_nearly_what_the_best_fixed_number_gives(rate, least):
+    """With 2.2 tokens a step and more; a step whose drafts are all wrong takes 1.7 times as long as a plain one."""
+    adaptive = np.mean([Loop(SMALL, 1, lambda *_: rate, seed=seed).run(800).speedup(800) for seed in range(4)])
+    drafting = SMALL.draft_seconds(1, 0)
+    fixed = [
+        sum(rate**k for k in range(count + 1)) * SMALL.pass_seconds(1) / (SMALL.pass_seconds(1 + count) + drafting)
+        for count in range(1, 8)
+    ]
+    assert adaptive > least * max(fixed)
+
+
+def test_a_new_sequence_is_tried_soon_where_drafts_for_the_others_failed():
+    """Answers of 64 steps; the drafts for the first eight are all wrong."""
+    loop = Loop(SMALL, 1, lambda sequence, step: 0.8 if step >= 512 else 0.0)
+    for _ in range(12):
+        loop.controller.open(0, Policy.ADAPTIVE, MOST_DRAFTS)
+        loop.run(64)
+    assert sum(loop.rows[512 : 512 + 128]) > 100
+    assert loop.speedup(128) > 1.7
+
+
+def test_steps_of_a_group_at_rest_are_passed_over_without_a_look_at_drafts():
+    loop = Loop(SMALL, 1, lambda *_: 0.0).run(300)
+    slots = np.zeros(1, np.int64)
+    passed_over = 0
+    for _ in range(16):
+        passed_over += loop.controller.passes_over(slots, loop.now)
+        loop.step(0)
+    assert passed_over >= 10
 
 
 def candidates(count: int, drafts: int = 7, match_lens=None, ngram_lens=None) -> Candidates:
@@ -124,6 +173,7 @@ def run_step(controller, wanted, batch, now, draft_lens=None, accepted=None):
     controller.step_started(batch, np.ones(len(asks), bool), counts, now)
     done = now + 0.030 + 0.001 * (batch.num_rows + int(counts.sum()))
     controller.step_done(np.zeros(len(asks), np.int64) if accepted is None else np.array(accepted), done)
+    controller.learn()
     return asks, counts, from_ngram, done
 
 
@@ -207,3 +257,17 @@ def test_entries_without_a_verdict_teach_nothing():
     before = controller.acceptance.survival(np.array([0]))
     run_step(controller, candidates(1), Batch(1, 1, 5), 0.0, accepted=[-1])
     assert (controller.acceptance.survival(np.array([0])) == before).all()
+
+
+@pytest.mark.parametrize(("policy", "is_learnt_at_once"), [(Policy.ADAPTIVE, False), (Policy.FIXED, True)])
+def test_what_a_plain_step_teaches_waits_until_there_is_time_and_what_drafts_teach_does_not(policy, is_learnt_at_once):
+    controller = SpeculationController(1)
+    controller.open(0, policy, 5)
+    wanted, batch = candidates(1), Batch(1, 1, 5)
+    asks = controller.plan(wanted, batch, 100, 0.0)
+    counts, _ = controller.cut(wanted, asks, np.full((1, MOST_DRAFTS), np.nan), batch, 100)
+    controller.step_started(batch, np.ones(1, bool), counts, 0.0)
+    controller.step_done(np.zeros(1, np.int64), 0.03)
+    assert controller.costs.is_known == is_learnt_at_once
+    controller.learn()
+    assert controller.costs.is_known
