@@ -94,7 +94,7 @@ def test_a_replica_drafts_trees_where_they_are_wanted_and_chains_where_a_distrib
     assert (tree.parents <= np.arange(5)).all() and np.bincount(tree.parents).max() <= 3
     # The likeliest path is the chain that a drafter of chains would have drafted.
     drafter.open(100)
-    drafter.extend(100, 0, rows)
+    drafter.extend_one(100, 0, rows)
     chain = drafter.propose([100], [11], [5], 1, draws[:1])[0].candidate_ids[:, 0].tolist()
     path, at = [], 0
     while (children := np.flatnonzero(tree.parents == at)).size:
@@ -107,7 +107,7 @@ def test_a_replica_drafts_trees_where_they_are_wanted_and_chains_where_a_distrib
 def test_a_smaller_tree_is_the_beginning_of_a_larger_one(target, tmp_path, values):
     drafter = BlockDrafter(load_drafter(save_random(tmp_path, values), target), target)
     drafter.open(1)
-    drafter.extend(1, 0, torch.randn(6, HIDDEN))
+    drafter.extend_one(1, 0, torch.randn(6, HIDDEN))
     large, small = (drafter.propose([1], [11], [count], 1, [Draw()], 4)[0] for count in (12, 5))
     assert large.parents is not None and small.parents is not None
     assert torch.equal(large.parents[:5], small.parents)
