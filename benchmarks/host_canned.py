@@ -117,6 +117,7 @@ class CannedDrafts:
         num_draft_tokens: list[int],
         num_candidates: int,
         draws: Sequence[Draw],
+        tree_width: int = 1,
     ) -> DraftProposals:
         self._clock.to(None)
         seeds = np.array([draw.seed for draw in draws])

@@ -168,7 +168,9 @@ class RouterConfig(_Section):
     prefer_ngram: bool = Field(
         True, description="draft from an earlier occurrence of the text's end where that is right more often"
     )
-    num_candidates: int = Field(1, ge=1, le=16, description="candidates a draft slot that drafters return")
+    tree_width: int = Field(
+        1, ge=1, le=16, description="drafts that may follow the same one: 1 for chains, more for trees"
+    )
     cohorts: Literal[1, 2] = Field(1, description="2: one cohort is verified while the other is drafted")
     steps_in_flight: Literal[1, 2] | None = Field(
         None,
@@ -341,7 +343,7 @@ class DflashRayConfig(_Section):
         target, router = self.target, self.router
         opened = (-(-target.max_batch_tokens // router.prefill_chunk_tokens) + 1) * self.model.max_model_len
         logprobs = 2 * target.max_batch_tokens * (1 + self.gateway.max_logprobs)
-        drafts = 2 * router.max_running * 32 * max(router.num_candidates, _DRAWN_CANDIDATES)
+        drafts = 2 * router.max_running * 32 * _DRAWN_CANDIDATES
         needed = _MESSAGE_BASE_BYTES + _BYTES_PER_NUMBER * max(opened, logprobs + drafts)
         if self.network.max_message_bytes < needed:
             raise ValueError(

@@ -107,7 +107,7 @@ def tokens_of(output: StepOutput) -> dict[int, list[int]]:
 
 
 def run(engine: Engine, start: Opening, draft_of: Any, chunk: int = 3) -> list[int]:
-    """Generates one sequence to its end; `draft_of(tokens)` drafts for each step."""
+    """Generates one sequence to its end; `draft_of(tokens)` drafts for each step: a chain, or tokens and parents."""
     tokens, at = start.token_ids.tolist(), start.sequence_id
     output = engine.step(step_of([start], {at: chunk}))
     while not output.num_tokens[0]:
@@ -115,14 +115,20 @@ def run(engine: Engine, start: Opening, draft_of: Any, chunk: int = 3) -> list[i
         output = engine.step(step_of(prefill={at: chunk}))
     tokens += output.token_ids.tolist()
     while not output.finishes[0]:
-        draft = draft_of(tokens)[: max(0, start.prompt_len + start.max_new_tokens - len(tokens) - 1)]
-        output = engine.step(verify_step({at: tokens}, {at: draft}))
+        output = engine.step(_drafted(start, tokens, draft_of(tokens)))
         assert output.statuses.tolist() == [1], output.errors
         tokens += output.token_ids.tolist()
     engine.close([at])
     engine.allocator.check_integrity()
     assert engine.allocator.num_free == engine.allocator.num_pages
     return tokens[len(start.token_ids) :]
+
+
+def _drafted(start: Opening, tokens: list[int], drafts: Any) -> StepInput:
+    """A step with as much of a chain or tree as an answer has room for."""
+    room = max(0, start.prompt_len + start.max_new_tokens - len(tokens) - 1)
+    chain, parents = drafts if isinstance(drafts, tuple) else (drafts, list(range(len(drafts))))
+    return verify_step({start.sequence_id: tokens}, {start.sequence_id: chain[:room]}, parents=parents[:room])
 
 
 def plain(tokens: list[int]) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 
@@ -100,8 +101,10 @@ class ToyTarget:
         offset = 0
         for sequence_id, base, count in zip(step.verify_ids, step.base_lens, step.num_drafts, strict=True):
             drafts = tokens_of(step.draft_token_ids)[offset : offset + count]
+            parents = step.draft_parents[offset : offset + count] or range(count)
             offset += count
-            self._entry(result, sequence_id, base, drafts)
+            assert all(parent <= node for node, parent in enumerate(parents)), "parents come before their children"
+            self._entry(result, sequence_id, base, list(zip(parents, drafts, strict=True)))
         result.free_pages = self.limits.num_pages - self.used_pages
         return result
 
@@ -133,11 +136,11 @@ class ToyTarget:
                 tokens = [next_token(sequence["tokens"])]
         else:
             known = list(sequence["tokens"])
-            for draft in [*drafts, None]:
+            node: int | None = 0
+            while node is not None:
                 tokens.append(next_token(known + tokens))
-                if tokens[-1] != draft:
-                    break
-                accepted += 1
+                node = drafts.index((node, tokens[-1])) + 1 if (node, tokens[-1]) in drafts else None
+                accepted += node is not None
             sequence["kv"] += 1 + accepted
         kept, reason = self._cut(sequence, tokens)
         result.sequence_ids.append(sequence_id)
@@ -167,6 +170,15 @@ class ToyTarget:
             if len(sequence["tokens"]) >= message.prompt_len + message.stopping.max_new_tokens:
                 return kept, common_pb2.FINISH_REASON_LENGTH
         return kept, reason
+
+
+def branching(chain: DraftBlock) -> DraftBlock:
+    """A tree of as many nodes in which each token of a chain has a sibling, the second one first."""
+    count = len(chain.candidate_ids)
+    kept = chain.candidate_ids[: (count + 1) // 2, 0]
+    tokens = np.stack(((kept + 1) % VOCAB, kept), axis=1).reshape(-1)[:count]
+    parents = np.arange(count) // 2 * 2
+    return replace(chain, candidate_ids=tokens[:, None].astype(np.uint32), parents=parents)
 
 
 class ToyDrafter:
@@ -201,7 +213,7 @@ class ToyDrafter:
         self.pending.clear()
 
     def answer(self, draft, target: ToyTarget) -> drafter_pb2.DraftReply:
-        """`draft` makes tokens of (sequence id, committed length, how many)."""
+        """`draft` makes tokens of (sequence id, committed length, how many); with siblings where trees are wanted."""
         request, self.request = self.request, None
         for sequence_id in request.close:
             for known in (self.sessions, self.sources, self.pending):
@@ -222,7 +234,8 @@ class ToyDrafter:
             if reason is None:
                 tokens = np.array(draft(sequence_id, committed_len, count), dtype=np.uint32)[:, None]
                 log_probs = np.zeros(tokens.shape, dtype=np.float32)
-                blocks.append(DraftBlock(sequence_id, committed_len, tokens, log_probs))
+                chain = DraftBlock(sequence_id, committed_len, tokens, log_probs)
+                blocks.append(branching(chain) if request.tree_width > 1 else chain)
             else:
                 reply.missing_ids.append(sequence_id)
                 reply.have_lens.append(self.sessions.get(sequence_id, 0))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +23,8 @@ class DraftBlock:
         candidate_ids: uint32 [n, k]; the first of a slot is the draft, the others follow by falling probability.
         log_probs: float32 [n, k], the drafter's own.
         is_drawn: every draft was drawn from these, and they are of all candidates that had a chance.
+        parents: [n] where the slots are nodes of a tree, likelier ones first: 0 is the anchor, k the k-th node. Each
+            has one candidate then, whose log-probability is given its parent. None for a chain.
     """
 
     sequence_id: int
@@ -29,6 +32,7 @@ class DraftBlock:
     candidate_ids: NDArray[np.uint32]
     log_probs: NDArray[np.float32]
     is_drawn: bool = False
+    parents: NDArray[np.integer[Any]] | None = None
 
     @property
     def draft_ids(self) -> list[int]:
@@ -48,7 +52,16 @@ def to_message(epoch: int, blocks: Sequence[DraftBlock]) -> common_pb2.DraftBloc
         candidate_ids=_joined([block.candidate_ids for block in blocks], _IDS),
         log_probs=_joined([block.log_probs for block in blocks], _LOG_PROBS),
         is_drawn=[block.is_drawn for block in blocks],
+        parents=packed_parents([block.parents for block in blocks], [shape[0] for shape in shapes]),
     )
+
+
+def packed_parents(parents: Sequence[Any], num_slots: Sequence[int]) -> bytes:
+    """The column of blocks, of which chains have None; no bytes when all are chains."""
+    if all(one is None for one in parents):
+        return b""
+    columns = [np.arange(n) if one is None else np.asarray(one) for one, n in zip(parents, num_slots, strict=True)]
+    return np.concatenate(columns).astype(_IDS).tobytes()
 
 
 def _joined(parts: list[NDArray[np.generic]], dtype: np.dtype[np.generic]) -> bytes:
@@ -62,6 +75,7 @@ class BlockColumns:
     Attributes:
         starts: of each block in candidate_ids and log_probs.
         candidate_ids, log_probs: [num_slots[i], num_candidates[i]] of every block, one after the other.
+        parents: [num_slots[i]] of every block, one after the other; empty when all are chains.
     """
 
     sequence_ids: Ints
@@ -72,6 +86,7 @@ class BlockColumns:
     starts: Ints
     candidate_ids: Tokens
     log_probs: NDArray[np.float32]
+    parents: Tokens
 
     @classmethod
     def none(cls) -> BlockColumns:
@@ -99,6 +114,8 @@ class BlockColumns:
                 raise ValueError(f"blocks: {name} has {len(data)} bytes for {total} candidates")
         if np.any((num_candidates == 0) & (num_slots > 0)):
             raise ValueError("blocks: num_candidates must not be 0 where there are slots")
+        if len(message.parents) not in (0, int(num_slots.sum()) * _IDS.itemsize):
+            raise ValueError(f"blocks: parents has {len(message.parents)} bytes for {int(num_slots.sum())} slots")
         return cls(
             sequence_ids,
             committed_lens,
@@ -108,6 +125,7 @@ class BlockColumns:
             ends - num_slots * num_candidates,
             np.frombuffer(candidate_ids, dtype=_IDS),
             np.frombuffer(log_probs, dtype=_LOG_PROBS),
+            np.frombuffer(message.parents, dtype=_IDS),
         )
 
     def message(self, epoch: int) -> common_pb2.DraftBlocks:
@@ -121,6 +139,7 @@ class BlockColumns:
             candidate_ids=self.candidate_ids.astype(_IDS, copy=False).tobytes(),
             log_probs=self.log_probs.astype(_LOG_PROBS, copy=False).tobytes(),
             is_drawn=self.is_drawn.tolist(),
+            parents=self.parents.astype(_IDS, copy=False).tobytes(),
         )
 
     def __len__(self) -> int:
@@ -137,6 +156,16 @@ class BlockColumns:
         places[~is_there] = 0
         return places, is_there
 
+    def parents_of(self, blocks: Ints, width: int) -> Ints:
+        """The parents [len(blocks), width] of blocks' drafts, those of a chain behind their ends."""
+        chain = np.arange(width)
+        if not len(self.parents):
+            return np.broadcast_to(chain, (len(blocks), width))
+        firsts = (self.num_slots.cumsum() - self.num_slots)[blocks][:, None]
+        is_there = chain < self.num_slots[blocks][:, None]
+        parents: Ints = np.where(is_there, self.parents[np.where(is_there, firsts + chain, 0)], chain)
+        return parents
+
     def block(self, i: int) -> DraftBlock:
         """One of them."""
         shape = int(self.num_slots[i]), int(self.num_candidates[i])
@@ -147,4 +176,5 @@ class BlockColumns:
             self.candidate_ids[of_block].reshape(shape),
             self.log_probs[of_block].reshape(shape),
             bool(self.is_drawn[i]),
+            self.parents_of(np.array([i]), shape[0])[0] if len(self.parents) else None,
         )

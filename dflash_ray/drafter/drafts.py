@@ -193,7 +193,7 @@ class Drafts:
         lost = self._sessions.extend(rows)
         if lost:
             wanted = wanted.only(~np.isin(wanted.sessions, list(lost)))
-        blocks, missing = self._sessions.propose(wanted, request.num_candidates, request.epoch)
+        blocks, missing = self._sessions.propose(wanted, request.tree_width, request.epoch)
         for session, reason in missing.items():
             if reason != PASSED:
                 lost[session] = reason

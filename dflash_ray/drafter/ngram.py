@@ -46,6 +46,7 @@ class NgramMethod:
         num_draft_tokens: list[int],
         num_candidates: int,
         draws: Sequence[Draw],
+        tree_width: int = 1,
     ) -> DraftProposals:
         proposals = []
         room = IndexingRoom(_INDEXED_AT_ONCE)

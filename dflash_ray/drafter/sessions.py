@@ -110,7 +110,7 @@ class DraftSessions:
         return lost
 
     def propose(
-        self, wanted: Proposals, num_candidates: int, epoch: int
+        self, wanted: Proposals, tree_width: int, epoch: int
     ) -> tuple[common_pb2.DraftBlocks, dict[int, Reason]]:
         """Blocks for sessions whose context is whole, and why there is none for the others."""
         held = self._contexts.context_lens(wanted.sessions)
@@ -124,13 +124,17 @@ class DraftSessions:
         sessions = wanted.sessions.tolist()
         if not sessions:
             return common_pb2.DraftBlocks(), missing
+        counts = wanted.num_draft_tokens
+        if tree_width <= 1:  # a tree may have more nodes than a chain has slots
+            counts = np.minimum(counts, self._method.max_draft_tokens)
         try:
             drafts = self._contexts.propose(
                 sessions,
                 wanted.anchor_ids.tolist(),
-                np.minimum(wanted.num_draft_tokens, self._method.max_draft_tokens).tolist(),
-                max(1, num_candidates),
+                counts.tolist(),
+                1,
                 wanted.draws,
+                tree_width,
             )
         except Exception as error:
             # A draft is advice: the router goes on without it, and the sessions at fault are rebuilt.

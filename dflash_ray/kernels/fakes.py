@@ -56,6 +56,7 @@ def register_forward_fakes() -> None:
         "dflash_ray::silu_and_mul", lambda gate_up: gate_up.new_empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2))
     )
     torch.library.register_fake("dflash_ray::paged_attention", lambda query, *_: torch.empty_like(query))
+    torch.library.register_fake("dflash_ray::move_rows", lambda *_: None)
     torch.library.register_fake("dflash_ray::decoder_layers", lambda hidden, *_: None)
     torch.library.register_fake("dflash_ray::decoder_attention", lambda hidden, *_: torch.empty_like(hidden))
     torch.library.register_fake("dflash_ray::decoder_mlp", lambda hidden, *_: torch.empty_like(hidden))

@@ -49,10 +49,12 @@ def paged_attention(
     window: int = 0,
     softcap: float = 0.0,
     is_causal: bool = True,
+    parents: Tensor | None = None,
 ) -> Tensor:
     """Stores a step's keys and values, then attends: a row sees its entry's context and the entry's rows up to itself.
 
-    Without `is_causal` it sees all rows of its entry.
+    Without `is_causal` it sees all rows of its entry. In a tree it sees of its entry's rows its ancestors and itself,
+    with the result that it has in a chain of these.
 
     Args:
         query: [T, n_q, d]; key, value: [T, n_kv, d], all rotated.
@@ -60,6 +62,8 @@ def paged_attention(
         entry_lens, context_lens, page_counts: int64 [E] on the host; pages: int64, the entries' page tables in a row.
         window: a row sees rows at a distance below it; 0 for all.
         softcap: scores become softcap * tanh(score / softcap); 0 for none.
+        parents: int64 [T] on the host, the row of its entry that each row follows, -1 for an entry's first; a parent
+            comes before its children. None or empty: each follows the one before it.
 
     Returns:
         [T, n_q, d].
@@ -67,9 +71,20 @@ def paged_attention(
     implementation = torch.ops.dflash_ray.paged_attention if is_compiled_for(query) else reference.paged_attention
     out: Tensor = implementation(
         query, key, value, key_cache, value_cache, slots, entry_lens, context_lens, page_counts, pages,
-        page_size, scale, window, softcap, is_causal,
+        page_size, scale, window, softcap, is_causal, parents,
     )  # fmt: skip
     return out
+
+
+def move_rows(caches: list[Tensor], source: Tensor, target: Tensor) -> None:
+    """Copies rows source [n] of every cache [rows, ...] to rows target [n], int64 on the host, in this order.
+
+    Later rows are read after earlier ones were written, so a target must not be among the sources behind it.
+    """
+    if is_compiled_for(caches[0]):
+        torch.ops.dflash_ray.move_rows(caches, source, target)
+    else:
+        reference.move_rows(caches, source, target)
 
 
 class DecoderWeight(IntEnum):
@@ -132,7 +147,8 @@ def decoder_layers(
     Args:
         weights: of each layer, by DecoderWeight.
         keys, values: each layer's cache, written at the step's slots.
-        step: cos and sin [T, d], then slots, entry_lens, context_lens, page_counts and pages of `paged_attention`.
+        step: cos and sin [T, d], then slots, entry_lens, context_lens, page_counts, pages and parents (or an empty
+            tensor) of `paged_attention`.
         windows: each layer's.
     """
     flat = [weight for layer in weights for weight in layer]

@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from dflash_ray.kernels.trees import depths_of, lineages
+
 Ints = NDArray[np.int64]
 
 
@@ -25,6 +27,8 @@ class _Group:
         rows: int64 [E, N], rows of the step; the entry's last row where it has fewer.
         cache_rows: int64 [E, S], any row behind an entry's end.
         positions: int64 [E, N]; totals: int64 [E], cached rows and own rows of each entry.
+        contexts: int64 [E], cached rows of each entry.
+        lineages: bool [E, N, N] in a tree, which own rows each row sees; None for chains.
         places, step_rows: int64 [T], where the entries' rows lie in E * N and in the step.
     """
 
@@ -32,6 +36,8 @@ class _Group:
     cache_rows: Tensor
     positions: Tensor
     totals: Tensor
+    contexts: Tensor
+    lineages: Tensor | None
     places: Tensor
     step_rows: Tensor
 
@@ -39,11 +45,24 @@ class _Group:
         """Bool [E, N, S]; every row sees at least itself."""
         at = torch.arange(self.cache_rows.shape[1], device=self.cache_rows.device)
         positions = self.positions[..., None]
+        if self.lineages is not None:
+            return self._visible_in_trees(at, positions, self.lineages, window)
         seen = (at < self.totals[:, None, None]).expand(*self.positions.shape, -1)
         if is_causal:
             seen = seen & (at <= positions)
         if window:
             seen = seen & ((positions - at).abs() < window)
+        return seen
+
+    def _visible_in_trees(self, at: Tensor, positions: Tensor, lineages: Tensor, window: int) -> Tensor:
+        """The same where an entry's own rows lie behind its context in another order than that of their positions."""
+        own = (at - self.contexts[:, None]).clamp(0, lineages.shape[1] - 1)  # [E, S] row of the entry, where it is one
+        is_own = at >= self.contexts[:, None]
+        follows = lineages.gather(2, own[:, None].expand(-1, lineages.shape[1], -1))
+        seen = torch.where(is_own[:, None], follows & (at < self.totals[:, None])[:, None], True)
+        if window:
+            key_positions = torch.where(is_own, self.positions.gather(1, own), at)
+            seen = seen & (positions - key_positions[:, None] < window)
         return seen
 
 
@@ -52,14 +71,23 @@ class PaddedStep:
 
     Args:
         entry_lens, context_lens, page_counts: int64 [E]; pages: int64, the entries' page tables in a row.
+        parents: int64 [T] as in `ops.paged_attention`; empty for chains.
     """
 
     def __init__(
-        self, entry_lens: Ints, context_lens: Ints, page_counts: Ints, pages: Ints, page_size: int, device: str
+        self,
+        entry_lens: Ints,
+        context_lens: Ints,
+        page_counts: Ints,
+        pages: Ints,
+        parents: Ints,
+        page_size: int,
+        device: str,
     ) -> None:
         sizes = 1 << np.ceil(np.log2(entry_lens)).astype(np.int64)
         firsts = np.cumsum(entry_lens) - entry_lens
         page_firsts = np.cumsum(page_counts) - page_counts
+        depths = depths_of(parents, np.repeat(firsts, entry_lens)) if len(parents) else None
         self._groups = []
         for size in np.unique(sizes):
             members = np.flatnonzero(sizes == size)
@@ -69,20 +97,25 @@ class PaddedStep:
             rows = firsts[members, None] + clamped
             nth_page = np.minimum(np.arange(counts.max()), counts[:, None] - 1)
             places = np.flatnonzero(offsets < lens[:, None])
-            tables, rows, positions, totals, places, step_rows = (
+            own_positions, seen = contexts[:, None] + clamped, None
+            if depths is not None:
+                own_positions = contexts[:, None] + depths[rows]
+                seen = _lineages(np.where(offsets < lens[:, None], parents[rows], lens[:, None] - 1), device)
+            tables, rows, positions, totals, contexts, places, step_rows = (
                 torch.from_numpy(array).to(device, non_blocking=True)
                 for array in (
                     pages[page_firsts[members, None] + nth_page],
                     rows,
-                    contexts[:, None] + clamped,
+                    own_positions,
                     contexts + lens,
+                    contexts,
                     places,
                     rows.flatten()[places],
                 )
             )
             in_page = torch.arange(page_size, device=device)
             cache_rows = (tables[..., None] * page_size + in_page).flatten(1)
-            self._groups.append(_Group(rows, cache_rows, positions, totals, places, step_rows))
+            self._groups.append(_Group(rows, cache_rows, positions, totals, contexts, seen, places, step_rows))
         self._visible: dict[tuple[int, bool], list[Tensor]] = {}
 
     def attend(
@@ -111,6 +144,13 @@ class PaddedStep:
             )
             out[group.step_rows] = attended.flatten(0, 1)[group.places]
         return out
+
+
+def _lineages(parents: Ints, device: str) -> Tensor | None:
+    """Of a group's rows [E, N]; None where they are chains."""
+    if (parents == np.arange(parents.shape[1]) - 1).all():
+        return None
+    return torch.from_numpy(lineages(parents)).to(device, non_blocking=True)
 
 
 def _attend(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor, scale: float, softcap: float) -> Tensor:

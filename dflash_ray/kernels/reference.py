@@ -32,6 +32,7 @@ def paged_attention(
     window: int,
     softcap: float,
     is_causal: bool,
+    parents: Tensor | None = None,
 ) -> Tensor:
     key_cache.index_copy_(0, slots, key)
     value_cache.index_copy_(0, slots, value)
@@ -41,7 +42,10 @@ def paged_attention(
         entry_lens.tolist(), context_lens.tolist(), page_counts.tolist(), strict=True
     ):
         rows = _cache_rows(pages[page : page + count].tolist(), context_len + length, page_size)
-        mask = _mask(length, context_len, window, is_causal, query)
+        if parents is None or not len(parents):
+            mask = _mask(length, context_len, window, is_causal, query)
+        else:
+            mask = _tree_mask(parents[start : start + length].tolist(), context_len, window, query)
         out[start : start + length] = _attend(
             query[start : start + length], key_cache[rows], value_cache[rows], mask, scale, softcap
         )
@@ -77,6 +81,24 @@ def _mask(length: int, context_len: int, window: int, is_causal: bool, like: Ten
         is_hidden |= distance.abs() >= window
     mask = torch.zeros(is_hidden.shape, dtype=like.dtype, device=like.device)
     return mask.masked_fill_(is_hidden, float("-inf"))
+
+
+def _tree_mask(parents: list[int], context_len: int, window: int, like: Tensor) -> Tensor:
+    """Additive mask [T, S] of a tree's rows, which see the context, their ancestors and themselves."""
+    mask = torch.full((len(parents), context_len + len(parents)), float("-inf"), dtype=like.dtype, device=like.device)
+    for row in range(len(parents)):
+        path = [row]
+        while parents[path[0]] >= 0:
+            path.insert(0, parents[path[0]])
+        seen = [*range(context_len), *(context_len + at for at in path)]
+        mask[row, seen[-window:]] = 0
+    return mask
+
+
+def move_rows(caches: list[Tensor], source: Tensor, target: Tensor) -> None:
+    source, target = source.to(caches[0].device), target.to(caches[0].device)
+    for cache in caches:
+        cache.index_copy_(0, target, cache[source])
 
 
 def _cache_rows(pages: list[int], length: int, page_size: int) -> Tensor | slice:

@@ -17,13 +17,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dflash_ray.core.arrays import Ints, spans
+from dflash_ray.core.draft_trees import likeliest_trees
 from dflash_ray.core.memory import return_freed_memory
 from dflash_ray.kernels import ops
 from dflash_ray.models.dflash import apply_rope, rope_tables
-from dflash_ray.models.dflash2 import CandidateSelector, Draw, walk
+from dflash_ray.models.dflash2 import CandidateSelector, Draw, log_chances, walk
 from dflash_ray.models.draft_contexts import ContextRows
 from dflash_ray.models.draft_head import build_selector, load_draft_head
-from dflash_ray.models.draft_proposals import DraftProposals
+from dflash_ray.models.draft_proposals import DraftProposal, DraftProposals
 from dflash_ray.models.drafter_checkpoint import DrafterCheckpoint
 from dflash_ray.models.packed_layer import PackedLayer, packed_norm
 from dflash_ray.models.packed_linear import PackedLinear, fuse
@@ -194,6 +195,7 @@ class BlockDrafter:
         num_draft_tokens: list[int],
         num_candidates: int,
         draws: Sequence[Draw] | None = None,
+        tree_width: int = 1,
     ) -> DraftProposals:
         """Candidates for the positions after each session's anchor, which stands at position context_len.
 
@@ -202,10 +204,12 @@ class BlockDrafter:
 
         Args:
             draws: how each sequence's tokens are drawn, which only a DFlash 2 drafter looks at; None is greedy.
+            tree_width: above 1 trees of `num_draft_tokens` nodes come back, in which so many follow the same one at
+                most. Drafts whose distribution is wanted are chains all the same.
         """
         self._take_features()
         held = [self._sessions[session] for session in sessions]
-        most = max(num_draft_tokens, default=0)
+        most = min(max(num_draft_tokens, default=0), self.max_draft_tokens)
         size = 1 + most if all(self.config.is_causal) else self.block_size
         inputs = torch.full((len(held), size), self.config.mask_token_id, device=self._device)
         anchors = torch.tensor(anchor_ids, device=self._device)
@@ -213,17 +217,26 @@ class BlockDrafter:
         hidden = self._forward(held, F.embedding(inputs, self._embedding))
         hidden = hidden[:, 1 : 1 + most]
         logits = self._network.shape_logits(self._head(hidden).float())
-        counts, is_drawn = np.array(num_draft_tokens), np.zeros(len(held), dtype=np.bool_)
+        counts = np.array(num_draft_tokens)
         if self._selector is not None:
             draws = draws or [Draw()] * len(held)
-            ids, logprobs = self._select(self._selector, hidden, logits, anchors, draws, held)
-            is_drawn |= [draw.wants_distribution and draw.temperature > 0 for draw in draws]
-            num_kept = np.where(is_drawn, ids.shape[2], min(num_candidates, ids.shape[2]))
-            return DraftProposals(ids, logprobs, counts, num_kept, is_drawn)
-        best, at = logits.topk(min(num_candidates, logits.shape[-1]), dim=-1)
+            return self._select(
+                self._selector, hidden, logits, anchors, draws, held, counts, num_candidates, tree_width
+            )
+        best, at = logits.topk(min(max(num_candidates, tree_width), logits.shape[-1]), dim=-1)
         scores = (best - logits.logsumexp(dim=-1, keepdim=True)).cpu().numpy()
         chosen = (self._ids[at] if self._ids is not None else at).cpu().numpy()
-        return DraftProposals(chosen, scores, counts, np.full(len(held), chosen.shape[2]), is_drawn)
+        if tree_width > 1:
+            return _as_trees(chosen, scores[:, :, None].astype(np.float64), counts, tree_width)
+        is_drawn = np.zeros(len(held), dtype=np.bool_)
+        num_kept = np.full(len(held), chosen.shape[2])
+        return DraftProposals(chosen, scores, np.minimum(counts, most), num_kept, is_drawn)
+
+    def _numbers(self, anchors: Tensor) -> Tensor:
+        """Anchors as the selector numbers tokens, like the head; one without a row counts as the row before it."""
+        if self._ids is None:
+            return anchors
+        return (torch.searchsorted(self._ids, anchors, right=True) - 1).clamp(min=0)
 
     def _select(
         self,
@@ -233,19 +246,36 @@ class BlockDrafter:
         anchors: Tensor,
         draws: Sequence[Draw],
         held: list[_Session],
-    ) -> tuple[Ints, NDArray[np.float32]]:
-        """The candidates' ids and log-probabilities [N, S, k], the chosen one of each slot first."""
-        if self._ids is not None:
-            # The selector numbers tokens like the head does; an anchor without a row counts as the row before it.
-            anchors = (torch.searchsorted(self._ids, anchors, right=True) - 1).clamp(min=0)
-        rows, scores = selector(hidden, logits, anchors)
-        candidates = (self._ids[rows] if self._ids is not None else rows).cpu().numpy()
+        counts: Ints,
+        num_candidates: int,
+        tree_width: int,
+    ) -> DraftProposals:
+        """Chains of candidates that were chosen one after the other, or the likeliest trees over them."""
+        rows, found = selector(hidden, logits, self._numbers(anchors))
+        candidates: Ints = (self._ids[rows] if self._ids is not None else rows).cpu().numpy()
+        scores = found.cpu().numpy()
+        firsts = [session.length + 1 for session in held]
+        is_drawn = np.array([draw.wants_distribution and draw.temperature > 0 for draw in draws], dtype=np.bool_)
+        if tree_width > 1:
+            chances = log_chances(scores, torch.from_numpy(candidates), draws, firsts)
+            trees = _as_trees(candidates, chances, counts, tree_width)
+            if not is_drawn.any():
+                return trees
+            proposals = list(trees)
+            for at in np.flatnonzero(is_drawn).tolist():
+                order, logprobs = walk(scores[at], candidates[at], draws[at], firsts[at])
+                chain = np.take_along_axis(candidates[at], order, -1)[: counts[at]]
+                proposals[at] = DraftProposal(torch.from_numpy(chain), torch.from_numpy(logprobs)[: counts[at]], True)
+            return DraftProposals.of(proposals)
         drafts = []
-        for ids, block_scores, draw, session in zip(candidates, scores.cpu().numpy(), draws, held, strict=True):
-            order, logprobs = walk(block_scores, ids, draw, session.length + 1)
+        for ids, block_scores, draw, first in zip(candidates, scores, draws, firsts, strict=True):
+            order, logprobs = walk(block_scores, ids, draw, first)
             drafts.append((np.take_along_axis(ids, order, -1), logprobs))
         chosen, logprobs_of_all = zip(*drafts, strict=True)
-        return np.stack(chosen), np.stack(logprobs_of_all)
+        _, num_slots, most = candidates.shape
+        num_kept = np.where(is_drawn, most, min(num_candidates, most))
+        counts = np.minimum(counts, num_slots)
+        return DraftProposals(np.stack(chosen), np.stack(logprobs_of_all), counts, num_kept, is_drawn)
 
     def _forward(self, held: list[_Session], x: Tensor) -> Tensor:
         """Block rows [N, B, H] through all layers and the final norm."""
@@ -294,3 +324,13 @@ class BlockDrafter:
             window=self.config.windows[layer] or 0,
             is_causal=self.config.is_causal[layer],
         ).flatten(1)
+
+
+def _as_trees(ids: Ints, chances: NDArray[np.float64], num_nodes: Ints, width: int) -> DraftProposals:
+    """The likeliest trees over candidates ids [N, S, k], whose log-probabilities are [N, S, P, k]."""
+    trees = likeliest_trees(chances, int(num_nodes.max()), width)
+    tokens = ids[np.arange(len(ids))[:, None], trees.slots, trees.candidates]
+    ones = np.ones(len(ids), dtype=np.int64)
+    counts = np.minimum(num_nodes, tokens.shape[1])
+    log_probs = trees.log_probs.astype(np.float32)
+    return DraftProposals(tokens[..., None], log_probs[..., None], counts, ones, ones < 1, trees.parents)

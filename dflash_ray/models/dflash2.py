@@ -6,7 +6,7 @@ G groups, K taps; S drafted slots, k candidates a slot, selector rank r.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +16,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dflash_ray.sampling.noise import gumbel
+
+# Fitted to the drafter that comes along, greedy and at temperature 1: of all tokens that the target chose, so many are
+# among the candidates, and candidates lie by so much closer together than their scores say.
+_LOG_COVERAGE = float(np.log(0.8))
+_SHARPNESS = 0.9
 
 
 @dataclass(frozen=True)
@@ -214,3 +219,26 @@ def walk(
         shifted = tempered - tempered.max()
         logprobs[slot] = (shifted - np.log(np.exp(shifted).sum()))[order[slot]]
     return order, logprobs
+
+
+def log_chances(
+    scores: NDArray[np.float32], ids: Tensor, draws: Sequence[Draw], first_positions: Sequence[int]
+) -> NDArray[np.float64]:
+    """Log-probabilities [N, S, k, k] that the target chooses a candidate, after each candidate of the slot before it.
+
+    Above temperature 0 the noise that the target will draw with is known: chances are of score / temperature + noise,
+    in which what is uncertain is how far the target's scores are from these.
+
+    Args:
+        scores: [N, S, k, k] and ids [N, S, k] as CandidateSelector returns them, of the target's vocabulary.
+        first_positions: [N] position of the first slot's token.
+    """
+    chances = np.empty(scores.shape)
+    for block, (draw, first) in enumerate(zip(draws, first_positions, strict=True)):
+        chances[block] = scores[block] / (draw.temperature or 1.0)
+        if draw.temperature:
+            positions = list(range(first, first + len(ids[block])))
+            chances[block] += gumbel([draw.seed] * len(positions), positions, ids[block]).numpy()[:, None]
+    chances -= chances.max(axis=-1, keepdims=True)
+    log_sums: NDArray[np.float64] = np.log(np.exp(chances).sum(axis=-1, keepdims=True))
+    return chances - log_sums + _LOG_COVERAGE

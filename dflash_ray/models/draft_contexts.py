@@ -73,6 +73,7 @@ class DraftMethod(Protocol):
         num_draft_tokens: list[int],
         num_candidates: int,
         draws: Sequence[Draw],
+        tree_width: int = 1,
     ) -> DraftProposals: ...
 
 
@@ -187,13 +188,14 @@ class DraftContexts:
         num_draft_tokens: list[int],
         num_candidates: int,
         draws: Sequence[Draw],
+        tree_width: int = 1,
     ) -> DraftProposals:
         """Drafts after each session's anchor, which stands at position context_len.
 
         What the method raises goes on to the caller, and the sessions asked for are closed.
         """
         try:
-            return self._method.propose(sessions, anchor_ids, num_draft_tokens, num_candidates, draws)
+            return self._method.propose(sessions, anchor_ids, num_draft_tokens, num_candidates, draws, tree_width)
         except Exception:
             self.close(sessions)
             raise

@@ -20,11 +20,15 @@ class DraftProposal:
 
     The first candidate of a slot is the draft; the others follow by falling probability. With `is_drawn` the draft was
     drawn from these probabilities, which then are of all candidates that had a chance.
+
+    With `parents` int64 [n] it is a tree: a node in each slot, likelier ones first, its parent (0 is the anchor, k the
+    k-th node), and its log-probability given its parent.
     """
 
     candidate_ids: Tensor
     logprobs: Tensor
     is_drawn: bool = False
+    parents: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +39,7 @@ class DraftProposals:
         candidate_ids, logprobs: int64 and float32 [N, S, K].
         num_slots, num_candidates: [N].
         is_drawn: [N].
+        parents: [N, S], those of a chain being 0, 1, 2, ...; None where all are chains.
     """
 
     candidate_ids: Ints
@@ -42,6 +47,7 @@ class DraftProposals:
     num_slots: Ints
     num_candidates: Ints
     is_drawn: Flags
+    parents: Ints | None = None
 
     @classmethod
     def of(cls, proposals: Sequence[DraftProposal]) -> DraftProposals:
@@ -52,7 +58,14 @@ class DraftProposals:
         for place, (one, shape) in enumerate(zip(proposals, shapes.tolist(), strict=True)):
             ids[place, : shape[0], : shape[1]] = one.candidate_ids.cpu().numpy()
             logprobs[place, : shape[0], : shape[1]] = one.logprobs.float().cpu().numpy()
-        return cls(ids, logprobs, shapes[:, 0], shapes[:, 1], np.array([one.is_drawn for one in proposals], dtype=bool))
+        is_drawn = np.array([one.is_drawn for one in proposals], dtype=bool)
+        parents = None
+        if any(one.parents is not None for one in proposals):
+            parents = np.tile(np.arange(size[1]), (len(proposals), 1))
+            for place, one in enumerate(proposals):
+                if one.parents is not None:
+                    parents[place, : len(one.parents)] = one.parents.numpy()
+        return cls(ids, logprobs, shapes[:, 0], shapes[:, 1], is_drawn, parents)
 
     def __len__(self) -> int:
         return len(self.num_slots)
@@ -62,7 +75,8 @@ class DraftProposals:
             raise IndexError(place)
         part = slice(int(self.num_slots[place])), slice(int(self.num_candidates[place]))
         ids, logprobs = self.candidate_ids[place][part], self.logprobs[place][part]
-        return DraftProposal(torch.from_numpy(ids), torch.from_numpy(logprobs), bool(self.is_drawn[place]))
+        parents = None if self.parents is None else torch.from_numpy(self.parents[place][part[0]])
+        return DraftProposal(torch.from_numpy(ids), torch.from_numpy(logprobs), bool(self.is_drawn[place]), parents)
 
     def __iter__(self) -> Iterator[DraftProposal]:
         return map(self.__getitem__, range(len(self)))
@@ -76,6 +90,10 @@ class DraftProposals:
             is_there = (np.arange(num_slots) < self.num_slots[:, None])[:, :, None]
             is_there = is_there & (np.arange(num_candidates) < self.num_candidates[:, None])[:, None]
             ids, logprobs = ids[is_there], logprobs[is_there]
+        parents = np.zeros(0, dtype=np.uint32)
+        if self.parents is not None:
+            is_node = np.arange(self.parents.shape[1]) < self.num_slots[:, None]
+            parents = self.parents[is_node].astype(np.uint32)
         return BlockColumns(
             sequence_ids,
             committed_lens,
@@ -85,4 +103,5 @@ class DraftProposals:
             sizes.cumsum() - sizes,
             ids.reshape(-1).astype(np.uint32),
             logprobs.reshape(-1),
+            parents,
         )

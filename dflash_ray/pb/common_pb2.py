@@ -24,25 +24,25 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x64\x66lash_ray/pb/common.proto\x12\rdflash_ray.v1\"\xed\x02\n\x0eSamplingParams\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\r\n\x05top_k\x18\x02 \x01(\x05\x12\r\n\x05top_p\x18\x03 \x01(\x02\x12\r\n\x05min_p\x18\x04 \x01(\x02\x12\x0c\n\x04seed\x18\x05 \x01(\x04\x12\x18\n\x10presence_penalty\x18\x06 \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x07 \x01(\x02\x12\x1a\n\x12repetition_penalty\x18\x08 \x01(\x02\x12\x16\n\x0e\x62ias_token_ids\x18\t \x03(\r\x12\x13\n\x0b\x62ias_values\x18\n \x03(\x02\x12\'\n\x04mode\x18\x0b \x01(\x0e\x32\x19.dflash_ray.v1.VerifyMode\x12\x19\n\x0cnum_logprobs\x18\x0c \x01(\rH\x00\x88\x01\x01\x12 \n\x13num_prompt_logprobs\x18\r \x01(\rH\x01\x88\x01\x01\x42\x0f\n\r_num_logprobsB\x16\n\x14_num_prompt_logprobs\"X\n\x0eStoppingParams\x12\x16\n\x0emax_new_tokens\x18\x01 \x01(\r\x12\x16\n\x0emin_new_tokens\x18\x02 \x01(\r\x12\x16\n\x0estop_token_ids\x18\x03 \x03(\r\"\xb1\x01\n\x0b\x44raftBlocks\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x14\n\x0csequence_ids\x18\x02 \x03(\x04\x12\x16\n\x0e\x63ommitted_lens\x18\x03 \x03(\r\x12\x11\n\tnum_slots\x18\x04 \x03(\r\x12\x16\n\x0enum_candidates\x18\x05 \x03(\r\x12\x15\n\rcandidate_ids\x18\x06 \x01(\x0c\x12\x11\n\tlog_probs\x18\x07 \x01(\x0c\x12\x10\n\x08is_drawn\x18\x08 \x03(\x08\"d\n\x0ePromptLogprobs\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12\r\n\x05start\x18\x02 \x01(\r\x12.\n\x08logprobs\x18\x03 \x01(\x0b\x32\x1c.dflash_ray.v1.TokenLogprobs\"]\n\rTokenLogprobs\x12\x0e\n\x06\x63hosen\x18\x01 \x03(\x02\x12\x0f\n\x07num_top\x18\x02 \x01(\r\x12\x15\n\rtop_token_ids\x18\x03 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x04 \x03(\x02*]\n\nVerifyMode\x12\x1b\n\x17VERIFY_MODE_UNSPECIFIED\x10\x00\x12\x17\n\x13VERIFY_MODE_COUPLED\x10\x01\x12\x19\n\x15VERIFY_MODE_REJECTION\x10\x02*\x95\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x03\x12\x17\n\x13\x46INISH_REASON_ERROR\x10\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x64\x66lash_ray/pb/common.proto\x12\rdflash_ray.v1\"\xed\x02\n\x0eSamplingParams\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\r\n\x05top_k\x18\x02 \x01(\x05\x12\r\n\x05top_p\x18\x03 \x01(\x02\x12\r\n\x05min_p\x18\x04 \x01(\x02\x12\x0c\n\x04seed\x18\x05 \x01(\x04\x12\x18\n\x10presence_penalty\x18\x06 \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x07 \x01(\x02\x12\x1a\n\x12repetition_penalty\x18\x08 \x01(\x02\x12\x16\n\x0e\x62ias_token_ids\x18\t \x03(\r\x12\x13\n\x0b\x62ias_values\x18\n \x03(\x02\x12\'\n\x04mode\x18\x0b \x01(\x0e\x32\x19.dflash_ray.v1.VerifyMode\x12\x19\n\x0cnum_logprobs\x18\x0c \x01(\rH\x00\x88\x01\x01\x12 \n\x13num_prompt_logprobs\x18\r \x01(\rH\x01\x88\x01\x01\x42\x0f\n\r_num_logprobsB\x16\n\x14_num_prompt_logprobs\"X\n\x0eStoppingParams\x12\x16\n\x0emax_new_tokens\x18\x01 \x01(\r\x12\x16\n\x0emin_new_tokens\x18\x02 \x01(\r\x12\x16\n\x0estop_token_ids\x18\x03 \x03(\r\"\xc2\x01\n\x0b\x44raftBlocks\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x14\n\x0csequence_ids\x18\x02 \x03(\x04\x12\x16\n\x0e\x63ommitted_lens\x18\x03 \x03(\r\x12\x11\n\tnum_slots\x18\x04 \x03(\r\x12\x16\n\x0enum_candidates\x18\x05 \x03(\r\x12\x15\n\rcandidate_ids\x18\x06 \x01(\x0c\x12\x11\n\tlog_probs\x18\x07 \x01(\x0c\x12\x10\n\x08is_drawn\x18\x08 \x03(\x08\x12\x0f\n\x07parents\x18\t \x01(\x0c\"d\n\x0ePromptLogprobs\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12\r\n\x05start\x18\x02 \x01(\r\x12.\n\x08logprobs\x18\x03 \x01(\x0b\x32\x1c.dflash_ray.v1.TokenLogprobs\"]\n\rTokenLogprobs\x12\x0e\n\x06\x63hosen\x18\x01 \x03(\x02\x12\x0f\n\x07num_top\x18\x02 \x01(\r\x12\x15\n\rtop_token_ids\x18\x03 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x04 \x03(\x02*]\n\nVerifyMode\x12\x1b\n\x17VERIFY_MODE_UNSPECIFIED\x10\x00\x12\x17\n\x13VERIFY_MODE_COUPLED\x10\x01\x12\x19\n\x15VERIFY_MODE_REJECTION\x10\x02*\x95\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x03\x12\x17\n\x13\x46INISH_REASON_ERROR\x10\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'dflash_ray.pb.common_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_VERIFYMODE']._serialized_start=880
-  _globals['_VERIFYMODE']._serialized_end=973
-  _globals['_FINISHREASON']._serialized_start=976
-  _globals['_FINISHREASON']._serialized_end=1125
+  _globals['_VERIFYMODE']._serialized_start=897
+  _globals['_VERIFYMODE']._serialized_end=990
+  _globals['_FINISHREASON']._serialized_start=993
+  _globals['_FINISHREASON']._serialized_end=1142
   _globals['_SAMPLINGPARAMS']._serialized_start=46
   _globals['_SAMPLINGPARAMS']._serialized_end=411
   _globals['_STOPPINGPARAMS']._serialized_start=413
   _globals['_STOPPINGPARAMS']._serialized_end=501
   _globals['_DRAFTBLOCKS']._serialized_start=504
-  _globals['_DRAFTBLOCKS']._serialized_end=681
-  _globals['_PROMPTLOGPROBS']._serialized_start=683
-  _globals['_PROMPTLOGPROBS']._serialized_end=783
-  _globals['_TOKENLOGPROBS']._serialized_start=785
-  _globals['_TOKENLOGPROBS']._serialized_end=878
+  _globals['_DRAFTBLOCKS']._serialized_end=698
+  _globals['_PROMPTLOGPROBS']._serialized_start=700
+  _globals['_PROMPTLOGPROBS']._serialized_end=800
+  _globals['_TOKENLOGPROBS']._serialized_start=802
+  _globals['_TOKENLOGPROBS']._serialized_end=895
 # @@protoc_insertion_point(module_scope)

@@ -70,7 +70,7 @@ class StoppingParams(_message.Message):
     def __init__(self, max_new_tokens: _Optional[int] = ..., min_new_tokens: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class DraftBlocks(_message.Message):
-    __slots__ = ("epoch", "sequence_ids", "committed_lens", "num_slots", "num_candidates", "candidate_ids", "log_probs", "is_drawn")
+    __slots__ = ("epoch", "sequence_ids", "committed_lens", "num_slots", "num_candidates", "candidate_ids", "log_probs", "is_drawn", "parents")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     SEQUENCE_IDS_FIELD_NUMBER: _ClassVar[int]
     COMMITTED_LENS_FIELD_NUMBER: _ClassVar[int]
@@ -79,6 +79,7 @@ class DraftBlocks(_message.Message):
     CANDIDATE_IDS_FIELD_NUMBER: _ClassVar[int]
     LOG_PROBS_FIELD_NUMBER: _ClassVar[int]
     IS_DRAWN_FIELD_NUMBER: _ClassVar[int]
+    PARENTS_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     sequence_ids: _containers.RepeatedScalarFieldContainer[int]
     committed_lens: _containers.RepeatedScalarFieldContainer[int]
@@ -87,7 +88,8 @@ class DraftBlocks(_message.Message):
     candidate_ids: bytes
     log_probs: bytes
     is_drawn: _containers.RepeatedScalarFieldContainer[bool]
-    def __init__(self, epoch: _Optional[int] = ..., sequence_ids: _Optional[_Iterable[int]] = ..., committed_lens: _Optional[_Iterable[int]] = ..., num_slots: _Optional[_Iterable[int]] = ..., num_candidates: _Optional[_Iterable[int]] = ..., candidate_ids: _Optional[bytes] = ..., log_probs: _Optional[bytes] = ..., is_drawn: _Optional[_Iterable[bool]] = ...) -> None: ...
+    parents: bytes
+    def __init__(self, epoch: _Optional[int] = ..., sequence_ids: _Optional[_Iterable[int]] = ..., committed_lens: _Optional[_Iterable[int]] = ..., num_slots: _Optional[_Iterable[int]] = ..., num_candidates: _Optional[_Iterable[int]] = ..., candidate_ids: _Optional[bytes] = ..., log_probs: _Optional[bytes] = ..., is_drawn: _Optional[_Iterable[bool]] = ..., parents: _Optional[bytes] = ...) -> None: ...
 
 class PromptLogprobs(_message.Message):
     __slots__ = ("sequence_id", "start", "logprobs")

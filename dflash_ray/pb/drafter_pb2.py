@@ -25,15 +25,15 @@ _sym_db = _symbol_database.Default()
 from dflash_ray.pb import common_pb2 as dflash__ray_dot_pb_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x64\x66lash_ray/pb/drafter.proto\x12\rdflash_ray.v1\x1a\x1a\x64\x66lash_ray/pb/common.proto\"w\n\x0e\x44rafterRequest\x12,\n\x05hello\x18\x01 \x01(\x0b\x32\x1b.dflash_ray.v1.DrafterHelloH\x00\x12,\n\x05\x64raft\x18\x02 \x01(\x0b\x32\x1b.dflash_ray.v1.DraftRequestH\x00\x42\t\n\x07message\"|\n\x0f\x44rafterResponse\x12\x31\n\x05hello\x18\x01 \x01(\x0b\x32 .dflash_ray.v1.DrafterHelloReplyH\x00\x12+\n\x06\x64rafts\x18\x02 \x01(\x0b\x32\x19.dflash_ray.v1.DraftReplyH\x00\x42\t\n\x07message\";\n\x0c\x44rafterHello\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x11\n\trouter_id\x18\x02 \x01(\t\"\x98\x01\n\x11\x44rafterHelloReply\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x12\n\ndrafter_id\x18\x02 \x01(\t\x12\x0e\n\x06method\x18\x03 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x04 \x01(\t\x12\x18\n\x10max_draft_tokens\x18\x05 \x01(\r\x12\x16\n\x0eneeds_features\x18\x06 \x01(\x08\"\xb9\x03\n\x0c\x44raftRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\r\n\x05\x63lose\x18\x03 \x03(\x04\x12,\n\x06source\x18\x04 \x01(\x0b\x32\x1c.dflash_ray.v1.FeatureSource\x12\x0c\n\x04open\x18\x05 \x03(\x04\x12\x11\n\topen_lens\x18\x06 \x03(\r\x12\x1a\n\x12token_sequence_ids\x18\x07 \x03(\x04\x12\x14\n\x0ctoken_starts\x18\x08 \x03(\r\x12\x12\n\nnum_tokens\x18\t \x03(\r\x12\x11\n\ttoken_ids\x18\n \x03(\r\x12\x13\n\x0bmax_wait_ms\x18\x0b \x01(\r\x12\x16\n\x0enum_candidates\x18\x0c \x01(\r\x12\x14\n\x0csequence_ids\x18\r \x03(\x04\x12\x16\n\x0e\x63ommitted_lens\x18\x0e \x03(\r\x12\x18\n\x10\x61nchor_token_ids\x18\x0f \x03(\r\x12\x18\n\x10num_draft_tokens\x18\x10 \x03(\r\x12\x14\n\x0ctemperatures\x18\x11 \x03(\x02\x12\r\n\x05seeds\x18\x12 \x03(\x04\x12\x1b\n\x13wants_distributions\x18\x13 \x03(\x08\"1\n\rFeatureSource\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\x0f\n\x07step_id\x18\x02 \x01(\x04\"\xcf\x01\n\nDraftReply\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12*\n\x06\x62locks\x18\x02 \x01(\x0b\x32\x1a.dflash_ray.v1.DraftBlocks\x12\x13\n\x0bmissing_ids\x18\x03 \x03(\x04\x12\x11\n\thave_lens\x18\x04 \x03(\r\x12\x35\n\x0fmissing_reasons\x18\x05 \x03(\x0e\x32\x1c.dflash_ray.v1.MissingReason\x12\x10\n\x08queue_ns\x18\x06 \x01(\x04\x12\x10\n\x08\x64raft_ns\x18\x07 \x01(\x04*\x9a\x01\n\rMissingReason\x12\x1e\n\x1aMISSING_REASON_UNSPECIFIED\x10\x00\x12\x19\n\x15MISSING_REASON_COMING\x10\x01\x12\x17\n\x13MISSING_REASON_LOST\x10\x02\x12\x1a\n\x16MISSING_REASON_REFUSED\x10\x03\x12\x19\n\x15MISSING_REASON_PASSED\x10\x04\x32U\n\x07\x44rafter\x12J\n\x05\x44raft\x12\x1d.dflash_ray.v1.DrafterRequest\x1a\x1e.dflash_ray.v1.DrafterResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x64\x66lash_ray/pb/drafter.proto\x12\rdflash_ray.v1\x1a\x1a\x64\x66lash_ray/pb/common.proto\"w\n\x0e\x44rafterRequest\x12,\n\x05hello\x18\x01 \x01(\x0b\x32\x1b.dflash_ray.v1.DrafterHelloH\x00\x12,\n\x05\x64raft\x18\x02 \x01(\x0b\x32\x1b.dflash_ray.v1.DraftRequestH\x00\x42\t\n\x07message\"|\n\x0f\x44rafterResponse\x12\x31\n\x05hello\x18\x01 \x01(\x0b\x32 .dflash_ray.v1.DrafterHelloReplyH\x00\x12+\n\x06\x64rafts\x18\x02 \x01(\x0b\x32\x19.dflash_ray.v1.DraftReplyH\x00\x42\t\n\x07message\";\n\x0c\x44rafterHello\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x11\n\trouter_id\x18\x02 \x01(\t\"\x98\x01\n\x11\x44rafterHelloReply\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x12\n\ndrafter_id\x18\x02 \x01(\t\x12\x0e\n\x06method\x18\x03 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x04 \x01(\t\x12\x18\n\x10max_draft_tokens\x18\x05 \x01(\r\x12\x16\n\x0eneeds_features\x18\x06 \x01(\x08\"\xb5\x03\n\x0c\x44raftRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\r\n\x05\x63lose\x18\x03 \x03(\x04\x12,\n\x06source\x18\x04 \x01(\x0b\x32\x1c.dflash_ray.v1.FeatureSource\x12\x0c\n\x04open\x18\x05 \x03(\x04\x12\x11\n\topen_lens\x18\x06 \x03(\r\x12\x1a\n\x12token_sequence_ids\x18\x07 \x03(\x04\x12\x14\n\x0ctoken_starts\x18\x08 \x03(\r\x12\x12\n\nnum_tokens\x18\t \x03(\r\x12\x11\n\ttoken_ids\x18\n \x03(\r\x12\x13\n\x0bmax_wait_ms\x18\x0b \x01(\r\x12\x12\n\ntree_width\x18\x0c \x01(\r\x12\x14\n\x0csequence_ids\x18\r \x03(\x04\x12\x16\n\x0e\x63ommitted_lens\x18\x0e \x03(\r\x12\x18\n\x10\x61nchor_token_ids\x18\x0f \x03(\r\x12\x18\n\x10num_draft_tokens\x18\x10 \x03(\r\x12\x14\n\x0ctemperatures\x18\x11 \x03(\x02\x12\r\n\x05seeds\x18\x12 \x03(\x04\x12\x1b\n\x13wants_distributions\x18\x13 \x03(\x08\"1\n\rFeatureSource\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\x0f\n\x07step_id\x18\x02 \x01(\x04\"\xcf\x01\n\nDraftReply\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12*\n\x06\x62locks\x18\x02 \x01(\x0b\x32\x1a.dflash_ray.v1.DraftBlocks\x12\x13\n\x0bmissing_ids\x18\x03 \x03(\x04\x12\x11\n\thave_lens\x18\x04 \x03(\r\x12\x35\n\x0fmissing_reasons\x18\x05 \x03(\x0e\x32\x1c.dflash_ray.v1.MissingReason\x12\x10\n\x08queue_ns\x18\x06 \x01(\x04\x12\x10\n\x08\x64raft_ns\x18\x07 \x01(\x04*\x9a\x01\n\rMissingReason\x12\x1e\n\x1aMISSING_REASON_UNSPECIFIED\x10\x00\x12\x19\n\x15MISSING_REASON_COMING\x10\x01\x12\x17\n\x13MISSING_REASON_LOST\x10\x02\x12\x1a\n\x16MISSING_REASON_REFUSED\x10\x03\x12\x19\n\x15MISSING_REASON_PASSED\x10\x04\x32U\n\x07\x44rafter\x12J\n\x05\x44raft\x12\x1d.dflash_ray.v1.DrafterRequest\x1a\x1e.dflash_ray.v1.DrafterResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'dflash_ray.pb.drafter_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_MISSINGREASON']._serialized_start=1243
-  _globals['_MISSINGREASON']._serialized_end=1397
+  _globals['_MISSINGREASON']._serialized_start=1239
+  _globals['_MISSINGREASON']._serialized_end=1393
   _globals['_DRAFTERREQUEST']._serialized_start=74
   _globals['_DRAFTERREQUEST']._serialized_end=193
   _globals['_DRAFTERRESPONSE']._serialized_start=195
@@ -43,11 +43,11 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DRAFTERHELLOREPLY']._serialized_start=383
   _globals['_DRAFTERHELLOREPLY']._serialized_end=535
   _globals['_DRAFTREQUEST']._serialized_start=538
-  _globals['_DRAFTREQUEST']._serialized_end=979
-  _globals['_FEATURESOURCE']._serialized_start=981
-  _globals['_FEATURESOURCE']._serialized_end=1030
-  _globals['_DRAFTREPLY']._serialized_start=1033
-  _globals['_DRAFTREPLY']._serialized_end=1240
-  _globals['_DRAFTER']._serialized_start=1399
-  _globals['_DRAFTER']._serialized_end=1484
+  _globals['_DRAFTREQUEST']._serialized_end=975
+  _globals['_FEATURESOURCE']._serialized_start=977
+  _globals['_FEATURESOURCE']._serialized_end=1026
+  _globals['_DRAFTREPLY']._serialized_start=1029
+  _globals['_DRAFTREPLY']._serialized_end=1236
+  _globals['_DRAFTER']._serialized_start=1395
+  _globals['_DRAFTER']._serialized_end=1480
 # @@protoc_insertion_point(module_scope)

@@ -62,7 +62,7 @@ class DrafterHelloReply(_message.Message):
     def __init__(self, protocol_version: _Optional[int] = ..., drafter_id: _Optional[str] = ..., method: _Optional[str] = ..., fingerprint: _Optional[str] = ..., max_draft_tokens: _Optional[int] = ..., needs_features: _Optional[bool] = ...) -> None: ...
 
 class DraftRequest(_message.Message):
-    __slots__ = ("request_id", "epoch", "close", "source", "open", "open_lens", "token_sequence_ids", "token_starts", "num_tokens", "token_ids", "max_wait_ms", "num_candidates", "sequence_ids", "committed_lens", "anchor_token_ids", "num_draft_tokens", "temperatures", "seeds", "wants_distributions")
+    __slots__ = ("request_id", "epoch", "close", "source", "open", "open_lens", "token_sequence_ids", "token_starts", "num_tokens", "token_ids", "max_wait_ms", "tree_width", "sequence_ids", "committed_lens", "anchor_token_ids", "num_draft_tokens", "temperatures", "seeds", "wants_distributions")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     CLOSE_FIELD_NUMBER: _ClassVar[int]
@@ -74,7 +74,7 @@ class DraftRequest(_message.Message):
     NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     MAX_WAIT_MS_FIELD_NUMBER: _ClassVar[int]
-    NUM_CANDIDATES_FIELD_NUMBER: _ClassVar[int]
+    TREE_WIDTH_FIELD_NUMBER: _ClassVar[int]
     SEQUENCE_IDS_FIELD_NUMBER: _ClassVar[int]
     COMMITTED_LENS_FIELD_NUMBER: _ClassVar[int]
     ANCHOR_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -93,7 +93,7 @@ class DraftRequest(_message.Message):
     num_tokens: _containers.RepeatedScalarFieldContainer[int]
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     max_wait_ms: int
-    num_candidates: int
+    tree_width: int
     sequence_ids: _containers.RepeatedScalarFieldContainer[int]
     committed_lens: _containers.RepeatedScalarFieldContainer[int]
     anchor_token_ids: _containers.RepeatedScalarFieldContainer[int]
@@ -101,7 +101,7 @@ class DraftRequest(_message.Message):
     temperatures: _containers.RepeatedScalarFieldContainer[float]
     seeds: _containers.RepeatedScalarFieldContainer[int]
     wants_distributions: _containers.RepeatedScalarFieldContainer[bool]
-    def __init__(self, request_id: _Optional[int] = ..., epoch: _Optional[int] = ..., close: _Optional[_Iterable[int]] = ..., source: _Optional[_Union[FeatureSource, _Mapping]] = ..., open: _Optional[_Iterable[int]] = ..., open_lens: _Optional[_Iterable[int]] = ..., token_sequence_ids: _Optional[_Iterable[int]] = ..., token_starts: _Optional[_Iterable[int]] = ..., num_tokens: _Optional[_Iterable[int]] = ..., token_ids: _Optional[_Iterable[int]] = ..., max_wait_ms: _Optional[int] = ..., num_candidates: _Optional[int] = ..., sequence_ids: _Optional[_Iterable[int]] = ..., committed_lens: _Optional[_Iterable[int]] = ..., anchor_token_ids: _Optional[_Iterable[int]] = ..., num_draft_tokens: _Optional[_Iterable[int]] = ..., temperatures: _Optional[_Iterable[float]] = ..., seeds: _Optional[_Iterable[int]] = ..., wants_distributions: _Optional[_Iterable[bool]] = ...) -> None: ...
+    def __init__(self, request_id: _Optional[int] = ..., epoch: _Optional[int] = ..., close: _Optional[_Iterable[int]] = ..., source: _Optional[_Union[FeatureSource, _Mapping]] = ..., open: _Optional[_Iterable[int]] = ..., open_lens: _Optional[_Iterable[int]] = ..., token_sequence_ids: _Optional[_Iterable[int]] = ..., token_starts: _Optional[_Iterable[int]] = ..., num_tokens: _Optional[_Iterable[int]] = ..., token_ids: _Optional[_Iterable[int]] = ..., max_wait_ms: _Optional[int] = ..., tree_width: _Optional[int] = ..., sequence_ids: _Optional[_Iterable[int]] = ..., committed_lens: _Optional[_Iterable[int]] = ..., anchor_token_ids: _Optional[_Iterable[int]] = ..., num_draft_tokens: _Optional[_Iterable[int]] = ..., temperatures: _Optional[_Iterable[float]] = ..., seeds: _Optional[_Iterable[int]] = ..., wants_distributions: _Optional[_Iterable[bool]] = ...) -> None: ...
 
 class FeatureSource(_message.Message):
     __slots__ = ("address", "step_id")

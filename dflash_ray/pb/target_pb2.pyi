@@ -118,7 +118,7 @@ class OpenSequence(_message.Message):
     def __init__(self, sequence_id: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., prompt_len: _Optional[int] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., stopping: _Optional[_Union[_common_pb2.StoppingParams, _Mapping]] = ..., wants_features: _Optional[bool] = ..., cache_salt: _Optional[bytes] = ...) -> None: ...
 
 class Step(_message.Message):
-    __slots__ = ("step_id", "epoch", "open", "close", "prefill_ids", "prefill_lens", "verify_ids", "base_lens", "num_drafts", "draft_token_ids", "draft_parents", "colocated_draft_ids", "colocated_num_drafts", "num_candidates", "num_draft_candidates", "draft_candidate_ids", "draft_log_probs")
+    __slots__ = ("step_id", "epoch", "open", "close", "prefill_ids", "prefill_lens", "verify_ids", "base_lens", "num_drafts", "draft_token_ids", "draft_parents", "colocated_draft_ids", "colocated_num_drafts", "tree_width", "num_draft_candidates", "draft_candidate_ids", "draft_log_probs")
     STEP_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     OPEN_FIELD_NUMBER: _ClassVar[int]
@@ -132,7 +132,7 @@ class Step(_message.Message):
     DRAFT_PARENTS_FIELD_NUMBER: _ClassVar[int]
     COLOCATED_DRAFT_IDS_FIELD_NUMBER: _ClassVar[int]
     COLOCATED_NUM_DRAFTS_FIELD_NUMBER: _ClassVar[int]
-    NUM_CANDIDATES_FIELD_NUMBER: _ClassVar[int]
+    TREE_WIDTH_FIELD_NUMBER: _ClassVar[int]
     NUM_DRAFT_CANDIDATES_FIELD_NUMBER: _ClassVar[int]
     DRAFT_CANDIDATE_IDS_FIELD_NUMBER: _ClassVar[int]
     DRAFT_LOG_PROBS_FIELD_NUMBER: _ClassVar[int]
@@ -149,11 +149,11 @@ class Step(_message.Message):
     draft_parents: _containers.RepeatedScalarFieldContainer[int]
     colocated_draft_ids: _containers.RepeatedScalarFieldContainer[int]
     colocated_num_drafts: _containers.RepeatedScalarFieldContainer[int]
-    num_candidates: int
+    tree_width: int
     num_draft_candidates: _containers.RepeatedScalarFieldContainer[int]
     draft_candidate_ids: _containers.RepeatedScalarFieldContainer[int]
     draft_log_probs: _containers.RepeatedScalarFieldContainer[float]
-    def __init__(self, step_id: _Optional[int] = ..., epoch: _Optional[int] = ..., open: _Optional[_Iterable[_Union[OpenSequence, _Mapping]]] = ..., close: _Optional[_Iterable[int]] = ..., prefill_ids: _Optional[_Iterable[int]] = ..., prefill_lens: _Optional[_Iterable[int]] = ..., verify_ids: _Optional[_Iterable[int]] = ..., base_lens: _Optional[_Iterable[int]] = ..., num_drafts: _Optional[_Iterable[int]] = ..., draft_token_ids: _Optional[bytes] = ..., draft_parents: _Optional[_Iterable[int]] = ..., colocated_draft_ids: _Optional[_Iterable[int]] = ..., colocated_num_drafts: _Optional[_Iterable[int]] = ..., num_candidates: _Optional[int] = ..., num_draft_candidates: _Optional[_Iterable[int]] = ..., draft_candidate_ids: _Optional[_Iterable[int]] = ..., draft_log_probs: _Optional[_Iterable[float]] = ...) -> None: ...
+    def __init__(self, step_id: _Optional[int] = ..., epoch: _Optional[int] = ..., open: _Optional[_Iterable[_Union[OpenSequence, _Mapping]]] = ..., close: _Optional[_Iterable[int]] = ..., prefill_ids: _Optional[_Iterable[int]] = ..., prefill_lens: _Optional[_Iterable[int]] = ..., verify_ids: _Optional[_Iterable[int]] = ..., base_lens: _Optional[_Iterable[int]] = ..., num_drafts: _Optional[_Iterable[int]] = ..., draft_token_ids: _Optional[bytes] = ..., draft_parents: _Optional[_Iterable[int]] = ..., colocated_draft_ids: _Optional[_Iterable[int]] = ..., colocated_num_drafts: _Optional[_Iterable[int]] = ..., tree_width: _Optional[int] = ..., num_draft_candidates: _Optional[_Iterable[int]] = ..., draft_candidate_ids: _Optional[_Iterable[int]] = ..., draft_log_probs: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class CloseSequences(_message.Message):
     __slots__ = ("sequence_ids",)

@@ -30,7 +30,7 @@ from dflash_ray.router.draft_requests import (
 )
 from dflash_ray.router.limits import TargetLimits
 from dflash_ray.router.sequence import RouterSequence
-from dflash_ray.router.slot_table import NEVER, REMOTE, SlotTable
+from dflash_ray.router.slot_table import MAX_DRAFTS, NEVER, REMOTE, SlotTable
 from dflash_ray.router.speculation.records import Policy
 
 _MAX_BACK_OFF_S = 10.0
@@ -52,7 +52,7 @@ class Drafting:
         self._timeout_s = config.router.draft_timeout_ms / 1000
         self._max_misses = config.router.max_missed_drafts
         self._hang_s = config.drafter.step_timeout_s
-        self._num_candidates = config.router.num_candidates
+        self._tree_width = config.router.tree_width
         self._drafters: dict[str, DrafterState] = {}
         self._lone: Sequences = {}  # on the target, and without a drafter
         self._num_joined = 0
@@ -63,6 +63,8 @@ class Drafting:
     def join(self, drafter: DrafterState) -> None:
         """A drafter said hello."""
         drafter.number = self._num_joined
+        if self._tree_width > 1 and drafter.needs_features:
+            drafter.max_draft_tokens = MAX_DRAFTS  # its block says how deep a tree is, not how many nodes it has
         self._num_joined += 1
         self._drafters[drafter.drafter_id] = drafter
 
@@ -191,7 +193,7 @@ class Drafting:
             epoch=limits.epoch,
             close=drafter.closed,
             max_wait_ms=int(1000 * _WAIT_SHARE * self._timeout_s),
-            num_candidates=self._num_candidates,
+            tree_width=self._tree_width,
         )
         drafter.closed = []
         table.is_asking[asking] = False

@@ -6,7 +6,7 @@ import numpy as np
 
 from dflash_ray.core.arrays import Flags, Ints, Tokens
 from dflash_ray.core.ngram import IndexingRoom, NgramTable
-from dflash_ray.router.slot_table import MAX_DRAFTS, NGRAM, PLAIN, SlotTable
+from dflash_ray.router.slot_table import CHAIN, MAX_DRAFTS, NGRAM, PLAIN, SlotTable
 
 _INDEXED_AT_ONCE = 2048  # tokens of long texts after which one poll indexes no further text; some half a millisecond
 _NOT_LOOKED_UP = -1
@@ -51,6 +51,8 @@ class NgramDrafts:
         """Gives slots so many of the drafts that were looked up for them."""
         table = self._table
         table.drafts[slots] = self._drafts[slots]
+        if table.has_trees:
+            table.draft_parents[slots] = CHAIN
         table.draft_lens[slots] = counts
         table.draft_sources[slots] = np.where(counts > 0, NGRAM, PLAIN)
 

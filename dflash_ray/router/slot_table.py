@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from dflash_ray.router.sequence import RouterSequence
 
 MAX_DRAFTS = 31  # of one sequence in a step
+CHAIN = np.arange(MAX_DRAFTS)  # parents of drafts that follow each other
 NO_DRAFT = -1  # draft_lens: none has come; 0 is one without tokens
 NO_DRAFTER = -1
 NEVER = np.inf
@@ -57,6 +58,8 @@ class SlotTable:
         draft_lens: drafts for the next step, NO_DRAFT while none have come.
         drafts: [num_slots, MAX_DRAFTS] their tokens.
         draft_log_probs: [num_slots, MAX_DRAFTS] their drafter's own log-probabilities; nan where there are none.
+        draft_parents: [num_slots, MAX_DRAFTS] which draft each follows: 0 is the anchor, k the k-th draft.
+        has_trees: not all drafts that came were chains.
         draft_sources: place in DRAFT_SOURCES.
         num_asked: drafts that its drafter is asked for in this step; 0 when it is not asked.
         draft_deadlines: when the next step goes on without a drafter's draft; NEVER when none is waited for.
@@ -94,6 +97,8 @@ class SlotTable:
         self.draft_lens = np.full(num_slots, NO_DRAFT, np.int64)
         self.drafts = np.zeros((num_slots, MAX_DRAFTS), np.uint32)
         self.draft_log_probs = np.full((num_slots, MAX_DRAFTS), np.nan, np.float32)
+        self.draft_parents = np.tile(CHAIN, (num_slots, 1))
+        self.has_trees = False
         self.draft_sources = np.zeros(num_slots, np.int64)
         self.num_asked = np.zeros(num_slots, np.int64)
         self.draft_deadlines = np.full(num_slots, NEVER)
@@ -210,7 +215,8 @@ class SlotTable:
     def take_blocks(self, slots: Ints, blocks: BlockColumns, is_taken: Flags, source: int, vocab_size: int) -> None:
         """The drafts of the blocks that are taken; slots[i] is block i's.
 
-        A draft that the target does not have ends its chain before it; what is beyond MAX_DRAFTS is left out.
+        A draft that the target does not have ends its chain or tree before it, as does one before its parent.
+        What is beyond MAX_DRAFTS is left out.
         """
         taken = is_taken.nonzero()[0]
         slots = slots[taken]
@@ -219,9 +225,13 @@ class SlotTable:
         if width:
             places, is_there = blocks.draft_places(taken, width)
             token_ids = blocks.candidate_ids[places]
-            is_wrong = is_there & (token_ids >= vocab_size)
+            parents = blocks.parents_of(taken, width)
+            is_wrong = is_there & ((token_ids >= vocab_size) | (parents > CHAIN[:width]))
             if is_wrong.any():
                 lens = np.where(is_wrong.any(axis=1), is_wrong.argmax(axis=1), lens)
+            self.has_trees |= len(blocks.parents) > 0
+            if self.has_trees:
+                self.draft_parents[slots, :width] = parents
             self.drafts[slots, :width] = token_ids
             self.draft_log_probs[slots, :width] = np.where(is_there, blocks.log_probs[places], np.nan)
         self.draft_lens[slots] = lens

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 
@@ -16,6 +17,7 @@ from dflash_ray.router.slot_table import DECODE, MAX_DRAFTS, PLAIN, PREFILL, Slo
 from dflash_ray.router.speculation.controller import SpeculationController
 from dflash_ray.router.speculation.cost_model import Batch
 from dflash_ray.router.speculation.records import MOST_DRAFTS, Candidates, Policy
+from dflash_ray.router.speculation.trees import accepted_nodes
 from dflash_ray.router.steps import StepInFlight
 
 _POLICIES = {
@@ -120,7 +122,8 @@ class Speculating:
             entries = np.flatnonzero((step.rows == 0) | (step.rows == left))  # that will decode
             slots = step.slots[entries]
             zeros = np.zeros(len(slots), np.int64)
-            reach = np.full(len(slots), limits.colocated_draft_tokens)
+            most = limits.colocated_draft_tokens if self._router.tree_width == 1 else MAX_DRAFTS
+            reach = np.full(len(slots), most)
             candidates = Candidates(slots, self.table.most_drafts(slots), reach, zeros, zeros)
             batch = self._batch(slots, 0)
             num_asked[entries] = self.controller.plan(candidates, batch, limits.max_batch_tokens - len(slots), now)
@@ -139,6 +142,8 @@ class Speculating:
         draft_lens = np.maximum(0, table.draft_lens[slots])
         wants_ngram = self.controller.wants_ngrams(slots, draft_lens > 0, cohort)
         candidates = self._candidates(slots, np.zeros(len(slots), np.int64), wants_ngram)
+        if table.has_trees:
+            candidates = replace(candidates, parents=table.draft_parents[slots, :MOST_DRAFTS])
         log_probs = table.draft_log_probs[slots, :MOST_DRAFTS].astype(float)
         # The law of rejection sampling bears no cut that looks at what was drawn.
         log_probs[table.wants_distributions[slots]] = np.nan
@@ -188,13 +193,32 @@ class Speculating:
         chains = slice(step.num_chunks, None)
         accepted = np.full(self.table.num_slots, -1)
         accepted[step.slots[chains]] = np.where(is_known[chains], outcome.num_accepted[chains], -1)
+        has_trees = self.table.has_trees and bool(step.num_drafts.any())
         self.controller.step_done(
             accepted,
             now,
             timings.draft_ns / 1e9,
             self._rows_spared(step, outcome, is_known),
             (timings.forward_ns + timings.verify_ns) / 1e9,
+            self._accepted_in_trees(step, outcome, accepted) if has_trees else None,
         )
+
+    def _accepted_in_trees(self, step: StepInFlight, outcome: StepOutcome, accepted: Ints) -> Flags:
+        """[num_slots, MOST_DRAFTS]: which drafts were kept."""
+        table = self.table
+        entries = np.arange(step.num_chunks, len(step.slots))
+        slots, counts = step.slots[entries], outcome.num_tokens[entries]
+        tokens = np.zeros((len(slots), max(1, int(counts.max(initial=0)))), np.uint32)
+        tokens[np.arange(tokens.shape[1]) < counts[:, None]] = outcome.tokens_of(entries)
+        is_accepted = np.zeros((table.num_slots, MOST_DRAFTS), np.bool_)
+        is_accepted[slots] = accepted_nodes(
+            table.draft_parents[slots, :MOST_DRAFTS],
+            table.drafts[slots, :MOST_DRAFTS],
+            step.num_drafts[entries],
+            tokens,
+            np.minimum(np.maximum(accepted[slots], 0), counts),
+        )
+        return is_accepted
 
     def _rows_spared(self, step: StepInFlight, outcome: StepOutcome, is_known: Flags) -> int:
         """Rows of prompts that the step need not compute, as they were there already or another prompt's came first."""

@@ -10,14 +10,14 @@ from dflash_ray.config import RouterConfig
 from dflash_ray.core.arrays import Flags, Ints, packed
 from dflash_ray.pb import target_pb2
 from dflash_ray.router.limits import TargetLimits
-from dflash_ray.router.slot_table import SlotTable
+from dflash_ray.router.slot_table import CHAIN, SlotTable
 
 _PREFILL_SHARE = 4  # one row in so many is prompts' where prompts wait
 
 
 @dataclass(frozen=True, slots=True)
 class StepInFlight:
-    """A step that was sent, and its entries in the order of the result: prompts' chunks, then chains.
+    """A step that was sent, and its entries in the order of the result: prompts' chunks, then chains and trees.
 
     Attributes:
         slots, ids: of the entries; a slot may be another sequence's by now.
@@ -64,7 +64,7 @@ def build_step(
     `most_drafts` [len(decoding)] is how many of their drafts are to be verified. Drafts that find no room are cut off.
     The entries count as sent. Those in a step already count on one token from it.
     """
-    step = target_pb2.Step(step_id=step_id, epoch=limits.epoch, num_candidates=config.num_candidates)
+    step = target_pb2.Step(step_id=step_id, epoch=limits.epoch, tree_width=config.tree_width)
     reserved = min(config.prefill_chunk_tokens, limits.max_batch_tokens // _PREFILL_SHARE) if len(prefilling) else 0
     wanted = np.clip(table.draft_lens[decoding], 0, most_drafts)
     if len(wanted) + int(wanted.sum()) > limits.max_batch_tokens - reserved:
@@ -115,6 +115,10 @@ def _add_chains(step: target_pb2.Step, table: SlotTable, slots: Ints, counts: In
     step.base_lens.extend((table.committed_lens[slots] + (table.step_ids[slots] != 0)).tolist())
     step.num_drafts.extend(counts.tolist())
     step.draft_token_ids = packed(table.drafts[slots][is_sent])
+    if table.has_trees:
+        parents = table.draft_parents[slots]
+        if (parents != CHAIN)[is_sent].any():
+            step.draft_parents.extend(parents[is_sent].tolist())
     if not table.drawn:
         return
     for slot, count in zip(slots.tolist(), counts.tolist(), strict=True):

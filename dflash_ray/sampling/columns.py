@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from dflash_ray.kernels.columns import IntColumn, PlanTensors, RowColumn
+from dflash_ray.kernels.trees import depths_of
 from dflash_ray.sampling.table import RANGES, Need, SamplingTable
 
 Ints = NDArray[np.int64]
@@ -88,7 +89,7 @@ def columns_of(rows: DrawRows, table: SamplingTable, device: torch.device) -> Pl
     sequence_of = np.repeat(np.arange(num_sequences), rows.num_rows)
     offsets = np.arange(num_rows) - first_rows[sequence_of]
     parents = offsets - 1 if rows.parents is None else rows.parents
-    depths = offsets if rows.parents is None else _depths(parents, first_rows[sequence_of])
+    depths = offsets if rows.parents is None else depths_of(parents, first_rows[sequence_of])
     lines = np.empty((num_rows, len(RowColumn)), dtype=np.int64)
     lines[:, RowColumn.SEQUENCE] = sequence_of
     lines[:, RowColumn.POSITION] = rows.positions[sequence_of] + depths + 1
@@ -118,16 +119,6 @@ def columns_of(rows: DrawRows, table: SamplingTable, device: torch.device) -> Pl
         first_rows=first_rows,
         num_logprobs=table.num_logprobs[rows.slots],
     )
-
-
-def _depths(parents: Ints, first_rows: Ints) -> Ints:
-    """Distance of every row from its root; a parent comes before its children."""
-    depths = np.zeros(len(parents), dtype=np.int64)
-    at = np.where(parents < 0, -1, parents + first_rows)
-    while (at >= 0).any():
-        depths += at >= 0
-        at = np.where(at < 0, -1, np.where(parents[at] < 0, -1, parents[at] + first_rows))
-    return depths
 
 
 def _drafts(

@@ -30,7 +30,7 @@ class PagedStep:
     def __init__(self, batch: StepBatch, cache: PagedCache, device: str) -> None:
         self.cache = cache
         self.slots = torch.from_numpy(batch.slots).to(device)
-        tables = (batch.entry_lens, batch.context_lens, batch.page_counts, batch.pages)
+        tables = (batch.entry_lens, batch.context_lens, batch.page_counts, batch.pages, batch.parents)
         self.tables = tuple(map(torch.from_numpy, tables))
         self.padded = None if device == "cpu" else PaddedStep(*tables, cache.page_size, device)
 
@@ -60,7 +60,10 @@ def paged_attention(
     if paged.padded is not None:
         out = paged.padded.attend(*rows, *stored, scale=scale, **kind)
     else:
-        out = ops.paged_attention(*rows, *stored, *paged.tables, page_size=cache.page_size, scale=scale, **kind)
+        *tables, parents = paged.tables
+        out = ops.paged_attention(
+            *rows, *stored, *tables, page_size=cache.page_size, scale=scale, **kind, parents=parents
+        )  # fmt: skip
     return out[None], None
 
 

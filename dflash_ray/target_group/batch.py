@@ -1,4 +1,4 @@
-"""One ragged pass over the target: rows of prefill chunks and verify chains, gathered from the slots."""
+"""One ragged pass over the target: rows of prompts' chunks and anchors with their drafts, gathered from the slots."""
 
 from __future__ import annotations
 
@@ -7,17 +7,19 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from dflash_ray.kernels.trees import depths_of
 from dflash_ray.sampling.columns import DrawRows
 from dflash_ray.target_group.slots import SlotTable
-from dflash_ray.target_group.step import Drafts, Ints, no_ints
+from dflash_ray.target_group.step import Drafts, Ints, chain_parents, no_ints
 
 
 @dataclass(frozen=True, slots=True)
 class StepBatch:
-    """T rows in E entries. A row sees its sequence's context and the rows of its own entry up to itself.
+    """T rows in E entries. A row sees its sequence's context and those rows of its own entry that it follows.
 
     Attributes:
-        token_ids, positions, slots: [T]; slot = page * page_size + offset, where the row's keys and values go.
+        token_ids, positions, slots: [T]; slot = page * page_size + offset, where the row's keys and values go. Rows of
+            a tree may have one position, and have a slot each.
         entry_lens: [E] rows of each entry.
         context_lens: [E] rows of the sequence that are in the cache before the entry.
         page_counts: [E] pages of each entry's table; pages: all tables, one after the other.
@@ -26,6 +28,8 @@ class StepBatch:
         scored_rows: [S] rows whose next token is known and is to have its log-probability, ascending.
         scored_tokens: [S] those tokens.
         num_top: [1] likeliest tokens wanted beside each of them; empty when none is scored.
+        parents: [T] row of its entry that each row follows, -1 for an entry's first; empty where all follow the one
+            before them.
     """
 
     token_ids: Ints
@@ -40,6 +44,7 @@ class StepBatch:
     scored_rows: Ints = field(default_factory=no_ints)
     scored_tokens: Ints = field(default_factory=no_ints)
     num_top: Ints = field(default_factory=no_ints)
+    parents: Ints = field(default_factory=no_ints)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,11 +72,14 @@ def build_batch(table: SlotTable, rows: Rows, drafts: Drafts) -> tuple[StepBatch
     firsts = np.cumsum(counts) - counts
     entry_of = np.repeat(np.arange(len(slots)), counts)
     offsets = np.arange(len(entry_of)) - firsts[entry_of]
-    positions = starts[entry_of] + offsets
+    positions = places = starts[entry_of] + offsets  # a row's place among the sequence's rows in the cache
     slot_of = slots[entry_of]
-    token_ids = table.tokens[slot_of, positions].astype(np.int64)
+    token_ids = table.tokens[slot_of, places].astype(np.int64)
     is_draft = rows.is_verify[entry_of] & (offsets > 0)
     token_ids[is_draft] = drafts.token_ids
+    parents = _parents(drafts, is_draft, offsets)
+    if len(parents):
+        positions = starts[entry_of] + depths_of(parents, firsts[entry_of])
     page_counts = table.page_counts[slots]
     wants_features = table.wants_features[slots]
     roots = np.where(rows.is_verify, 0, counts - 1)  # of an entry's rows that draw, the first
@@ -82,7 +90,7 @@ def build_batch(table: SlotTable, rows: Rows, drafts: Drafts) -> tuple[StepBatch
     batch = StepBatch(
         token_ids=token_ids,
         positions=positions,
-        slots=table.cache_rows(slot_of, positions),
+        slots=table.cache_rows(slot_of, places),
         entry_lens=counts,
         context_lens=starts,
         page_counts=page_counts,
@@ -92,6 +100,7 @@ def build_batch(table: SlotTable, rows: Rows, drafts: Drafts) -> tuple[StepBatch
         scored_rows=scored_rows,
         scored_tokens=table.tokens[slot_of[scored_rows], positions[scored_rows] + 1].astype(np.int64),
         num_top=table.num_prompt_logprobs[slots].max(initial=0, keepdims=True) if len(scored_rows) else no_ints(),
+        parents=parents,
     )
     draws = rows.draws
     drawing = DrawRows(
@@ -101,12 +110,23 @@ def build_batch(table: SlotTable, rows: Rows, drafts: Drafts) -> tuple[StepBatch
         token_ids=token_ids[sample_rows],
         feature_rows=np.where(wants_features, first_features + roots, -1)[draws],
     )
+    if len(parents):
+        drawing.parents = np.where(is_draft, parents, -1)[sample_rows]
     if len(drafts.num_candidates):
         drawing.num_candidates = np.zeros(len(slots), dtype=np.int64)
         drawing.num_candidates[rows.is_verify] = drafts.num_candidates
         drawing.num_candidates = drawing.num_candidates[draws]
         drawing.candidate_ids, drawing.candidate_probs = drafts.candidate_ids, drafts.candidate_probs
     return batch, drawing
+
+
+def _parents(drafts: Drafts, is_draft: NDArray[np.bool_], offsets: Ints) -> Ints:
+    """Of all rows; empty where all drafts are chains."""
+    if np.array_equal(drafts.parents, chain_parents(drafts.counts)):
+        return no_ints()
+    parents = offsets - 1
+    parents[is_draft] = drafts.parents
+    return parents
 
 
 def _page_tables(table: SlotTable, slots: Ints, page_counts: Ints) -> Ints:

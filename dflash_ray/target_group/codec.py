@@ -47,7 +47,7 @@ def decode_step(step: target_pb2.Step) -> StepInput:
         ),
         draft_ids=to_ids(step.colocated_draft_ids),
         draft_counts=_ints(step.colocated_num_drafts),
-        num_candidates=max(1, step.num_candidates),
+        tree_width=max(1, step.tree_width),
     )
 
 

@@ -73,7 +73,9 @@ class ColocatedDrafter:
                 raise
             logger.exception(fault)
 
-    def draft(self, table: SlotTable, sequence_ids: Ids, counts: Ints, num_candidates: int) -> BlockColumns:
+    def draft(
+        self, table: SlotTable, sequence_ids: Ids, counts: Ints, num_candidates: int, tree_width: int = 1
+    ) -> BlockColumns:
         """At most so many tokens for each sequence that only lacks the anchor's row and whose context is whole."""
         slots = table.slots(sequence_ids)
         is_ready = (slots != NO_SLOT) & (counts > 0) & (table.kv_lens[slots] == table.committed_lens[slots] - 1)
@@ -85,9 +87,10 @@ class ColocatedDrafter:
             proposals = self._contexts.propose(
                 slots.tolist(),
                 table.tokens[slots, lens - 1].tolist(),
-                np.minimum(counts[is_ready], self.max_draft_tokens).tolist(),
+                (counts if tree_width > 1 else np.minimum(counts, self.max_draft_tokens))[is_ready].tolist(),
                 num_candidates,
                 table.draws(slots.tolist()),
+                tree_width,
             )
             return proposals.blocks(sequence_ids[is_ready].astype(np.int64), lens)
         return BlockColumns.none()

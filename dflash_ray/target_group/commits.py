@@ -1,4 +1,7 @@
-"""What a pass leaves behind: accepted tokens are committed, the rest is rolled back by not being counted."""
+"""What a pass leaves behind: accepted tokens are committed, the rest is rolled back by not being counted.
+
+An accepted path of a tree lies among rows that are not kept: its rows move to where they would lie in a chain.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ class Commit:
 
     Attributes:
         is_flagged: [E] the logits were not finite, and the sequence is as it was.
-        num_kept: [E] rows that stay in the cache, from the entry's first on.
+        num_kept: [E] rows that stay in the cache: the entry's first, and those of the accepted drafts.
         num_accepted, num_tokens, finishes: [E]; 0 for entries that draw no token.
         token_ids: committed, one entry after the other.
     """
@@ -54,8 +57,23 @@ def commit(table: SlotTable, rows: Rows, verdict: Verdict | None) -> Commit:
     return Commit(is_flagged, num_kept, num_accepted, num_tokens, finishes, token_ids)
 
 
+def rows_to_move(table: SlotTable, rows: Rows, verdict: Verdict) -> tuple[Ints, Ints]:
+    """Rows [n] of the cache with keys and values of accepted drafts that lie elsewhere than their positions, and where
+
+    these are; in an order in which no row is overwritten before it was moved.
+    """
+    slots, starts = rows.slots[rows.draws], rows.starts[rows.draws]
+    in_place = np.arange(1, verdict.accepted_rows.shape[1] + 1)
+    is_away = (in_place <= verdict.num_accepted[:, None]) & (verdict.accepted_rows != in_place)
+    is_away[verdict.is_flagged] = False
+    entries, columns = np.nonzero(is_away)
+    slots, starts = slots[entries], starts[entries]
+    source = table.cache_rows(slots, starts + verdict.accepted_rows[entries, columns])
+    return source, table.cache_rows(slots, starts + in_place[columns])
+
+
 def kept_features(table: SlotTable, rows: Rows, done: Commit, sequence_ids: Ids, features: Tensor) -> StepFeatures:
-    """Features [F, H] of a pass, and which of them it kept."""
+    """Features [F, H] of a pass, and which of them it kept; those of an accepted path lie behind its root's."""
     wanted = table.wants_features[rows.slots]
     starts, counts, num_rows = rows.starts[wanted], rows.counts[wanted], done.num_kept[wanted]
     slot_of = np.repeat(rows.slots[wanted], num_rows)

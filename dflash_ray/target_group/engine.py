@@ -22,7 +22,7 @@ from dflash_ray.sampling.parameters import NO_LOGPROBS
 from dflash_ray.sampling.verify import Verdict
 from dflash_ray.target_group.batch import Rows, StepBatch, build_batch
 from dflash_ray.target_group.colocated import ColocatedDrafter
-from dflash_ray.target_group.commits import Commit, commit, kept_features
+from dflash_ray.target_group.commits import Commit, commit, kept_features, rows_to_move
 from dflash_ray.target_group.entries import Entries, drafts_of, find_entries, rows_of
 from dflash_ray.target_group.feature_store import FeatureStore
 from dflash_ray.target_group.model import StepHidden
@@ -42,6 +42,8 @@ class StepRunner(Protocol):
     def verify(self, hidden: StepHidden, columns: PlanColumns) -> Verdict: ...
 
     def score(self, hidden: StepHidden, batch: StepBatch) -> Logprobs: ...
+
+    def move_rows(self, source: Ints, target: Ints) -> None: ...
 
 
 class Lead(Protocol):
@@ -134,6 +136,8 @@ class Engine:
             scores = self._runner.score(hidden, batch)
         verified = time.perf_counter_ns()
         prompt_logprobs = self._prompt_logprobs(rows, entries.sequence_ids[running], scores)
+        if verdict is not None and len(batch.parents):
+            self._runner.move_rows(*rows_to_move(self._table, rows, verdict))
         done = commit(self._table, rows, verdict)
         if self.prefixes is not None:
             self.prefixes.name_pages(rows.slots)
@@ -148,7 +152,7 @@ class Engine:
             output.features = self._take_features(rows, done, entries.sequence_ids[running], hidden.features)
         if self._drafter is not None and len(step.draft_ids):
             output.colocated_drafts = self._drafter.draft(
-                self._table, step.draft_ids, step.draft_counts, step.num_candidates
+                self._table, step.draft_ids, step.draft_counts, step.num_candidates, step.tree_width
             )
         output.forward_ns, output.verify_ns = forwarded - started, verified - forwarded
         output.draft_ns = time.perf_counter_ns() - verified

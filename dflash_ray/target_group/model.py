@@ -120,6 +120,11 @@ class RankModel:
         return hidden if len(rows) == len(hidden) else hidden[torch.from_numpy(rows).to(self._device)]
 
     @torch.inference_mode()
+    def move_rows(self, source: Ints, target: Ints) -> None:
+        """Copies rows [n] of the cache to other rows; see `PagedCache.move`."""
+        self._cache.move(source, target)
+
+    @torch.inference_mode()
     def rank_logits(self, hidden: Tensor) -> Tensor:
         """Logits [R, Vs] of this rank's tokens vocab_start, vocab_start + 1, ..."""
         return self._head(hidden)

@@ -8,6 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dflash_ray.kernels import ops
+from dflash_ray.target_group.step import Ints
+
 
 class PagedCache:
     """[num_pages * page_size, kv_heads, head_dim] for keys and values of every layer; the attention operator writes.
@@ -23,6 +26,10 @@ class PagedCache:
         rows = num_pages * page_size
         self.keys = [_zeros((rows, heads, head_dim), dtype, device) for heads in kv_heads]
         self.values = [_zeros((rows, heads, head_dim), dtype, device) for heads in kv_heads]
+
+    def move(self, source: Ints, target: Ints) -> None:
+        """Copies rows [n] to other rows in all layers, in this order: no target may be a source behind it."""
+        ops.move_rows([*self.keys, *self.values], torch.from_numpy(source), torch.from_numpy(target))
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:

@@ -11,6 +11,7 @@ from dflash_ray.sampling.ranks import RankGroup
 from dflash_ray.sampling.verify import Verdict, verify
 from dflash_ray.target_group.batch import StepBatch
 from dflash_ray.target_group.model import RankModel, StepHidden
+from dflash_ray.target_group.step import Ints
 
 _SCORED_AT_ONCE = 128  # rows of logits, each as long as the vocabulary
 
@@ -29,6 +30,9 @@ class GroupRunner:
     def verify(self, hidden: StepHidden, columns: PlanColumns) -> Verdict:
         logits = self._model.rank_logits(hidden.sampled)
         return verify(logits, self._model.vocab_start, columns, self._ranks, hidden.features)
+
+    def move_rows(self, source: Ints, target: Ints) -> None:
+        self._model.move_rows(source, target)
 
     def score(self, hidden: StepHidden, batch: StepBatch) -> Logprobs:
         """Log-probabilities of the batch's scored tokens."""

@@ -102,6 +102,7 @@ class StepInput:
         verify_ids, base_lens: [V] sequences and how many committed tokens their drafts follow.
         draft_ids, draft_counts: sequences for which the colocated drafter is to draft after the pass, and how many.
         num_candidates: of each slot of a colocated draft.
+        tree_width: of colocated drafts; above 1 they are trees, in which so many follow the same one at most.
         epoch: of the lease under which the router leads, for those drafts.
         faults_of_open, faults_of_drafts: what `step_check` found, by index in `open` and among the verify entries.
     """
@@ -118,6 +119,7 @@ class StepInput:
     draft_ids: Ids = field(default_factory=no_ids)
     draft_counts: Ints = field(default_factory=no_ints)
     num_candidates: int = 1
+    tree_width: int = 1
     faults_of_open: dict[int, str] = field(default_factory=dict)
     faults_of_drafts: dict[int, str] = field(default_factory=dict)
 

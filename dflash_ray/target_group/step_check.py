@@ -76,12 +76,15 @@ def _note_faults_of_drafts(step: StepInput, vocab_size: int) -> None:
         for entry in np.unique(entries[is_wrong]).tolist():
             step.faults_of_drafts.setdefault(entry, fault)
 
-    note(drafts.parents != chain_parents(drafts.counts), entry_of, "only chains of drafts can be verified")
+    follows = chain_parents(drafts.counts)
+    is_misplaced = (drafts.parents < 0) | (drafts.parents > follows)
+    note(is_misplaced, entry_of, "a draft's parent must come before it in its entry")
     note(drafts.token_ids >= vocab_size, entry_of, f"drafts must be below {vocab_size}")
     if not len(drafts.candidate_ids):
         return
     candidates_of_node = drafts.num_candidates[entry_of]
     is_drawn = candidates_of_node > 0
+    note(is_drawn & (drafts.parents != follows), entry_of, "drafts that were drawn must be a chain")
     places = (np.cumsum(candidates_of_node) - candidates_of_node)[is_drawn]
     is_other = drafts.candidate_ids[places] != drafts.token_ids[is_drawn]
     note(is_other, entry_of[is_drawn], "the first candidate of a draft must be the draft")

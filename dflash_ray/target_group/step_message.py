@@ -15,8 +15,8 @@ from dflash_ray.target_group.step import Drafts, Ints, Opening, StepInput
 _FAULT = "the rank that leads says why"
 _STEP = {"close": np.uint64, "prefill_ids": np.uint64, "prefill_lens": np.int64, "verify_ids": np.uint64,
          "base_lens": np.int64}  # fmt: skip
-_DRAFTS = {"counts": np.int64, "token_ids": np.int64, "num_candidates": np.int64, "candidate_ids": np.int64,
-           "candidate_probs": np.float32}  # fmt: skip
+_DRAFTS = {"counts": np.int64, "token_ids": np.int64, "parents": np.int64, "num_candidates": np.int64,
+           "candidate_ids": np.int64, "candidate_probs": np.float32}  # fmt: skip
 _FAULTS = ("faults_of_open", "faults_of_drafts")
 _OPENING = {"token_ids": np.int64, "stop_ids": np.int64}
 _BIAS = {"bias_ids": np.int64, "bias_values": np.float32}

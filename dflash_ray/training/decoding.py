@@ -1,4 +1,4 @@
-"""Many sequences through the target's own engine in this process: chunked prefill and verify chains in one pass.
+"""Many sequences through the target's own engine in this process: chunked prefill and drafts verified in one pass.
 
 A job knows its sequences and their limits beforehand, so pages are promised for a whole sequence when it is admitted
 and nothing is ever preempted.
@@ -35,7 +35,6 @@ from dflash_ray.target_group.step import (
     StepFeatures,
     StepInput,
     StepOutput,
-    chain_parents,
 )
 from dflash_ray.target_group.step_check import StepLimits, check_step
 from dflash_ray.target_group.tensor_parallel import create_store, init_process_group
@@ -54,6 +53,8 @@ class DecodeRequest:
         draft_tokens: drafts asked of the engine's drafter for each pass; 0 decodes plainly.
         wants_taps: whether the features of all rows are wanted back.
         num_candidates: of each slot that are wanted back; 0 for no blocks. The same for all requests of a run.
+        tree_width: above 1 the drafts are trees of `draft_tokens` nodes, in which so many follow the same one at most.
+            The same for all requests of a run.
     """
 
     token_ids: list[int]
@@ -64,6 +65,7 @@ class DecodeRequest:
     draft_tokens: int = 0
     wants_taps: bool = False
     num_candidates: int = 0
+    tree_width: int = 1
 
 
 @dataclass(slots=True)
@@ -95,6 +97,7 @@ class _Running:
     stats: AcceptanceStats
     num_prefilled: int = 0
     drafts: list[int] = field(default_factory=list)
+    parents: list[int] = field(default_factory=list)
     taps: list[Tensor] = field(default_factory=list)
     blocks: list[Candidates] = field(default_factory=list)
 
@@ -172,6 +175,7 @@ class BatchDecoder:
         """Verify chains of all that decode, then chunks of prompts in what is left of the pass."""
         chains = {index: one for index, one in running.items() if one.is_decoding}
         drafts = [one.drafts[: max(0, one.num_left - 1)] for one in chains.values()]
+        parents = _ints(parent for one in chains.values() for parent in one.parents[: max(0, one.num_left - 1)])
         counts = _ints(map(len, drafts))
         room = self._settings.max_batch_tokens - len(chains) - int(counts.sum())
         chunks: dict[int, int] = {}
@@ -189,10 +193,11 @@ class BatchDecoder:
             prefill_lens=_ints(chunks.values()),
             verify_ids=_ids(chains),
             base_lens=_ints(len(one.tokens) for one in chains.values()),
-            drafts=Drafts(counts, _ints(token for chain in drafts for token in chain), chain_parents(counts)),
+            drafts=Drafts(counts, _ints(token for chain in drafts for token in chain), parents),
             draft_ids=_ids(drafting),
             draft_counts=_ints(drafting.values()),
             num_candidates=max(1, *(one.request.num_candidates for one in running.values())),
+            tree_width=max(1, *(one.request.tree_width for one in running.values())),
         )
         check_step(step, self._limits)
         return step
@@ -214,7 +219,7 @@ class BatchDecoder:
             one = running[index]
             if one.is_decoding:
                 one.stats.record(min(len(one.drafts), max(0, one.num_left - 1)), num_accepted)
-            one.drafts = []
+            one.drafts, one.parents = [], []
             one.tokens += output.token_ids[offset : offset + count].tolist()
             offset += count
             if finish:
@@ -224,6 +229,7 @@ class BatchDecoder:
             if not one.is_decoding:  # the prompt lacks its last token alone, which needs no verification
                 continue
             one.drafts = block.draft_ids
+            one.parents = list(range(len(one.drafts))) if block.parents is None else block.parents.tolist()
             if one.request.num_candidates and block.sequence_id not in finished:
                 one.blocks.append(_candidates(block))
         for index, error in failed.items():

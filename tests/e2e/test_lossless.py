@@ -8,6 +8,8 @@ from tests.applications import PROMPTS, Application, Client, application, reques
 from tests.reference import Comparison, Reference
 
 MAX_NEW_TOKENS = 24
+# More nodes than a block of the drafter has slots.
+TREES = ("router.tree_width=4", "router.draft_tokens=9", "target.max_batch_tokens=640")
 SETUPS = {
     f"tp{tp_size}-{name}": (f"target.tp_size={tp_size}", *overrides)
     for tp_size in (1, 2)
@@ -15,6 +17,12 @@ SETUPS = {
         "dflash-remote": ("drafter.method=dflash",),
         "dflash-colocated": ("drafter.method=dflash", "drafter.placement_mode=colocated"),
         "ngram": ("drafter.method=ngram",),
+        "trees-remote": ("drafter.method=dflash", *TREES),
+        "trees-colocated": (
+            "drafter.method=dflash",
+            "drafter.placement_mode=colocated",
+            *TREES,
+        ),
     }.items()
 }
 

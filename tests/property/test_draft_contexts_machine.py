@@ -46,7 +46,7 @@ class Recorder:
             at += count
         assert at == len(rows.token_ids)
 
-    def propose(self, sessions, anchor_ids, num_draft_tokens, num_candidates, draws) -> DraftProposals:
+    def propose(self, sessions, anchor_ids, num_draft_tokens, num_candidates, draws, tree_width=1) -> DraftProposals:
         self._fail()
         sums = [sum(self.contexts[session]) + anchor for session, anchor in zip(sessions, anchor_ids, strict=True)]
         return DraftProposals.of([DraftProposal(torch.tensor([[total]]), torch.zeros(1, 1)) for total in sums])

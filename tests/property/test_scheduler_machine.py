@@ -35,9 +35,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         depth=st.sampled_from([1, 2, None]),
         num_pages=st.sampled_from([14, 18, 24, 200]),
         finds=st.sampled_from([None, lambda sequence_id: sequence_id % 4]),
+        tree_width=st.sampled_from([1, 2]),
     )
-    def start(self, cohorts, depth, num_pages, finds):
+    def start(self, cohorts, depth, num_pages, finds, tree_width):
         overrides = [
+            f"router.tree_width={tree_width}",
             f"router.cohorts={cohorts}",
             *([f"router.steps_in_flight={depth}"] if depth else []),
             "router.prefill_chunk_tokens=8",

@@ -45,13 +45,15 @@ def test_tokens_and_taps_are_those_of_each_sequence_alone(target_dir):
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_drafter_changes_no_token(temperature, device, target_dir):
+@pytest.mark.parametrize("tree_width", [1, 3], ids=["chains", "trees"])
+def test_a_drafter_changes_no_token(tree_width, temperature, device, target_dir):
     target = resolve_target(str(target_dir))
     values = changed(dflash_config={"target_layer_ids": [0, 2]})
     drafter = DrafterCheckpoint(parse_dflash_config(values, "test"), random_weights(values), "test")
     assert drafter.config.vocab_size == target.config.vocab_size
     plain = [DecodeRequest(prompt, NEW_TOKENS, temperature, seed=3) for prompt in PROMPTS]
-    drafted = [DecodeRequest(prompt, NEW_TOKENS, temperature, seed=3, draft_tokens=5) for prompt in PROMPTS]
+    options = {"seed": 3, "draft_tokens": 5, "tree_width": tree_width}
+    drafted = [DecodeRequest(prompt, NEW_TOKENS, temperature, **options) for prompt in PROMPTS]
     expected = decode(target_dir, plain, device)
     results = decode(target_dir, drafted, device, drafter=drafter)
     for index, decoded in results.items():

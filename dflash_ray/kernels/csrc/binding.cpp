@@ -13,7 +13,8 @@ TORCH_LIBRARY(dflash_ray, library) {
   library.def(
       "paged_attention(Tensor query, Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, "
       "Tensor slots, Tensor entry_lens, Tensor context_lens, Tensor page_counts, Tensor pages, int page_size, "
-      "float scale, int window, float softcap, bool is_causal) -> Tensor");
+      "float scale, int window, float softcap, bool is_causal, Tensor? parents) -> Tensor");
+  library.def("move_rows(Tensor(a!)[] caches, Tensor source, Tensor target) -> ()");
   library.def(
       "decoder_layers(Tensor(a!) hidden, Tensor[] weights, Tensor(b!)[] keys, Tensor(c!)[] values, Tensor[] step, "
       "int[] sizes, float[] scalars, int[] windows) -> ()");
@@ -30,6 +31,7 @@ TORCH_LIBRARY_IMPL(dflash_ray, CPU, library) {
   library.impl("rms_norm", &dflash_ray::rms_norm_cpu);
   library.impl("silu_and_mul", &dflash_ray::silu_and_mul_cpu);
   library.impl("paged_attention", &dflash_ray::paged_attention_cpu);
+  library.impl("move_rows", &dflash_ray::move_rows_cpu);
   library.impl("decoder_layers", &dflash_ray::decoder_layers_cpu);
   library.impl("decoder_attention", &dflash_ray::decoder_attention_cpu);
   library.impl("decoder_mlp", &dflash_ray::decoder_mlp_cpu);

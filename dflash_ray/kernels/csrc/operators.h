@@ -21,7 +21,10 @@ at::Tensor paged_attention_cpu(const at::Tensor& query, const at::Tensor& key, c
                                at::Tensor& key_cache, at::Tensor& value_cache, const at::Tensor& slots,
                                const at::Tensor& entry_lens, const at::Tensor& context_lens,
                                const at::Tensor& page_counts, const at::Tensor& pages, int64_t page_size, double scale,
-                               int64_t window, double softcap, bool is_causal);
+                               int64_t window, double softcap, bool is_causal,
+                               const std::optional<at::Tensor>& parents);
+
+void move_rows_cpu(at::TensorList caches, const at::Tensor& from, const at::Tensor& to);
 
 void decoder_layers_cpu(at::Tensor& hidden, at::TensorList weights, at::TensorList keys, at::TensorList values,
                         at::TensorList step, at::IntArrayRef sizes, at::ArrayRef<double> scalars,

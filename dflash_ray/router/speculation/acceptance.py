@@ -11,6 +11,7 @@ import numpy as np
 from dflash_ray.core.arrays import Flags, Ints
 from dflash_ray.core.ngram import MAX_NGRAM, MIN_NGRAM
 from dflash_ray.router.speculation.records import Floats
+from dflash_ray.router.speculation.trees import by_depth, depths_of, judged_nodes, survival_in_trees
 
 _FADE = 0.85  # of a sequence's older observations, with each newer one of that slot
 _SHARED_FADE = 0.99  # of all sequences together
@@ -71,15 +72,20 @@ class Acceptance:
         rates: Floats = (self._right[slots] + _SHARED_WEIGHT * shared) / (self._seen[slots] + _SHARED_WEIGHT)
         return rates
 
-    def survival_of(self, slots: Ints, log_probs: Floats) -> Floats:
-        """[n, k]: the same for drafts whose log-probabilities [n, k] the drafter gave; nan where it gave none."""
+    def survival_of(self, slots: Ints, log_probs: Floats, parents: Ints | None = None) -> Floats:
+        """[n, k]: the same for drafts whose log-probabilities [n, k] the drafter gave; nan where it gave none.
+
+        With `parents` [n, k] they are trees.
+        """
+        if parents is not None:
+            return survival_in_trees(self._rates_of(slots, log_probs, depths_of(parents)), parents)
         survival: Floats = np.cumprod(self._rates_of(slots, log_probs), axis=1)
         return survival
 
-    def _rates_of(self, slots: Ints, log_probs: Floats) -> Floats:
+    def _rates_of(self, slots: Ints, log_probs: Floats, depths: Ints | None = None) -> Floats:
         count = log_probs.shape[1]
         bins = np.searchsorted(_BIN_EDGES, log_probs)
-        depths = np.minimum(np.arange(count), _DEPTHS - 1)
+        depths = np.minimum(np.arange(count) if depths is None else depths, _DEPTHS - 1)
         said = self._said_by_bins()[depths, np.minimum(bins, len(_BIN_START) - 1)]
         odds = said / (1.0 - said) * self._bias(slots)[:, None]
         return np.where(np.isnan(log_probs), self._rates(slots)[:, :count], odds / (1.0 + odds))
@@ -102,12 +108,27 @@ class Acceptance:
         survival: Floats = np.multiply.accumulate(chances, axis=1)
         return survival
 
+    def saw_trees(self, slots: Ints, counts: Ints, is_accepted: Flags, log_probs: Floats, parents: Ints) -> None:
+        """Takes verdicts on trees: the first `counts` drafts were verified, those of `is_accepted` [n, k] kept."""
+        depths = depths_of(parents)
+        judged = judged_nodes(parents, counts, is_accepted)
+        self._judge_forecast(judged, is_accepted, self._rates_of(slots, log_probs, depths))
+        # What a sequence is known for is how deep its drafts are right.
+        self._saw_slots(slots, by_depth(judged, depths), by_depth(is_accepted, depths))
+        self._saw_bins(slots, judged & ~np.isnan(log_probs), is_accepted, log_probs, depths)
+
     def saw_drafts(self, slots: Ints, counts: Ints, accepted: Ints, log_probs: Floats) -> None:
         """Takes verdicts on drafters' drafts: `counts` verified and the first `accepted` kept; log_probs [n, k]."""
         width = log_probs.shape[1]
         judged, right = _verdicts(counts, accepted, width)
         expected = self._rates_of(slots, log_probs)
         self._judge_forecast(judged, right, expected)
+        self._saw_slots(slots, judged, right)
+        depths = np.broadcast_to(np.arange(width), judged.shape)
+        self._saw_bins(slots, judged & ~np.isnan(log_probs), right, log_probs, depths)
+
+    def _saw_slots(self, slots: Ints, judged: Flags, right: Flags) -> None:
+        width = judged.shape[1]
         fade = np.where(judged, _FADE, 1.0)
         self._right[slots, :width] = self._right[slots, :width] * fade + right
         self._seen[slots, :width] = self._seen[slots, :width] * fade + judged
@@ -115,13 +136,12 @@ class Acceptance:
         fade = _SHARED_FADE**num_judged
         self._shared_right[:width] = self._shared_right[:width] * fade + right.sum(axis=0)
         self._shared_seen[:width] = self._shared_seen[:width] * fade + num_judged
-        self._saw_bins(slots, judged & ~np.isnan(log_probs), right, log_probs)
 
-    def _saw_bins(self, slots: Ints, judged: Flags, right: Flags, log_probs: Floats) -> None:
+    def _saw_bins(self, slots: Ints, judged: Flags, right: Flags, log_probs: Floats, depths: Ints) -> None:
         rows, columns = np.nonzero(judged)
         if not len(rows):
             return
-        depths = np.minimum(columns, _DEPTHS - 1)
+        depths = np.minimum(depths[rows, columns], _DEPTHS - 1)
         bins = np.searchsorted(_BIN_EDGES, log_probs[rows, columns])
         said = self._said_by_bins()[depths, bins]
         held = right[rows, columns]

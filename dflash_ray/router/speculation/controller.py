@@ -248,7 +248,7 @@ class SpeculationController:
         tokens = float(batch.num_sequences)
         batch = replace(batch, num_rows=batch.num_rows + min(int(counts.sum()), max_rows))
         if is_free.any() and outlook.reason not in PLAIN and self.costs.is_known:
-            drafts = _cut(self.acceptance.survival_of(slots, log_probs), draft_lens)
+            drafts = _cut(self.acceptance.survival_of(slots, log_probs, candidates.parents), draft_lens)
             ngrams = self.acceptance.ngram_survival(candidates.match_lens, ngram_lens)
             is_better = ngrams.sum(axis=1) > drafts.sum(axis=1)
             survival = np.where((is_better & is_free)[:, None], ngrams, drafts * is_free[:, None])
@@ -258,7 +258,8 @@ class SpeculationController:
             counts = np.where(is_free, share(survival, num_rows), counts)
             from_ngram = np.where(is_free, is_better, from_ngram)
         self._cut = SpeculativeStep(
-            batch, outlook, slots, counts, from_ngram, is_free, log_probs, candidates.match_lens, tokens
+            batch, outlook, slots, counts, from_ngram, is_free, log_probs, candidates.match_lens, tokens,
+            parents=candidates.parents,
         )  # fmt: skip
         return counts, from_ngram
 
@@ -300,6 +301,7 @@ class SpeculationController:
         draft_seconds: float = 0.0,
         rows_spared: int = 0,
         pass_seconds: float = 0.0,
+        is_accepted: Flags | None = None,
     ) -> None:
         """The oldest step in flight was answered.
 
@@ -308,6 +310,7 @@ class SpeculationController:
             draft_seconds: of a colocated drafter.
             rows_spared: of prompts, that were not computed.
             pass_seconds: of the target alone, as it says; 0 where it does not.
+            is_accepted: [num_slots, MOST_DRAFTS] of a step with trees, which drafts were kept.
         """
         self.learn()
         step = self._steps.popleft()
@@ -326,7 +329,8 @@ class SpeculationController:
             self._num_passed_over += 1
             if self._num_passed_over % _PASSED_OVER:
                 return
-        self._lesson = Lesson(step, accepted, busy, draft_seconds)
+        kept = None if is_accepted is None else is_accepted[step.slots]
+        self._lesson = Lesson(step, accepted, busy, draft_seconds, kept)
         if step.is_drafted:  # the next plan wants to know
             self.learn()
 
@@ -347,7 +351,7 @@ class SpeculationController:
         if not step.is_free.any() and not step.counts.any():
             return
         saved = keep_account(self.costs, self.acceptance, self.ledger, self.counts, lesson)
-        learn_acceptance(self.acceptance, step, lesson.accepted)
+        learn_acceptance(self.acceptance, step, lesson.accepted, lesson.is_accepted)
         has_hit = bool((lesson.accepted[step.is_free] > 0).any())
         self._pauses.step_done(step.outlook.reason, step.outlook.num_asked > 0, has_hit, saved)
 

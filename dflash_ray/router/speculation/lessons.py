@@ -6,12 +6,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dflash_ray.core.arrays import Ints
+from dflash_ray.core.arrays import Flags, Ints
 from dflash_ray.router.speculation.acceptance import Acceptance
 from dflash_ray.router.speculation.cost_model import CostModel
 from dflash_ray.router.speculation.ledger import Ledger
 from dflash_ray.router.speculation.outlook import SpeculativeStep
 from dflash_ray.router.speculation.records import MOST_DRAFTS, SpeculationCounts
+from dflash_ray.router.speculation.trees import depths_of
 
 _SAMPLED = 32  # sequences that acceptance is learnt from in a step that leaves nothing to choose
 _SPIKE = 1.25  # times what was expected; what a pass takes over that is the machine's doing
@@ -25,23 +26,32 @@ class Lesson:
         accepted: drafts of each sequence that were kept; -1 where there is no verdict.
         busy: seconds of the pass.
         draft_seconds: of the colocated drafter.
+        is_accepted: [n, MOST_DRAFTS] of a step with trees, which drafts were kept.
     """
 
     step: SpeculativeStep
     accepted: Ints
     busy: float
     draft_seconds: float
+    is_accepted: Flags | None = None
 
 
-def learn_acceptance(acceptance: Acceptance, step: SpeculativeStep, accepted: Ints) -> None:
-    """Takes the verdicts; -1 where there is none."""
+def learn_acceptance(
+    acceptance: Acceptance, step: SpeculativeStep, accepted: Ints, is_accepted: Flags | None = None
+) -> None:
+    """Takes the verdicts; -1 where there is none. Of trees `is_accepted` [n, k] says which drafts were kept."""
     has_verdict = (accepted >= 0) & (step.counts > 0)
     remote = np.flatnonzero(has_verdict & ~step.from_ngram)
     if len(remote) > _SAMPLED and not step.is_free.any():
         remote = remote[:: len(remote) // _SAMPLED]
     if len(remote):
         width = min(MOST_DRAFTS, int(step.counts[remote].max()))
-        acceptance.saw_drafts(step.slots[remote], step.counts[remote], accepted[remote], step.log_probs[remote, :width])
+        slots, counts, log_probs = step.slots[remote], step.counts[remote], step.log_probs[remote, :width]
+        if step.parents is None or is_accepted is None:
+            acceptance.saw_drafts(slots, counts, accepted[remote], log_probs)
+        else:
+            kept, parents = is_accepted[remote, :width], step.parents[remote, :width]
+            acceptance.saw_trees(slots, counts, kept, log_probs, parents)
     ngram = np.flatnonzero(has_verdict & step.from_ngram)
     if len(ngram):
         acceptance.saw_ngrams(step.match_lens[ngram], step.counts[ngram], accepted[ngram])
@@ -101,11 +111,12 @@ def keep_account(
 
 def _worth(acceptance: Acceptance, step: SpeculativeStep) -> tuple[float, float]:
     """Drafts chosen here that are accepted in expectation, and their variance."""
-    survival = acceptance.survival_of(step.slots, step.log_probs)
+    survival = acceptance.survival_of(step.slots, step.log_probs, step.parents)
     ngrams = acceptance.ngram_survival(step.match_lens, step.counts)
     survival = np.where(step.from_ngram[:, None], ngrams, survival)
     index = np.arange(survival.shape[1])
     survival = np.where((index < step.counts[:, None]) & step.is_free[:, None], survival, 0.0)
     worths = survival.sum(axis=1)
-    squares = (survival * (2 * index + 1)).sum(axis=1)
+    depths = index if step.parents is None else np.where(step.from_ngram[:, None], index, depths_of(step.parents))
+    squares = (survival * (2 * depths + 1)).sum(axis=1)
     return float(worths.sum()), float((squares - worths**2).sum())

@@ -45,6 +45,7 @@ class SpeculativeStep:
     sent_at: float = 0.0
     wait: float = 0.0
     asked_inside: tuple[int, int] = (0, 0)  # sequences and slots that the colocated drafter drafts for after the pass
+    parents: Ints | None = None  # of drafters' drafts, where not all are chains
 
     @property
     def is_drafted(self) -> bool:
@@ -56,6 +57,7 @@ class SpeculativeStep:
         self.slots, self.counts, self.from_ngram = self.slots[is_in], self.counts[is_in], self.from_ngram[is_in]
         self.is_free, self.log_probs = self.is_free[is_in], self.log_probs[is_in]
         self.match_lens = self.match_lens[is_in]
+        self.parents = None if self.parents is None else self.parents[is_in]
 
 
 NO_OUTLOOK = Outlook(Reason.FIXED, 0, 0, np.inf, 0.0)

@@ -48,6 +48,7 @@ class Candidates:
         draft_room: of these, how many its drafter can give; 0 where none can draft.
         match_lens: of its n-gram's match, 0 where there is none.
         ngram_lens: tokens of its n-gram.
+        parents: [n, MOST_DRAFTS] which draft each of its drafter's follows, as in `trees`; None where all are chains.
     """
 
     slots: Ints
@@ -55,6 +56,7 @@ class Candidates:
     draft_room: Ints
     match_lens: Ints
     ngram_lens: Ints
+    parents: Ints | None = None
 
 
 @dataclass(slots=True)

@@ -45,7 +45,7 @@ class Recorder:
             self.contexts[session] = torch.cat([self.contexts[session], rows.features[at : at + count, 0]])
             at += count
 
-    def propose(self, sessions, anchor_ids, num_draft_tokens, num_candidates, draws) -> DraftProposals:
+    def propose(self, sessions, anchor_ids, num_draft_tokens, num_candidates, draws, tree_width=1) -> DraftProposals:
         proposals = []
         for session in sessions:
             context = self.contexts[session]

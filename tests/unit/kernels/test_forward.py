@@ -1,5 +1,6 @@
 """The compiled operators of the forward pass equal plain torch, and no row depends on its neighbours."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -92,7 +93,8 @@ def test_paged_attention_equals_torch_compiled_and_padded(entries, kv_heads, gro
     want = reference.paged_attention(*copies, size**-0.5, window, softcap, is_causal)
     assert torch.allclose(got, want, atol=1e-5)
     assert all(torch.equal(arguments[cache], copies[cache]) for cache in (3, 4)), "the caches hold the new rows"
-    padded = PaddedStep(*(table.numpy() for table in arguments[6:10]), PAGE_SIZE, "cpu")
+    no_parents = np.zeros(0, dtype=np.int64)
+    padded = PaddedStep(*(table.numpy() for table in arguments[6:10]), no_parents, PAGE_SIZE, "cpu")
     out = padded.attend(*padded_copies[:6], size**-0.5, window, softcap, is_causal)
     assert torch.allclose(out, want, atol=1e-5)
     assert all(torch.equal(padded_copies[cache], copies[cache]) for cache in (3, 4))

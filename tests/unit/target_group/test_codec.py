@@ -36,7 +36,7 @@ def test_a_steps_columns_arrive_with_ids_of_all_64_bits_and_probabilities_of_dra
         colocated_draft_ids=[7], colocated_num_drafts=[3],
     )  # fmt: skip
     step = decode_step(message)
-    assert (step.step_id, step.epoch, step.num_candidates) == (3, LARGEST, 1)
+    assert (step.step_id, step.epoch, step.tree_width) == (3, LARGEST, 1)
     assert (step.close.tolist(), step.prefill_ids.tolist(), step.verify_ids.tolist()) == (
         [LARGEST], [4], [LARGEST - 1, 7]
     )  # fmt: skip

@@ -127,11 +127,20 @@ def test_a_sequence_ends_with_the_models_context_whatever_the_router_asks(runner
         assert output.statuses.tolist() == [FAILED] and "context" in output.errors[0]
 
 
-def test_branching_drafts_end_their_sequence_with_a_clear_text(runner):
+@pytest.mark.parametrize("parents", [[1, 0], [0, 2], [0, -1]])
+def test_drafts_before_their_parents_end_their_sequence_with_a_clear_text(runner, parents):
     engine = new_engine(runner)
     tokens = first_token(engine)
-    output = engine.step(verify_step({1: tokens}, {1: [3, 4]}, parents=[0, 0]))
-    assert output.statuses.tolist() == [FAILED] and "chains" in output.errors[0]
+    output = engine.step(verify_step({1: tokens}, {1: [3, 4]}, parents=parents))
+    assert output.statuses.tolist() == [FAILED] and "parent" in output.errors[0]
+
+
+def test_drawn_drafts_that_branch_end_their_sequence_with_a_clear_text(runner):
+    engine = new_engine(runner)
+    tokens = first_token(engine, opening(temperature=1.0, mode=REJECTION))
+    drawn = {"num_candidates": [1], "candidate_ids": [3, 4], "candidate_probs": [1.0, 1.0]}
+    output = engine.step(verify_step({1: tokens}, {1: [3, 4]}, parents=[0, 0], **drawn))
+    assert output.statuses.tolist() == [FAILED] and "chain" in output.errors[0]
 
 
 def test_drawn_drafts_are_judged_by_their_distribution(runner):

@@ -19,6 +19,7 @@ from dflash_ray.target_group.step_channel import StepChannel
 from dflash_ray.target_group.step_message import pack_step, unpack_step
 from dflash_ray.target_group.tensor_parallel import create_store, init_process_group, join_store
 from tests.steps import PROMPT, garbage, opening, plain, run, step_of, verify_step
+from tests.trees import random_trees
 from tests.unit.target_group.conftest import CONFIG
 from tests.unit.target_group.test_engine import PENALISED
 from tests.unit.target_group.test_prefix_cache import caching_engine
@@ -31,6 +32,8 @@ SAMPLINGS = ({}, PENALISED | {"top_p": 0.8}, {"temperature": 0.9, "bias_ids": [4
 def drive(engine: Engine) -> list[list[int]]:
     """Some sequences to their ends, with and without drafts, and some that stay open."""
     texts = [run(engine, opening(**sampling), draft_of) for sampling in SAMPLINGS for draft_of in (plain, garbage)]
+    trees = [random_trees(text, len(PROMPT)) for text in texts[::2]]
+    assert [run(engine, opening(**one), tree) for one, tree in zip(SAMPLINGS, trees, strict=True)] == texts[::2]
     long = (PROMPT * 30)[:200]
     engine.step(step_of([opening(2, long), opening(3, **PENALISED), opening(4, [96])], {2: 90, 3: 7, 4: 1}))
     engine.close([2])

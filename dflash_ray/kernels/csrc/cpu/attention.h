@@ -149,11 +149,18 @@ inline void attend(const float* query, const float* keys, const float* values, c
 }
 
 // Where every row of every entry lies in a cache with `stride` floats a row, and what each row of the step sees.
+//
+// What a row sees is a stretch of one list of offsets, in the order of positions. An entry has one list; a tree of drafts
+// has one for each of its leaves, which all rows on the way to it share. So a row of a tree sees its context, its
+// ancestors and itself in the order in which it would see them in a chain.
 class CacheView {
  public:
+  // `parents` [T] or empty, for chains alone: the row that a row follows, counted within its entry, -1 for an entry's
+  // first. A parent comes before its children.
   CacheView(const at::Tensor& entry_lens, const at::Tensor& context_lens, const at::Tensor& page_counts,
-            const at::Tensor& pages, int64_t page_size, int64_t stride) {
+            const at::Tensor& pages, const at::Tensor& parents, int64_t page_size, int64_t stride) {
     const int64_t* page = pages.const_data_ptr<int64_t>();
+    const int64_t* parent = parents.numel() ? parents.const_data_ptr<int64_t>() : nullptr;
     for (int64_t entry = 0; entry < entry_lens.size(0); ++entry) {
       const int64_t context = context_lens.const_data_ptr<int64_t>()[entry];
       const int64_t total = context + entry_lens.const_data_ptr<int64_t>()[entry];
@@ -162,6 +169,7 @@ class CacheView {
         offsets_.push_back((page[at / page_size] * page_size + at % page_size) * stride);
       }
       for (int64_t at = context; at < total; ++at) rows_.push_back({start, at, total});
+      if (parent) branch(parent + rows_.size() - (total - context), start, context, total - context);
       page += page_counts.const_data_ptr<int64_t>()[entry];
     }
   }
@@ -190,8 +198,31 @@ class CacheView {
 
  private:
   struct RowPlace {
-    int64_t start, at, total;  // first offset of the entry, the row's position, the entry's end
+    int64_t start, at, total;  // first offset of its list, the row's position, the list's end
   };
+
+  // Gives the rows of the last entry, of which `start` is the list, lists of their own where they are no chain.
+  void branch(const int64_t* parent, int64_t start, int64_t context, int64_t count) {
+    RowPlace* rows = rows_.data() + rows_.size() - count;
+    std::vector<bool> has_list(count), is_parent(count);
+    bool is_chain = true;
+    for (int64_t i = 0; i < count; ++i) {
+      is_chain &= parent[i] == i - 1;
+      rows[i].at = context;
+      if (parent[i] >= 0) rows[i].at = rows[parent[i]].at + 1, is_parent[parent[i]] = true;
+    }
+    for (int64_t leaf = 0; leaf < count && !is_chain; ++leaf) {
+      if (is_parent[leaf]) continue;
+      const int64_t own = offsets_.size(), length = rows[leaf].at + 1;
+      offsets_.resize(own + length);
+      std::copy_n(offsets_.data() + start, context, offsets_.data() + own);
+      for (int64_t i = leaf; i >= 0; i = parent[i]) {
+        offsets_[own + rows[i].at] = offsets_[start + context + i];
+        if (!has_list[i]) rows[i].start = own, rows[i].total = length;
+        has_list[i] = true;
+      }
+    }
+  }
 
   std::vector<int64_t> offsets_;
   std::vector<RowPlace> rows_;

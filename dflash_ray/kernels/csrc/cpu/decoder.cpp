@@ -37,7 +37,7 @@ enum WeightIndex {
 };
 
 // The tensors of a step as the operators get them; shapes: kernels/ops.py.
-enum StepIndex { kCos, kSin, kSlots, kEntryLens, kContextLens, kPageCounts, kPages, kNumStepTensors };
+enum StepIndex { kCos, kSin, kSlots, kEntryLens, kContextLens, kPageCounts, kPages, kParents, kNumStepTensors };
 
 struct DecoderShape {
   int64_t heads, kv_heads, head_dim, page_size;
@@ -62,7 +62,7 @@ struct DecoderStep {
       : cos(step[kCos].const_data_ptr<float>()),
         sin(step[kSin].const_data_ptr<float>()),
         slots(step[kSlots].const_data_ptr<int64_t>()),
-        view(step[kEntryLens], step[kContextLens], step[kPageCounts], step[kPages], shape.page_size,
+        view(step[kEntryLens], step[kContextLens], step[kPageCounts], step[kPages], step[kParents], shape.page_size,
              shape.kv_heads * shape.head_dim) {}
 };
 

@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 
 #include <algorithm>
+#include <cstring>
 
 #include "../operators.h"
 #include "attention.h"
@@ -45,7 +46,8 @@ at::Tensor paged_attention_cpu(const at::Tensor& query, const at::Tensor& key, c
                                at::Tensor& key_cache, at::Tensor& value_cache, const at::Tensor& slots,
                                const at::Tensor& entry_lens, const at::Tensor& context_lens,
                                const at::Tensor& page_counts, const at::Tensor& pages, int64_t page_size, double scale,
-                               int64_t window, double softcap, bool is_causal) {
+                               int64_t window, double softcap, bool is_causal,
+                               const std::optional<at::Tensor>& parents) {
   const at::Tensor queries = query.contiguous(), new_keys = key.contiguous(), new_values = value.contiguous();
   const HeadShape shape{queries.size(1), new_keys.size(1), queries.size(2), static_cast<float>(scale),
                         static_cast<float>(softcap)};
@@ -57,13 +59,26 @@ at::Tensor paged_attention_cpu(const at::Tensor& query, const at::Tensor& key, c
     std::copy_n(new_keys.const_data_ptr<float>() + row * stride, stride, keys + slot[row] * stride);
     std::copy_n(new_values.const_data_ptr<float>() + row * stride, stride, values + slot[row] * stride);
   }
-  const CacheView view(entry_lens, context_lens, page_counts, pages, page_size, stride);
+  const at::Tensor tree = parents.value_or(entry_lens.slice(0, 0, 0));
+  TORCH_CHECK(tree.numel() == 0 || (is_causal && tree.numel() == rows), "rows of a tree have a parent each");
+  const CacheView view(entry_lens, context_lens, page_counts, pages, tree, page_size, stride);
   at::Tensor out = at::empty({rows, shape.heads, shape.size}, queries.options());
   float* to = out.mutable_data_ptr<float>();
   const float* from = queries.const_data_ptr<float>();
   const AttentionWork work(view, shape, window, is_causal, keys, values);
   for_pieces(work.num_pieces(), [&](int64_t piece) { work.run(piece, from, shape.heads * shape.size, to); });
   return out;
+}
+
+void move_rows_cpu(at::TensorList caches, const at::Tensor& from, const at::Tensor& to) {
+  const int64_t* source = from.const_data_ptr<int64_t>();
+  const int64_t* target = to.const_data_ptr<int64_t>();
+  for (const at::Tensor& cache : caches) {
+    TORCH_CHECK(cache.is_contiguous(), "a cache is contiguous");
+    char* rows = static_cast<char*>(cache.data_ptr());
+    const int64_t bytes = cache.stride(0) * cache.element_size();
+    for (int64_t i = 0; i < from.numel(); ++i) std::memmove(rows + target[i] * bytes, rows + source[i] * bytes, bytes);
+  }
 }
 
 }  // namespace dflash_ray

@@ -1,0 +1,33 @@
+"""Trees of rows by their parents: how deep every row is, and which rows it follows.
+
+A parent is a row of the same entry, counted from the entry's first row on, which has -1; it comes before its children.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ints = NDArray[np.int64]
+
+
+def depths_of(parents: Ints, first_rows: Ints) -> Ints:
+    """Distance [T] of every row from its entry's first row, for parents [T] and each row's entry's first row [T]."""
+    at = np.where(parents < 0, -1, parents + first_rows)
+    depths = (at >= 0).astype(np.int64)  # from a row to the one that it looks at, which is twice as far each time
+    while (is_below := at >= 0).any():
+        depths = depths + np.where(is_below, depths[at], 0)
+        at = np.where(is_below, at[at], -1)
+    return depths
+
+
+def lineages(parents: Ints) -> NDArray[np.bool_]:
+    """Bool [E, N, N]: whether row n of entry e is row m or follows it, for parents [E, N] of entries of N rows."""
+    num_entries, num_rows = parents.shape
+    follows = np.zeros((num_entries, num_rows, num_rows), dtype=np.bool_)
+    entries = np.arange(num_entries)
+    for row in range(num_rows):
+        has_parent = parents[:, row] >= 0
+        follows[:, row] = follows[entries, parents[:, row]] & has_parent[:, None]
+        follows[:, row, row] = True
+    return follows
