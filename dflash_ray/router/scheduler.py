@@ -292,7 +292,7 @@ class Scheduler:
         before = self._steps.only
         if before is not None and self._router.runs_ahead:
             ahead = choose_ahead(self._table, before)
-            if ahead is not None and self.speculating.stays_plain(ahead[0], limits, now):
+            if ahead is not None and self.speculating.stays_plain(ahead[0], self.drafting.reach, limits, now):
                 return (*ahead, False)
         if not self._steps.has_room:
             return None

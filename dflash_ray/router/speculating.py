@@ -174,11 +174,19 @@ class Speculating:
         inside = int(np.count_nonzero(num_asked)), int(num_asked.sum())
         self.controller.step_started(batch, is_in[decoding], counts[decoding], now, inside)
 
-    def stays_plain(self, slots: Ints, limits: TargetLimits, now: float) -> bool:
-        """Whether the next step of these is a plain one, whatever the present one brings."""
+    def stays_plain(self, slots: Ints, reach: Callable[[Ints, float], Ints], limits: TargetLimits, now: float) -> bool:
+        """Whether the next step of these is to be a plain one, as is known while the present one runs."""
         if not self.table.draft_tokens[slots].any():
             return True
-        return not limits.colocated_draft_tokens and self.controller.passes_over(slots, now)
+        if limits.colocated_draft_tokens:
+            return False
+        if self.controller.passes_over(slots, now):
+            return True
+        if self.controller.has_fixed(slots):
+            return False  # an n-gram may be found then
+        candidates = self._candidates(slots, reach(slots, now), self.controller.wants_ngrams(slots))
+        self._plan(candidates, 0, limits, now)
+        return self.controller.planned_plainly()
 
     def judge_ngrams(self, slots: Ints, first_tokens: Tokens) -> None:
         """The slots' next tokens have come, and pass judgement on n-grams that were not verified."""

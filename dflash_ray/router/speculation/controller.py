@@ -145,6 +145,18 @@ class SpeculationController:
         self._look_out(cohort, Outlook(reason, int(np.count_nonzero(asks)), int(asks.sum()), most, now))
         return asks
 
+    def has_fixed(self, slots: Ints) -> bool:
+        """Whether some of these want a fixed number of drafts."""
+        return bool((self._policies[slots] == Policy.FIXED).any())
+
+    def planned_plainly(self, cohort: int = 0) -> bool:
+        """Whether the last plan is a plain step that asks for nothing; any other is forgotten, to be made anew."""
+        outlook = self._outlooks.get(cohort, NO_OUTLOOK)
+        if outlook.reason in PLAIN and not outlook.num_asked:
+            return True
+        self._outlooks.pop(cohort, None)
+        return False
+
     def _look_out(self, cohort: int, outlook: Outlook) -> None:
         """Keeps what a step is planned to be; sequences that join it meanwhile are added to it."""
         before = self._outlooks.get(cohort)
