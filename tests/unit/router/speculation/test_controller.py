@@ -108,7 +108,7 @@ def expected_loss(machine: Machine, num_sequences: int, accept, seed: int) -> fl
 
 
 @given(machine=MACHINES, num_sequences=st.sampled_from([1, 2, 4, 16]), accept=STEADY, seed=st.integers(0, 10))
-@settings(max_examples=max(10, settings().max_examples // 10), derandomize=True)  # a rare case loses 0.1 % more
+@settings(max_examples=max(10, settings().max_examples // 10), derandomize=True)  # a rare case loses more
 def test_no_200_steps_are_expected_to_be_slower_than_plain_decoding_by_more_than_2_percent(
     machine, num_sequences, accept, seed
 ):
