@@ -52,11 +52,11 @@ def to_message(epoch: int, blocks: Sequence[DraftBlock]) -> common_pb2.DraftBloc
         candidate_ids=_joined([block.candidate_ids for block in blocks], _IDS),
         log_probs=_joined([block.log_probs for block in blocks], _LOG_PROBS),
         is_drawn=[block.is_drawn for block in blocks],
-        parents=packed_parents([block.parents for block in blocks], [shape[0] for shape in shapes]),
+        parents=_packed_parents([block.parents for block in blocks], [shape[0] for shape in shapes]),
     )
 
 
-def packed_parents(parents: Sequence[Any], num_slots: Sequence[int]) -> bytes:
+def _packed_parents(parents: Sequence[Any], num_slots: Sequence[int]) -> bytes:
     """The column of blocks, of which chains have None; no bytes when all are chains."""
     if all(one is None for one in parents):
         return b""

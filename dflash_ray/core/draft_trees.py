@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-Ints = NDArray[np.int64]
+from dflash_ray.core.arrays import Ints
+
 Floats = NDArray[np.floating[Any]]
 
 
@@ -46,9 +47,8 @@ def likeliest_trees(log_probs: Floats, num_nodes: int, width: int) -> DraftTrees
     totals, previous = np.zeros((num_blocks, 1)), np.zeros((num_blocks, 1), np.int64)
     found: list[tuple[Floats, Floats, Ints, Ints]] = []
     for slot in range(num_slots):
-        after = np.minimum(
-            log_probs[blocks, slot, previous], 0.0
-        )  # [N, paths, k]; no child is likelier than its parent
+        # [N, paths, k]; no child is likelier than its parent.
+        after = np.minimum(log_probs[blocks, slot, previous], 0.0)
         children = _largest(after, width)
         own = np.take_along_axis(after, children, axis=-1)
         reached = (totals[..., None] + own).reshape(num_blocks, -1)

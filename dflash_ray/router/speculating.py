@@ -82,13 +82,15 @@ class Speculating:
         cohorts = [slots[table.cohorts[slots] == cohort] for cohort in (0, 1)] if self._is_split else [slots]
         for cohort, members in enumerate(cohorts):
             if len(members) and not self.controller.passes_over(members, now, cohort):
-                wanted = self.controller.wants_ngrams(members)
-                candidates = self._candidates(members, reach(members, now), wanted)
-                table.num_asked[members] = self._plan(candidates, cohort, limits, now)
+                table.num_asked[members] = self._plan(members, reach, cohort, limits, now)
         return slots[table.num_asked[slots] > 0]
 
-    def _plan(self, candidates: Candidates, cohort: int, limits: TargetLimits, now: float) -> Ints:
+    def _plan(
+        self, slots: Ints, reach: Callable[[Ints, float], Ints], cohort: int, limits: TargetLimits, now: float
+    ) -> Ints:
+        """The controller's plan for slots of a cohort: drafts that each one's drafter is to be asked for."""
         table = self.table
+        candidates = self._candidates(slots, reach(slots, now), self.controller.wants_ngrams(slots))
         decoding = np.flatnonzero((table.phases == DECODE) & (table.cohorts == cohort))
         batch = self._batch(decoding, self._rows_of_prompts(limits))
         return self.controller.plan(candidates, batch, limits.max_batch_tokens - batch.num_rows, now, cohort)
@@ -184,8 +186,7 @@ class Speculating:
             return True
         if self.controller.has_fixed(slots):
             return False  # an n-gram may be found then
-        candidates = self._candidates(slots, reach(slots, now), self.controller.wants_ngrams(slots))
-        self._plan(candidates, 0, limits, now)
+        self._plan(slots, reach, 0, limits, now)
         return self.controller.planned_plainly()
 
     def judge_ngrams(self, slots: Ints, first_tokens: Tokens) -> None:

@@ -118,9 +118,9 @@ class LeanDecoder:
         taps = np.empty((len(batch.feature_rows), len(self._tap_layer_ids) * width), dtype=np.float32)
         for begin, end in self._stretches:
             self._run(hidden, begin, end, step, tensors)
-            if len(taps) and end - 1 in self._tap_layer_ids:
-                at = self._tap_layer_ids.index(end - 1) * width
-                taps[:, at : at + width] = hidden.numpy()[batch.feature_rows]
+            for place, layer in enumerate(self._tap_layer_ids if len(taps) else ()):
+                if layer == end - 1:
+                    taps[:, place * width : (place + 1) * width] = hidden.numpy()[batch.feature_rows]
         return ops.rms_norm(hidden, self._norm, self._shape.eps), torch.from_numpy(taps) if taps.size else None
 
     def _run(self, hidden: Tensor, begin: int, end: int, step: PagedStep, tensors: list[Tensor]) -> None:

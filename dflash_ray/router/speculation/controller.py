@@ -98,10 +98,9 @@ class SpeculationController:
 
     def passes_over(self, slots: Ints, now: float, cohort: int = 0) -> bool:
         """Whether nothing is asked for these, whatever their drafts are like: all are off, or speculation rests."""
-        policies = self._policies[slots]
-        if not policies.any():
+        if not self._policies[slots].any():
             return True
-        if not self.costs.is_known or (policies == Policy.FIXED).any():
+        if not self.costs.is_known or self.has_fixed(slots):
             return False
         if self._pauses.is_resting:
             self._look_out(cohort, Outlook(Reason.REST, 0, 0, np.inf, now))
@@ -224,10 +223,9 @@ class SpeculationController:
 
     def cuts_plainly(self, slots: Ints, batch: Batch, cohort: int = 0) -> bool:
         """Whether none of these verifies a draft, whatever came; if so, that is the cut of the next step."""
-        policies = self._policies[slots]
-        is_free = policies == Policy.ADAPTIVE
+        is_free = self._policies[slots] == Policy.ADAPTIVE
         outlook = self._outlooks.get(cohort, NO_OUTLOOK)
-        if (policies == Policy.FIXED).any() or (outlook.reason not in PLAIN and is_free.any()):
+        if self.has_fixed(slots) or (outlook.reason not in PLAIN and is_free.any()):
             return False
         self._outlooks.pop(cohort, None)
         self._cut = plain_step(batch, outlook, slots, is_free)
