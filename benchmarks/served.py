@@ -5,7 +5,8 @@
 
 Every load is a closed loop: so many clients send one request after the other. In each round the policies take turns at
 the same requests, so that a slow minute is nobody's alone; ratios are those of a round, and the table has their median.
-Answers are greedy and must be equal, token for token. Prints figures; asserts nothing.
+No turn finds another's prompts in the prefix cache (each has a `cache_salt` of its own). Answers are greedy and must be equal,
+token for token. Prints figures; asserts nothing.
 """
 
 from __future__ import annotations
@@ -71,13 +72,14 @@ class Turn:
         return 1000 * statistics.median(answer.first_token for answer in self.answers)
 
 
-async def ask(stub, prompt: Prompt, policy: str, max_tokens: int) -> Answer:
+async def ask(stub, prompt: Prompt, policy: str, max_tokens: int, salt: str) -> Answer:
     """Streams one answer; `policy` is a name, or fixed:N."""
     name, _, count = policy.partition(":")
     request = generation_pb2.GenerateRequest(
         temperature=0.0,
         stopping=generation_pb2.StoppingCriteria(max_new_tokens=max_tokens),
         response=generation_pb2.ResponseOptions(output_token_ids=True),
+        cache_salt=salt,
         speculation=router_pb2.Speculation(policy=_POLICIES[name], draft_tokens=int(count) if count else None),
     )
     for message in prompt.messages:
@@ -100,14 +102,14 @@ async def ask(stub, prompt: Prompt, policy: str, max_tokens: int) -> Answer:
     return answer
 
 
-async def take_turn(stub, prompts: Sequence[Prompt], policy: str, num_clients: int, max_tokens: int) -> Turn:
+async def take_turn(stub, prompts: Sequence[Prompt], policy: str, num_clients: int, max_tokens: int, salt: str) -> Turn:
     """All prompts, so many at a time."""
     answers: dict[int, Answer] = {}
     waiting = iter(enumerate(prompts))
 
     async def client() -> None:
         for number, prompt in waiting:
-            answers[number] = await ask(stub, prompt, policy, max_tokens)
+            answers[number] = await ask(stub, prompt, policy, max_tokens, salt)
 
     began = time.perf_counter()
     await asyncio.gather(*(client() for _ in range(num_clients)))
@@ -135,7 +137,7 @@ async def measure(
     async with grpc.aio.insecure_channel(address, options=DIRECT) as channel:
         stub = generation_pb2_grpc.GenerationStub(channel)
         chosen = iter(prompts * 1000)
-        await take_turn(stub, list(islice(chosen, 2)), policies[0], 1, 8)
+        await take_turn(stub, list(islice(chosen, 2)), policies[0], 1, 8, "warm")
         for num_clients in loads:
             taken: dict[str, list[Turn]] = defaultdict(list)
             by_source: dict[tuple[str, str], list[Answer]] = defaultdict(list)
@@ -143,7 +145,8 @@ async def measure(
                 members = list(islice(chosen, turns * num_clients))
                 order = policies[number % len(policies) :] + policies[: number % len(policies)]
                 for policy in order:
-                    turn = await take_turn(stub, members, policy, num_clients, max_tokens)
+                    salt = f"{num_clients} {number} {policy}"
+                    turn = await take_turn(stub, members, policy, num_clients, max_tokens, salt)
                     taken[policy].append(turn)
                     for prompt, answer in zip(members, turn.answers, strict=True):
                         by_source[prompt.source, policy].append(answer)

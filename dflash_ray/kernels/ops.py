@@ -90,7 +90,8 @@ def move_rows(caches: list[Tensor], source: Tensor, target: Tensor) -> None:
 class DecoderWeight(IntEnum):
     """A decoder layer's weights in the order of the operators; empty tensors where a family has none.
 
-    QKV, OUTPUT, GATE, UP and DOWN are packed, norms and biases float32.
+    QKV, OUTPUT, GATE, UP, DOWN and the projections of convolutions are packed; norms, biases and the convolutions' bases
+    [2, taps, H] are float32.
     """
 
     INPUT_NORM = 0
@@ -106,6 +107,10 @@ class DecoderWeight(IntEnum):
     UP = auto()
     DOWN = auto()
     AFTER_MLP_NORM = auto()
+    ATTENTION_CONV = auto()
+    ATTENTION_CONV_BASE = auto()
+    MLP_CONV = auto()
+    MLP_CONV_BASE = auto()
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +121,7 @@ class DecoderShape:
         scale: of attention scores; softcap: as in `paged_attention`.
         residual_scale: what a sublayer's output is multiplied by before it is added.
         is_gelu: the MLP's activation is GELU in its tanh form, else SiLU.
+        taps, group: of the convolutions along a block, and how many channels share what depends on the slot.
     """
 
     heads: int
@@ -126,9 +132,11 @@ class DecoderShape:
     scale: float
     softcap: float = 0.0
     residual_scale: float = 1.0
+    taps: int = 0
+    group: int = 0
 
-    def arguments(self, page_size: int = 1) -> tuple[list[int], list[float]]:
-        sizes = [self.heads, self.kv_heads, self.head_dim, page_size, int(self.is_gelu)]
+    def arguments(self, page_size: int = 1, block: int = 0) -> tuple[list[int], list[float]]:
+        sizes = [self.heads, self.kv_heads, self.head_dim, page_size, int(self.is_gelu), block, self.taps, self.group]
         return sizes, [self.eps, self.scale, self.softcap, self.residual_scale]
 
 
@@ -141,6 +149,8 @@ def decoder_layers(
     shape: DecoderShape,
     page_size: int,
     windows: list[int],
+    is_causal: list[bool] | None = None,
+    block: int = 0,
 ) -> None:
     """Runs rows [T, H] through whole layers, in place; compiled only.
 
@@ -150,9 +160,12 @@ def decoder_layers(
         step: cos and sin [T, d], then slots, entry_lens, context_lens, page_counts, pages and parents (or an empty
             tensor) of `paged_attention`.
         windows: each layer's.
+        is_causal: of each layer; None: all are.
+        block: rows that belong together, for convolutions.
     """
+    causal = [1] * len(windows) if is_causal is None else [int(flag) for flag in is_causal]
     flat = [weight for layer in weights for weight in layer]
-    torch.ops.dflash_ray.decoder_layers(hidden, flat, keys, values, step, *shape.arguments(page_size), windows)
+    torch.ops.dflash_ray.decoder_layers(hidden, flat, keys, values, step, *shape.arguments(page_size, block), windows, causal)
 
 
 def decoder_attention(

@@ -7,7 +7,7 @@ features of committed rows and is never verified: dropping it costs drafts, not 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -20,17 +20,17 @@ from dflash_ray.core.arrays import Ints, spans
 from dflash_ray.core.draft_trees import likeliest_trees
 from dflash_ray.core.memory import return_freed_memory
 from dflash_ray.kernels import ops
+from dflash_ray.models.context_pages import ContextPages
 from dflash_ray.models.dflash import apply_rope, rope_tables
 from dflash_ray.models.dflash2 import CandidateSelector, Draw, log_chances, walk
 from dflash_ray.models.draft_contexts import ContextRows
 from dflash_ray.models.draft_head import build_selector, load_draft_head
+from dflash_ray.models.draft_layers import draft_layers, packed_norm
 from dflash_ray.models.draft_proposals import DraftProposal, DraftProposals
 from dflash_ray.models.drafter_checkpoint import DrafterCheckpoint
-from dflash_ray.models.packed_layer import PackedLayer, packed_norm
 from dflash_ray.models.packed_linear import PackedLinear, fuse
 from dflash_ray.models.target_checkpoint import TargetCheckpoint
 
-_FIRST_ROWS = 256  # rows that a new session has room for; doubled when they are full
 _ROWS_A_PRODUCT = (
     128  # that wait for each other, so that a few rows each of many sessions share one pass over the weights
 )
@@ -54,35 +54,13 @@ class _Waiting(NamedTuple):
     features: Tensor
 
 
+@dataclass(slots=True)
 class _Session:
-    """Context keys and values [layers, rows, n_kv, d] of one sequence; the first `length` rows are valid.
+    """One sequence's context: `length` rows in pages, and behind them those that wait, up to `end`."""
 
-    Rows behind them are scratch for a block's own keys and values. Features of the rows up to `end` wait to be
-    made keys and values of.
-    """
-
-    def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype, device: str) -> None:
-        layers, heads, size = shape
-        self.keys = torch.empty(layers, _FIRST_ROWS, heads, size, dtype=dtype, device=device)
-        self.values = torch.empty_like(self.keys)
-        self.length = 0
-        self.end = 0  # `length` and the rows that wait
-
-    def append(self, keys: Tensor, values: Tensor) -> None:
-        """Takes keys and values of the rows that come next."""
-        count = keys.shape[1]
-        self.make_room(count)
-        self.keys[:, self.length : self.length + count] = keys
-        self.values[:, self.length : self.length + count] = values
-        self.length += count
-
-    def make_room(self, count: int) -> None:
-        """Rows for `count` more."""
-        missing = self.length + count - self.keys.shape[1]
-        if missing > 0:
-            room = max(missing, self.keys.shape[1])
-            self.keys = F.pad(self.keys, (0, 0, 0, 0, 0, room))
-            self.values = F.pad(self.values, (0, 0, 0, 0, 0, room))
+    number: int
+    length: int = 0
+    end: int = 0
 
 
 class BlockDrafter:
@@ -107,10 +85,14 @@ class BlockDrafter:
         network = checkpoint.build_network(dtype).to(device)
         self._network = network
         self._norm = packed_norm(network.norm)
-        self._layers = [PackedLayer(layer, self.config.dflash2 is not None) for layer in network.layers]
+        self._layers = draft_layers(network)
+        self._pages = ContextPages(
+            self.config.num_hidden_layers, self.config.num_key_value_heads, self.config.head_dim, dtype, device
+        )
         # One product makes the context keys and values of all layers.
-        projections = [p for layer in network.layers for p in (layer.self_attn.k_proj, layer.self_attn.v_proj)]
-        self._context_kv = fuse(projections)
+        attentions = [layer.self_attn for layer in network.layers]
+        self._context_kv = fuse([linear for attention in attentions for linear in (attention.k_proj, attention.v_proj)])
+        self._key_norms = torch.stack([attention.k_norm.weight.detach() for attention in attentions])[:, None]
         embedding = target.load_embedding(dtype) if checkpoint.embedding is None else checkpoint.embedding.to(dtype)
         self._embedding = embedding.to(device) * self.config.input_embedding_scale
         self._ids, head = load_draft_head(checkpoint, target, dtype, device)
@@ -118,7 +100,8 @@ class BlockDrafter:
         self._selector = build_selector(network, self._embedding, self._ids, head)
         # The target may serve longer texts than the drafter was trained on; its last block reaches past them.
         longest = max(self.config.max_position_embeddings, target.config.max_position_embeddings)
-        self._rope = tuple(t.to(device) for t in rope_tables(self.config, longest + self.block_size))
+        cos, sin = rope_tables(self.config, longest + self.block_size)
+        self._cos, self._sin = cos.to(device), sin.to(device)
         self._sessions: dict[int, _Session] = {}
         self._waiting: list[_Waiting] = []
         self._num_waiting = 0  # rows of it
@@ -127,12 +110,12 @@ class BlockDrafter:
     def open(self, session: int) -> None:
         """Starts a session without context; one that is open starts again."""
         self.close(session)
-        shape = (self.config.num_hidden_layers, self.config.num_key_value_heads, self.config.head_dim)
-        self._sessions[session] = _Session(shape, self._dtype, self._device)
+        self._sessions[session] = _Session(session)
 
     def close(self, session: int) -> None:
         """Forgets a session; unknown ones are ignored."""
-        self._sessions.pop(session, None)
+        if self._sessions.pop(session, None) is not None:
+            self._pages.release(session)
 
     def context_len(self, session: int) -> int:
         """Context rows held; 0 for unknown sessions."""
@@ -168,24 +151,38 @@ class BlockDrafter:
         if not self._waiting:
             return
         features = torch.cat([part.features for part in self._waiting]).to(self._device, self._dtype)
-        positions = np.concatenate([spans(part.starts, part.counts) for part in self._waiting])
-        keys, values = self._context_rows(torch.from_numpy(positions), features)
-        at = 0
-        for part in self._waiting:
-            for one, start, count in zip(part.sessions, part.starts.tolist(), part.counts.tolist(), strict=True):
-                if one.length == start:
-                    one.append(keys[:, at : at + count], values[:, at : at + count])
-                at += count
+        held = [one for part in self._waiting for one in part.sessions]
+        starts = np.concatenate([part.starts for part in self._waiting])
+        counts = np.concatenate([part.counts for part in self._waiting])
+        is_open = np.array([self._sessions.get(one.number) is one for one in held])
+        if not is_open.all():
+            features = features[torch.from_numpy(np.repeat(is_open, counts)).to(self._device)]
+            held = [one for one, flag in zip(held, is_open.tolist(), strict=True) if flag]
+            starts, counts = starts[is_open], counts[is_open]
+        sessions = np.array([one.number for one in held], dtype=np.int64)
+        keys, values = self._context_rows(torch.from_numpy(spans(starts, counts)), features)
+        self._pages.reserve(sessions, starts + counts)
+        self._pages.store(self._pages.rows_of(sessions, starts, counts), keys, values)
+        for one, end in zip(held, (starts + counts).tolist(), strict=True):
+            one.length = end
         self._waiting, self._num_waiting = [], 0
 
     def _context_rows(self, positions: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [layers, n, n_kv, d] of features [n, H] of these positions."""
         config = self.config
         heads = (config.num_hidden_layers, 2, config.num_key_value_heads, config.head_dim)
-        projected = self._context_kv(features).unflatten(-1, heads).movedim(0, 2)  # [layers, 2, n, n_kv, d]
-        keys = torch.stack([layer.k_norm(part) for layer, part in zip(self._layers, projected[:, 0], strict=True)])
-        cos, sin = (table[positions, None].to(self._dtype) for table in self._rope)
-        return apply_rope(keys, cos, sin), projected[:, 1]
+        projected = self._context_kv(features).unflatten(-1, heads)
+        cos, sin = (turns[:, None, None].to(self._dtype) for turns in self._turns(positions))
+        keys = apply_rope(self._normed_keys(projected[:, :, 0]), cos, sin)
+        return keys.movedim(1, 0), projected[:, :, 1].movedim(1, 0)
+
+    def _normed_keys(self, keys: Tensor) -> Tensor:
+        """Keys [n, layers, n_kv, d], each layer's by its norm."""
+        return ops.rms_norm(keys, torch.ones_like(self._key_norms[0, 0]), self.config.rms_norm_eps) * self._key_norms
+
+    def _turns(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin [n, d] of positions [n]."""
+        return self._cos[positions], self._sin[positions]
 
     @torch.inference_mode()
     def propose(
@@ -279,51 +276,15 @@ class BlockDrafter:
 
     def _forward(self, held: list[_Session], x: Tensor) -> Tensor:
         """Block rows [N, B, H] through all layers and the final norm."""
-        offsets = torch.arange(x.shape[1])
-        positions = torch.tensor([session.length for session in held])[:, None] + offsets
-        cos, sin = (table[positions][:, :, None].to(self._dtype) for table in self._rope)
-        for session in held:
-            session.make_room(x.shape[1])
-        for i, layer in enumerate(self._layers):
-            attention = partial(self._attention, i, layer, held, cos, sin)
-            x = x + layer.around_attention(layer.input_norm(x), attention)
-            x = x + layer.around_mlp(layer.post_norm(x), layer.mlp)
-        return self._norm(x)
+        sessions = np.array([one.number for one in held], dtype=np.int64)
+        lens = np.array([one.length for one in held], dtype=np.int64)
+        size = x.shape[1]
+        places = self._pages.place_blocks(sessions, lens, size)
+        cos, sin = self._block_turns(torch.from_numpy(spans(lens, np.full(len(held), size))))
+        return self._norm(self._layers(x, cos, sin, self._pages, places))
 
-    def _attention(
-        self, index: int, layer: PackedLayer, held: list[_Session], cos: Tensor, sin: Tensor, normed: Tensor
-    ) -> Tensor:
-        """The attention sublayer: rows [N, B, H] to [N, B, H]."""
-        queries, keys, values = self._block_qkv(layer, normed, cos, sin)
-        attended = [self._attend(index, session, queries[n], keys[n], values[n]) for n, session in enumerate(held)]
-        return layer.output(torch.stack(attended))
-
-    def _block_qkv(self, layer: PackedLayer, normed: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        config = self.config
-        sizes = [config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads]
-        heads = layer.qkv(normed).unflatten(-1, (sum(sizes), config.head_dim))
-        queries, keys, values = heads.split(sizes, dim=-2)
-        return apply_rope(layer.q_norm(queries), cos, sin), apply_rope(layer.k_norm(keys), cos, sin), values
-
-    def _attend(self, layer: int, session: _Session, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """One block: queries [B, n_q, d], keys and values [B, n_kv, d]; returns [B, n_q * d]."""
-        start, rows = session.length, len(queries)
-        return ops.paged_attention(
-            queries,
-            keys,
-            values,
-            session.keys[layer],
-            session.values[layer],
-            slots=torch.arange(start, start + rows, device=self._device),
-            entry_lens=torch.tensor([rows]),
-            context_lens=torch.tensor([start]),
-            page_counts=torch.tensor([1]),
-            pages=torch.tensor([0]),
-            page_size=session.keys.shape[1],
-            scale=self.config.head_dim**-0.5,
-            window=self.config.windows[layer] or 0,
-            is_causal=self.config.is_causal[layer],
-        ).flatten(1)
+    def _block_turns(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        return self._turns(positions)
 
 
 def _as_trees(ids: Ints, chances: NDArray[np.float64], num_nodes: Ints, width: int) -> DraftProposals:

@@ -29,12 +29,12 @@ class PackedLinear(nn.Module):
         self.is_packed = ops.is_compiled_for(weight) and weight.numel() > 0
         # A packed weight is neither parameter nor buffer: nothing may move, cast or save it.
         self.weight = torch.ops.dflash_ray.pack_linear(weight) if self.is_packed else weight.contiguous()
-        self._bias = None if bias is None else bias.detach()
+        self.bias = None if bias is None else bias.detach()
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.is_packed:
-            return F.linear(x, self.weight, self._bias)
-        out: Tensor = torch.ops.dflash_ray.packed_linear(x, self.weight, self._bias, self.out_features)
+            return F.linear(x, self.weight, self.bias)
+        out: Tensor = torch.ops.dflash_ray.packed_linear(x, self.weight, self.bias, self.out_features)
         return out
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -85,13 +86,12 @@ def assert_parity(directory: Path, target: TargetCheckpoint, draw: Draw | None =
 
 def _compare_context(ours: BlockDrafter, cache: Any) -> None:
     ours._take_features()
-    held = ours._sessions[1]
+    held, pages = ours._sessions[1], ours._pages
+    rows = pages.rows_of(np.array([1]), np.array([0]), np.array([held.length]))
     for i, layer in enumerate(cache.layers):
-        for mine, other in ((held.keys[i], layer.keys[0]), (held.values[i], layer.values[0])):
-            rows = other.transpose(0, 1)  # a sliding layer keeps the last rows only
-            assert rows.shape[0] and torch.allclose(
-                mine[held.length - rows.shape[0] : held.length], rows, atol=TOLERANCE
-            )
+        for mine, other in ((pages.keys[i, rows], layer.keys[0]), (pages.values[i, rows], layer.values[0])):
+            last = other.transpose(0, 1)  # a sliding layer keeps the last rows only
+            assert len(last) and torch.allclose(mine[held.length - len(last) :], last, atol=TOLERANCE)
 
 
 def _compare_logits(ours: BlockDrafter, logits: Tensor, anchor: int) -> None:

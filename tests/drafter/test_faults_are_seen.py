@@ -24,18 +24,7 @@ def change_config(monkeypatch, **change) -> None:
 
 
 def context_keys_without_norm(monkeypatch) -> None:
-    right = BlockDrafter._context_rows
-
-    def wrong(self, positions, features):
-        norms = [layer.k_norm for layer in self._layers]
-        for layer in self._layers:
-            layer.k_norm = lambda keys: keys
-        rows = right(self, positions, features)
-        for layer, norm in zip(self._layers, norms, strict=True):
-            layer.k_norm = norm
-        return rows
-
-    monkeypatch.setattr(BlockDrafter, "_context_rows", wrong)
+    monkeypatch.setattr(BlockDrafter, "_normed_keys", lambda self, keys: keys)
 
 
 def context_rotated_one_position_late(monkeypatch) -> None:
@@ -45,12 +34,7 @@ def context_rotated_one_position_late(monkeypatch) -> None:
 
 def block_rotated_one_position_late(monkeypatch) -> None:
     """The context is right here, so only the drafts can show it."""
-    right = BlockDrafter._block_qkv
-
-    def wrong(self, layer, normed, cos, sin):
-        return right(self, layer, normed, cos.roll(-1, 1), sin.roll(-1, 1))
-
-    monkeypatch.setattr(BlockDrafter, "_block_qkv", wrong)
+    monkeypatch.setattr(BlockDrafter, "_block_turns", lambda self, positions: self._turns(positions + 1))
 
 
 def taps_one_layer_late(monkeypatch) -> None:

@@ -17,7 +17,7 @@ TORCH_LIBRARY(dflash_ray, library) {
   library.def("move_rows(Tensor(a!)[] caches, Tensor source, Tensor target) -> ()");
   library.def(
       "decoder_layers(Tensor(a!) hidden, Tensor[] weights, Tensor(b!)[] keys, Tensor(c!)[] values, Tensor[] step, "
-      "int[] sizes, float[] scalars, int[] windows) -> ()");
+      "int[] sizes, float[] scalars, int[] windows, int[] is_causal) -> ()");
   library.def(
       "decoder_attention(Tensor hidden, Tensor[] weights, Tensor(a!) keys, Tensor(b!) values, Tensor[] step, "
       "int[] sizes, float[] scalars, int window) -> Tensor");

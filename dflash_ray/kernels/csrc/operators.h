@@ -28,7 +28,7 @@ void move_rows_cpu(at::TensorList caches, const at::Tensor& from, const at::Tens
 
 void decoder_layers_cpu(at::Tensor& hidden, at::TensorList weights, at::TensorList keys, at::TensorList values,
                         at::TensorList step, at::IntArrayRef sizes, at::ArrayRef<double> scalars,
-                        at::IntArrayRef windows);
+                        at::IntArrayRef windows, at::IntArrayRef is_causal);
 
 at::Tensor decoder_attention_cpu(const at::Tensor& hidden, at::TensorList weights, at::Tensor& keys, at::Tensor& values,
                                  at::TensorList step, at::IntArrayRef sizes, at::ArrayRef<double> scalars,

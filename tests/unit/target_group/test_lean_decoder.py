@@ -120,7 +120,7 @@ def test_the_operators_pass_torchs_checks_and_refuse_steps_of_another_size(famil
     sizes, scalars = decoder._shape.arguments(PAGE)
     pages = (cache.keys[0], cache.values[0])
     calls = {
-        "decoder_layers": (hidden, layer.weights, [pages[0]], [pages[1]], tensors, sizes, scalars, [0]),
+        "decoder_layers": (hidden, layer.weights, [pages[0]], [pages[1]], tensors, sizes, scalars, [0], [1]),
         "decoder_attention": (hidden, layer.weights, *pages, tensors, sizes, scalars, 0),
         "decoder_mlp": (hidden, layer.weights, sizes, scalars),
     }

@@ -2,13 +2,16 @@
 //
 // A layer, for T rows: norm; one product for q, k and v; norms of q and k, rotary embedding and the store into the cache;
 // attention; output product, added to the rows; norm; products for gate and up with the activation; down product, added.
+// Layers of a DFlash 2 drafter have a convolution on both sides of attention and MLP.
 
 #include <ATen/ATen.h>
 
+#include <optional>
 #include <vector>
 
 #include "../operators.h"
 #include "attention.h"
+#include "convolution.h"
 #include "elementwise.h"
 #include "products.h"
 #include "team.h"
@@ -33,6 +36,10 @@ enum WeightIndex {
   kUp,
   kDown,
   kAfterMlpNorm,
+  kAttentionConv,
+  kAttentionConvBase,
+  kMlpConv,
+  kMlpConvBase,
   kNumWeights,
 };
 
@@ -40,14 +47,15 @@ enum WeightIndex {
 enum StepIndex { kCos, kSin, kSlots, kEntryLens, kContextLens, kPageCounts, kPages, kParents, kNumStepTensors };
 
 struct DecoderShape {
-  int64_t heads, kv_heads, head_dim, page_size;
+  int64_t heads, kv_heads, head_dim, page_size, block, taps, group;
   Activation activation;
   float eps, scale, softcap, residual_scale;
 
   DecoderShape(at::IntArrayRef sizes, at::ArrayRef<double> scalars) {
-    TORCH_CHECK(sizes.size() == 5 && scalars.size() == 4, "5 sizes and 4 scalars describe the layers");
+    TORCH_CHECK(sizes.size() == 8 && scalars.size() == 4, "8 sizes and 4 scalars describe the layers");
     heads = sizes[0], kv_heads = sizes[1], head_dim = sizes[2], page_size = sizes[3];
     activation = static_cast<Activation>(sizes[4]);
+    block = sizes[5], taps = sizes[6], group = sizes[7];
     eps = static_cast<float>(scalars[0]), scale = static_cast<float>(scalars[1]);
     softcap = static_cast<float>(scalars[2]), residual_scale = static_cast<float>(scalars[3]);
   }
@@ -88,12 +96,13 @@ class Walk {
 
   // Adds the attention of a layer to the rows, or leaves it in `partial` [T, H].
   void attention(const at::Tensor& like, at::TensorList weights, float* keys, float* values, int64_t window,
-                 const DecoderStep& step, float* partial) {
+                 bool is_causal, const DecoderStep& step, float* partial) {
     const int64_t head = shape_.head_dim, stride = shape_.kv_heads * head;
     const int64_t q_size = shape_.heads * head, qkv_size = q_size + 2 * stride;
     if (!qkv_) qkv_ = room(like, qkv_size), attended_ = room(like, q_size);
     norm(hidden_, weights[kInputNorm]);
-    product(Weight(weights[kQkv]), normed_, [this, qkv_size, bias = floats(weights[kQkvBias])](
+    const auto around = convolution(like, weights[kAttentionConv], weights[kAttentionConvBase]);
+    product(Weight(weights[kQkv]), input(like, around), [this, qkv_size, bias = floats(weights[kQkvBias])](
                                                 int64_t row, int64_t column, int64_t count, const float* sums) {
       float* line = qkv_ + row * qkv_size + column;
       for (int64_t j = 0; j < count; ++j) line[j] = sums[j] + (bias ? bias[column + j] : 0.0f);
@@ -108,9 +117,9 @@ class Walk {
       std::copy_n(line + q_size + stride, stride, values + step.slots[row] * stride);
     });
     const HeadShape heads{shape_.heads, shape_.kv_heads, head, shape_.scale, shape_.softcap};
-    const AttentionWork work(step.view, heads, window, true, keys, values);
+    const AttentionWork work(step.view, heads, window, is_causal, keys, values);
     phases_.push_back({work.num_pieces(), [=, this](int64_t piece) { work.run(piece, qkv_, qkv_size, attended_); }});
-    add(Weight(weights[kOutput]), attended_, weights[kOutputBias], weights[kAfterAttentionNorm], like, partial);
+    add(Weight(weights[kOutput]), attended_, weights[kOutputBias], weights[kAfterAttentionNorm], around, like, partial);
   }
 
   // Adds the MLP of a layer to the rows, or leaves it in `partial` [T, H].
@@ -119,11 +128,13 @@ class Walk {
     const int64_t size = gate.out();
     if (!activated_) activated_ = room(like, size);
     norm(hidden_, weights[kMlpNorm]);
+    const auto around = convolution(like, weights[kMlpConv], weights[kMlpConvBase]);
+    const float* read = input(like, around);
     const Cut cut(rows_, gate);
     phases_.push_back({cut.num_pieces(), [=, this](int64_t piece) {
       alignas(64) float gates[kRowsAPiece * kPanel], ups[kRowsAPiece * kPanel];
       cut.each(piece, [&](int64_t panel, int64_t first, int64_t count) {
-        const float* x = normed_ + first * width_;
+        const float* x = read + first * width_;
         multiply_panel(gate, panel, x, width_, count, gates);
         multiply_panel(up, panel, x, width_, count, ups);
         const int64_t column = panel * kPanel, width = std::min(kPanel, size - column);
@@ -135,7 +146,7 @@ class Walk {
         }
       });
     }});
-    add(Weight(weights[kDown]), activated_, {}, weights[kAfterMlpNorm], like, partial);
+    add(Weight(weights[kDown]), activated_, {}, weights[kAfterMlpNorm], around, like, partial);
   }
 
   void run() { run_phases(phases_); }
@@ -160,19 +171,45 @@ class Walk {
     });
   }
 
+  // What stands around a sublayer whose rows are normed, or nothing.
+  std::optional<Convolution> convolution(const at::Tensor& like, const at::Tensor& projection, const at::Tensor& base) {
+    if (!projection.numel()) return std::nullopt;
+    TORCH_CHECK(shape_.block > 0 && shape_.group > 0 && rows_ % shape_.block == 0 && width_ % shape_.group == 0,
+                rows_, " rows of ", width_, " are no blocks of ", shape_.block, " in groups of ", shape_.group);
+    const int64_t size = 2 * shape_.taps * (width_ / shape_.group);
+    const Weight weight(projection);
+    TORCH_CHECK(weight.out() == size && base.numel() == 2 * shape_.taps * width_, "a convolution of ", shape_.taps,
+                " taps has ", size, " coefficients a slot, not ", weight.out());
+    if (!coefficients_) coefficients_ = room(like, size);
+    product(weight, normed_, [this, size](int64_t row, int64_t column, int64_t count, const float* sums) {
+      std::copy_n(sums, count, coefficients_ + row * size + column);
+    });
+    return Convolution{shape_.block, shape_.taps, shape_.group, width_, floats(base), coefficients_};
+  }
+
+  // The normed rows as the sublayer reads them.
+  const float* input(const at::Tensor& like, const std::optional<Convolution>& around) {
+    if (!around) return normed_;
+    if (!convolved_) convolved_ = room(like, width_);
+    by_rows([=, this, conv = *around](int64_t row) {
+      conv.run(Side::kBefore, row, normed_, convolved_ + row * width_);
+    });
+    return convolved_;
+  }
+
   template <class Put>
   void product(const Weight& weight, const float* x, const Put& put) {
     const Cut cut(rows_, weight);
     phases_.push_back({cut.num_pieces(), [=](int64_t piece) { cut.multiply(piece, weight, x, put); }});
   }
 
-  // The product that ends a sublayer: to `partial` where other ranks have the rest of the sum, else normed if the family
-  // does so, and added to the rows.
-  void add(const Weight& weight, const float* x, const at::Tensor& bias, const at::Tensor& after, const at::Tensor& like,
-           float* partial) {
+  // The product that ends a sublayer: to `partial` where other ranks have the rest of the sum, else normed or convolved if
+  // the family does so, and added to the rows.
+  void add(const Weight& weight, const float* x, const at::Tensor& bias, const at::Tensor& after,
+           const std::optional<Convolution>& around, const at::Tensor& like, float* partial) {
     const float* added = bias.defined() && !partial ? floats(bias) : nullptr;
     const float* by = partial ? nullptr : floats(after);
-    if (partial || by) {
+    if (partial || by || around) {
       float* to = partial ? partial : sublayer_ ? sublayer_ : sublayer_ = room(like, width_);
       product(weight, x, [=, this](int64_t row, int64_t column, int64_t count, const float* sums) {
         float* line = to + row * width_ + column;
@@ -184,6 +221,13 @@ class Walk {
         for (int64_t j = 0; j < count; ++j) {
           line[j] += shape_.residual_scale * (sums[j] + (added ? added[column + j] : 0.0f));
         }
+      });
+    }
+    if (around) {
+      by_rows([=, this, conv = *around](int64_t row) {
+        float *line = convolved_ + row * width_, *to = hidden_ + row * width_;
+        conv.run(Side::kAfter, row, sublayer_, line);
+        for (int64_t i = 0; i < width_; ++i) to[i] += shape_.residual_scale * line[i];
       });
     }
     if (!by) return;
@@ -211,24 +255,26 @@ class Walk {
   std::vector<Phase> phases_;
   std::vector<at::Tensor> rooms_;
   float *normed_ = nullptr, *qkv_ = nullptr, *attended_ = nullptr, *activated_ = nullptr, *sublayer_ = nullptr;
+  float *coefficients_ = nullptr, *convolved_ = nullptr;
 };
 
 }  // namespace
 
 void decoder_layers_cpu(at::Tensor& hidden, at::TensorList weights, at::TensorList keys, at::TensorList values,
                         at::TensorList step, at::IntArrayRef sizes, at::ArrayRef<double> scalars,
-                        at::IntArrayRef windows) {
+                        at::IntArrayRef windows, at::IntArrayRef is_causal) {
   const DecoderShape shape(sizes, scalars);
   const size_t layers = windows.size();
-  TORCH_CHECK(weights.size() == layers * kNumWeights && keys.size() == layers && values.size() == layers,
+  TORCH_CHECK(weights.size() == layers * kNumWeights && keys.size() == layers && values.size() == layers &&
+                  is_causal.size() == layers,
               layers, " layers have ", layers * kNumWeights, " weights, not ", weights.size());
   check_step(step, shape, hidden.size(0));
   const DecoderStep place(step, shape);
   Walk walk(hidden, shape);
   for (size_t i = 0; i < layers; ++i) {
     const at::TensorList own = weights.slice(i * kNumWeights, kNumWeights);
-    walk.attention(hidden, own, keys[i].mutable_data_ptr<float>(), values[i].mutable_data_ptr<float>(), windows[i], place,
-                   nullptr);
+    walk.attention(hidden, own, keys[i].mutable_data_ptr<float>(), values[i].mutable_data_ptr<float>(), windows[i],
+                   is_causal[i], place, nullptr);
     walk.mlp(hidden, own, nullptr);
   }
   walk.run();
@@ -242,7 +288,7 @@ at::Tensor decoder_attention_cpu(const at::Tensor& hidden, at::TensorList weight
   const DecoderStep place(step, shape);
   at::Tensor partial = at::empty_like(hidden);
   Walk walk(hidden, shape);
-  walk.attention(hidden, weights, keys.mutable_data_ptr<float>(), values.mutable_data_ptr<float>(), window, place,
+  walk.attention(hidden, weights, keys.mutable_data_ptr<float>(), values.mutable_data_ptr<float>(), window, true, place,
                  partial.mutable_data_ptr<float>());
   walk.run();
   return partial;

@@ -1,0 +1,163 @@
+"""A drafter's layers over context pages: one operator for all of them on CPU, and what torch has elsewhere.
+
+The network is the one of dflash.py with its weights fused, and packed on CPU. Inference only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from dflash_ray.kernels import ops
+from dflash_ray.models.context_pages import PAGE_SIZE, BlockPlaces, ContextPages
+from dflash_ray.models.dflash import DflashConfig, DflashLayer, DflashNetwork, RmsNorm, apply_rope
+from dflash_ray.models.dflash2 import GroupedDynamicCausalConv
+from dflash_ray.models.packed_linear import PackedLinear, fuse
+
+Rows = Callable[[Tensor], Tensor]
+
+_NONE = torch.empty(0)
+
+
+class DraftLayers(Protocol):
+    """All layers of a drafter, without the final norm."""
+
+    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, pages: ContextPages, places: BlockPlaces) -> Tensor:
+        """Block rows [N, B, H] whose positions turn by cos and sin [N * B, d]; x may be overwritten."""
+
+
+def draft_layers(network: DflashNetwork) -> DraftLayers:
+    """The layers as the device computes them soonest."""
+    is_compiled = ops.is_compiled_for(network.norm.weight)
+    return CompiledLayers(network) if is_compiled else TorchLayers(network)
+
+
+def packed_norm(module: RmsNorm) -> Rows:
+    return partial(ops.rms_norm, weight=module.weight.detach(), eps=module.eps)
+
+
+class CompiledLayers:
+    """One operator from the first layer to the last."""
+
+    def __init__(self, network: DflashNetwork) -> None:
+        config = network.config
+        conv = config.dflash2
+        self._shape = ops.DecoderShape(
+            config.num_attention_heads, config.num_key_value_heads, config.head_dim, False, config.rms_norm_eps,
+            config.head_dim**-0.5, taps=conv.conv_kernel_size if conv else 0, group=conv.conv_group_size if conv else 0,
+        )  # fmt: skip
+        self._weights = [_weights(layer) for layer in network.layers]
+        self._windows = [window or 0 for window in config.windows]
+        self._is_causal = list(config.is_causal)
+
+    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, pages: ContextPages, places: BlockPlaces) -> Tensor:
+        hidden = x.flatten(0, 1).contiguous()
+        ops.decoder_layers(
+            hidden, self._weights, list(pages.keys), list(pages.values), [cos, sin, *places, _NONE], self._shape,
+            PAGE_SIZE, self._windows, self._is_causal, x.shape[1],
+        )  # fmt: skip
+        return hidden.view_as(x)
+
+
+def _weights(layer: DflashLayer) -> list[Tensor]:
+    attention, mlp, place = layer.self_attn, layer.mlp, ops.DecoderWeight
+    qkv = fuse((attention.q_proj, attention.k_proj, attention.v_proj))
+    output = fuse((attention.o_proj,))
+    weights = [_NONE] * len(place)
+    weights[place.INPUT_NORM] = layer.input_layernorm.weight.detach()
+    weights[place.QKV], weights[place.QKV_BIAS] = qkv.weight, _NONE if qkv.bias is None else qkv.bias
+    weights[place.Q_NORM], weights[place.K_NORM] = attention.q_norm.weight.detach(), attention.k_norm.weight.detach()
+    weights[place.OUTPUT], weights[place.OUTPUT_BIAS] = output.weight, _NONE if output.bias is None else output.bias
+    weights[place.MLP_NORM] = layer.post_attention_layernorm.weight.detach()
+    for at, linear in ((place.GATE, mlp.gate_proj), (place.UP, mlp.up_proj), (place.DOWN, mlp.down_proj)):
+        weights[at] = fuse((linear,)).weight
+    if hasattr(layer, "attention_conv"):
+        weights[place.ATTENTION_CONV] = _projection(layer.attention_conv).weight
+        weights[place.ATTENTION_CONV_BASE] = layer.attention_conv.base_kernel.detach()
+        weights[place.MLP_CONV] = _projection(layer.mlp_conv).weight
+        weights[place.MLP_CONV_BASE] = layer.mlp_conv.base_kernel.detach()
+    return weights
+
+
+def _projection(conv: GroupedDynamicCausalConv) -> PackedLinear:
+    assert isinstance(conv.kernel_projection, nn.Linear)
+    return fuse((conv.kernel_projection,))
+
+
+class TorchLayers:
+    """Layer by layer, with the attention of all blocks in one call."""
+
+    def __init__(self, network: DflashNetwork) -> None:
+        self._config = network.config
+        self._layers = [_FusedLayer(layer) for layer in network.layers]
+
+    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, pages: ContextPages, places: BlockPlaces) -> Tensor:
+        turns = (cos[:, None].to(x.dtype), sin[:, None].to(x.dtype))
+        for index, layer in enumerate(self._layers):
+            attention = partial(self._attention, index, layer, turns, pages, places)
+            x = x + layer.around_attention(layer.input_norm(x), attention)
+            x = x + layer.around_mlp(layer.post_norm(x), layer.mlp)
+        return x
+
+    def _attention(
+        self,
+        index: int,
+        layer: _FusedLayer,
+        turns: tuple[Tensor, Tensor],
+        pages: ContextPages,
+        places: BlockPlaces,
+        normed: Tensor,
+    ) -> Tensor:
+        """The attention sublayer: rows [N, B, H] to [N, B, H]."""
+        config = self._config
+        queries, keys, values = layer.heads(normed.flatten(0, 1), config)
+        attended = ops.paged_attention(
+            apply_rope(layer.q_norm(queries), *turns),
+            apply_rope(layer.k_norm(keys), *turns),
+            values,
+            pages.keys[index],
+            pages.values[index],
+            *places,
+            page_size=PAGE_SIZE,
+            scale=config.head_dim**-0.5,
+            window=config.windows[index] or 0,
+            is_causal=config.is_causal[index],
+        )
+        return layer.output(attended.flatten(1)).view_as(normed)
+
+
+class _FusedLayer:
+    """What a layer computes, in pieces.
+
+    `around_attention` and `around_mlp` take the normed rows and the sublayer.
+    """
+
+    def __init__(self, layer: DflashLayer) -> None:
+        attention = layer.self_attn
+        self.input_norm = packed_norm(layer.input_layernorm)
+        self.post_norm = packed_norm(layer.post_attention_layernorm)
+        self.q_norm, self.k_norm = packed_norm(attention.q_norm), packed_norm(attention.k_norm)
+        self.qkv = fuse((attention.q_proj, attention.k_proj, attention.v_proj))
+        self.output = fuse((attention.o_proj,))
+        self.gate_up = fuse((layer.mlp.gate_proj, layer.mlp.up_proj))
+        self.down = fuse((layer.mlp.down_proj,))
+        self.around_attention: Callable[[Tensor, Rows], Tensor] = getattr(layer, "attention_conv", _alone)
+        self.around_mlp: Callable[[Tensor, Rows], Tensor] = getattr(layer, "mlp_conv", _alone)
+
+    def heads(self, normed: Tensor, config: DflashConfig) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values [T, heads, d] of rows [T, H]."""
+        sizes = [config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads]
+        queries, keys, values = self.qkv(normed).unflatten(-1, (sum(sizes), config.head_dim)).split(sizes, dim=-2)
+        return queries, keys, values
+
+    def mlp(self, normed: Tensor) -> Tensor:
+        return self.down(ops.silu_and_mul(self.gate_up(normed)))
+
+
+def _alone(normed: Tensor, sublayer: Rows) -> Tensor:
+    """DFlash: nothing stands around a sublayer."""
+    return sublayer(normed)
