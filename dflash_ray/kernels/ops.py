@@ -90,7 +90,7 @@ def move_rows(caches: list[Tensor], source: Tensor, target: Tensor) -> None:
 class DecoderWeight(IntEnum):
     """A decoder layer's weights in the order of the operators; empty tensors where a family has none.
 
-    QKV, OUTPUT, GATE, UP, DOWN and the projections of convolutions are packed; norms, biases and the convolutions' bases
+    QKV, OUTPUT, GATE, UP, DOWN and the convolutions' projections are packed; norms, biases and the convolutions' bases
     [2, taps, H] are float32.
     """
 
@@ -165,7 +165,8 @@ def decoder_layers(
     """
     causal = [1] * len(windows) if is_causal is None else [int(flag) for flag in is_causal]
     flat = [weight for layer in weights for weight in layer]
-    torch.ops.dflash_ray.decoder_layers(hidden, flat, keys, values, step, *shape.arguments(page_size, block), windows, causal)
+    arguments = shape.arguments(page_size, block)
+    torch.ops.dflash_ray.decoder_layers(hidden, flat, keys, values, step, *arguments, windows, causal)
 
 
 def decoder_attention(

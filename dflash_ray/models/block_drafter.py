@@ -254,25 +254,22 @@ class BlockDrafter:
         firsts = [session.length + 1 for session in held]
         is_drawn = np.array([draw.wants_distribution and draw.temperature > 0 for draw in draws], dtype=np.bool_)
         if tree_width > 1:
-            chances = log_chances(scores, torch.from_numpy(candidates), draws, firsts)
+            chances = log_chances(scores, candidates, draws, firsts)
             trees = _as_trees(candidates, chances, counts, tree_width)
             if not is_drawn.any():
                 return trees
             proposals = list(trees)
+            order, logprobs = walk(scores, candidates, draws, firsts)
+            chains = torch.from_numpy(np.take_along_axis(candidates, order, -1))
             for at in np.flatnonzero(is_drawn).tolist():
-                order, logprobs = walk(scores[at], candidates[at], draws[at], firsts[at])
-                chain = np.take_along_axis(candidates[at], order, -1)[: counts[at]]
-                proposals[at] = DraftProposal(torch.from_numpy(chain), torch.from_numpy(logprobs)[: counts[at]], True)
+                kept = slice(0, int(counts[at]))
+                proposals[at] = DraftProposal(chains[at, kept], torch.from_numpy(logprobs[at, kept]), True)
             return DraftProposals.of(proposals)
-        drafts = []
-        for ids, block_scores, draw, first in zip(candidates, scores, draws, firsts, strict=True):
-            order, logprobs = walk(block_scores, ids, draw, first)
-            drafts.append((np.take_along_axis(ids, order, -1), logprobs))
-        chosen, logprobs_of_all = zip(*drafts, strict=True)
+        order, logprobs = walk(scores, candidates, draws, firsts)
         _, num_slots, most = candidates.shape
         num_kept = np.where(is_drawn, most, min(num_candidates, most))
         counts = np.minimum(counts, num_slots)
-        return DraftProposals(np.stack(chosen), np.stack(logprobs_of_all), counts, num_kept, is_drawn)
+        return DraftProposals(np.take_along_axis(candidates, order, -1), logprobs, counts, num_kept, is_drawn)
 
     def _forward(self, held: list[_Session], x: Tensor) -> Tensor:
         """Block rows [N, B, H] through all layers and the final norm."""

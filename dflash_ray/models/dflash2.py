@@ -189,7 +189,7 @@ def top_candidates(logits: Tensor, count: int) -> Tensor:
 
 
 def walk(
-    scores: NDArray[np.float32], ids: NDArray[np.int64], draw: Draw, first_position: int
+    scores: NDArray[np.float32], ids: NDArray[np.int64], draws: Sequence[Draw], first_positions: Sequence[int]
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """Chooses a token for each slot in turn, given the choice before it.
 
@@ -197,48 +197,57 @@ def walk(
     the noise that the target will draw this position's token with, so that both mostly choose the same token.
 
     Args:
-        scores: [S, k, k] as CandidateSelector returns them; ids: [S, k], ascending ids of the target's vocabulary.
-        first_position: position of the first slot's token.
+        scores: [N, S, k, k] as CandidateSelector returns them.
+        ids: [N, S, k], ascending ids of the target's vocabulary.
+        first_positions: [N] position of the first slot's token.
 
     Returns:
-        For each slot the candidates' indexes, int64 [S, k], the chosen one first and the others by falling score, and
-        their log-probabilities, float32 [S, k]. Of equal scores the lower id comes first.
+        For each slot the candidates' indexes, int64 [N, S, k], the chosen one first and the others by falling score,
+        and their log-probabilities, float32 [N, S, k]. Of equal scores the lower id comes first.
     """
-    order = np.empty(ids.shape, dtype=np.int64)
-    logprobs = np.empty(ids.shape, dtype=np.float32)
+    tempered = _tempered(scores, draws)
+    noise = _noise(ids, draws, first_positions)
+    blocks = np.arange(len(ids))
+    after = np.empty_like(tempered[:, :, 0])  # what the candidates of a slot scored after the choice before it
+    choices = np.empty(ids.shape[:2], dtype=np.int64)
+    chosen = np.zeros(len(ids), dtype=np.int64)
+    for slot in range(ids.shape[1]):
+        after[:, slot] = tempered[blocks, slot, chosen]
+        choices[:, slot] = chosen = (after[:, slot] + noise[:, slot]).argmax(axis=-1)
+    ranked = np.argsort(-after, axis=-1, kind="stable")
+    order = np.take_along_axis(ranked, np.argsort(ranked != choices[:, :, None], axis=-1, kind="stable"), axis=-1)
+    shifted = np.take_along_axis(after - after.max(axis=-1, keepdims=True), order, axis=-1)
+    return order, (shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))).astype(np.float32)
+
+
+def _tempered(scores: NDArray[np.float32], draws: Sequence[Draw]) -> NDArray[np.float64]:
+    temperatures = np.array([draw.temperature or 1.0 for draw in draws])
+    tempered: NDArray[np.float64] = scores / temperatures[:, None, None, None]
+    return tempered
+
+
+def _noise(ids: NDArray[np.int64], draws: Sequence[Draw], first_positions: Sequence[int]) -> NDArray[np.float64]:
+    """[N, S, k] that the target will draw tokens ids [N, S, k] with; 0 where it doesn't draw."""
     noise = np.zeros(ids.shape)
-    if draw.temperature:
-        positions = list(range(first_position, first_position + len(ids)))
-        noise = gumbel([draw.seed] * len(ids), positions, torch.from_numpy(ids)).numpy()
-    chosen = 0
-    for slot in range(len(ids)):
-        tempered = scores[slot, chosen].astype(np.float64) / (draw.temperature or 1.0)
-        chosen = int(np.argmax(tempered + noise[slot]))
-        ranked = np.argsort(-tempered, kind="stable")
-        order[slot] = np.concatenate(([chosen], ranked[ranked != chosen]))
-        shifted = tempered - tempered.max()
-        logprobs[slot] = (shifted - np.log(np.exp(shifted).sum()))[order[slot]]
-    return order, logprobs
+    drawing = [block for block, draw in enumerate(draws) if draw.temperature]
+    if drawing:
+        slots, count = ids.shape[1:]
+        seeds = [draws[block].seed for block in drawing for _ in range(slots)]
+        positions = [first_positions[block] + slot for block in drawing for slot in range(slots)]
+        drawn = gumbel(seeds, positions, torch.from_numpy(ids[drawing].reshape(-1, count))).numpy()
+        noise[drawing] = drawn.reshape(-1, slots, count)
+    return noise
 
 
 def log_chances(
-    scores: NDArray[np.float32], ids: Tensor, draws: Sequence[Draw], first_positions: Sequence[int]
+    scores: NDArray[np.float32], ids: NDArray[np.int64], draws: Sequence[Draw], first_positions: Sequence[int]
 ) -> NDArray[np.float64]:
     """Log-probabilities [N, S, k, k] that the target chooses a candidate, after each candidate of the slot before it.
 
     Above temperature 0 the noise that the target will draw with is known: chances are of score / temperature + noise,
-    in which what is uncertain is how far the target's scores are from these.
-
-    Args:
-        scores: [N, S, k, k] and ids [N, S, k] as CandidateSelector returns them, of the target's vocabulary.
-        first_positions: [N] position of the first slot's token.
+    in which what is uncertain is how far the target's scores are from these. Arguments are those of `walk`.
     """
-    chances = np.empty(scores.shape)
-    for block, (draw, first) in enumerate(zip(draws, first_positions, strict=True)):
-        chances[block] = scores[block] / (draw.temperature or 1.0)
-        if draw.temperature:
-            positions = list(range(first, first + len(ids[block])))
-            chances[block] += gumbel([draw.seed] * len(positions), positions, ids[block]).numpy()[:, None]
+    chances = _tempered(scores, draws) + _noise(ids, draws, first_positions)[:, :, None]
     chances -= chances.max(axis=-1, keepdims=True)
     log_sums: NDArray[np.float64] = np.log(np.exp(chances).sum(axis=-1, keepdims=True))
     return chances - log_sums + _LOG_COVERAGE

@@ -171,13 +171,15 @@ def drawn_by_selector(
     logits = torch.cat((TARGET, TARGET[:1])).repeat(batch, 1)
     for start in range(0, num_draws, batch):
         plan = []
-        for seed in range(start, start + batch):
-            key = seed * 2654435761 % 2**64
-            order, logprobs = walk(DRAFT_SCORES, DRAFT_IDS, Draw(1.0, key, True), first_position=11)
-            ids = np.take_along_axis(DRAFT_IDS, order, axis=1)
+        keys = [seed * 2654435761 % 2**64 for seed in range(start, start + batch)]
+        all_ids = np.tile(DRAFT_IDS, (batch, 1, 1))
+        scores = np.tile(DRAFT_SCORES, (batch, 1, 1, 1))
+        order, logprobs = walk(scores, all_ids, [Draw(1.0, key, True) for key in keys], [11] * batch)
+        all_ids = np.take_along_axis(all_ids, order, axis=-1)
+        for key, ids, chances in zip(keys, all_ids, logprobs, strict=True):
             kept = {"num_candidates": 4, "candidate_ids": ids.flatten().tolist()} if keeps_distribution else {}
             if kept:
-                kept["candidate_probs"] = np.exp(logprobs * stated).flatten().tolist()
+                kept["candidate_probs"] = np.exp(chances * stated).flatten().tolist()
             plan.append(plan_of([0, *ids[:, 0].tolist()], seed=key, mode=REJECTION, position=10, **kept))
         for outcome in verify_alone(logits, plan):
             accepted += len(outcome.accepted_rows)
