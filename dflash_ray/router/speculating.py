@@ -52,7 +52,7 @@ class Speculating:
             self._set_table(table)
         self.controller.prefers_ngram = self._router.prefer_ngram and limits.has_drafter
         self.controller.is_colocated = limits.colocated_draft_tokens > 0
-        self.controller.runs_ahead = self._router.runs_ahead and not limits.colocated_draft_tokens
+        self.controller.runs_ahead = self._router.runs_ahead
         self.controller.steps_lost()
 
     def policy_of(self, speculation: router_pb2.Speculation) -> tuple[Policy, int]:
@@ -123,6 +123,8 @@ class Speculating:
             left = self.table.committed_lens[step.slots] - self.table.num_prefilled[step.slots]
             entries = np.flatnonzero((step.rows == 0) | (step.rows == left))  # that will decode
             slots = step.slots[entries]
+            if not len(slots) or self.controller.passes_over(slots, now):
+                return num_asked
             zeros = np.zeros(len(slots), np.int64)
             most = limits.colocated_draft_tokens if self._router.tree_width == 1 else MAX_DRAFTS
             reach = np.full(len(slots), most)
@@ -180,13 +182,12 @@ class Speculating:
         """Whether the next step of these is to be a plain one, as is known while the present one runs."""
         if not self.table.draft_tokens[slots].any():
             return True
-        if limits.colocated_draft_tokens:
-            return False
-        if self.controller.passes_over(slots, now):
+        if not limits.colocated_draft_tokens and self.controller.passes_over(slots, now):
             return True
         if self.controller.has_fixed(slots):
             return False  # an n-gram may be found then
-        self._plan(slots, reach, 0, limits, now)
+        if not limits.colocated_draft_tokens:  # else the step in flight was sent with the next one's plan
+            self._plan(slots, reach, 0, limits, now)
         return self.controller.planned_plainly()
 
     def judge_ngrams(self, slots: Ints, first_tokens: Tokens) -> None:

@@ -149,11 +149,15 @@ class SpeculationController:
         return bool((self._policies[slots] == Policy.FIXED).any())
 
     def planned_plainly(self, cohort: int = 0) -> bool:
-        """Whether the last plan is a plain step that asks for nothing; any other is forgotten, to be made anew."""
+        """Whether the last plan is a plain step that asks for nothing.
+
+        Any other is forgotten, to be made anew, unless the drafter was asked for it behind the pass that runs.
+        """
         outlook = self._outlooks.get(cohort, NO_OUTLOOK)
         if outlook.reason in PLAIN and not outlook.num_asked:
             return True
-        self._outlooks.pop(cohort, None)
+        if not self.is_colocated:
+            self._outlooks.pop(cohort, None)
         return False
 
     def _look_out(self, cohort: int, outlook: Outlook) -> None:

@@ -1,13 +1,18 @@
 """Two steps may be at the target: of different sequences, answered in their order, a suspect's by itself."""
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 
 from dflash_ray.config import load_config
-from dflash_ray.pb import target_pb2
+from dflash_ray.core.draft_blocks import DraftBlock, to_message
+from dflash_ray.pb import router_pb2, target_pb2
 from dflash_ray.router.actions import Emit, RunStep
 from dflash_ray.router.scheduler import Scheduler
 from tests.toy import ToyTarget, answer, token_request
 
+FIXED = router_pb2.SPECULATION_POLICY_FIXED
 ENDLESS = [[n, n + 1] for n in range(49) if len(answer([n, n + 1], 20)) == 20]  # no stop token comes
 
 
@@ -21,8 +26,8 @@ class Group:
         self.tokens: dict[int, list[int]] = {}
         self._prompts = iter(ENDLESS)
 
-    def arrive(self, num_losses: int = 0, draft_tokens: int = 0, max_new: int = 20) -> int:
-        request = token_request(next(self._prompts), max_new=max_new, draft_tokens=draft_tokens)
+    def arrive(self, num_losses: int = 0, draft_tokens: int = 0, max_new: int = 20, policy: int = FIXED) -> int:
+        request = token_request(next(self._prompts), max_new, draft_tokens, policy)
         request.num_losses = num_losses
         return self.scheduler.arrive(request, 0.0).sequence_id
 
@@ -37,8 +42,20 @@ class Group:
                         self.tokens.setdefault(sequence_id, []).extend(tokens)
         return [{*step.prefill_ids, *step.verify_ids} for step in self.sent]
 
-    def answer(self) -> None:
-        self.scheduler.step_done(self.target.step(self.sent.pop(0)), 0.0)
+    def answer(self, now: float = 0.0) -> None:
+        """The target's answer, with colocated drafts that are always wrong, and take as long as a pass."""
+        step = self.sent.pop(0)
+        result = self.target.step(step)
+        result.timings.forward_ns = 5_000_000
+        lens = dict(zip(result.sequence_ids, result.committed_lens, strict=True))
+        blocks = [
+            DraftBlock(asked, lens[asked], np.full((count, 1), 49, np.uint32), np.full((count, 1), -0.5, np.float32))
+            for asked, count in zip(step.colocated_draft_ids, step.colocated_num_drafts, strict=True)
+        ]
+        if blocks:
+            result.timings.draft_ns = 5_000_000
+            result.colocated_drafts.CopyFrom(to_message(0, blocks))
+        self.scheduler.step_done(result, now)
 
 
 def test_one_cohort_is_sent_while_the_other_runs():
@@ -125,6 +142,22 @@ def test_a_step_ahead_counts_for_nothing_where_the_one_before_it_found_no_page()
         group.poll()
     assert group.scheduler.num_running == 0
     assert group.tokens[first] == answer(ENDLESS[0], 20) and group.tokens[second] == answer(ENDLESS[1], 20)
+
+
+def test_where_the_drafter_is_in_the_target_plain_steps_run_ahead_unless_drafts_are_asked_for():
+    group = Group("router.policy=adaptive")
+    group.target.limits = replace(group.target.limits, colocated_draft_tokens=4)
+    group.scheduler.target_ready(group.target.limits, 0.0)
+    num_ahead = num_asked = 0
+    for step in range(300):
+        if not group.scheduler.num_running:
+            group.arrive(draft_tokens=3, policy=router_pb2.SPECULATION_POLICY_ADAPTIVE)
+        in_flight = group.poll(now=0.01 * step)
+        num_ahead += len(in_flight) == 2
+        num_asked += bool(group.sent[0].colocated_draft_ids)
+        assert len(in_flight) == 1 or not group.sent[0].colocated_draft_ids, "its drafts are waited for"
+        group.answer(now=0.01 * step + 0.009)
+    assert num_asked > 2 and num_ahead > 100
 
 
 def test_one_step_at_a_time_where_the_configuration_says_so():
