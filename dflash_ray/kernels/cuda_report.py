@@ -31,23 +31,16 @@ def compile_report() -> dict[str, Any]:
     version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
     report: dict[str, Any] = {"compiler": f"nvcc {re.findall(r'V([0-9.]+)', version)[0]}"}
     for architecture in ARCHITECTURES:
-        with tempfile.TemporaryDirectory() as folder:
-            source, output = SOURCES / "cuda" / "verify.cu", Path(folder) / "verify.o"
-            command = [
-                nvcc,
-                *CUDA_FLAGS,
-                f"-arch={architecture}",
-                "-Xptxas",
-                "-v",
-                "-c",
-                str(source),
-                "-o",
-                str(output),
-            ]
-            done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(done.stderr)
-        report[architecture] = _parse(done.stderr)
+        report[architecture] = {}
+        for source in sorted((SOURCES / "cuda").glob("*.cu")):
+            with tempfile.TemporaryDirectory() as folder:
+                flags = [*CUDA_FLAGS, f"-arch={architecture}", "-Xptxas", "-v", "-c"]
+                command = [nvcc, *flags, str(source), "-o", str(Path(folder) / "kernels.o")]
+                done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                raise RuntimeError(done.stderr)
+            report[architecture] |= _parse(done.stderr)
+        report[architecture] = dict(sorted(report[architecture].items()))
     return report
 
 
@@ -62,7 +55,7 @@ def _parse(text: str) -> dict[str, dict[str, int]]:
             "spill_bytes": sum(map(int, re.findall(r"(\d+) bytes spill", part))),
             "shared_bytes": sum(map(int, re.findall(r"(\d+) bytes smem", part))),
         }
-    return dict(sorted(kernels.items()))
+    return kernels
 
 
 def load_report() -> dict[str, Any]:

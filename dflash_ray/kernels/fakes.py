@@ -47,6 +47,14 @@ def register_verify_fakes(namespace: str) -> None:
         torch.library.register_fake(f"{namespace}::{name}", function)
 
 
+def register_layer_fakes(namespace: str) -> None:
+    """For the operators between a layer's products of a torch.ops namespace."""
+    register = torch.library.register_fake
+    register(f"{namespace}::add_norm", lambda hidden, *_: torch.empty_like(hidden))
+    register(f"{namespace}::turn_and_store", lambda *_: None)
+    register(f"{namespace}::activate", lambda gate_up, *_: gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2))
+
+
 def register_forward_fakes() -> None:
     """For the operators of the forward pass whose outputs have the shape of an input."""
     torch.library.register_fake("dflash_ray::packed_linear", _packed_linear)

@@ -134,6 +134,19 @@ class PaddedStep:
         """Stores keys and values at the slots, then attends; shapes as in `ops.paged_attention`."""
         key_cache.index_copy_(0, slots, key)
         value_cache.index_copy_(0, slots, value)
+        return self.attend_stored(query, key_cache, value_cache, scale, window, softcap, is_causal)
+
+    def attend_stored(
+        self,
+        query: Tensor,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        scale: float,
+        window: int = 0,
+        softcap: float = 0.0,
+        is_causal: bool = True,
+    ) -> Tensor:
+        """The same where the step's keys and values are in the caches already."""
         kind = (window, is_causal)
         if kind not in self._visible:
             self._visible[kind] = [group.visible(*kind) for group in self._groups]

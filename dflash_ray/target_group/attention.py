@@ -27,12 +27,19 @@ class PagedStep:
         padded: the layout for devices other than the CPU, whose operator reads the tables on the host; else None.
     """
 
-    def __init__(self, batch: StepBatch, cache: PagedCache, device: str) -> None:
+    def __init__(self, batch: StepBatch, cache: PagedCache, device: str, is_padded: bool | None = None) -> None:
         self.cache = cache
         self.slots = torch.from_numpy(batch.slots).to(device)
         tables = (batch.entry_lens, batch.context_lens, batch.page_counts, batch.pages, batch.parents)
         self.tables = tuple(map(torch.from_numpy, tables))
-        self.padded = None if device == "cpu" else PaddedStep(*tables, cache.page_size, device)
+        is_padded = device != "cpu" if is_padded is None else is_padded
+        self.padded = PaddedStep(*tables, cache.page_size, device) if is_padded else None
+
+    def attend(self, layer: int, query: Tensor, scale: float, window: int, softcap: float) -> Tensor:
+        """[T, n_q, d] of queries whose keys and values are in the layer's cache already; on devices but the CPU."""
+        assert self.padded is not None
+        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        return self.padded.attend_stored(query, keys, values, scale, window, softcap)
 
 
 def paged_attention(

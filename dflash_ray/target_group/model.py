@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,17 +11,22 @@ from torch import Tensor
 
 from dflash_ray.config import DflashRayConfig
 from dflash_ray.core.memory import return_freed_memory
+from dflash_ray.kernels import ops
 from dflash_ray.models.context_length import context_length
 from dflash_ray.models.taps import tap_layers
 from dflash_ray.models.target_checkpoint import TargetCheckpoint
 from dflash_ray.target_group.attention import IMPLEMENTATION, PagedStep, register
 from dflash_ray.target_group.batch import StepBatch
+from dflash_ray.target_group.decoder_parts import obstacle
+from dflash_ray.target_group.device_decoder import DeviceDecoder
 from dflash_ray.target_group.head import VocabParallelHead
-from dflash_ray.target_group.lean_decoder import LeanDecoder, is_lean
+from dflash_ray.target_group.lean_decoder import LeanDecoder
 from dflash_ray.target_group.linears import pack_linears
 from dflash_ray.target_group.paged_cache import PagedCache
 from dflash_ray.target_group.step import Ints
 from dflash_ray.target_group.tensor_parallel import split_over_ranks
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +64,20 @@ class _TransformersDecoder:
             return hidden, None
         rows = torch.from_numpy(batch.feature_rows).to(self._device)
         return hidden, torch.cat([self._taps[i][0, rows] for i in self._tap_layer_ids], dim=-1)
+
+
+def _decoder(
+    base: Any, device: str, tp_size: int, tap_layer_ids: tuple[int, ...]
+) -> LeanDecoder | DeviceDecoder | _TransformersDecoder:
+    """What computes this decoder soonest; says so in the log where that is what transformers has."""
+    if device == "cpu" and not ops.is_compiled_for(base.embed_tokens.weight):
+        return _TransformersDecoder(base, device, tap_layer_ids)
+    if reason := obstacle(base):
+        logger.info("decoder layers run as transformers has them, which is slower: %s", reason)
+        return _TransformersDecoder(base, device, tap_layer_ids)
+    if device == "cpu":
+        return LeanDecoder(base, tp_size, tap_layer_ids)
+    return DeviceDecoder(base, device, tap_layer_ids)
 
 
 class RankModel:
@@ -98,11 +118,7 @@ class RankModel:
             pack_linears(projector)
         self._projector = projector
         tap_layer_ids = tap_layer_ids if projector is not None else ()
-        self._decoder: LeanDecoder | _TransformersDecoder
-        if is_lean(base, self._device):
-            self._decoder = LeanDecoder(base, tp_size, tap_layer_ids)
-        else:
-            self._decoder = _TransformersDecoder(base, self._device, tap_layer_ids)
+        self._decoder = _decoder(base, self._device, tp_size, tap_layer_ids)
         del model, base
         return_freed_memory()
 

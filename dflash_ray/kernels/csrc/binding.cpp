@@ -2,6 +2,7 @@
 
 #include <torch/library.h>
 
+#include "layer_ops.h"
 #include "operators.h"
 #include "verify_ops.h"
 
@@ -22,6 +23,7 @@ TORCH_LIBRARY(dflash_ray, library) {
       "decoder_attention(Tensor hidden, Tensor[] weights, Tensor(a!) keys, Tensor(b!) values, Tensor[] step, "
       "int[] sizes, float[] scalars, int window) -> Tensor");
   library.def("decoder_mlp(Tensor hidden, Tensor[] weights, int[] sizes, float[] scalars) -> Tensor");
+  dflash_ray::define_layer_ops(library);
   dflash_ray::define_verify_ops(library);
 }
 

@@ -47,7 +47,7 @@ def test_trees_never_change_a_token(runner, seed, sampling):
 def test_trees_never_change_a_token_where_layers_run_as_transformers_has_them(
     process_group, tiny_target, monkeypatch, seed
 ):
-    monkeypatch.setattr("dflash_ray.target_group.model.is_lean", lambda *_: False)
+    monkeypatch.setattr("dflash_ray.target_group.model.obstacle", lambda base: "the test wants it so")
     engine = new_engine(GroupRunner(RankModel(tiny_target, CONFIG, 0, 1), SingleRank()))
     for sampling in ({}, PENALISED):
         truth = run(engine, opening(**sampling), plain)
