@@ -25,7 +25,7 @@ from dflash_ray.models.dflash import apply_rope, rope_tables
 from dflash_ray.models.dflash2 import CandidateSelector, Draw, log_chances, walk
 from dflash_ray.models.draft_contexts import ContextRows
 from dflash_ray.models.draft_head import build_selector, load_draft_head
-from dflash_ray.models.draft_layers import draft_layers, packed_norm
+from dflash_ray.models.draft_layers import draft_layers
 from dflash_ray.models.draft_proposals import DraftProposal, DraftProposals
 from dflash_ray.models.drafter_checkpoint import DrafterCheckpoint
 from dflash_ray.models.packed_linear import PackedLinear, fuse
@@ -84,7 +84,6 @@ class BlockDrafter:
         self._device, self._dtype = device, dtype
         network = checkpoint.build_network(dtype).to(device)
         self._network = network
-        self._norm = packed_norm(network.norm)
         self._layers = draft_layers(network)
         self._pages = ContextPages(
             self.config.num_hidden_layers, self.config.num_key_value_heads, self.config.head_dim, dtype, device
@@ -278,7 +277,7 @@ class BlockDrafter:
         size = x.shape[1]
         places = self._pages.place_blocks(sessions, lens, size)
         cos, sin = self._block_turns(torch.from_numpy(spans(lens, np.full(len(held), size))))
-        return self._norm(self._layers(x, cos, sin, self._pages, places))
+        return self._layers(x, cos, sin, self._pages, places)
 
     def _block_turns(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         return self._turns(positions)

@@ -1,4 +1,4 @@
-"""A drafter's layers over context pages: one operator for all of them on CPU, and what torch has elsewhere.
+"""A drafter's layers over context pages: one operator for all of them on CPU, few for each elsewhere.
 
 The network is the one of dflash.py with its weights fused, and packed on CPU. Inference only.
 """
@@ -9,12 +9,14 @@ from collections.abc import Callable
 from functools import partial
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dflash_ray.kernels import ops
+from dflash_ray.kernels import layer_ops, ops
+from dflash_ray.kernels.padded import PaddedStep
 from dflash_ray.models.context_pages import PAGE_SIZE, BlockPlaces, ContextPages
-from dflash_ray.models.dflash import DflashConfig, DflashLayer, DflashNetwork, RmsNorm, apply_rope
+from dflash_ray.models.dflash import DflashLayer, DflashNetwork
 from dflash_ray.models.dflash2 import GroupedDynamicCausalConv
 from dflash_ray.models.packed_linear import PackedLinear, fuse
 
@@ -24,7 +26,7 @@ _NONE = torch.empty(0)
 
 
 class DraftLayers(Protocol):
-    """All layers of a drafter, without the final norm."""
+    """All layers of a drafter and its final norm."""
 
     def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, pages: ContextPages, places: BlockPlaces) -> Tensor:
         """Block rows [N, B, H] whose positions turn by cos and sin [N * B, d]; x may be overwritten."""
@@ -33,11 +35,7 @@ class DraftLayers(Protocol):
 def draft_layers(network: DflashNetwork) -> DraftLayers:
     """The layers as the device computes them soonest."""
     is_compiled = ops.is_compiled_for(network.norm.weight)
-    return CompiledLayers(network) if is_compiled else TorchLayers(network)
-
-
-def packed_norm(module: RmsNorm) -> Rows:
-    return partial(ops.rms_norm, weight=module.weight.detach(), eps=module.eps)
+    return CompiledLayers(network) if is_compiled else DeviceLayers(network)
 
 
 class CompiledLayers:
@@ -51,6 +49,7 @@ class CompiledLayers:
             config.head_dim**-0.5, taps=conv.conv_kernel_size if conv else 0, group=conv.conv_group_size if conv else 0,
         )  # fmt: skip
         self._weights = [_weights(layer) for layer in network.layers]
+        self._norm = network.norm.weight.detach()
         self._windows = [window or 0 for window in config.windows]
         self._is_causal = list(config.is_causal)
 
@@ -60,7 +59,7 @@ class CompiledLayers:
             hidden, self._weights, list(pages.keys), list(pages.values), [cos, sin, *places, _NONE], self._shape,
             PAGE_SIZE, self._windows, self._is_causal, x.shape[1],
         )  # fmt: skip
-        return hidden.view_as(x)
+        return ops.rms_norm(hidden, self._norm, self._shape.eps).view_as(x)
 
 
 def _weights(layer: DflashLayer) -> list[Tensor]:
@@ -88,20 +87,28 @@ def _projection(conv: GroupedDynamicCausalConv) -> PackedLinear:
     return fuse((conv.kernel_projection,))
 
 
-class TorchLayers:
-    """Layer by layer, with the attention of all blocks in one call."""
+class DeviceLayers:
+    """Layer by layer, as `target_group/device_decoder.py` has them, with the attention of all blocks in one call."""
 
     def __init__(self, network: DflashNetwork) -> None:
         self._config = network.config
         self._layers = [_FusedLayer(layer) for layer in network.layers]
+        self._norm = network.norm.weight.detach().float()
 
     def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, pages: ContextPages, places: BlockPlaces) -> Tensor:
-        turns = (cos[:, None].to(x.dtype), sin[:, None].to(x.dtype))
+        tables = (table.numpy() for table in places[1:])
+        plan = PaddedStep(*tables, np.empty(0, np.int64), PAGE_SIZE, x.device.type)
+        hidden, delta = x.flatten(0, 1).contiguous(), None
         for index, layer in enumerate(self._layers):
-            attention = partial(self._attention, index, layer, turns, pages, places)
-            x = x + layer.around_attention(layer.input_norm(x), attention)
-            x = x + layer.around_mlp(layer.post_norm(x), layer.mlp)
-        return x
+            attention = partial(self._attention, index, layer, (cos, sin), pages, places.slots, plan)
+            normed = self._add_norm(hidden, delta, layer.input_norm)
+            delta = layer.around_attention(normed.view_as(x), attention).flatten(0, 1)
+            normed = self._add_norm(hidden, delta, layer.post_norm)
+            delta = layer.around_mlp(normed.view_as(x), layer.mlp).flatten(0, 1)
+        return self._add_norm(hidden, delta, self._norm).view_as(x)
+
+    def _add_norm(self, hidden: Tensor, delta: Tensor | None, weight: Tensor) -> Tensor:
+        return layer_ops.add_norm(hidden, delta, None, weight, self._config.rms_norm_eps, 1.0)
 
     def _attention(
         self,
@@ -109,20 +116,20 @@ class TorchLayers:
         layer: _FusedLayer,
         turns: tuple[Tensor, Tensor],
         pages: ContextPages,
-        places: BlockPlaces,
+        slots: Tensor,
+        plan: PaddedStep,
         normed: Tensor,
     ) -> Tensor:
         """The attention sublayer: rows [N, B, H] to [N, B, H]."""
-        config = self._config
-        queries, keys, values = layer.heads(normed.flatten(0, 1), config)
-        attended = ops.paged_attention(
-            apply_rope(layer.q_norm(queries), *turns),
-            apply_rope(layer.k_norm(keys), *turns),
+        config, keys, values = self._config, pages.keys[index], pages.values[index]
+        qkv = layer.qkv(normed.flatten(0, 1))
+        layer_ops.turn_and_store(qkv, layer.q_norm, layer.k_norm, *turns, slots, keys, values, config.rms_norm_eps)
+        heads = (config.num_attention_heads, config.head_dim)
+        queries = qkv[:, : heads[0] * heads[1]].unflatten(-1, heads)
+        attended = plan.attend_stored(
+            queries,
+            keys,
             values,
-            pages.keys[index],
-            pages.values[index],
-            *places,
-            page_size=PAGE_SIZE,
             scale=config.head_dim**-0.5,
             window=config.windows[index] or 0,
             is_causal=config.is_causal[index],
@@ -131,16 +138,16 @@ class TorchLayers:
 
 
 class _FusedLayer:
-    """What a layer computes, in pieces.
+    """What a layer computes, in pieces; norms are float32.
 
     `around_attention` and `around_mlp` take the normed rows and the sublayer.
     """
 
     def __init__(self, layer: DflashLayer) -> None:
         attention = layer.self_attn
-        self.input_norm = packed_norm(layer.input_layernorm)
-        self.post_norm = packed_norm(layer.post_attention_layernorm)
-        self.q_norm, self.k_norm = packed_norm(attention.q_norm), packed_norm(attention.k_norm)
+        self.input_norm = layer.input_layernorm.weight.detach().float()
+        self.post_norm = layer.post_attention_layernorm.weight.detach().float()
+        self.q_norm, self.k_norm = (norm.weight.detach().float() for norm in (attention.q_norm, attention.k_norm))
         self.qkv = fuse((attention.q_proj, attention.k_proj, attention.v_proj))
         self.output = fuse((attention.o_proj,))
         self.gate_up = fuse((layer.mlp.gate_proj, layer.mlp.up_proj))
@@ -148,14 +155,10 @@ class _FusedLayer:
         self.around_attention: Callable[[Tensor, Rows], Tensor] = getattr(layer, "attention_conv", _alone)
         self.around_mlp: Callable[[Tensor, Rows], Tensor] = getattr(layer, "mlp_conv", _alone)
 
-    def heads(self, normed: Tensor, config: DflashConfig) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values [T, heads, d] of rows [T, H]."""
-        sizes = [config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads]
-        queries, keys, values = self.qkv(normed).unflatten(-1, (sum(sizes), config.head_dim)).split(sizes, dim=-2)
-        return queries, keys, values
-
     def mlp(self, normed: Tensor) -> Tensor:
-        return self.down(ops.silu_and_mul(self.gate_up(normed)))
+        """Rows [N, B, H] to [N, B, H]."""
+        activated = layer_ops.activate(self.gate_up(normed.flatten(0, 1)), is_gelu=False)
+        return self.down(activated).view_as(normed)
 
 
 def _alone(normed: Tensor, sublayer: Rows) -> Tensor:

@@ -7,7 +7,7 @@ from dflash_ray.models import block_drafter
 from dflash_ray.models.block_drafter import BlockDrafter
 from dflash_ray.models.dflash import DflashNetwork
 from dflash_ray.models.dflash2 import Draw
-from dflash_ray.models.draft_layers import TorchLayers
+from dflash_ray.models.draft_layers import DeviceLayers
 from dflash_ray.models.drafter_checkpoint import load_drafter, save_drafter
 from dflash_ray.models.drafter_config import parse_dflash_config
 from tests.drafter.parity import assert_parity
@@ -29,7 +29,7 @@ def test_dflash2_choices_equal_the_reference_over_steps_with_cropping(variant, d
 
 @pytest.mark.parametrize("values", [*DFLASH.values(), *DFLASH2.values()], ids=[*DFLASH, *DFLASH2])
 def test_layers_as_other_devices_run_them_draft_the_same(values, target, tmp_path, monkeypatch):
-    monkeypatch.setattr(block_drafter, "draft_layers", TorchLayers)
+    monkeypatch.setattr(block_drafter, "draft_layers", DeviceLayers)
     assert_parity(save_random(tmp_path, values), target)
 
 
