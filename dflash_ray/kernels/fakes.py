@@ -52,6 +52,7 @@ def register_layer_fakes(namespace: str) -> None:
     register = torch.library.register_fake
     register(f"{namespace}::add_norm", lambda hidden, *_: torch.empty_like(hidden))
     register(f"{namespace}::turn_and_store", lambda *_: None)
+    register(f"{namespace}::convolve", lambda x, *_: torch.empty_like(x))
     register(f"{namespace}::activate", lambda gate_up, *_: gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2))
 
 

@@ -82,3 +82,23 @@ def activate(gate_up: Tensor, is_gelu: bool) -> Tensor:
     gate, up = gate_up.float().chunk(2, dim=-1)
     activated = (F.gelu(gate, approximate="tanh") if is_gelu else F.silu(gate)).to(gate_up.dtype)
     return (activated.float() * up).to(gate_up.dtype)
+
+
+def convolve(x: Tensor, coefficients: Tensor, base: Tensor, side: int, block: int) -> Tensor:
+    """Rows [T, H] of blocks of `block`, each with those of its block before it, times their taps' coefficients.
+
+    Args:
+        coefficients: [T, 2 * taps * groups], of the channels' groups; base: float32 [2, taps, H], added to them.
+        side: 0 before a sublayer, 1 after it.
+    """
+    if _is_compiled_for(x):
+        out: Tensor = _operators.convolve(x, coefficients, base, side, block)
+        return out
+    taps, width = base.shape[1:]
+    shared = coefficients.view(len(x), 2, taps, -1)[:, side].float()
+    kernel = base[side] + shared.repeat_interleave(width // shared.shape[-1], dim=-1)  # [T, taps, H]
+    rows = x.float().view(-1, block, width)
+    summed = torch.zeros_like(rows)
+    for tap in range(min(taps, block)):
+        summed[:, tap:] += kernel.view(-1, block, taps, width)[:, tap:, tap] * rows[:, : block - tap]
+    return summed.flatten(0, 1).to(x.dtype)

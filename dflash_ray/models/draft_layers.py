@@ -21,6 +21,7 @@ from dflash_ray.models.dflash2 import GroupedDynamicCausalConv
 from dflash_ray.models.packed_linear import PackedLinear, fuse
 
 Rows = Callable[[Tensor], Tensor]
+Around = Callable[[Tensor, Rows], Tensor]
 
 _NONE = torch.empty(0)
 
@@ -152,8 +153,8 @@ class _FusedLayer:
         self.output = fuse((attention.o_proj,))
         self.gate_up = fuse((layer.mlp.gate_proj, layer.mlp.up_proj))
         self.down = fuse((layer.mlp.down_proj,))
-        self.around_attention: Callable[[Tensor, Rows], Tensor] = getattr(layer, "attention_conv", _alone)
-        self.around_mlp: Callable[[Tensor, Rows], Tensor] = getattr(layer, "mlp_conv", _alone)
+        self.around_attention = _around(getattr(layer, "attention_conv", None))
+        self.around_mlp = _around(getattr(layer, "mlp_conv", None))
 
     def mlp(self, normed: Tensor) -> Tensor:
         """Rows [N, B, H] to [N, B, H]."""
@@ -161,6 +162,16 @@ class _FusedLayer:
         return self.down(activated).view_as(normed)
 
 
-def _alone(normed: Tensor, sublayer: Rows) -> Tensor:
-    """DFlash: nothing stands around a sublayer."""
-    return sublayer(normed)
+def _around(conv: GroupedDynamicCausalConv | None) -> Around:
+    """What stands around a sublayer: in DFlash nothing, in DFlash 2 a convolution on both sides."""
+    if conv is None:
+        return lambda normed, sublayer: sublayer(normed)
+    projection, base = _projection(conv), conv.base_kernel.detach().float()
+
+    def around(normed: Tensor, sublayer: Rows) -> Tensor:
+        rows, block = normed.flatten(0, 1), normed.shape[1]
+        coefficients = projection(rows)
+        inner = sublayer(layer_ops.convolve(rows, coefficients, base, 0, block).view_as(normed))
+        return layer_ops.convolve(inner.flatten(0, 1), coefficients, base, 1, block).view_as(normed)
+
+    return around

@@ -6,6 +6,7 @@
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <optional>
 
 #include "cuda/layer_backend.h"
@@ -66,7 +67,30 @@ struct LayerOps {
     return out;
   }
 
+  static at::Tensor convolve(const at::Tensor& x, const at::Tensor& coefficients, const at::Tensor& base, int64_t side,
+                             int64_t block) {
+    const Guard guard(x);
+    ConvolutionView view;
+    view.rows = rows_view(x);
+    TORCH_CHECK(base.dim() == 3 && base.size(0) == 2 && base.size(2) == view.rows.width && (side == 0 || side == 1),
+                "a base is [2, taps, ", view.rows.width, "], for side 0 or 1");
+    view.taps = base.size(1), view.side = side, view.block = block;
+    view.base = floats(base, base.numel());
+    TORCH_CHECK(block > 0 && view.rows.num_rows % block == 0, view.rows.num_rows, " rows are no blocks of ", block);
+    const int64_t groups = coefficients.size(-1) / std::max<int64_t>(1, 2 * view.taps);
+    TORCH_CHECK(coefficients.dim() == 2 && coefficients.is_contiguous() &&
+                    coefficients.scalar_type() == x.scalar_type() && coefficients.size(0) == view.rows.num_rows && groups > 0 &&
+                    coefficients.size(1) == 2 * view.taps * groups && view.rows.width % groups == 0,
+                "coefficients are contiguous [T, 2 taps groups] of the type of the rows");
+    view.group = view.rows.width / groups;
+    view.coefficients = coefficients.const_data_ptr();
+    at::Tensor out = at::empty_like(x);
+    Backend::convolve(view, out.mutable_data_ptr());
+    return out;
+  }
+
   static void register_in(torch::Library& library) {
+    library.impl("convolve", &convolve);
     library.impl("add_norm", &add_norm);
     library.impl("turn_and_store", &turn_and_store);
     library.impl("activate", &activate);
@@ -95,6 +119,7 @@ inline void define_layer_ops(torch::Library& library) {
   library.def(
       "turn_and_store(Tensor(a!) qkv, Tensor? q_norm, Tensor? k_norm, Tensor cos, Tensor sin, Tensor slots, "
       "Tensor(b!) keys, Tensor(c!) values, float eps) -> ()");
+  library.def("convolve(Tensor x, Tensor coefficients, Tensor base, int side, int block) -> Tensor");
   library.def("activate(Tensor gate_up, bool is_gelu) -> Tensor");
 }
 

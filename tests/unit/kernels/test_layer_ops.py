@@ -94,6 +94,21 @@ def test_gates_are_activated_and_multiplied(dtype, is_gelu, device, compiled):
     assert torch.equal(layer_ops.activate(gate_up[:2].to(device), is_gelu), found[:2])
 
 
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("side", [0, 1])
+def test_rows_are_convolved_along_their_block_alone(dtype, side, device, compiled):
+    taps, groups, block = 3, 7, 4
+    x, base = normal(3 * block, WIDTH, dtype=dtype, seed=1), normal(2, taps, WIDTH, seed=3)
+    coefficients = normal(3 * block, 2 * taps * groups, dtype=dtype, seed=2)
+    expected = layer_ops.convolve(x, coefficients, base, side, block)
+    compiled()
+    found = layer_ops.convolve(x.to(device), coefficients.to(device), base.to(device), side, block)
+    assert_near(found, expected)
+    own = slice(block, 2 * block)
+    alone = layer_ops.convolve(x[own].to(device), coefficients[own].to(device), base.to(device), side, block)
+    assert torch.equal(alone, found[own])
+
+
 def test_steps_without_rows_and_rows_of_another_size_are_met_with_nothing_and_an_error(device, compiled):
     compiled()
     assert len(layer_ops.activate(torch.empty(0, 8, device=device), False)) == 0
@@ -114,6 +129,7 @@ def test_the_operators_pass_torchs_checks():
     operators = torch.ops.dflash_ray_emulated
     torch.library.opcheck(operators.add_norm.default, (normal(3, 8), normal(3, 8), None, normal(8), EPS, 1.0))
     torch.library.opcheck(operators.activate.default, (normal(3, 8), True))
+    torch.library.opcheck(operators.convolve.default, (normal(4, 8), normal(4, 8), normal(2, 2, 8), 1, 2))
     caches = [torch.zeros(3, 1, 4) for _ in range(2)]
     arguments = (normal(2, 12), None, None, normal(2, 4), normal(2, 4), torch.tensor([2, 0]), *caches, EPS)
     torch.library.opcheck(operators.turn_and_store.default, arguments)

@@ -113,6 +113,23 @@ DFLASH_KERNEL activate_kernel(RowsView view, bool is_gelu, T* out) {
   from_float(rounded<T>(activated(to_float(line[column]), is_gelu)) * to_float(line[width + column]), out[i]);
 }
 
+// A row and those of its block before it, each times its tap's coefficients (models/dflash2.py).
+template <class T>
+DFLASH_KERNEL convolve_kernel(ConvolutionView view, T* out) {
+  const int64_t width = view.rows.width, row = blockIdx.x, groups = width / view.group, first = view.side * view.taps;
+  const T* x = static_cast<const T*>(view.rows.data) + row * width;
+  const T* shared = static_cast<const T*>(view.coefficients) + (2 * view.taps * row + first) * groups;
+  const int64_t before = row % view.block, taps = view.taps < before + 1 ? view.taps : before + 1;
+  for (int64_t i = threadIdx.x; i < width; i += kThreads) {
+    float sum = 0;
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      const float coefficient = view.base[(first + tap) * width + i] + to_float(shared[tap * groups + i / view.group]);
+      sum += coefficient * to_float(x[i - tap * width]);
+    }
+    from_float(sum, out[row * width + i]);
+  }
+}
+
 // Calls launch(T()) with the type of the values.
 template <class Launch>
 void by_kind(Kind kind, const Launch& launch) {
@@ -147,6 +164,14 @@ void LayerCudaBackend::activate(const RowsView& gate_up, bool is_gelu, void* out
   by_kind(gate_up.kind, [&](auto value) {
     using T = decltype(value);
     DFLASH_LAUNCH(activate_kernel<T>, blocks, gate_up, is_gelu, static_cast<T*>(out));
+  });
+}
+
+void LayerCudaBackend::convolve(const ConvolutionView& view, void* out) {
+  if (!view.rows.num_rows) return;
+  by_kind(view.rows.kind, [&](auto value) {
+    using T = decltype(value);
+    DFLASH_LAUNCH(convolve_kernel<T>, view.rows.num_rows, view, static_cast<T*>(out));
   });
 }
 

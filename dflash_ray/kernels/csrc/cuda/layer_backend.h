@@ -24,11 +24,21 @@ struct HeadsView {
   float eps;
 };
 
+// A convolution along blocks of `block` rows, before a sublayer (side 0) or after it; base [2, taps, width] and, for each
+// row, coefficients [2, taps, width / group] of the rows' kind.
+struct ConvolutionView {
+  RowsView rows;
+  int64_t block, taps, group, side;
+  const float* base;
+  const void* coefficients;
+};
+
 struct LayerCudaBackend {
   static void add_norm(const RowsView& hidden, const void* delta, const float* after, const float* weight, float eps,
                        float scale, void* out);
   static void turn_and_store(const HeadsView& heads);
   static void activate(const RowsView& gate_up, bool is_gelu, void* out);
+  static void convolve(const ConvolutionView& view, void* out);
 };
 
 }  // namespace dflash_ray
