@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import GELUTanh, SiLUActivation
 
+from dflash_ray.core.memory import return_freed_memory
 from dflash_ray.kernels import ops
 from dflash_ray.models.packed_linear import PackedLinear
 from dflash_ray.models.target_logits import norm_weight
@@ -92,6 +93,7 @@ class LeanDecoder:
             softcap=getattr(attention, "attn_logit_softcapping", None) or 0.0,
             residual_scale=getattr(first, "residual_multiplier", 1.0),
         )
+        del attention, mlp, first
         self._is_alone = tp_size == 1
         self._embedding = base.embed_tokens.weight.detach().numpy()
         self._turns = RotaryTable(base.rotary_emb)
@@ -103,6 +105,7 @@ class LeanDecoder:
         for index in range(len(base.layers)):
             self._layers.append(_pack(base.layers[index], self._is_alone))
             base.layers[index] = nn.Identity()
+            return_freed_memory()  # or loading would take the layers' memory twice
         self._tap_layer_ids = list(tap_layer_ids)
         ends = sorted({0, len(self._layers), *(index + 1 for index in tap_layer_ids)})
         self._stretches = list(pairwise(ends))

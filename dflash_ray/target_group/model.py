@@ -13,14 +13,13 @@ from dflash_ray.core.memory import return_freed_memory
 from dflash_ray.models.context_length import context_length
 from dflash_ray.models.taps import tap_layers
 from dflash_ray.models.target_checkpoint import TargetCheckpoint
-from dflash_ray.target_group.attention import IMPLEMENTATION, PagedStep, register
+from dflash_ray.target_group.attention import PagedStep
 from dflash_ray.target_group.batch import StepBatch
-from dflash_ray.target_group.head import VocabParallelHead
 from dflash_ray.target_group.lean_decoder import LeanDecoder, is_lean
 from dflash_ray.target_group.linears import pack_linears
+from dflash_ray.target_group.loading import load_rank
 from dflash_ray.target_group.paged_cache import PagedCache
 from dflash_ray.target_group.step import Ints
-from dflash_ray.target_group.tensor_parallel import split_over_ranks
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,18 +76,15 @@ class RankModel:
         projector: torch.nn.Module | None = None,
         tap_layer_ids: tuple[int, ...] = (),
     ) -> None:
-        register()
         self._device = config.target.device
         dtype = getattr(torch, config.model.dtype)
-        model = checkpoint.load_model(dtype)
-        model.set_attn_implementation(IMPLEMENTATION)
-        text_config = model.config.get_text_config()
+        weights = load_rank(checkpoint, dtype, tp_rank, tp_size, self._device)
+        base, text_config = weights.base, weights.text_config
         self.vocab_size: int = text_config.vocab_size
         self.hidden_size: int = text_config.hidden_size
         self.max_model_len = config.sequence_limit(context_length(text_config.to_dict()))
-        self._head = VocabParallelHead(model, tp_rank, tp_size, self._device)
+        self._head = weights.head
         self.vocab_start = self._head.vocab_start
-        base = split_over_ranks(model.get_decoder(), tp_size, dtype)
         head_dim = getattr(text_config, "head_dim", None) or self.hidden_size // text_config.num_attention_heads
         kv_heads = [layer.self_attn.k_proj.weight.shape[0] // head_dim for layer in base.layers]
         self._cache = PagedCache(
@@ -103,7 +99,7 @@ class RankModel:
             self._decoder = LeanDecoder(base, tp_size, tap_layer_ids)
         else:
             self._decoder = _TransformersDecoder(base, self._device, tap_layer_ids)
-        del model, base
+        del weights, base
         return_freed_memory()
 
     @torch.inference_mode()
