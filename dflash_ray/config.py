@@ -69,7 +69,9 @@ class PlacementConfig(_Section):
     """Where a process may run in the Ray cluster."""
 
     num_cpus: float = Field(0.1, ge=0)
-    num_gpus: float = Field(0.0, ge=0)
+    num_gpus: float | None = Field(
+        None, ge=0, description="GPUs of a process, or a fraction of one; null: 1 where its device is cuda, else none"
+    )
     resources: dict[str, float] = Field(default_factory=dict, description="custom Ray resources, e.g. {drafter: 1}")
 
 
@@ -90,6 +92,11 @@ class TargetConfig(_Section):
     step_timeout_s: float = Field(
         120.0, gt=0, description="a pass that takes longer, or a rank that is silent as long, ends the group"
     )
+
+    @property
+    def num_gpus(self) -> float:
+        """GPUs of a rank, or the fraction of one."""
+        return _num_gpus(self.placement, self.device)
 
     @property
     def num_pages(self) -> int:
@@ -114,6 +121,25 @@ class DrafterAutoscaling(_Section):
         if self.max_replicas < self.min_replicas:
             raise ValueError("max_replicas must be at least min_replicas")
         return self
+
+
+def _num_gpus(placement: PlacementConfig, device: str) -> float:
+    if placement.num_gpus is not None:
+        return placement.num_gpus
+    return 1.0 if device == "cuda" else 0.0
+
+
+def _check_gpus(section: str, num_gpus: float, device: str, num_ranks: int = 1) -> None:
+    """Raises ValueError for a number of GPUs that a process on this device cannot have."""
+    key = f"{section}.placement.num_gpus"
+    if device == "cpu" and num_gpus:
+        raise ValueError(f"{key}: {section}.device is cpu, which uses no GPU; set it to cuda, or leave {key} out")
+    if device == "cuda" and not num_gpus:
+        raise ValueError(f"{key}: {section}.device is cuda; give 1, a fraction as 0.5 to share a GPU, or leave it out")
+    if num_gpus > 1:
+        raise ValueError(f"{key}: a process computes on one GPU; give at most 1, and target.tp_size for more of them")
+    if device == "cuda" and num_ranks > 1 and num_gpus <= 0.5:
+        raise ValueError(f"{key}: NCCL takes no two ranks of a group on one GPU; give more than 0.5, e.g. 0.6")
 
 
 def _check_method(method: str) -> str:
@@ -143,6 +169,11 @@ class DrafterConfig(_Section):
         description="context rows that a replica holds over all sequences; sequences that find no room are decoded "
         "without its drafts. null: as many as all target groups' KV caches can ask for",
     )
+
+    @property
+    def num_gpus(self) -> float:
+        """GPUs of a replica, or the fraction of one."""
+        return _num_gpus(self.placement, self.device)
 
     @property
     def fewest_replicas(self) -> int:
@@ -315,7 +346,18 @@ class DflashRayConfig(_Section):
         self._check_rows()
         self._check_contexts()
         self._check_messages()
+        self._check_devices()
         return self
+
+    def _check_devices(self) -> None:
+        _check_gpus("target", self.target.num_gpus, self.target.device, self.target.tp_size)
+        if self.drafts_remotely:
+            _check_gpus("drafter", self.drafter.num_gpus, self.drafter.device)
+        elif self.drafter.method != "none" and self.drafter.device == "cuda" and self.target.device == "cpu":
+            raise ValueError(
+                "drafter.device: a colocated drafter lives in the target's process, and target.device is cpu; set "
+                "both to cuda, or drafter.placement_mode to remote"
+            )
 
     def _check_rows(self) -> None:
         """A pass must hold the drafts of all sequences that decode at a time."""

@@ -24,7 +24,7 @@ from dflash_ray.pb import target_pb2
 from dflash_ray.rpc.channel import RunningServer, format_address, new_server, start_server
 from dflash_ray.rpc.metrics import SERVICE_NAME as METRICS_SERVICE_NAME
 from dflash_ray.rpc.metrics import add_metrics_service
-from dflash_ray.rpc.node import bind_host
+from dflash_ray.rpc.node import bind_host, see_own_gpu
 from dflash_ray.rpc.target_service import add_target_service
 from dflash_ray.sampling.ranks import ProcessGroupRanks, RankGroup, SingleRank
 from dflash_ray.target_group.colocated import ColocatedDrafter
@@ -97,6 +97,8 @@ class TargetRank:
 
     def _load(self, rendezvous: Rendezvous) -> dict[str, object]:
         config, place = self._config, self._place
+        if config.target.device == "cuda":
+            see_own_gpu()
         cores = os.cpu_count() or 1
         share = cores // place.tp_size if place.share_host else cores
         torch.set_num_threads(config.target.num_threads or max(1, share))
@@ -159,7 +161,7 @@ class TargetRank:
         place, timeout_s = self._place, self._config.target.init_timeout_s
         store = self._store or join_store(rendezvous.host, rendezvous.port, place.tp_size, timeout_s)
         device = self._config.target.device
-        init_process_group(store, place.rank, place.tp_size, device, place.share_host, place.local_rank)
+        init_process_group(store, place.rank, place.tp_size, device, place.share_host, place.local_rank(device))
 
     def _colocated(self, checkpoint: DrafterCheckpoint | None) -> ColocatedDrafter | None:
         drafter = self._config.drafter
