@@ -83,7 +83,9 @@ class TargetConfig(_Section):
     device: Literal["cpu", "cuda"] = "cpu"
     num_threads: int = Field(0, ge=0, description="torch threads of a rank; 0 shares the machine's cores")
     page_size: int = Field(16, ge=1, description="tokens of a KV page")
-    kv_cache_tokens: int = Field(32768, ge=64, description="tokens that the paged KV cache of a group holds")
+    kv_cache_tokens: Annotated[int, Field(ge=64)] | Literal["auto"] = Field(
+        32768, description="tokens that the paged KV cache of a group holds; auto: what fits into the memory left"
+    )
     prefix_cache: bool = Field(
         True, description="prompts begin behind the pages that an earlier one with the same beginning has computed"
     )
@@ -100,6 +102,9 @@ class TargetConfig(_Section):
 
     @property
     def num_pages(self) -> int:
+        """Raises ConfigError for auto, which only a rank that has loaded makes a number of."""
+        if self.kv_cache_tokens == "auto":
+            raise ConfigError("target.kv_cache_tokens: auto is decided where a rank starts; give a number here")
         return -(-self.kv_cache_tokens // self.page_size)
 
     @property
@@ -317,9 +322,18 @@ class DflashRayConfig(_Section):
         return self.drafter.method != "none" and DRAFTER_KINDS[self.drafter.method].reads_features
 
     def sequence_limit(self, model_context: int | None) -> int:
-        """Tokens that a sequence may have: at most what the model takes, and what the KV cache of a group holds."""
-        limits = [self.model.max_model_len, self.target.kv_cache_rows]
+        """Tokens that a sequence may have: at most what the model takes, and what the KV cache of a group holds.
+
+        A cache of automatic size is not counted; the group says what fits.
+        """
+        limits = [self.model.max_model_len]
+        if self.target.kv_cache_tokens != "auto":
+            limits.append(self.target.kv_cache_rows)
         return min(limits if model_context is None else [*limits, model_context])
+
+    def with_kv_cache_tokens(self, tokens: int) -> DflashRayConfig:
+        """The same with a cache of so many tokens."""
+        return self.model_copy(update={"target": self.target.model_copy(update={"kv_cache_tokens": tokens})})
 
     @property
     def drafts_remotely(self) -> bool:
@@ -371,6 +385,13 @@ class DflashRayConfig(_Section):
 
     def _check_contexts(self) -> None:
         """Every sequence that a target can run must find room at a drafter."""
+        if self.target.kv_cache_tokens == "auto":
+            if self.drafts_remotely and self.drafter.max_context_tokens is None:
+                raise ValueError(
+                    "drafter.max_context_tokens: with target.kv_cache_tokens auto, drafters' replicas do not know how "
+                    "many sequences there may be; give the context rows that one may hold"
+                )
+            return
         num_drafters = self.drafter.fewest_replicas if self.drafts_remotely else 1
         held, wanted = num_drafters * self.drafter_context_tokens, self._contexts_asked_for
         if self.drafter.method != "none" and held < wanted:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -63,6 +64,7 @@ class RankModel:
     """Runs steps over the paged cache of this rank.
 
     Args:
+        config: where its `target.kv_cache_tokens` is auto, `allocate_cache` is called before the first pass.
         projector: what makes features of the taps of `tap_layer_ids` (the drafter's fc and norm), on the rank that
             makes them; None on others.
     """
@@ -87,9 +89,11 @@ class RankModel:
         self.vocab_start = self._head.vocab_start
         head_dim = getattr(text_config, "head_dim", None) or self.hidden_size // text_config.num_attention_heads
         kv_heads = [layer.self_attn.k_proj.weight.shape[0] // head_dim for layer in base.layers]
-        self._cache = PagedCache(
-            kv_heads, head_dim, config.target.num_pages, config.target.page_size, dtype, self._device
-        )
+        self._new_cache = partial(PagedCache, kv_heads, head_dim, dtype=dtype, device=self._device)
+        # Of a position's keys and values on this rank.
+        self.cache_row_bytes = 2 * sum(kv_heads) * head_dim * dtype.itemsize
+        if config.target.kv_cache_tokens != "auto":
+            self.allocate_cache(config.target.num_pages, config.target.page_size)
         if projector is not None and self._device == "cpu":
             pack_linears(projector)
         self._projector = projector
@@ -101,6 +105,11 @@ class RankModel:
             self._decoder = _TransformersDecoder(base, self._device, tap_layer_ids)
         del weights, base
         return_freed_memory()
+
+    def allocate_cache(self, num_pages: int, page_size: int) -> None:
+        """Makes the cache, which a configuration that says how large it is has made already."""
+        self.max_model_len = min(self.max_model_len, num_pages * page_size)
+        self._cache = self._new_cache(num_pages=num_pages, page_size=page_size)
 
     @torch.inference_mode()
     def forward(self, batch: StepBatch) -> StepHidden:

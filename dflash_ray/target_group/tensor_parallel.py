@@ -62,6 +62,15 @@ def init_process_group(
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
 
 
+def smallest_over_ranks(value: int, tp_size: int, device: str) -> int:
+    """The least of all ranks' values, the same on all ranks."""
+    if tp_size == 1:
+        return value
+    smallest = torch.tensor([value], dtype=torch.int64, device=device)
+    distributed.all_reduce(smallest, distributed.ReduceOp.MIN)
+    return int(smallest)
+
+
 def split_over_ranks(base_model: torch.nn.Module, tp_size: int, dtype: torch.dtype) -> torch.nn.Module:
     """The base model with its linear layers sharded in place over the process group; as it is for one rank.
 

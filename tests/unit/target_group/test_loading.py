@@ -21,7 +21,12 @@ from dflash_ray.models.target_checkpoint import TargetCheckpoint, resolve_target
 from dflash_ray.models.weight_files import WeightFiles
 from dflash_ray.target_group.loading import RankWeights, load_rank, load_slices, load_whole
 from dflash_ray.target_group.model import RankModel
-from dflash_ray.target_group.tensor_parallel import create_store, init_process_group, join_store
+from dflash_ray.target_group.tensor_parallel import (
+    create_store,
+    init_process_group,
+    join_store,
+    smallest_over_ranks,
+)
 from tests.tiny import CONFIGS, save_tiny_target
 
 SIZE = 2
@@ -95,6 +100,7 @@ def run_rank(rank: int, port: int, alike: list[str], large: str, fused: str, res
     logging.getLogger("dflash_ray").addHandler(handler)
     logging.getLogger("dflash_ray").setLevel(logging.INFO)
     load_rank(resolve_target(fused), torch.float32, rank, SIZE, "cpu")
+    assert smallest_over_ranks(7 + rank, SIZE, "cpu") == 7
     results.put((rank, differences, sizes, lines))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
