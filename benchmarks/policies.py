@@ -141,7 +141,7 @@ def main(
         by_source[prompt.source].append(tokenizer.encode_chat(prompt.messages))
     longest = max(map(len, by_source.values()))
     texts = [members[i] for i in range(longest) for members in by_source.values() if i < len(members)] * 100
-    settings = EngineSection(max_model_len=2048, kv_cache_tokens=config.target.kv_cache_tokens)
+    settings = EngineSection(max_model_len=2048, kv_cache_tokens=config.target.kv_cache_rows)
     names = policies.split(",")
     typer.echo(
         "| clients | policy | tokens/s | ratio (rounds) | τ | ITL ms p50 | p99 | answers that differ | reasons |"

@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 import socket
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -17,10 +18,12 @@ from typing import Any
 import ray
 from ray import serve
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, HTTPOptions
+from ray.serve.schema import ApplicationStatus
 
 from dflash_ray.config import DflashRayConfig, PlacementConfig, parse_config
 from dflash_ray.drafter.replica import DrafterReplica
 from dflash_ray.gateway.replica import GatewayReplica
+from dflash_ray.placement import what_is_missing
 from dflash_ray.ray_instance import start_instance
 from dflash_ray.router.replica import RouterReplica
 from dflash_ray.rpc.channel import format_address
@@ -51,6 +54,9 @@ _SERVE_LOGGING = {"log_level": "WARNING", "enable_access_log": False}
 
 # Requests do not pass through Serve's queues except at the gateway, so its limits must not bind.
 _MAX_ONGOING_REQUESTS = 10_000
+
+_UNPLACED = "to be scheduled"  # in Serve's message about replicas that Ray has no node for
+_STATUS_PERIOD_S = 0.1
 
 
 def build_app(args: dict[str, Any]) -> serve.Application:
@@ -135,7 +141,9 @@ def _drafter(config: DflashRayConfig, inherited: Mapping[str, str]) -> serve.App
         name="Drafter",
         max_ongoing_requests=_MAX_ONGOING_REQUESTS,
         logging_config=_SERVE_LOGGING,
-        ray_actor_options=_actor_options(config.drafter.placement, inherited, OMP_NUM_THREADS=str(threads)),
+        ray_actor_options=_actor_options(
+            config.drafter.placement, inherited, config.drafter.num_gpus, OMP_NUM_THREADS=str(threads)
+        ),
         health_check_period_s=2,
         graceful_shutdown_timeout_s=5,
         **size,
@@ -143,10 +151,12 @@ def _drafter(config: DflashRayConfig, inherited: Mapping[str, str]) -> serve.App
     return deployment.bind(config)
 
 
-def _actor_options(placement: PlacementConfig, inherited: Mapping[str, str], **env: str) -> dict[str, Any]:
+def _actor_options(
+    placement: PlacementConfig, inherited: Mapping[str, str], num_gpus: float = 0.0, **env: str
+) -> dict[str, Any]:
     return {
         "num_cpus": placement.num_cpus,
-        "num_gpus": placement.num_gpus,
+        "num_gpus": num_gpus,
         "resources": placement.resources,
         **_runtime_env({**PROCESS_ENV, **env}, inherited),
     }
@@ -185,6 +195,9 @@ def running_app(config: DflashRayConfig, on_step: Callable[[str], None] = lambda
         on_step("connecting to Ray" if joins_cluster else "starting Ray")
         stopping.callback(ray.shutdown)  # also what an interrupted start leaves
         _connect(joins_cluster)
+        missing = what_is_missing(config, ray.cluster_resources())
+        if missing and not joins_cluster:  # a cluster may grow
+            raise AppStartError(missing)
         if not joins_cluster:
             stopping.callback(serve.shutdown)
         http = HTTPOptions(host=config.gateway.http_host, port=config.gateway.http_port)
@@ -193,11 +206,10 @@ def running_app(config: DflashRayConfig, on_step: Callable[[str], None] = lambda
         start_directory()
         on_step("loading the model and its drafters")
         stopping.callback(serve.delete, APPLICATION_NAME)
-        try:
-            application = _build(config, inherited={} if joins_cluster else os.environ)
-            serve.run(application, name=APPLICATION_NAME, route_prefix="/")
-        except RuntimeError as error:
-            raise AppStartError(_why_not_running(str(error))) from error
+        application = _build(config, inherited={} if joins_cluster else os.environ)
+        target = serve.RunTarget(application, name=APPLICATION_NAME, route_prefix="/")
+        serve.run_many([target], wait_for_applications_running=False)
+        _wait_until_running(config.target.init_timeout_s)
         stopping.callback(on_step, "stopping")
         yield
 
@@ -235,13 +247,29 @@ def _require_free(field: str, host: str, port: int) -> None:
             raise AppStartError(f"{text}: --set {field}={port + 1}") from None
 
 
-def _why_not_running(summary: str) -> str:
-    """Serve's one-line summary, and below it the last line of what each deployment reports."""
+def _wait_until_running(placing_timeout_s: float) -> None:
+    """Raises AppStartError when a deployment fails, or finds no place in the cluster for so long."""
+    deadline = time.monotonic() + placing_timeout_s
+    while True:
+        application = serve.status().applications.get(APPLICATION_NAME)
+        if application is not None and application.status == ApplicationStatus.RUNNING:
+            return
+        messages = _messages_of_deployments()
+        if application is not None and application.status == ApplicationStatus.DEPLOY_FAILED:
+            raise AppStartError("\n".join([application.message, *messages]))
+        unplaced = [message for message in messages if _UNPLACED in message]
+        if unplaced and time.monotonic() > deadline:
+            text = f"no place in the cluster within target.init_timeout_s ({placing_timeout_s:g} s); lower what "
+            raise AppStartError("\n".join([f"{text}placement.* asks for, or add nodes", *unplaced]))
+        time.sleep(_STATUS_PERIOD_S)
+
+
+def _messages_of_deployments() -> list[str]:
+    """The last line of what each deployment reports."""
     application = serve.status().applications.get(APPLICATION_NAME)
     deployments = application.deployments if application else {}
-    reasons = [
+    return [
         f"{name}: {state.message.strip().splitlines()[-1]}"
         for name, state in deployments.items()
         if state.message.strip()
     ]
-    return "\n".join([summary, *reasons])

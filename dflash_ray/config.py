@@ -69,7 +69,9 @@ class PlacementConfig(_Section):
     """Where a process may run in the Ray cluster."""
 
     num_cpus: float = Field(0.1, ge=0)
-    num_gpus: float = Field(0.0, ge=0)
+    num_gpus: float | None = Field(
+        None, ge=0, description="GPUs of a process, or a fraction of one; null: 1 where its device is cuda, else none"
+    )
     resources: dict[str, float] = Field(default_factory=dict, description="custom Ray resources, e.g. {drafter: 1}")
 
 
@@ -81,7 +83,9 @@ class TargetConfig(_Section):
     device: Literal["cpu", "cuda"] = "cpu"
     num_threads: int = Field(0, ge=0, description="torch threads of a rank; 0 shares the machine's cores")
     page_size: int = Field(16, ge=1, description="tokens of a KV page")
-    kv_cache_tokens: int = Field(32768, ge=64, description="tokens that the paged KV cache of a group holds")
+    kv_cache_tokens: Annotated[int, Field(ge=64)] | Literal["auto"] = Field(
+        32768, description="tokens that the paged KV cache of a group holds; auto: what fits into the memory left"
+    )
     prefix_cache: bool = Field(
         True, description="prompts begin behind the pages that an earlier one with the same beginning has computed"
     )
@@ -92,7 +96,15 @@ class TargetConfig(_Section):
     )
 
     @property
+    def num_gpus(self) -> float:
+        """GPUs of a rank, or the fraction of one."""
+        return _num_gpus(self.placement, self.device)
+
+    @property
     def num_pages(self) -> int:
+        """Raises ConfigError for auto, which only a rank that has loaded makes a number of."""
+        if self.kv_cache_tokens == "auto":
+            raise ConfigError("target.kv_cache_tokens: auto is decided where a rank starts; give a number here")
         return -(-self.kv_cache_tokens // self.page_size)
 
     @property
@@ -114,6 +126,25 @@ class DrafterAutoscaling(_Section):
         if self.max_replicas < self.min_replicas:
             raise ValueError("max_replicas must be at least min_replicas")
         return self
+
+
+def _num_gpus(placement: PlacementConfig, device: str) -> float:
+    if placement.num_gpus is not None:
+        return placement.num_gpus
+    return 1.0 if device == "cuda" else 0.0
+
+
+def _check_gpus(section: str, num_gpus: float, device: str, num_ranks: int = 1) -> None:
+    """Raises ValueError for a number of GPUs that a process on this device cannot have."""
+    key = f"{section}.placement.num_gpus"
+    if device == "cpu" and num_gpus:
+        raise ValueError(f"{key}: {section}.device is cpu, which uses no GPU; set it to cuda, or leave {key} out")
+    if device == "cuda" and not num_gpus:
+        raise ValueError(f"{key}: {section}.device is cuda; give 1, a fraction as 0.5 to share a GPU, or leave it out")
+    if num_gpus > 1:
+        raise ValueError(f"{key}: a process computes on one GPU; give at most 1, and target.tp_size for more of them")
+    if device == "cuda" and num_ranks > 1 and num_gpus <= 0.5:
+        raise ValueError(f"{key}: NCCL takes no two ranks of a group on one GPU; give more than 0.5, e.g. 0.6")
 
 
 def _check_method(method: str) -> str:
@@ -143,6 +174,11 @@ class DrafterConfig(_Section):
         description="context rows that a replica holds over all sequences; sequences that find no room are decoded "
         "without its drafts. null: as many as all target groups' KV caches can ask for",
     )
+
+    @property
+    def num_gpus(self) -> float:
+        """GPUs of a replica, or the fraction of one."""
+        return _num_gpus(self.placement, self.device)
 
     @property
     def fewest_replicas(self) -> int:
@@ -286,9 +322,18 @@ class DflashRayConfig(_Section):
         return self.drafter.method != "none" and DRAFTER_KINDS[self.drafter.method].reads_features
 
     def sequence_limit(self, model_context: int | None) -> int:
-        """Tokens that a sequence may have: at most what the model takes, and what the KV cache of a group holds."""
-        limits = [self.model.max_model_len, self.target.kv_cache_rows]
+        """Tokens that a sequence may have: at most what the model takes, and what the KV cache of a group holds.
+
+        A cache of automatic size is not counted; the group says what fits.
+        """
+        limits = [self.model.max_model_len]
+        if self.target.kv_cache_tokens != "auto":
+            limits.append(self.target.kv_cache_rows)
         return min(limits if model_context is None else [*limits, model_context])
+
+    def with_kv_cache_tokens(self, tokens: int) -> DflashRayConfig:
+        """The same with a cache of so many tokens."""
+        return self.model_copy(update={"target": self.target.model_copy(update={"kv_cache_tokens": tokens})})
 
     @property
     def drafts_remotely(self) -> bool:
@@ -315,7 +360,18 @@ class DflashRayConfig(_Section):
         self._check_rows()
         self._check_contexts()
         self._check_messages()
+        self._check_devices()
         return self
+
+    def _check_devices(self) -> None:
+        _check_gpus("target", self.target.num_gpus, self.target.device, self.target.tp_size)
+        if self.drafts_remotely:
+            _check_gpus("drafter", self.drafter.num_gpus, self.drafter.device)
+        elif self.drafter.method != "none" and self.drafter.device == "cuda" and self.target.device == "cpu":
+            raise ValueError(
+                "drafter.device: a colocated drafter lives in the target's process, and target.device is cpu; set "
+                "both to cuda, or drafter.placement_mode to remote"
+            )
 
     def _check_rows(self) -> None:
         """A pass must hold the drafts of all sequences that decode at a time."""
@@ -329,6 +385,13 @@ class DflashRayConfig(_Section):
 
     def _check_contexts(self) -> None:
         """Every sequence that a target can run must find room at a drafter."""
+        if self.target.kv_cache_tokens == "auto":
+            if self.drafts_remotely and self.drafter.max_context_tokens is None:
+                raise ValueError(
+                    "drafter.max_context_tokens: with target.kv_cache_tokens auto, drafters' replicas do not know how "
+                    "many sequences there may be; give the context rows that one may hold"
+                )
+            return
         num_drafters = self.drafter.fewest_replicas if self.drafts_remotely else 1
         held, wanted = num_drafters * self.drafter_context_tokens, self._contexts_asked_for
         if self.drafter.method != "none" and held < wanted:

@@ -15,6 +15,7 @@ from transformers import (
     GraniteConfig,
     LlamaConfig,
     MistralConfig,
+    Phi3Config,
     Qwen2Config,
     Qwen3Config,
 )
@@ -43,6 +44,7 @@ CONFIGS = {
     "qwen2": lambda **changes: Qwen2Config(**SHAPE | changes),
     "mistral": lambda **changes: MistralConfig(**SHAPE | {"sliding_window": 9} | changes),
     "gemma": lambda **changes: GemmaConfig(**SHAPE | changes),
+    "phi3": lambda **changes: Phi3Config(**SHAPE | changes),
     "granite": lambda **changes: GraniteConfig(**SHAPE | GRANITE | changes),
     "cohere": lambda **changes: CohereConfig(**SHAPE | {"logit_scale": 0.25} | changes),
     "cohere2": lambda **changes: Cohere2Config(**SHAPE | {"logit_scale": 0.25, "sliding_window": 9} | changes),

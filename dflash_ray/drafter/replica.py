@@ -20,7 +20,7 @@ from dflash_ray.rpc.channel import RunningServer, format_address, new_server, st
 from dflash_ray.rpc.directory import DirectoryClient, Entry, keep_registered, leave
 from dflash_ray.rpc.metrics import SERVICE_NAME as METRICS_SERVICE_NAME
 from dflash_ray.rpc.metrics import add_metrics_service
-from dflash_ray.rpc.node import bind_host
+from dflash_ray.rpc.node import bind_host, see_own_gpu
 
 logger = logging.getLogger(__name__)
 _SERVICE_NAME = drafter_pb2.DESCRIPTOR.services_by_name["Drafter"].full_name
@@ -32,6 +32,8 @@ class DrafterReplica:
     async def __init__(self, config: DflashRayConfig) -> None:
         self._closing = AsyncExitStack()
         configure_logging("drafter", config.observability.log_level, config.observability.log_format)
+        if config.drafter.device == "cuda":
+            see_own_gpu()
         # Whoever deploys this class imports it, and has no use for torch.
         import torch
 

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from gguf import dequantize
-from safetensors import safe_open
 
 from dflash_ray.config import BUILTIN_MODEL
 from dflash_ray.models.gguf_reader import GgufFile, read_as
+from dflash_ray.models.weight_files import WeightFiles
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -82,6 +82,21 @@ class TargetCheckpoint:
         with self._parsed_once():
             return AutoModelForCausalLM.from_pretrained(**self._source, config=config, dtype=dtype).eval()
 
+    def skeleton(self, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+        """The model as `load_model` makes it, with parameters on the meta device; its buffers are real."""
+        from accelerate import init_empty_weights
+        from transformers import AutoModelForCausalLM
+        from transformers.initialization import no_init_weights
+
+        config = copy.deepcopy(self.config)  # the model writes into it
+        with no_init_weights(), init_empty_weights(include_buffers=False):
+            return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+
+    @cached_property
+    def weights(self) -> WeightFiles | None:
+        """The safetensors files; None for a GGUF file."""
+        return None if self.gguf_file is not None else WeightFiles(self.path)
+
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         from transformers import AutoTokenizer
 
@@ -126,10 +141,8 @@ class TargetCheckpoint:
                 if tensor.name == gguf_name:
                     return torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
             raise ValueError(f"model.path: {self.gguf_file} has no tensor {gguf_name}")
-        for file in self._weight_files():
-            with safe_open(file, framework="pt") as weights:
-                if name in weights.keys():  # noqa: SIM118 - not a dict
-                    return weights.get_tensor(name)
+        if self.weights is not None and name in self.weights:
+            return self.weights.load(name)
         raise ValueError(f"model.path: {self.path} has no tensor {name}")
 
 

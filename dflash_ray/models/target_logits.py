@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dflash_ray.models.target_checkpoint import TargetCheckpoint
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 _LARGE = 1024.0  # beside which a norm's epsilon is nothing
 
@@ -29,7 +26,7 @@ def soft_cap(config: Any) -> float:
 
 def embedding_scale(target: TargetCheckpoint) -> float:
     """What a target multiplies the rows of its embedding by: Gemma the root of their size, Granite a setting."""
-    scale = getattr(_skeleton(target).get_input_embeddings(), "scalar_embed_scale", 1.0)
+    scale = getattr(target.skeleton().get_input_embeddings(), "scalar_embed_scale", 1.0)
     return float(scale) * float(getattr(target.config, "embedding_multiplier", None) or 1.0)
 
 
@@ -61,20 +58,12 @@ class TargetLogits(nn.Module):
         return self._cap * torch.tanh(logits / self._cap) if self._cap else logits
 
 
-def _skeleton(target: TargetCheckpoint) -> PreTrainedModel:
-    """The model without its weights: the modules are those that transformers computes with."""
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(target.config)
-
-
 def _final_norm(target: TargetCheckpoint) -> nn.Module:
     """Raises ValueError for a norm that has more than a weight."""
     if target.gguf_file is not None:  # such files hold some norms as 1 + weight, which transformers undoes
         loaded: nn.Module = target.load_model().get_decoder().norm
         return loaded
-    norm: nn.Module = _skeleton(target).get_decoder().norm.float().to_empty(device="cpu")
+    norm: nn.Module = target.skeleton().get_decoder().norm.float().to_empty(device="cpu")
     names = list(norm.state_dict())
     if names != ["weight"]:
         raise ValueError(f"fit.distillation_weight: the target's last norm has {names}, and only a weight is known")

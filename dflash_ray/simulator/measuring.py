@@ -166,7 +166,7 @@ def measure(config: DflashRayConfig, on_step: Callable[[str], None]) -> Profile:
         draft_len=draft_len,
         shares_cores=config.target.device == "cpu",
         max_batch_tokens=limits.max_batch_tokens,
-        kv_cache_tokens=config.target.kv_cache_tokens,
+        kv_cache_tokens=config.target.kv_cache_rows,
         max_model_len=min(config.model.max_model_len, 8192),
     )
 

@@ -109,6 +109,14 @@ def _places(placement_group: PlacementGroup | None, tp_size: int) -> list[tuple[
     return places
 
 
+def rank_options(config: DflashRayConfig, placement_group: PlacementGroup | None, bundle: int) -> dict[str, Any]:
+    """Ray's options of the actor in a bundle, which has the CPUs; its GPU must be asked for to be assigned."""
+    options: dict[str, Any] = {"num_cpus": 0, "num_gpus": config.target.num_gpus}
+    if placement_group is not None:
+        options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(placement_group, bundle)
+    return options
+
+
 def _create(
     config: DflashRayConfig,
     target_id: str,
@@ -117,9 +125,7 @@ def _create(
     placement_group: PlacementGroup | None,
     env: dict[str, str],
 ) -> Any:
-    options: dict[str, Any] = {
-        "num_cpus": 0,
-        "num_gpus": 1 if config.target.device == "cuda" else 0,
+    options = rank_options(config, placement_group, bundle) | {
         "max_restarts": 0,
         "max_task_retries": 0,
         "max_concurrency": 4,
@@ -127,6 +133,4 @@ def _create(
     }
     if env:
         options["runtime_env"] = {"env_vars": env}
-    if placement_group is not None:
-        options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(placement_group, bundle)
     return ray.remote(RankActor).options(**options).remote(config, target_id, place)

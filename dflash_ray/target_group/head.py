@@ -14,19 +14,26 @@ from dflash_ray.models.target_logits import logit_factor, soft_cap
 _TOLERANCE = 0.02  # of the largest logit; bfloat16 rounds to 0.004, a factor that is left out shows as much more
 
 
+def own_tokens(vocab_size: int, tp_rank: int, tp_size: int) -> slice:
+    """The tokens of a rank: ranges of equal size, of which the last ones may be shorter or empty."""
+    per_rank = -(-vocab_size // tp_size)
+    start = min(tp_rank * per_rank, vocab_size)
+    return slice(start, start + per_rank)
+
+
 class VocabParallelHead:
     """Logits of the tokens vocab_start, vocab_start + 1, ... of [R, H] normed rows, as [R, Vs].
 
-    The vocabulary is split into ranges of equal size. Bias, factors (Granite's, Cohere's) and soft caps (Gemma 2's) are
-    the model's. Raises ValueError for a model that computes its logits in another way.
+    Bias, factors (Granite's, Cohere's) and soft caps (Gemma 2's) are the model's. Its output layer has the rows of all
+    tokens, or of this rank's alone. Raises ValueError for a model that computes its logits in another way.
     """
 
     def __init__(self, model: Any, tp_rank: int, tp_size: int, device: str) -> None:
         config = model.config.get_text_config()
-        per_rank = -(-config.vocab_size // tp_size)
-        self.vocab_start = min(tp_rank * per_rank, config.vocab_size)
-        self._own = slice(self.vocab_start, self.vocab_start + per_rank)
+        tokens = own_tokens(config.vocab_size, tp_rank, tp_size)
+        self.vocab_start = tokens.start
         layer = model.get_output_embeddings()
+        self._own = tokens if len(layer.weight) == config.vocab_size else slice(None)
         weight, bias = (_part(tensor, self._own, device) for tensor in (layer.weight, getattr(layer, "bias", None)))
         self._linear = PackedLinear(weight, bias)
         self._factor, self._cap = logit_factor(config), soft_cap(config)
@@ -56,7 +63,10 @@ class VocabParallelHead:
 
 
 def _part(tensor: Tensor | None, rows: slice, device: str) -> Any:
-    return None if tensor is None else tensor[rows].detach().clone().to(device)
+    if tensor is None:
+        return None
+    part = tensor[rows].detach()
+    return (part if len(part) == len(tensor) else part.clone()).to(device)
 
 
 def _own_logits(model: Any, hidden: Tensor) -> Tensor:

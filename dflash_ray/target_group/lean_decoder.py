@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dflash_ray.core.memory import return_freed_memory
 from dflash_ray.kernels import ops
 from dflash_ray.models.packed_linear import PackedLinear
 from dflash_ray.models.target_logits import norm_weight
@@ -59,6 +60,7 @@ class LeanDecoder:
         for index in range(len(base.layers)):
             self._layers.append(_pack(layer_parts(base.layers[index]), self._is_alone))
             base.layers[index] = nn.Identity()
+            return_freed_memory()  # or loading would take the layers' memory twice
         self._tap_layer_ids = list(tap_layer_ids)
         ends = sorted({0, len(self._layers), *(index + 1 for index in tap_layer_ids)})
         self._stretches = list(pairwise(ends))

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from dflash_ray.core.memory import return_freed_memory
 from dflash_ray.models.packed_linear import PackedLinear
 
 
@@ -45,10 +46,14 @@ def is_linear(module: Any) -> bool:
 def pack_linears(model: nn.Module) -> None:
     """Replaces linear layers in place; on CPU only, where it pays."""
     for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child).__name__ == "LinearAllreduce":
-                setattr(parent, name, _RowParallel(child))
-            elif is_linear(child):
-                bias: Any = child.bias
-                weight: Any = child.weight
-                setattr(parent, name, PackedLinear(weight, bias))
+        names = [name for name, child in parent.named_children() if is_linear(child)]
+        for name in names:
+            setattr(parent, name, _packed(getattr(parent, name)))
+        if names:
+            return_freed_memory()  # or loading would take the layers' memory twice
+
+
+def _packed(linear: Any) -> nn.Module:
+    if type(linear).__name__ == "LinearAllreduce":
+        return _RowParallel(linear)
+    return PackedLinear(linear.weight, linear.bias)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,16 +16,15 @@ from dflash_ray.kernels import ops
 from dflash_ray.models.context_length import context_length
 from dflash_ray.models.taps import tap_layers
 from dflash_ray.models.target_checkpoint import TargetCheckpoint
-from dflash_ray.target_group.attention import IMPLEMENTATION, PagedStep, register
+from dflash_ray.target_group.attention import PagedStep
 from dflash_ray.target_group.batch import StepBatch
 from dflash_ray.target_group.decoder_parts import obstacle
 from dflash_ray.target_group.device_decoder import DeviceDecoder
-from dflash_ray.target_group.head import VocabParallelHead
 from dflash_ray.target_group.lean_decoder import LeanDecoder
 from dflash_ray.target_group.linears import pack_linears
+from dflash_ray.target_group.loading import load_rank
 from dflash_ray.target_group.paged_cache import PagedCache
 from dflash_ray.target_group.step import Ints
-from dflash_ray.target_group.tensor_parallel import split_over_ranks
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +84,7 @@ class RankModel:
     """Runs steps over the paged cache of this rank.
 
     Args:
+        config: where its `target.kv_cache_tokens` is auto, `allocate_cache` is called before the first pass.
         projector: what makes features of the taps of `tap_layer_ids` (the drafter's fc and norm), on the rank that
             makes them; None on others.
     """
@@ -97,30 +98,34 @@ class RankModel:
         projector: torch.nn.Module | None = None,
         tap_layer_ids: tuple[int, ...] = (),
     ) -> None:
-        register()
         self._device = config.target.device
         dtype = getattr(torch, config.model.dtype)
-        model = checkpoint.load_model(dtype)
-        model.set_attn_implementation(IMPLEMENTATION)
-        text_config = model.config.get_text_config()
+        weights = load_rank(checkpoint, dtype, tp_rank, tp_size, self._device)
+        base, text_config = weights.base, weights.text_config
         self.vocab_size: int = text_config.vocab_size
         self.hidden_size: int = text_config.hidden_size
         self.max_model_len = config.sequence_limit(context_length(text_config.to_dict()))
-        self._head = VocabParallelHead(model, tp_rank, tp_size, self._device)
+        self._head = weights.head
         self.vocab_start = self._head.vocab_start
-        base = split_over_ranks(model.get_decoder(), tp_size, dtype)
         head_dim = getattr(text_config, "head_dim", None) or self.hidden_size // text_config.num_attention_heads
         kv_heads = [layer.self_attn.k_proj.weight.shape[0] // head_dim for layer in base.layers]
-        self._cache = PagedCache(
-            kv_heads, head_dim, config.target.num_pages, config.target.page_size, dtype, self._device
-        )
+        self._new_cache = partial(PagedCache, kv_heads, head_dim, dtype=dtype, device=self._device)
+        # Of a position's keys and values on this rank.
+        self.cache_row_bytes = 2 * sum(kv_heads) * head_dim * dtype.itemsize
+        if config.target.kv_cache_tokens != "auto":
+            self.allocate_cache(config.target.num_pages, config.target.page_size)
         if projector is not None and self._device == "cpu":
             pack_linears(projector)
         self._projector = projector
         tap_layer_ids = tap_layer_ids if projector is not None else ()
         self._decoder = _decoder(base, self._device, tp_size, tap_layer_ids)
-        del model, base
+        del weights, base
         return_freed_memory()
+
+    def allocate_cache(self, num_pages: int, page_size: int) -> None:
+        """Makes the cache, which a configuration that says how large it is has made already."""
+        self.max_model_len = min(self.max_model_len, num_pages * page_size)
+        self._cache = self._new_cache(num_pages=num_pages, page_size=page_size)
 
     @torch.inference_mode()
     def forward(self, batch: StepBatch) -> StepHidden:

@@ -12,14 +12,18 @@ class RankPlace:
     """Where a rank runs, as the group decided.
 
     Attributes:
-        local_rank: index among the ranks on the same node.
+        node_rank: index among the group's ranks on the same node.
         share_host: all ranks of the group are on one node.
     """
 
     rank: int
     tp_size: int
-    local_rank: int
+    node_rank: int
     share_host: bool
+
+    def local_rank(self, device: str) -> int:
+        """LOCAL_RANK, by which DeepSpeed chooses the device: a process sees no GPU but its own, number 0."""
+        return 0 if device == "cuda" else self.node_rank
 
 
 @dataclass(frozen=True, slots=True)

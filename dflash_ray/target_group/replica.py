@@ -83,7 +83,7 @@ def target_placement(config: DflashRayConfig) -> tuple[list[dict[str, float]], s
     """Bundles, strategy and actor options of a replica: one bundle a rank, the replica itself in the first."""
     placement = config.target.placement
     bundle: dict[str, float] = {"CPU": placement.num_cpus, **placement.resources}
-    if config.target.device == "cuda":
-        bundle["GPU"] = 1
+    if config.target.num_gpus:
+        bundle["GPU"] = config.target.num_gpus
     bundles = [dict(bundle) for _ in range(config.target.tp_size)]
     return bundles, config.target.placement_strategy, {"num_cpus": min(0.1, placement.num_cpus)}

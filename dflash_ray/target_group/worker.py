@@ -24,9 +24,16 @@ from dflash_ray.pb import target_pb2
 from dflash_ray.rpc.channel import RunningServer, format_address, new_server, start_server
 from dflash_ray.rpc.metrics import SERVICE_NAME as METRICS_SERVICE_NAME
 from dflash_ray.rpc.metrics import add_metrics_service
-from dflash_ray.rpc.node import bind_host
+from dflash_ray.rpc.node import bind_host, see_own_gpu
 from dflash_ray.rpc.target_service import add_target_service
 from dflash_ray.sampling.ranks import ProcessGroupRanks, RankGroup, SingleRank
+from dflash_ray.target_group.cache_size import (
+    check_tokens,
+    context_row_bytes,
+    most_tokens,
+    rank_budget,
+    tokens_that_fit,
+)
 from dflash_ray.target_group.colocated import ColocatedDrafter
 from dflash_ray.target_group.engine import Engine
 from dflash_ray.target_group.feature_store import FeatureStore
@@ -36,7 +43,12 @@ from dflash_ray.target_group.rank import RankPlace, Rendezvous
 from dflash_ray.target_group.runner import GroupRunner
 from dflash_ray.target_group.servicer import TargetInfo, TargetServicer
 from dflash_ray.target_group.step_channel import StepChannel, follow
-from dflash_ray.target_group.tensor_parallel import create_store, init_process_group, join_store
+from dflash_ray.target_group.tensor_parallel import (
+    create_store,
+    init_process_group,
+    join_store,
+    smallest_over_ranks,
+)
 
 logger = logging.getLogger(__name__)
 _NOT_OF_THE_MODEL = ("_name_or_path", "transformers_version")
@@ -97,6 +109,8 @@ class TargetRank:
 
     def _load(self, rendezvous: Rendezvous) -> dict[str, object]:
         config, place = self._config, self._place
+        if config.target.device == "cuda":
+            see_own_gpu()
         cores = os.cpu_count() or 1
         share = cores // place.tp_size if place.share_host else cores
         torch.set_num_threads(config.target.num_threads or max(1, share))
@@ -119,7 +133,13 @@ class TargetRank:
         if place.tp_size > 1:
             ranks = ProcessGroupRanks(None, place.tp_size)
             self._channel = StepChannel()
-        colocated = self._colocated(drafter)
+        block_drafter = self._block_drafter(drafter)
+        if config.target.kv_cache_tokens == "auto":
+            config = self._with_cache_that_fits(model, drafter, has_contexts=block_drafter is not None)
+            model.allocate_cache(config.target.num_pages, config.target.page_size)
+        colocated = None
+        if block_drafter is not None:
+            colocated = ColocatedDrafter(block_drafter, config.drafter_context_tokens)
         features = None
         if drafter is not None and (colocated is None or config.target.prefix_cache):
             home = "cpu" if colocated is None else device
@@ -159,16 +179,36 @@ class TargetRank:
         place, timeout_s = self._place, self._config.target.init_timeout_s
         store = self._store or join_store(rendezvous.host, rendezvous.port, place.tp_size, timeout_s)
         device = self._config.target.device
-        init_process_group(store, place.rank, place.tp_size, device, place.share_host, place.local_rank)
+        init_process_group(store, place.rank, place.tp_size, device, place.share_host, place.local_rank(device))
 
-    def _colocated(self, checkpoint: DrafterCheckpoint | None) -> ColocatedDrafter | None:
+    def _block_drafter(self, checkpoint: DrafterCheckpoint | None) -> BlockDrafter | None:
+        """The drafter inside this rank, if there is one."""
         drafter = self._config.drafter
         if checkpoint is None or drafter.placement_mode != "colocated":
             return None
         target = resolve_target(self._config.model.path)
-        dtype = getattr(torch, drafter.dtype)
-        block_drafter = BlockDrafter(checkpoint, target, drafter.device, dtype)
-        return ColocatedDrafter(block_drafter, self._config.drafter_context_tokens)
+        return BlockDrafter(checkpoint, target, drafter.device, getattr(torch, drafter.dtype))
+
+    def _with_cache_that_fits(
+        self, model: RankModel, drafter: DrafterCheckpoint | None, has_contexts: bool
+    ) -> DflashRayConfig:
+        """The configuration with a number for `target.kv_cache_tokens`, the same on every rank. Collective."""
+        config, place = self._config, self._place
+        row_bytes = model.cache_row_bytes
+        if drafter is not None and (has_contexts or config.target.device == "cpu"):  # else features lie on the host
+            row_bytes += drafter.config.hidden_size * getattr(torch, config.model.dtype).itemsize
+        if drafter is not None and has_contexts:
+            row_bytes += context_row_bytes(drafter.config, getattr(torch, config.drafter.dtype))
+        budget = rank_budget(config, -(-model.vocab_size // place.tp_size), place.tp_size if place.share_host else 1)
+        most = most_tokens(config, model.max_model_len)
+        own = tokens_that_fit(budget, row_bytes, config.target.page_size, most)
+        tokens = smallest_over_ranks(own, place.tp_size, config.target.device)
+        check_tokens(tokens, budget, row_bytes)
+        logger.info(
+            "target.kv_cache_tokens auto: %d tokens (this rank has room for %d of %d bytes: %s)",
+            tokens, own, row_bytes, budget.arithmetic,
+        )  # fmt: skip
+        return config.with_kv_cache_tokens(tokens)
 
     async def _listen(self) -> str:
         server = new_server(self._config.network.max_message_bytes)

@@ -15,7 +15,7 @@ import yaml
 from ray.serve.schema import ServeDeploySchema
 
 from dflash_ray.config import DflashRayConfig, load_config, parse_config
-from dflash_ray.target_group.replica import target_placement
+from dflash_ray.placement import demands
 from tests.k8s.rendering import FOLDER, GCS_FAULT_TOLERANCE, OVERLAYS, ROOT, ray_service, render
 
 CRD = "shared/kuberay/ray.io_rayservices.yaml"
@@ -128,10 +128,6 @@ def places(pods: list[dict[str, float]], demands: list[dict[str, float]]) -> boo
     return True
 
 
-def demand(placement: Any) -> dict[str, float]:
-    return {"CPU": placement.num_cpus, "GPU": placement.num_gpus, **placement.resources}
-
-
 @EVERY_OVERLAY
 def test_every_process_fits_on_the_pods_of_its_group(overlay):
     config, groups = application_config(overlay), worker_groups(overlay)
@@ -139,15 +135,12 @@ def test_every_process_fits_on_the_pods_of_its_group(overlay):
         name: [offered(group) for _ in range(group["replicas"] * group.get("numOfHosts", 1))]
         for name, group in groups.items()
     }
-    gateways = [demand(config.gateway.placement)] * config.gateway.num_replicas
-    routers = [demand(config.router.placement)] * config.router.num_replicas
-    assert places(pods["frontend"], gateways + routers)
-    bundles, _, _ = target_placement(config)
-    assert places(pods["target"], bundles * config.target.num_replicas)
-    scaling = config.drafter.autoscaling
-    assert places(pods["drafter"], [demand(config.drafter.placement)] * scaling.min_replicas)
+    needs = demands(config)
+    assert places(pods["frontend"], needs["gateway"] + needs["router"])
+    assert places(pods["target"], needs["target"])
+    assert places(pods["drafter"], needs["drafter"])
     most = [offered(groups["drafter"]) for _ in range(groups["drafter"]["maxReplicas"])]
-    assert places(most, [demand(config.drafter.placement)] * scaling.max_replicas)
+    assert places(most, needs["drafter"][:1] * config.drafter.autoscaling.max_replicas)
 
 
 @pytest.mark.parametrize("overlay", [name for name in OVERLAYS if name.startswith("gpu")])

@@ -12,7 +12,7 @@ PROCESSES = {"gateway", "router", "target_group", "drafter"}
 LEVELS = {
     "core": 0, "pb": 0, "config": 1, "observability": 1, "kernels": 1, "rpc": 2, "sampling": 2, "models": 2, "text": 2,
     "gateway": 3, "router": 3, "target_group": 3, "drafter": 3, "training": 4, "ray_agent": 4, "ray_instance": 4,
-    "app": 5, "simulator": 6, "commands": 7, "cli": 8,
+    "placement": 4,     "app": 5, "simulator": 6, "commands": 7, "cli": 8,
 }  # fmt: skip
 
 
