@@ -269,14 +269,15 @@ class Drafting:
         is_right &= table.committed_lens[slots] == blocks.committed_lens
         if limits is None or message.epoch != limits.epoch:
             is_right[:] = False
-        num_right = int(is_right.sum())
+        num_right = int(np.count_nonzero(is_right))
         self._drop("stale", len(slots) - num_right)
         if limits is None or not num_right:
             return
-        table.held_rows[slots[is_right]] = blocks.committed_lens[is_right] - 1
-        table.num_cut_offs[slots[is_right]] = 0
+        right = slots[is_right]
+        table.held_rows[right] = blocks.committed_lens[is_right] - 1
+        table.num_cut_offs[right] = 0
         is_awaited = is_right & (table.draft_deadlines[slots] < NEVER)
-        self._drop("late", num_right - int(is_awaited.sum()))
+        self._drop("late", num_right - int(np.count_nonzero(is_awaited)))
         table.take_blocks(slots, blocks, is_awaited, REMOTE, limits.vocab_size)
 
     def _miss(
