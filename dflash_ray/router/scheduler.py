@@ -36,6 +36,7 @@ from dflash_ray.router.slot_table import COLOCATED, DECODE, DRAFT_SOURCES, MAX_D
 from dflash_ray.router.speculating import Speculating
 from dflash_ray.router.steps import StepInFlight, add_colocated, build_step
 
+_NO_SLOTS = np.zeros(0, np.int64)
 _STEP_PATIENCE = 1.5  # times the pass's own limit, after which its group should have ended itself
 
 
@@ -262,11 +263,12 @@ class Scheduler:
 
     def _request_drafts(self, limits: TargetLimits, now: float) -> None:
         """Asks drafters for what the slots are worth that have got tokens."""
-        idle = np.concatenate(self._idle) if self._idle else np.zeros(0, np.int64)
+        idle = np.concatenate(self._idle) if self._idle else _NO_SLOTS
         self._idle.clear()
         if limits.colocated_draft_tokens:
             return  # the step asks
-        idle = idle[self._table.lacks_draft(idle)]
+        if len(idle):
+            idle = idle[self._table.lacks_draft(idle)]
         if len(idle):
             idle = self.speculating.ask(idle, self.drafting.reach, limits, now)
         opens_all = self.speculating.controller.expects_drafts

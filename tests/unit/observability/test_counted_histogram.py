@@ -9,21 +9,26 @@ from dflash_ray.observability.metrics import CountedHistogram, CountedTotal
 BUCKETS = (0.5, 1, 2.5)
 
 
-@given(st.lists(st.tuples(st.sampled_from(["a", "b"]), st.sampled_from([0, 0.5, 0.75, 1, 2, 4]), st.integers(0, 5))))
-def test_its_exposition_is_that_of_a_histogram_that_observed_every_value(observed):
+OBSERVED = st.lists(st.tuples(st.sampled_from(["a", "b"]), st.sampled_from([0, 0.5, 0.75, 1, 2, 4]), st.integers(0, 5)))
+
+
+@given(observed=OBSERVED, has_label=st.booleans())
+def test_its_exposition_is_that_of_a_histogram_that_observed_every_value(observed, has_label):
     pages = []
     for is_counted in (True, False):
         registry = CollectorRegistry()
         if is_counted:
-            counted = CountedHistogram("seconds", "Time", BUCKETS, "model")
+            counted = CountedHistogram("seconds", "Time", BUCKETS, "model" if has_label else None)
             registry.register(counted)
+            if not has_label:
+                counted.labels()
         else:
-            plain = Histogram("seconds", "Time", ["model"], registry=registry, buckets=BUCKETS)
+            plain = Histogram("seconds", "Time", ["model"] * has_label, registry=registry, buckets=BUCKETS)
         for label, value, count in observed:
             if is_counted:
-                counted.labels(label).observe(value, count)
+                counted.labels(*[label] * has_label).observe(value, count)
             else:
-                child = plain.labels(label)
+                child = plain.labels(label) if has_label else plain
                 for _ in range(count):
                     child.observe(value)
         pages.append(page_of(registry))
