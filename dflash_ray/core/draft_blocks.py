@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from dflash_ray.core.arrays import Flags, Ints, Tokens, column
 from dflash_ray.pb import common_pb2
 
+_COLUMNS = ("committed_lens", "num_slots", "num_candidates", "is_drawn")
 _IDS, _LOG_PROBS = np.dtype("<u4"), np.dtype("<f4")
 
 
@@ -98,23 +99,21 @@ class BlockColumns:
         """Views of a message's bytes. Raises ValueError when its columns do not belong together."""
         sequence_ids = column(message.sequence_ids)
         count = len(sequence_ids)
-        columns = {
-            name: column(getattr(message, name))
-            for name in ("committed_lens", "num_slots", "num_candidates", "is_drawn")
-        }
-        for name, values in columns.items():
+        columns = [column(getattr(message, name)) for name in _COLUMNS]
+        for name, values in zip(_COLUMNS, columns, strict=True):
             if len(values) != count:
                 raise ValueError(f"blocks: {name} has {len(values)} elements for {count} sequence_ids")
-        committed_lens, num_slots, num_candidates, is_drawn = columns.values()
-        ends = (num_slots * num_candidates).cumsum()
+        committed_lens, num_slots, num_candidates, is_drawn = columns
+        sizes = num_slots * num_candidates
+        ends = sizes.cumsum()
         total = int(ends[-1]) if count else 0
         candidate_ids, log_probs = message.candidate_ids, message.log_probs
         for name, data in (("candidate_ids", candidate_ids), ("log_probs", log_probs)):
             if len(data) != total * _IDS.itemsize:
                 raise ValueError(f"blocks: {name} has {len(data)} bytes for {total} candidates")
-        if np.any((num_candidates == 0) & (num_slots > 0)):
+        if np.count_nonzero((num_candidates == 0) & (num_slots > 0)):
             raise ValueError("blocks: num_candidates must not be 0 where there are slots")
-        if len(message.parents) not in (0, int(num_slots.sum()) * _IDS.itemsize):
+        if message.parents and len(message.parents) != int(num_slots.sum()) * _IDS.itemsize:
             raise ValueError(f"blocks: parents has {len(message.parents)} bytes for {int(num_slots.sum())} slots")
         return cls(
             sequence_ids,
@@ -122,7 +121,7 @@ class BlockColumns:
             num_slots,
             num_candidates,
             is_drawn > 0,
-            ends - num_slots * num_candidates,
+            ends - sizes,
             np.frombuffer(candidate_ids, dtype=_IDS),
             np.frombuffer(log_probs, dtype=_LOG_PROBS),
             np.frombuffer(message.parents, dtype=_IDS),

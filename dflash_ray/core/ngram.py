@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dflash_ray.core.arrays import Flags, Ints, Tokens
+from dflash_ray.core.arrays import Flags, Ints, Tokens, spans
 
 MAX_NGRAM = 5
 MIN_NGRAM = 2
@@ -65,6 +65,8 @@ class NgramTable:
         self._earlier = np.zeros((num_rows << self._ring_bits, _NUM_SIZES), np.int32)
         self._high = np.zeros(num_rows, np.int64)  # followers below are indexed; 0: the row is not
         self._row_bits = np.zeros(num_rows, np.uint32)  # of the buckets that a row uses
+        self._outgrown_at = np.zeros(num_rows, np.int64)  # tokens beyond which it is to use more
+        self._first_heads = (np.arange(_NUM_SIZES) << self._bucket_bits)[:, None]  # of each size, in a row
 
     def clear(self, row: int) -> None:
         """The row's tokens are another sequence's now."""
@@ -72,13 +74,15 @@ class NgramTable:
 
     def catch_up(self, rows: Ints, lens: Ints, room: IndexingRoom) -> None:
         """Indexes a step's new tokens of rows with `lens` tokens, and whole texts as far as there is room."""
-        high = np.maximum(self._high[rows], (lens - self._window) * (self._high[rows] > 0))
-        num_new = lens - high
-        has_outgrown = (lens > 2 << self._row_bits[rows].astype(np.int64)) & (self._row_bits[rows] < self._bucket_bits)
-        is_whole = (high == 0) | (num_new > _MOST_NEW) | has_outgrown
-        old = ~is_whole
-        starts, counts, at = high[old], num_new[old], rows[old]
-        if is_whole.any():
+        starts = self._high[rows]
+        if self._window <= _MOST_NEW:
+            starts = np.where(starts > 0, np.maximum(starts, lens - self._window), 0)
+        counts, at = lens - starts, rows
+        is_whole = (starts == 0) | (counts > _MOST_NEW) | (lens > self._outgrown_at[rows])
+        if np.count_nonzero(is_whole):
+            old = ~is_whole
+            starts, counts, at = starts[old], counts[old], rows[old]
+            self._high[at] = lens[old]
             wholes = []
             for row, length in zip(rows[is_whole].tolist(), lens[is_whole].tolist(), strict=True):
                 if room.left <= 0 and length > _MOST_NEW:
@@ -92,37 +96,37 @@ class NgramTable:
             if wholes:
                 more = np.array(wholes, np.int64)
                 at, starts, counts = (np.concatenate(pair) for pair in zip((at, starts, counts), more.T, strict=True))
-        self._high[rows[old]] = lens[old]
-        total = int(counts.sum())
-        if total:
-            ends = counts.cumsum()
-            followers = np.arange(total) + np.repeat(starts - ends + counts, counts)
+        else:
+            self._high[rows] = lens
+        followers = spans(starts, counts)
+        if len(followers):
             self._enter(np.repeat(at, counts), followers)
 
     def _start_row(self, row: int, length: int) -> None:
         bits = min(self._bucket_bits, max(_MIN_BUCKET_BITS, (length - 1).bit_length()))
         self._row_bits[row] = bits
+        self._outgrown_at[row] = 2 << bits if bits < self._bucket_bits else self._capacity
         for size in range(_NUM_SIZES):
             first = row * _NUM_SIZES + size << self._bucket_bits
             self._heads[first : first + (1 << bits)] = 0
 
     def _enter(self, rows: Ints, followers: Ints) -> None:
         """Indexes followers, those of a row in rising order."""
-        ends = rows * self._capacity + followers
-        shift = 32 - self._row_bits[rows]
-        heads = (rows << self._bucket_bits + _SIZE_BITS) + (np.arange(_NUM_SIZES) << self._bucket_bits)[:, None]
-        hashed = self._tokens[ends - 1] * _MULTIPLIER
-        for i in range(_NUM_SIZES):
-            hashed ^= self._tokens[ends - (i + MIN_NGRAM)]
+        before_them = self._tokens[rows * self._capacity + followers - _BACK[:, None]]
+        hashed = before_them[0] * _MULTIPLIER
+        hashes = before_them[1:]
+        for of_size in hashes:
+            hashed ^= of_size
             hashed *= _MULTIPLIER
-            heads[i] += hashed >> shift
-        if followers[0] < MAX_NGRAM or followers.min() < MAX_NGRAM:
+            of_size[:] = hashed
+        heads = (rows << self._bucket_bits + _SIZE_BITS) + self._first_heads + (hashes >> 32 - self._row_bits[rows])
+        if followers.min() < MAX_NGRAM:
             heads[followers < _SIZES[:, None]] = len(self._heads) - 1  # the text begins within these n-grams
         position = followers.astype(np.int32)
         before = self._heads[heads]
         self._heads[heads] = position
         is_lost = self._heads[heads] != position
-        if is_lost.any():
+        if np.count_nonzero(is_lost):
             self._chain_shared(heads, is_lost, before, position)
         self._earlier[(rows << self._ring_bits) + (followers & ((1 << self._ring_bits) - 1))] = before.T
 
@@ -171,6 +175,8 @@ class NgramTable:
             if not len(left):
                 break
             at[left], match_lens[left] = found[is_found], size
+        if not np.count_nonzero(match_lens):
+            return np.zeros((len(rows), 0), np.uint32), at, match_lens
         draft_lens = np.where(match_lens > 0, np.minimum(counts, lens - at), 0)
         ahead = np.arange(int(draft_lens.max(initial=0)))
         drafts = self._tokens[np.minimum((rows * self._capacity + at)[:, None] + ahead, len(self._tokens) - 1)]

@@ -28,12 +28,18 @@ class Detokenizer:
 
     def push(self, token_ids: Sequence[int]) -> str:
         """New text that is sure; bytes of an incomplete character wait."""
+        if self._tokenizer.joins_bytes and not self._pending:
+            text = self._tokenizer.decode_each(token_ids)
+            if _REPLACEMENT not in text:
+                return text
         self._pending.extend(token_ids)
         text = self._tokenizer.decode(self._pending)
         num_unsure = min(_MAX_UNSURE, len(text) - len(text.rstrip(_REPLACEMENT)))
         new = text[len(self._emitted) : len(text) - num_unsure]
         self._emitted += new
-        if not num_unsure:
+        if not num_unsure and self._tokenizer.joins_bytes:
+            self._pending, self._emitted = [], ""
+        elif not num_unsure:
             # The next text is decoded together with this one, for decoders that look at the token before.
             self._forget(text, 1)
         elif len(self._pending) > _MAX_PENDING:

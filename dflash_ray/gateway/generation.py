@@ -96,7 +96,7 @@ class _Progress:
         now = time.monotonic()
         count = len(delta.token_ids)
         if count:
-            self._num_generated.inc(count)
+            self._num_generated.count += count
             if self._num_tokens:
                 self._inter_token_latency.observe((now - self._last) / count, count)
             else:

@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from json.encoder import encode_basestring
 from typing import Any, Literal
 
 from dflash_ray.core.errors import RequestError
@@ -68,7 +69,7 @@ class _Choice:
     """
 
     request: GenerationRequest
-    text: str = ""
+    texts: list[str] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
@@ -116,7 +117,7 @@ class ResponseWriter:
     def add(self, delta: ChoiceDelta) -> None:
         """Takes a delta into the totals and the whole answer."""
         choice = self._choices[delta.index]
-        choice.text += delta.text
+        choice.texts.append(delta.text)
         choice.token_ids += delta.token_ids
         if delta.prompt_logprobs is not None:
             known = len(choice.prompt_logprobs) + 1
@@ -150,7 +151,7 @@ class ResponseWriter:
         """The answer to a request that does not stream."""
         choices = []
         for index, choice in enumerate(self._choices):
-            content = self._message((choice.request.echo or "") + choice.text)
+            content = self._message("".join([choice.request.echo or "", *choice.texts]))
             logprobs = [*_echoed(choice), *choice.logprobs]
             choices.append(self._choice_object(index, content, choice, logprobs, choice.token_ids))
         body = self._frame("chat.completion" if self._kind == "chat" else "text_completion", choices)
@@ -169,7 +170,7 @@ class ResponseWriter:
             before, _, after = event(chunk).rpartition(_to_json(_ANY_TEXT))
             choice.around_text = before, after
         before, after = choice.around_text
-        return before + _to_json(delta.text) + after
+        return before + encode_basestring(delta.text) + after
 
     def chunks(self, delta: ChoiceDelta) -> Iterator[dict[str, Any]]:
         """The chunks of a delta, if it has anything to show yet. The very last also says how speculation went."""

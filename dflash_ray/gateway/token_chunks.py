@@ -47,9 +47,10 @@ def unpack(progress: router_pb2.Progress) -> Iterator[tuple[int, TokenChunk | Re
         strict=True,
     )
     end = 0
-    for entry, (call_id, count, reason, is_decode_pass, *drafts) in enumerate(columns):
+    for entry, (call_id, count, reason, is_decode_pass, num_drafts, num_accepted, num_spec) in enumerate(columns):
         start, end = end, end + count
-        chunk = TokenChunk(token_ids[start:end], reason, DecodePass(*drafts) if is_decode_pass else None)
+        decode_pass = DecodePass(num_drafts, num_accepted, num_spec) if is_decode_pass else None
+        chunk = TokenChunk(token_ids[start:end], reason, decode_pass)
         yield call_id, _with_extras(chunk, extras[entry]) if entry in extras else chunk
 
 

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 
 import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import HistogramMetricFamily
+from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
@@ -44,23 +45,25 @@ _TOKEN_BUCKETS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 2
 
 
 class CountedHistogram(Collector):
-    """A histogram with one label that takes many equal values at once, for one thread."""
+    """A histogram that takes many equal values at once, for one thread; with one label or none."""
 
-    def __init__(self, name: str, text: str, buckets: Sequence[float], label: str) -> None:
+    def __init__(self, name: str, text: str, buckets: Sequence[float], label: str | None = None) -> None:
         self._name, self._text, self._label = name, text, label
         self._bounds = [*buckets, float("inf")]
         self._counts: dict[str, Counts] = {}
 
-    def labels(self, value: str) -> Counts:
+    def labels(self, value: str = "") -> Counts:
         """The values under a value of the label."""
         return self._counts.setdefault(value, Counts(self._bounds))
 
     def collect(self) -> Iterator[HistogramMetricFamily]:
         """As prometheus_client asks for it."""
-        family = HistogramMetricFamily(self._name, self._text, labels=[self._label])
+        family = HistogramMetricFamily(self._name, self._text, labels=[self._label] if self._label else [])
         for value, counts in self._counts.items():
             names = map(floatToGoString, self._bounds)
-            family.add_metric([value], list(zip(names, accumulate(counts.counts), strict=True)), counts.total)
+            family.add_metric(
+                [value] if self._label else [], list(zip(names, accumulate(counts.counts), strict=True)), counts.total
+            )
         yield family
 
 
@@ -72,10 +75,36 @@ class Counts:
         self.counts = [0] * len(bounds)
         self.total = 0.0
 
-    def observe(self, value: float, count: int) -> None:
+    def observe(self, value: float, count: int = 1) -> None:
         """Takes `count` equal values."""
         self.counts[bisect_left(self._bounds, value)] += count
         self.total += value * count
+
+
+class CountedTotal(Collector):
+    """A counter with one label, for one thread: no lock for each of many small numbers."""
+
+    def __init__(self, name: str, text: str, label: str) -> None:
+        self._name, self._text, self._label = name, text, label
+        self._totals: dict[str, Total] = {}
+
+    def labels(self, value: str) -> Total:
+        """The number under a value of the label."""
+        return self._totals.setdefault(value, Total())
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        """As prometheus_client asks for it."""
+        family = CounterMetricFamily(self._name, self._text, labels=[self._label])
+        for value, total in self._totals.items():
+            family.add_metric([value], total.count)
+        yield family
+
+
+@dataclass(slots=True)
+class Total:
+    """How much there has been so far."""
+
+    count: int = 0
 
 
 class _ProcessMetrics:
@@ -96,6 +125,11 @@ class _ProcessMetrics:
     def _gauge(self, name: str, text: str, labels: tuple[str, ...] = ()) -> Gauge:
         return Gauge(name, text, labels, registry=self.registry)
 
+    def _counted(self, name: str, text: str, buckets: Sequence[float], label: str | None = None) -> CountedHistogram:
+        histogram = CountedHistogram(name, text, buckets, label)
+        self.registry.register(histogram)
+        return histogram
+
     def _seconds(self, name: str, text: str, buckets: tuple[float, ...], labels: tuple[str, ...] = ()) -> Histogram:
         return Histogram(name, text, labels, registry=self.registry, buckets=buckets)
 
@@ -109,18 +143,18 @@ class GatewayMetrics(_ProcessMetrics):
         self.time_to_first_token = self._seconds(
             "vllm:time_to_first_token_seconds", "Arrival to first token", _LATENCY_BUCKETS_S, model
         )
-        self.inter_token_latency = CountedHistogram(
+        self.inter_token_latency = self._counted(
             "vllm:inter_token_latency_seconds",
             "Time between tokens, a chunk's time over its tokens",
             _STEP_BUCKETS_S,
             "model_name",
         )
-        self.registry.register(self.inter_token_latency)
         self.e2e_latency = self._seconds(
             "vllm:e2e_request_latency_seconds", "Arrival to last token", _LATENCY_BUCKETS_S, model
         )
         self.prompt_tokens = self._counter("vllm:prompt_tokens", "Prompt tokens", model)
-        self.generation_tokens = self._counter("vllm:generation_tokens", "Tokens generated", model)
+        self.generation_tokens = CountedTotal("vllm:generation_tokens", "Tokens generated", "model_name")
+        self.registry.register(self.generation_tokens)
         self.request_prompt_tokens = Histogram(
             "vllm:request_prompt_tokens",
             "Prompt tokens a request",
@@ -161,17 +195,17 @@ class RouterMetrics(_ProcessMetrics):
         self.num_replays = self._counter(
             "dflash_ray_router_feature_replays", "Sequences whose context features were fetched anew"
         )
-        self.draft_round_trip = self._seconds(
+        self.draft_round_trip = self._counted(
             "dflash_ray_router_draft_round_trip_seconds", "Draft request to draft blocks", _STEP_BUCKETS_S
-        )
-        self.step_round_trip = self._seconds(
+        ).labels()
+        self.step_round_trip = self._counted(
             "dflash_ray_router_step_round_trip_seconds", "Step to its result", _STEP_BUCKETS_S
-        )
-        self.step_gap = self._seconds(
+        ).labels()
+        self.step_gap = self._counted(
             "dflash_ray_router_step_gap_seconds",
             "A step's result to the next step: drafting and scheduling",
             _STEP_BUCKETS_S,
-        )
+        ).labels()
         self.speculation_steps = self._counter(
             "dflash_ray_router_speculation_steps", "Steps that decoded, by why they drafted or did not", ("reason",)
         )
@@ -193,12 +227,8 @@ class RouterMetrics(_ProcessMetrics):
             "dflash_ray_router_speculation_calibration_error",
             "Mean distance between the chance that drafts were given and the share that was accepted",
         )
-        self.step_tokens = Histogram(
-            "vllm:iteration_tokens_total",
-            "Rows of a target pass",
-            model,
-            registry=self.registry,
-            buckets=_TOKEN_BUCKETS,
+        self.step_tokens = self._counted(
+            "vllm:iteration_tokens_total", "Rows of a target pass", _TOKEN_BUCKETS, "model_name"
         )
 
 

@@ -106,10 +106,11 @@ class Emit:
             {0: num_cached_tokens} if num_cached_tokens else {},
         )
 
-    def of_stream(self, stream: int) -> Emit:
-        """What concerns the requests of one stream."""
-        is_its = self.streams == stream
-        return self if is_its.all() else self.only(is_its)
+    def by_stream(self) -> Iterator[tuple[int, Emit]]:
+        """Each stream with what concerns its requests."""
+        streams = set(self.streams.tolist())
+        for stream in streams:
+            yield stream, self if len(streams) == 1 else self.only(self.streams == stream)
 
     def only(self, is_its: Flags) -> Emit:
         """What concerns these requests."""

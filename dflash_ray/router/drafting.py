@@ -30,7 +30,7 @@ from dflash_ray.router.draft_requests import (
 )
 from dflash_ray.router.limits import TargetLimits
 from dflash_ray.router.sequence import RouterSequence
-from dflash_ray.router.slot_table import MAX_DRAFTS, NEVER, REMOTE, SlotTable
+from dflash_ray.router.slot_table import MAX_DRAFTS, NEVER, NO_DRAFTER, REMOTE, SlotTable
 from dflash_ray.router.speculation.records import Policy
 
 _MAX_BACK_OFF_S = 10.0
@@ -133,15 +133,14 @@ class Drafting:
             return []
         self._assign(idle, opens_all, now)
         table, actions = self.table, []
-        served_by = table.drafters[idle]
+        table.is_asking[idle[table.drafters[idle] != NO_DRAFTER]] = True
+        has_asking = np.count_nonzero(table.is_asking)
         for drafter in self._drafters.values():
-            its_idle = idle[served_by == drafter.number]
-            if len(its_idle):
-                table.is_asking[its_idle] = True
-                if drafter.in_flight is None or not drafter.in_flight.is_given_up:
-                    self._wait(its_idle, now)
+            if len(idle) and (drafter.in_flight is None or not drafter.in_flight.is_given_up):
+                self._wait(idle[table.drafters[idle] == drafter.number], now)
             if drafter.in_flight is None:
-                asking = (table.is_asking & (table.drafters == drafter.number)).nonzero()[0]
+                is_its = table.is_asking & (table.drafters == drafter.number) if has_asking else table.is_asking
+                asking = is_its.nonzero()[0]
                 if len(asking) or drafter.closed or drafter.to_open:
                     actions += self._next_request(drafter, asking, limits, step_id, now)
         return actions
@@ -269,14 +268,15 @@ class Drafting:
         is_right &= table.committed_lens[slots] == blocks.committed_lens
         if limits is None or message.epoch != limits.epoch:
             is_right[:] = False
-        num_right = int(is_right.sum())
+        num_right = int(np.count_nonzero(is_right))
         self._drop("stale", len(slots) - num_right)
         if limits is None or not num_right:
             return
-        table.held_rows[slots[is_right]] = blocks.committed_lens[is_right] - 1
-        table.num_cut_offs[slots[is_right]] = 0
+        right = slots[is_right]
+        table.held_rows[right] = blocks.committed_lens[is_right] - 1
+        table.num_cut_offs[right] = 0
         is_awaited = is_right & (table.draft_deadlines[slots] < NEVER)
-        self._drop("late", num_right - int(is_awaited.sum()))
+        self._drop("late", num_right - int(np.count_nonzero(is_awaited)))
         table.take_blocks(slots, blocks, is_awaited, REMOTE, limits.vocab_size)
 
     def _miss(

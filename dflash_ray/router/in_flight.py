@@ -7,7 +7,7 @@ from collections import deque
 import numpy as np
 
 from dflash_ray.core.arrays import Ints
-from dflash_ray.router.slot_table import DECODE, NEVER, PREFILL, SlotTable
+from dflash_ray.router.slot_table import DECODE, NEVER, SlotTable
 from dflash_ray.router.steps import StepInFlight
 
 _NO_SLOTS: Ints = np.zeros(0, np.int64)
@@ -83,17 +83,19 @@ class Cohorts:
         """
         decoding, is_waiting = _NO_SLOTS, False
         for cohort in (self._next, 1 - self._next):
-            members = ((table.phases == DECODE) & (table.cohorts == cohort)).nonzero()[0]
-            if not len(members) or table.step_ids[members].any():
+            if not table.num_in_cohort[cohort]:
                 continue
-            if (table.draft_deadlines[members] == NEVER).all():
+            members = table.decoding(cohort)
+            if not len(members) or np.count_nonzero(table.step_ids[members]):
+                continue
+            if not np.count_nonzero(table.draft_deadlines[members] < NEVER):
                 decoding = members
                 self._next = 1 - cohort if self._num_cohorts == 2 else 0
                 break
             is_waiting = True
         if is_waiting and not len(decoding):
             return None
-        prefilling = ((table.phases == PREFILL) & (table.step_ids == 0)).nonzero()[0]
+        prefilling = table.prefilling()
         if not len(decoding) and not len(prefilling):
             return None
         return _apart(table, decoding, prefilling, is_target_idle)
@@ -106,22 +108,22 @@ def choose_ahead(table: SlotTable, step: StepInFlight) -> tuple[Ints, Ints] | No
     others decode as well or are about to, or a suspect waits, the step's result is waited for.
     """
     chains, chunks = step.slots[step.num_chunks :], step.slots[: step.num_chunks]
-    if step.num_drafts.any() or len(chains) != table.num_in_phase[DECODE] or not step.is_current(table).all():
+    if step.num_rows_of_drafts or len(chains) != table.num_in_phase[DECODE] or not step.is_current(table).all():
         return None
     if (table.num_prefilled[chunks] + step.rows[: step.num_chunks] >= table.committed_lens[chunks]).any():
         return None
     decoding = chains[table.committed_lens[chains] + 1 < table.max_lens[chains]]
-    prefilling = ((table.phases == PREFILL) & (table.step_ids == 0)).nonzero()[0]
-    if not len(decoding) or table.is_suspect[prefilling].any():
+    prefilling = table.prefilling()
+    if not len(decoding) or np.count_nonzero(table.is_suspect[prefilling]):
         return None
     return decoding, prefilling
 
 
 def _apart(table: SlotTable, decoding: Ints, prefilling: Ints, is_target_idle: bool) -> tuple[Ints, Ints, bool] | None:
     """The others together, or one suspect by itself with nothing else in flight: whoever waited longest."""
-    candidates = np.concatenate((decoding, prefilling))
+    candidates = np.concatenate((decoding, prefilling)) if len(prefilling) else decoding
     is_suspect = table.is_suspect[candidates]
-    if not is_suspect.any():
+    if not np.count_nonzero(is_suspect):
         return decoding, prefilling, False
     suspects, others = candidates[is_suspect], candidates[~is_suspect]
     suspect = suspects[np.argmin(table.last_steps[suspects])]

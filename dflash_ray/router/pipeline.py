@@ -33,12 +33,14 @@ from dflash_ray.router.limits import TargetLimits
 from dflash_ray.router.measures import Measures
 from dflash_ray.router.scheduler import Scheduler
 from dflash_ray.router.sequence import RouterSequence
+from dflash_ray.router.slot_table import NEVER
 from dflash_ray.router.streams import Stream, open_drafter, open_target
 from dflash_ray.rpc.directory import Entry
 
 logger = logging.getLogger(__name__)
 
 _LEARN_AFTER_S = 0.001  # that what was sent is on its way by then
+_FOR_CLIENTS = (Emit, Fail)
 
 
 class Receiver(Protocol):
@@ -55,6 +57,10 @@ class Receiver(Protocol):
 
     def fail(self, call_id: int, error: RequestError) -> None:
         """A call ends with an error."""
+
+
+def _is_for_clients(action: Action) -> bool:
+    return isinstance(action, _FOR_CLIENTS)
 
 
 class Pipeline:
@@ -74,6 +80,7 @@ class Pipeline:
         self._receivers: WeakValueDictionary[int, Receiver] = WeakValueDictionary()
         self._is_pump_due = False
         self._timer: asyncio.TimerHandle | None = None
+        self._wakes_at = NEVER  # when the timer is over
         self._lesson: asyncio.TimerHandle | None = None
         self._streams: set[Stream] = set()  # all that were opened here and whose end was not seen to be clean
         self._closing: set[asyncio.Task[None]] = set()
@@ -135,9 +142,8 @@ class Pipeline:
         self._measures.step_done(message.result.step_id, now)
         self.scheduler.step_done(message.result, now)
         self._pump()
-        if self._lesson is not None:
-            self._lesson.cancel()
-        self._lesson = asyncio.get_running_loop().call_later(_LEARN_AFTER_S, self._learn)
+        if self._lesson is None and self.scheduler.has_lesson:
+            self._lesson = asyncio.get_running_loop().call_later(_LEARN_AFTER_S, self._learn)
 
     def _on_target_end(self, stream: Stream) -> None:
         if self._target is not stream:
@@ -217,6 +223,7 @@ class Pipeline:
         self._guarded(self._pump)
 
     def _learn(self) -> None:
+        self._lesson = None
         self._guarded(self.scheduler.learn)
 
     def _guarded(self, work: Callable[[], None]) -> None:
@@ -234,24 +241,37 @@ class Pipeline:
         while has_events:
             actions = self.scheduler.poll(now)
             # Target and drafters wait for what is theirs; clients are told while those are at work.
-            for action in sorted(actions, key=lambda action: isinstance(action, Emit | Fail)):
+            for action in sorted(actions, key=_is_for_clients):
                 self._perform(action, now)
             # What was a dropped drafter's looks for another one.
             has_events = any(isinstance(action, DropDrafter) for action in actions)
+        self._wake_by(self.scheduler.next_deadline(), now)
+
+    def _wake_by(self, deadline: float | None, now: float) -> None:
+        """Has the timer end by the deadline. Most are put off before they are due: a timer that is early goes on."""
+        if deadline is None or deadline >= self._wakes_at:
+            return
         if self._timer is not None:
             self._timer.cancel()
-            self._timer = None
-        deadline = self.scheduler.next_deadline()
-        if deadline is not None:
-            self._timer = asyncio.get_running_loop().call_later(max(0.0, deadline - now) + 1e-4, self._wake)
+        self._timer = asyncio.get_running_loop().call_later(max(0.0, deadline - now) + 1e-4, self._look)
+        self._wakes_at = deadline
+
+    def _look(self) -> None:
+        """The timer is over; the deadline that it was for may have been put off."""
+        self._timer, self._wakes_at = None, NEVER
+        now, deadline = time.monotonic(), self.scheduler.next_deadline()
+        if deadline is not None and now >= deadline:
+            self._wake()
+        else:
+            self._wake_by(deadline, now)
 
     def _perform(self, action: Action, now: float) -> None:
         match action:
             case Emit():
-                for stream in set(action.streams.tolist()):
+                for stream, part in action.by_stream():
                     receiver = self._receivers.get(stream)
                     if receiver is not None:
-                        receiver.emit(action.of_stream(stream))
+                        receiver.emit(part)
             case RunStep(step):
                 self._measures.step_sent(action, now)
                 self._send(target_pb2.TargetRequest(step=step))

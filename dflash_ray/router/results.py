@@ -16,6 +16,7 @@ class StepOutcome:
     """Columns over the entries of a step, in its order.
 
     Attributes:
+        is_ok: entries that did what they were to do.
         token_ids: what each entry committed, one after the other.
         logprobs: of entries that asked and got tokens.
         errors: of entries that FAILED.
@@ -23,6 +24,7 @@ class StepOutcome:
     """
 
     statuses: Ints
+    is_ok: Flags
     num_accepted: Ints
     num_tokens: Ints
     token_ids: Tokens
@@ -31,12 +33,6 @@ class StepOutcome:
     errors: dict[int, str]
     kv_lens: Ints
     cached_lens: Ints
-
-    @property
-    def is_ok(self) -> Flags:
-        """Entries that did what they were to do."""
-        is_ok: Flags = self.statuses == target_pb2.ENTRY_STATUS_OK
-        return is_ok
 
     def tokens_of(self, entries: Ints) -> Tokens:
         """What these entries committed; `entries` is rising."""
@@ -50,7 +46,7 @@ class StepOutcome:
 def read_result(result: target_pb2.StepResult, step: StepInFlight) -> StepOutcome:
     """Raises ValueError when the result is not about the step's entries, or its columns do not belong together."""
     ids = column(result.sequence_ids)
-    if not np.array_equal(ids, step.ids):
+    if len(ids) != len(step.ids) or np.count_nonzero(ids != step.ids):
         raise ValueError(f"the result of step {step.step_id} has other entries than the step")
     names = ("statuses", "num_accepted_drafts", "num_tokens", "finish_reasons")
     columns = [column(getattr(result, name)) for name in names]
@@ -58,16 +54,21 @@ def read_result(result: target_pb2.StepResult, step: StepInFlight) -> StepOutcom
         if len(values) != len(ids):
             raise ValueError(f"{name} has {len(values)} elements for {len(ids)} entries")
     statuses, num_accepted, num_tokens, finish_reasons = columns
-    kv_lens, cached_lens = (column(getattr(result, name)) for name in ("kv_lens", "cached_lens"))
+    kv_lens, cached_lens = column(result.kv_lens), column(result.cached_lens)
     if not len(kv_lens) == len(cached_lens) == step.num_chunks:
         raise ValueError(f"kv_lens and cached_lens must have {step.num_chunks} elements, one a prefill entry")
     token_ids = unpacked("token_ids", result.token_ids)
     if int(num_tokens.sum()) != len(token_ids):
         raise ValueError(f"token_ids has {len(token_ids)} elements for {int(num_tokens.sum())} tokens")
-    with_logprobs = (step.asks_logprobs & (num_tokens > 0)).nonzero()[0].tolist()
-    failed = (statuses == target_pb2.ENTRY_STATUS_FAILED).nonzero()[0].tolist()
+    with_logprobs, failed = [], []
+    if np.count_nonzero(step.asks_logprobs):
+        with_logprobs = (step.asks_logprobs & (num_tokens > 0)).nonzero()[0].tolist()
+    is_ok = statuses == target_pb2.ENTRY_STATUS_OK
+    if np.count_nonzero(is_ok) < len(ids):
+        failed = (statuses == target_pb2.ENTRY_STATUS_FAILED).nonzero()[0].tolist()
     return StepOutcome(
         statuses,
+        is_ok,
         num_accepted,
         num_tokens,
         token_ids,

@@ -36,6 +36,7 @@ from dflash_ray.router.slot_table import COLOCATED, DECODE, DRAFT_SOURCES, MAX_D
 from dflash_ray.router.speculating import Speculating
 from dflash_ray.router.steps import StepInFlight, add_colocated, build_step
 
+_NO_SLOTS = np.zeros(0, np.int64)
 _STEP_PATIENCE = 1.5  # times the pass's own limit, after which its group should have ended itself
 
 
@@ -114,11 +115,12 @@ class Scheduler:
             if part.sequence_id in self._requests.by_id:
                 self._actions.append(Emit.one(self._requests.by_id[part.sequence_id], prompt_logprobs=part))
         is_current = step.is_current(self._table)
-        self.speculating.done(step, outcome, is_current & outcome.is_ok, now, result.timings)
+        is_known = is_current & outcome.is_ok
+        self.speculating.done(step, outcome, is_known, now, result.timings)
         self._table.end_step(step.slots[is_current], outcome.is_ok[is_current])
-        self._advance(step, outcome, (is_current & outcome.is_ok).nonzero()[0])
+        self._advance(step, outcome, is_known.nonzero()[0])
         lacks_pages = False
-        for entry in (is_current & ~outcome.is_ok).nonzero()[0].tolist():
+        for entry in (is_current & ~is_known).nonzero()[0].tolist():
             sequence = self._table.sequence(int(step.slots[entry]))
             if outcome.statuses[entry] == target_pb2.ENTRY_STATUS_NO_PAGES:
                 lacks_pages = True
@@ -136,21 +138,22 @@ class Scheduler:
         table = self._table
         slots, counts = step.slots[entries], outcome.num_tokens[entries]
         is_too_long = table.committed_lens[slots] + counts > table.max_lens[slots]
-        if is_too_long.any():
+        if np.count_nonzero(is_too_long):
             for slot in slots[is_too_long].tolist():
                 self._requests.fail(
                     table.sequence(slot), RequestError("the target group gave more tokens than were asked for")
                 )
             entries, slots, counts = entries[~is_too_long], slots[~is_too_long], counts[~is_too_long]
         token_ids = outcome.tokens_of(entries)
-        is_chunk = entries < step.num_chunks
-        has_tokens = counts > 0
-        first_tokens = token_ids[(counts.cumsum() - counts)[has_tokens]]
-        self.speculating.judge_ngrams(slots[has_tokens & ~is_chunk], first_tokens[~is_chunk[has_tokens]])
-        chunks = entries[is_chunk]
-        table.num_prefilled[slots[is_chunk]] = outcome.kv_lens[chunks]
-        table.num_cached[slots[is_chunk]] = outcome.cached_lens[chunks]
-        table.start_decoding(slots[is_chunk & has_tokens])
+        num_chunks = int(np.count_nonzero(entries < step.num_chunks))  # they come first
+        is_decoded = counts[num_chunks:] > 0
+        firsts = (counts.cumsum() - counts)[num_chunks:][is_decoded]
+        self.speculating.judge_ngrams(slots[num_chunks:][is_decoded], token_ids[firsts])
+        if num_chunks:
+            chunks = slots[:num_chunks]
+            table.num_prefilled[chunks] = outcome.kv_lens[entries[:num_chunks]]
+            table.num_cached[chunks] = outcome.cached_lens[entries[:num_chunks]]
+            table.start_decoding(chunks[counts[:num_chunks] > 0])
         table.commit(slots, counts, token_ids)
         self.speculating.ngrams.forget(slots)
         self._emit(step, outcome, entries, token_ids)
@@ -169,7 +172,10 @@ class Scheduler:
         logprobs = {}
         if outcome.logprobs:
             logprobs = {i: outcome.logprobs[e] for i, e in enumerate(told.tolist()) if e in outcome.logprobs}
-        num_cached = np.where(told < step.num_chunks, table.num_cached[slots], 0)
+        cached = {}
+        if step.num_chunks:
+            num_cached = np.where(told < step.num_chunks, table.num_cached[slots], 0)
+            cached = {i: int(num_cached[i]) for i in num_cached.nonzero()[0].tolist()}
         self._actions.append(
             Emit(
                 table.ids[slots],
@@ -183,7 +189,7 @@ class Scheduler:
                 outcome.num_accepted[told],
                 table.draft_tokens[slots],
                 logprobs,
-                num_cached_tokens={i: int(num_cached[i]) for i in num_cached.nonzero()[0].tolist()},
+                num_cached_tokens=cached,
             )
         )
         for slot in slots[reasons > 0].tolist():
@@ -241,6 +247,11 @@ class Scheduler:
         """
         self.speculating.controller.learn()
 
+    @property
+    def has_lesson(self) -> bool:
+        """Whether `learn` has something to do."""
+        return self.speculating.controller.has_lesson
+
     def next_deadline(self) -> float | None:
         """When `poll` has something to do even if no event comes."""
         deadline = min(self.drafting.next_deadline(), self._steps.deadline, self._requests.deadline)
@@ -252,11 +263,12 @@ class Scheduler:
 
     def _request_drafts(self, limits: TargetLimits, now: float) -> None:
         """Asks drafters for what the slots are worth that have got tokens."""
-        idle = np.concatenate(self._idle) if self._idle else np.zeros(0, np.int64)
+        idle = np.concatenate(self._idle) if self._idle else _NO_SLOTS
         self._idle.clear()
         if limits.colocated_draft_tokens:
             return  # the step asks
-        idle = idle[self._table.lacks_draft(idle)]
+        if len(idle):
+            idle = idle[self._table.lacks_draft(idle)]
         if len(idle):
             idle = self.speculating.ask(idle, self.drafting.reach, limits, now)
         opens_all = self.speculating.controller.expects_drafts
@@ -303,4 +315,4 @@ class Scheduler:
         for source, count in enumerate(np.bincount(self._table.draft_sources[chains]).tolist()):
             if count:
                 self.num_drafts_by_source[DRAFT_SOURCES[source]] += count
-        self.num_draft_tokens += int(step.num_drafts.sum())
+        self.num_draft_tokens += step.num_rows_of_drafts

@@ -22,6 +22,7 @@ CHAIN = np.arange(MAX_DRAFTS)  # parents of drafts that follow each other
 NO_DRAFT = -1  # draft_lens: none has come; 0 is one without tokens
 NO_DRAFTER = -1
 NEVER = np.inf
+_NO_SLOTS: Ints = np.zeros(0, np.int64)
 
 
 # Where a sequence is.
@@ -178,6 +179,21 @@ class SlotTable:
         slots = self.ids.nonzero()[0]
         return [self.sequence(slot) for slot in slots[np.argsort(self.turns[slots])].tolist()]
 
+    def decoding(self, cohort: int) -> Ints:
+        """Slots of a cohort in DECODE."""
+        is_its = self.phases == DECODE
+        if self.num_in_cohort[1 - cohort]:
+            is_its &= self.cohorts == cohort
+        slots: Ints = is_its.nonzero()[0]
+        return slots
+
+    def prefilling(self) -> Ints:
+        """Slots in PREFILL that are in no step."""
+        if not self.num_in_phase[PREFILL]:
+            return _NO_SLOTS
+        slots: Ints = ((self.phases == PREFILL) & (self.step_ids == 0)).nonzero()[0]
+        return slots
+
     def start_decoding(self, slots: Ints) -> None:
         """Prompts whose first token came."""
         self.phases[slots] = DECODE
@@ -220,20 +236,23 @@ class SlotTable:
         """
         taken = is_taken.nonzero()[0]
         slots = slots[taken]
-        width = min(MAX_DRAFTS, int(blocks.num_slots[taken].max(initial=0)))
-        lens = np.minimum(blocks.num_slots[taken], width)
+        lens = np.minimum(blocks.num_slots[taken], MAX_DRAFTS)
+        width = int(lens.max(initial=0))
         if width:
             places, is_there = blocks.draft_places(taken, width)
             token_ids = blocks.candidate_ids[places]
-            parents = blocks.parents_of(taken, width)
-            is_wrong = is_there & ((token_ids >= vocab_size) | (parents > CHAIN[:width]))
-            if is_wrong.any():
-                lens = np.where(is_wrong.any(axis=1), is_wrong.argmax(axis=1), lens)
+            is_wrong = is_there & (token_ids >= vocab_size)
             self.has_trees |= len(blocks.parents) > 0
             if self.has_trees:
+                parents = blocks.parents_of(taken, width)
+                is_wrong |= is_there & (parents > CHAIN[:width])
                 self.draft_parents[slots, :width] = parents
+            if np.count_nonzero(is_wrong):
+                lens = np.where(is_wrong.any(axis=1), is_wrong.argmax(axis=1), lens)
             self.drafts[slots, :width] = token_ids
-            self.draft_log_probs[slots, :width] = np.where(is_there, blocks.log_probs[places], np.nan)
+            log_probs = blocks.log_probs[places]
+            log_probs[~is_there] = np.nan
+            self.draft_log_probs[slots, :width] = log_probs
         self.draft_lens[slots] = lens
         self.draft_sources[slots] = source
         self.draft_deadlines[slots] = NEVER

@@ -91,14 +91,13 @@ class Speculating:
         """The controller's plan for slots of a cohort: drafts that each one's drafter is to be asked for."""
         table = self.table
         candidates = self._candidates(slots, reach(slots, now), self.controller.wants_ngrams(slots))
-        decoding = np.flatnonzero((table.phases == DECODE) & (table.cohorts == cohort))
-        batch = self._batch(decoding, self._rows_of_prompts(limits))
+        batch = self._batch(table.decoding(cohort), self._rows_of_prompts(limits))
         return self.controller.plan(candidates, batch, limits.max_batch_tokens - batch.num_rows, now, cohort)
 
     def _candidates(self, slots: Ints, draft_room: Ints, wants_ngram: Flags) -> Candidates:
         room = self.table.most_drafts(slots)
         match_lens, lens = np.zeros(len(slots), np.int64), np.zeros(len(slots), np.int64)
-        if self._uses_ngrams and wants_ngram.any():
+        if self._uses_ngrams and np.count_nonzero(wants_ngram):
             match_lens[wants_ngram], lens[wants_ngram] = self.ngrams.look_up(slots[wants_ngram], room[wants_ngram])
         return Candidates(slots, room, draft_room, match_lens, lens)
 
@@ -111,7 +110,7 @@ class Speculating:
         table = self.table
         if not table.num_in_phase[PREFILL]:
             return 0
-        slots = np.flatnonzero((table.phases == PREFILL) & (table.step_ids == 0))
+        slots = table.prefilling()
         left = table.committed_lens[slots] - table.num_prefilled[slots]
         chunks = int(np.minimum(left, self._router.prefill_chunk_tokens).sum())
         return min(chunks, max(0, limits.max_batch_tokens - table.num_in_phase[DECODE]))
@@ -159,7 +158,8 @@ class Speculating:
             limits.max_batch_tokens - batch.num_rows,
             cohort,
         )
-        self.ngrams.take(slots[from_ngram], counts[from_ngram])
+        if np.count_nonzero(from_ngram):
+            self.ngrams.take(slots[from_ngram], counts[from_ngram])
         table.draft_sources[slots[counts == 0]] = PLAIN
         return counts
 
@@ -174,13 +174,13 @@ class Speculating:
         counts = np.zeros(self.table.num_slots, np.int64)
         is_in = np.zeros(self.table.num_slots, np.bool_)
         counts[chains], is_in[chains] = step.num_drafts[step.num_chunks :], True
-        batch = self._batch(chains, int(step.rows.sum()))
+        batch = self._batch(chains, step.num_rows_of_chunks)
         inside = int(np.count_nonzero(num_asked)), int(num_asked.sum())
         self.controller.step_started(batch, is_in[decoding], counts[decoding], now, inside)
 
     def stays_plain(self, slots: Ints, reach: Callable[[Ints, float], Ints], limits: TargetLimits, now: float) -> bool:
         """Whether the next step of these is to be a plain one, as is known while the present one runs."""
-        if not self.table.draft_tokens[slots].any():
+        if not np.count_nonzero(self.table.draft_tokens[slots]):
             return True
         if not limits.colocated_draft_tokens and self.controller.passes_over(slots, now):
             return True
@@ -203,7 +203,7 @@ class Speculating:
         chains = slice(step.num_chunks, None)
         accepted = np.full(self.table.num_slots, -1)
         accepted[step.slots[chains]] = np.where(is_known[chains], outcome.num_accepted[chains], -1)
-        has_trees = self.table.has_trees and bool(step.num_drafts.any())
+        has_trees = self.table.has_trees and step.num_rows_of_drafts > 0
         self.controller.step_done(
             accepted,
             now,
@@ -232,6 +232,8 @@ class Speculating:
 
     def _rows_spared(self, step: StepInFlight, outcome: StepOutcome, is_known: Flags) -> int:
         """Rows of prompts that the step need not compute, as they were there already or another prompt's came first."""
+        if not step.num_chunks:
+            return 0
         chunks = is_known[: step.num_chunks].nonzero()[0]
         slots, table = step.slots[chunks], self.table
         found = outcome.cached_lens[chunks] - table.num_cached[slots]

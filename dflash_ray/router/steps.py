@@ -24,6 +24,7 @@ class StepInFlight:
         num_chunks: how many entries are prompts' chunks.
         rows: of a chunk; 0 for chains.
         num_drafts: of a chain; 0 for chunks.
+        num_rows_of_drafts, num_rows_of_chunks: of all together.
         asks_logprobs: whether log-probabilities come with an entry's tokens.
         is_alone: it has a suspect, and no other step may be in flight with it.
     """
@@ -34,13 +35,15 @@ class StepInFlight:
     num_chunks: int
     rows: Ints
     num_drafts: Ints
+    num_rows_of_drafts: int
+    num_rows_of_chunks: int
     asks_logprobs: Flags
     is_alone: bool
 
     @property
     def num_rows(self) -> int:
         """Rows of the pass."""
-        return int(self.rows.sum() + self.num_drafts.sum()) + len(self.ids) - self.num_chunks
+        return self.num_rows_of_chunks + self.num_rows_of_drafts + len(self.ids) - self.num_chunks
 
     def is_current(self, table: SlotTable) -> Flags:
         """Which entries are still in it: a sequence that ended or was put back since then is not."""
@@ -66,35 +69,47 @@ def build_step(
     """
     step = target_pb2.Step(step_id=step_id, epoch=limits.epoch, tree_width=config.tree_width)
     reserved = min(config.prefill_chunk_tokens, limits.max_batch_tokens // _PREFILL_SHARE) if len(prefilling) else 0
-    wanted = np.clip(table.draft_lens[decoding], 0, most_drafts)
-    if len(wanted) + int(wanted.sum()) > limits.max_batch_tokens - reserved:
+    chains, counts = decoding, np.minimum(np.maximum(table.draft_lens[decoding], 0), most_drafts)
+    num_drafts = int(counts.sum())
+    if len(counts) + num_drafts > limits.max_batch_tokens - reserved:
         first = np.lexsort((table.turns[decoding], table.last_steps[decoding]))
-        decoding, wanted = decoding[first], wanted[first]
-    counts = draft_rows(wanted, limits.max_batch_tokens - reserved)
-    chains = decoding[: len(counts)]
-    _add_chains(step, table, chains, counts)
-    chunks, rows = _chunks(config, table, prefilling, limits.max_batch_tokens - len(counts) - int(counts.sum()))
-    _add_chunks(step, limits, table, chunks, rows)
-    slots = np.concatenate((chunks, chains))
+        counts = draft_rows(counts[first], limits.max_batch_tokens - reserved)
+        chains, num_drafts = decoding[first][: len(counts)], int(counts.sum())
+    is_ahead = table.step_ids[chains] != 0
+    _add_chains(step, table, chains, counts, is_ahead)
+    slots, rows = chains, np.zeros(len(chains), np.int64)
+    num_chunks = 0
+    if len(prefilling):
+        chunks, chunk_rows = _chunks(config, table, prefilling, limits.max_batch_tokens - len(counts) - num_drafts)
+        _add_chunks(step, limits, table, chunks, chunk_rows)
+        slots, rows, num_chunks = np.concatenate((chunks, chains)), np.concatenate((chunk_rows, rows)), len(chunks)
+        counts = np.concatenate((np.zeros(num_chunks, np.int64), counts))
     in_flight = StepInFlight(
         step_id,
         slots,
         table.ids[slots],
-        len(chunks),
-        np.concatenate((rows, np.zeros_like(counts))),
-        np.concatenate((np.zeros_like(rows), counts)),
+        num_chunks,
+        rows,
+        counts,
+        num_drafts,
+        int(rows.sum()),
         table.asks_logprobs[slots],
         is_alone,
     )
-    is_ahead = table.step_ids[slots] != 0
-    table.ahead_ids[slots[is_ahead]] = step_id
-    table.step_ids[slots[~is_ahead]] = table.last_steps[slots] = step_id
+    table.last_steps[slots] = step_id
+    if np.count_nonzero(is_ahead):
+        ahead = chains[is_ahead]
+        table.ahead_ids[ahead] = step_id
+        slots = np.concatenate((slots[:num_chunks], chains[~is_ahead]))
+    table.step_ids[slots] = step_id
     return step, in_flight
 
 
 def add_colocated(step: target_pb2.Step, table: SlotTable, slots: Ints, num_drafts: Ints) -> None:
     """Asks the colocated drafter for num_drafts[i] drafts of slots[i] behind the pass."""
     is_asked = num_drafts > 0
+    if not np.count_nonzero(is_asked):
+        return
     step.colocated_draft_ids.extend(table.ids[slots[is_asked]].tolist())
     step.colocated_num_drafts.extend(num_drafts[is_asked].tolist())
 
@@ -106,13 +121,12 @@ def draft_rows(wanted: Ints, room: int) -> Ints:
     return np.clip(room - len(chains) - before, 0, chains)
 
 
-def _add_chains(step: target_pb2.Step, table: SlotTable, slots: Ints, counts: Ints) -> None:
-    """Adds verify entries with counts[i] of the drafts of slots[i]."""
-    columns = np.arange(table.drafts.shape[1])
-    is_sent = columns < counts[:, None]
+def _add_chains(step: target_pb2.Step, table: SlotTable, slots: Ints, counts: Ints, is_ahead: Flags) -> None:
+    """Adds verify entries with counts[i] of the drafts of slots[i]; is_ahead[i]: it counts on a token to come."""
+    is_sent = counts[:, None] > CHAIN
     table.draft_lens[slots] = counts
     step.verify_ids.extend(table.ids[slots].tolist())
-    step.base_lens.extend((table.committed_lens[slots] + (table.step_ids[slots] != 0)).tolist())
+    step.base_lens.extend((table.committed_lens[slots] + is_ahead).tolist())
     step.num_drafts.extend(counts.tolist())
     step.draft_token_ids = packed(table.drafts[slots][is_sent])
     if table.has_trees:
@@ -131,8 +145,6 @@ def _add_chains(step: target_pb2.Step, table: SlotTable, slots: Ints, counts: In
 
 def _chunks(config: RouterConfig, table: SlotTable, prefilling: Ints, room: int) -> tuple[Ints, Ints]:
     """Prompts that find rows, and how many each."""
-    if not len(prefilling):
-        return prefilling, prefilling
     first = np.lexsort((table.turns[prefilling], table.last_steps[prefilling]))
     slots = prefilling[first]
     wanted = np.minimum(table.committed_lens[slots] - table.num_prefilled[slots], config.prefill_chunk_tokens)

@@ -5,11 +5,11 @@ Text from outside never becomes a control token: those come from the chat templa
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken
+from tokenizers import AddedToken, decoders
 
 from dflash_ray.config import ModelConfig
 from dflash_ray.core.errors import InvalidRequestError, prompt_too_long
@@ -28,6 +28,7 @@ class ChatTokenizer:
         vocab_size: number of token ids that the model has, too.
         sampling_defaults: what the model's files want where a request says nothing.
         context_length: tokens that the model takes, None where its files do not say.
+        joins_bytes: a text is the bytes of its tokens one after the other, whatever stands before or after them.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -45,7 +46,8 @@ class ChatTokenizer:
         self._sizes = token_sizes(self._tokenizer)
         self._prefix, self._suffix = self._post_processing()
         self._newline = self._encode_piece("\n")
-        self._decoded: dict[int, str] = {}  # at most the vocabulary
+        self._texts = _TokenTexts(self.decode)
+        self.joins_bytes = isinstance(self._tokenizer.decoder, decoders.ByteLevel)
         self.eos_ids = files.eos_ids
         self.vocab_size = min(self._tokenizer.get_vocab_size(), files.vocab_size or 2**32)
         self.sampling_defaults = files.sampling_defaults
@@ -96,10 +98,12 @@ class ChatTokenizer:
 
     def decode_token(self, token_id: int) -> str:
         """The same of one token."""
-        text = self._decoded.get(token_id)
-        if text is None:
-            text = self._decoded[token_id] = self.decode([token_id])
-        return text
+        return self._texts[token_id]
+
+    def decode_each(self, token_ids: Sequence[int]) -> str:
+        """The texts of tokens by themselves: what is no whole character of its own is replaced."""
+        texts = self._texts
+        return "".join([texts[token_id] for token_id in token_ids])
 
     def token_text(self, token_id: int) -> str:
         """Text of one token, special tokens included."""
@@ -166,6 +170,17 @@ class ChatTokenizer:
         if start is None:
             raise ValueError("model.path: the post-processor in tokenizer.json changes a text's own tokens")
         return whole[:start], whole[start + len(plain) :]
+
+
+class _TokenTexts(dict[int, str]):
+    """Texts of single tokens, as far as they were asked for: at most the vocabulary."""
+
+    def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
+        self._decode = decode
+
+    def __missing__(self, token_id: int) -> str:
+        text = self[token_id] = self._decode([token_id])
+        return text
 
 
 def _choose_template(config: ModelConfig, files: TokenizerFiles, added: Any) -> ChatTemplate | None:

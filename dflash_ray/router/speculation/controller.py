@@ -36,7 +36,7 @@ _TRIAL_EACH = 4  # a trial verifies one draft for so many sequences at least
 _SPARE_SLOTS = 2  # asked for beyond what is expected to be verified, where slots cost time
 _SLOT_PRICE = 0.02  # of a step's time
 _HAND_OVER_RATE = 0.1  # of the newest step in what is known of steps ahead
-_PASSED_OVER = 4  # of steps that leave nothing to choose and have no draft, one in so many is timed
+_LEARNT_FROM = 4  # of steps that leave nothing to choose one in so many is learnt from
 
 
 class SpeculationController:
@@ -55,7 +55,8 @@ class SpeculationController:
         self.prefers_ngram = prefers_ngram
         self.is_colocated = is_colocated
         self.runs_ahead = False
-        self._policies = np.zeros(num_slots, np.int64)
+        self._is_fixed = np.zeros(num_slots, np.bool_)
+        self._is_free = np.zeros(num_slots, np.bool_)  # whose drafts are chosen here
         self._limits = np.zeros(num_slots, np.int64)
         self.acceptance = Acceptance(num_slots, MOST_DRAFTS)
         self.costs = CostModel()
@@ -68,15 +69,21 @@ class SpeculationController:
         self._hand_over = 0.0  # what a step ahead takes beyond its pass
         self._pauses = Pauses()
         self._lesson: Lesson | None = None
-        self._num_passed_over = 0
+        self._num_without_choice = 0
 
     def open(self, slot: int, policy: Policy, draft_tokens: int) -> None:
         """A sequence has the slot, with at most so many drafts a step."""
-        self._policies[slot] = policy if draft_tokens else Policy.OFF
+        self._is_fixed[slot] = policy == Policy.FIXED and draft_tokens > 0
+        self._is_free[slot] = policy == Policy.ADAPTIVE and draft_tokens > 0
         self._limits[slot] = draft_tokens
         self.acceptance.open(slot)
-        if self._policies[slot] == Policy.ADAPTIVE:
+        if self._is_free[slot]:
             self._pauses.opened()
+
+    @property
+    def has_lesson(self) -> bool:
+        """Whether `learn` has something to do."""
+        return self._lesson is not None
 
     @property
     def expects_drafts(self) -> bool:
@@ -85,8 +92,7 @@ class SpeculationController:
 
     def wants_ngrams(self, slots: Ints, has_draft: Flags | None = None, cohort: int = 0) -> Flags:
         """For which of these it is worth while to look n-grams up: before drafts are asked for, or with those there."""
-        policies = self._policies[slots]
-        is_fixed, is_free = policies == Policy.FIXED, policies == Policy.ADAPTIVE
+        is_fixed, is_free = self._is_fixed[slots], self._is_free[slots]
         if has_draft is None:
             may_choose = self.prefers_ngram and not self._pauses.is_resting
             is_fixed, is_free = is_fixed & may_choose, is_free & may_choose
@@ -98,9 +104,11 @@ class SpeculationController:
 
     def passes_over(self, slots: Ints, now: float, cohort: int = 0) -> bool:
         """Whether nothing is asked for these, whatever their drafts are like: all are off, or speculation rests."""
-        if not self._policies[slots].any():
+        if self.has_fixed(slots):
+            return False
+        if not np.count_nonzero(self._is_free[slots]):
             return True
-        if not self.costs.is_known or self.has_fixed(slots):
+        if not self.costs.is_known:
             return False
         if self._pauses.is_resting:
             self._look_out(cohort, Outlook(Reason.REST, 0, 0, np.inf, now))
@@ -119,25 +127,25 @@ class SpeculationController:
             now: when the sequences' tokens had come.
         """
         slots = candidates.slots
-        policies = self._policies[slots]
-        is_free = policies == Policy.ADAPTIVE
+        is_fixed, is_free = self._is_fixed[slots], self._is_free[slots]
         room = np.minimum(candidates.room, self._limits[slots])
         draft_room = np.minimum(candidates.draft_room, room)
-        if not is_free.any() and not candidates.ngram_lens.any():
-            asks = np.where(policies == Policy.FIXED, draft_room, 0)
+        has_free = np.count_nonzero(is_free)
+        if not has_free and not np.count_nonzero(candidates.ngram_lens):
+            asks = np.where(is_fixed, draft_room, 0)
             self._look_out(cohort, Outlook(Reason.FIXED, int(np.count_nonzero(asks)), int(asks.sum()), np.inf, now))
             return asks
         ngrams = self.acceptance.ngram_survival(candidates.match_lens, np.minimum(candidates.ngram_lens, room))
         drafts = _cut(self.acceptance.survival(slots), draft_room)
-        asks = np.where(policies == Policy.FIXED, draft_room, 0)
+        asks = np.where(is_fixed, draft_room, 0)
         if self.prefers_ngram:
             asks[ngrams.sum(axis=1) > drafts.sum(axis=1)] = 0
-        if not is_free.any():
+        if not has_free:
             self._look_out(cohort, Outlook(Reason.FIXED, int(np.count_nonzero(asks)), int(asks.sum()), np.inf, now))
             return asks
         drafts[~is_free] = 0.0
         ngrams[~is_free] = 0.0
-        fixed_rows = int(np.where(policies == Policy.FIXED, room, 0).sum())
+        fixed_rows = int(room[is_fixed].sum())
         around = replace(batch, num_rows=batch.num_rows + min(fixed_rows, max_rows))
         reason, drafted, most = self._choose(drafts, ngrams, draft_room, around, max_rows - fixed_rows, asks)
         asks = np.where(is_free, 0 if drafted is None else drafted, asks)
@@ -146,7 +154,7 @@ class SpeculationController:
 
     def has_fixed(self, slots: Ints) -> bool:
         """Whether some of these want a fixed number of drafts."""
-        return bool((self._policies[slots] == Policy.FIXED).any())
+        return bool(np.count_nonzero(self._is_fixed[slots]))
 
     def planned_plainly(self, cohort: int = 0) -> bool:
         """Whether the last plan is a plain step that asks for nothing.
@@ -227,9 +235,9 @@ class SpeculationController:
 
     def cuts_plainly(self, slots: Ints, batch: Batch, cohort: int = 0) -> bool:
         """Whether none of these verifies a draft, whatever came; if so, that is the cut of the next step."""
-        is_free = self._policies[slots] == Policy.ADAPTIVE
+        is_free = self._is_free[slots]
         outlook = self._outlooks.get(cohort, NO_OUTLOOK)
-        if self.has_fixed(slots) or (outlook.reason not in PLAIN and is_free.any()):
+        if self.has_fixed(slots) or (outlook.reason not in PLAIN and np.count_nonzero(is_free)):
             return False
         self._outlooks.pop(cohort, None)
         self._cut = plain_step(batch, outlook, slots, is_free)
@@ -252,16 +260,15 @@ class SpeculationController:
             batch: the step without any drafts.
         """
         slots = candidates.slots
-        policies = self._policies[slots]
+        is_free = self._is_free[slots]
         room = np.minimum(candidates.room, self._limits[slots])
         draft_lens, ngram_lens = np.minimum(draft_lens, room), np.minimum(candidates.ngram_lens, room)
         from_ngram = draft_lens == 0
-        counts = np.where(policies == Policy.FIXED, np.where(from_ngram, ngram_lens, draft_lens), 0)
-        is_free = policies == Policy.ADAPTIVE
+        counts = np.where(self._is_fixed[slots], np.where(from_ngram, ngram_lens, draft_lens), 0)
         outlook = self._outlooks.pop(cohort, NO_OUTLOOK)
         tokens = float(batch.num_sequences)
-        batch = replace(batch, num_rows=batch.num_rows + min(int(counts.sum()), max_rows))
-        if is_free.any() and outlook.reason not in PLAIN and self.costs.is_known:
+        if np.count_nonzero(is_free) and outlook.reason not in PLAIN and self.costs.is_known:
+            batch = replace(batch, num_rows=batch.num_rows + min(int(counts.sum()), max_rows))
             drafts = _cut(self.acceptance.survival_of(slots, log_probs, candidates.parents), draft_lens)
             ngrams = self.acceptance.ngram_survival(candidates.match_lens, ngram_lens)
             is_better = ngrams.sum(axis=1) > drafts.sum(axis=1)
@@ -302,7 +309,7 @@ class SpeculationController:
         fixed_rows = int(counts[~step.is_free].sum())
         step.batch = replace(batch, num_rows=batch.num_rows + fixed_rows)
         step.counts, step.asked_inside = counts, asked_inside
-        if not is_in.all():
+        if np.count_nonzero(is_in) < len(is_in):
             step.keep(is_in)
         step.sent_at = now
         step.wait = max(0.0, now - max(self._last_result, step.outlook.planned_at))
@@ -338,14 +345,15 @@ class SpeculationController:
         if self.runs_ahead and pass_seconds and not step.is_drafted:
             busy = self._as_if_ahead(step, busy, pass_seconds)
         self._last_result = now
-        if len(step.slots) and not (step.counts.any() or step.is_free.any() or step.asked_inside[0]):
+        has_choice = bool(np.count_nonzero(step.is_free))
+        if len(step.slots) and not has_choice:
             self.counts.steps[step.outlook.reason] += 1
-            self._num_passed_over += 1
-            if self._num_passed_over % _PASSED_OVER:
+            self._num_without_choice += 1
+            if self._num_without_choice % _LEARNT_FROM != 1:
                 return
         kept = None if is_accepted is None else is_accepted[step.slots]
         self._lesson = Lesson(step, accepted, busy, draft_seconds, kept)
-        if step.is_drafted:  # the next plan wants to know
+        if has_choice and step.is_drafted:  # the next plan wants to know
             self.learn()
 
     def _as_if_ahead(self, step: SpeculativeStep, busy: float, pass_seconds: float) -> float:

@@ -89,10 +89,10 @@ def keep_account(
     """
     step, accepted = lesson.step, lesson.accepted
     outlook, batch = step.outlook, step.batch
-    counts.steps[outlook.reason] += 1
     num_free = int(np.count_nonzero(step.is_free))
     if not num_free:
         return 0.0
+    counts.steps[outlook.reason] += 1
     expected = costs.pass_seconds(batch, np.array([0, _free_rows(step)]))
     plain = float(expected[0]) + costs.host_seconds
     if not step.is_drafted:

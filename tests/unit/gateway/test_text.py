@@ -55,6 +55,19 @@ def test_text_that_comes_in_pieces_is_the_text_of_all_tokens(tokenizer, text, cu
     assert not any("\ufffd" in piece for piece in pieces)
 
 
+@settings(max_examples=150, deadline=None)
+@given(data=st.data(), cuts=st.lists(st.integers(1, 5), max_size=40))
+def test_any_tokens_that_come_in_pieces_give_the_text_of_all_of_them(tokenizer, data, cuts):
+    fragments = [token for token in range(3, 300) if tokenizer.decode_token(token) == "\ufffd"]
+    words = tokenizer.encode("the text of é日🍕") + list(tokenizer.eos_ids)
+    ids = data.draw(st.lists(st.sampled_from(fragments) | st.sampled_from(words), max_size=30))
+    detokenizer, pieces, rest = Detokenizer(tokenizer), [], ids
+    for size in [*cuts, len(ids)]:
+        pieces.append(detokenizer.push(rest[:size]))
+        rest = rest[size:]
+    assert "".join([*pieces, detokenizer.flush()]) == tokenizer.decode(ids)
+
+
 def test_a_run_of_real_replacement_characters_is_not_held_back(tokenizer):
     detokenizer = Detokenizer(tokenizer)
     ids = tokenizer.encode("\ufffd" * 300 + ".")

@@ -108,9 +108,11 @@ def test_what_a_pass_brought_is_shared_out_to_the_streams_of_its_calls(entries):
         (stream, call_id, dataclasses.replace(chunk, prompt_logprobs=None)) for stream, call_id, chunk in entries
     ]
     emit = joined(entries)
-    for number in {stream for stream, _, _ in entries}:
+    parts = dict(emit.by_stream())
+    assert parts.keys() == {stream for stream, _, _ in entries}
+    for number, part in parts.items():
         outbox = Outbox()
-        outbox.add(emit.of_stream(number))
+        outbox.add(part)
         got = [pair for message in asyncio.run(all_of(outbox)) for pair in unpack(message.progress)]
         assert got == [(call_id, chunk) for stream, call_id, chunk in entries if stream == number]
 

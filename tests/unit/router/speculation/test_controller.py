@@ -259,8 +259,8 @@ def test_entries_without_a_verdict_teach_nothing():
     assert (controller.acceptance.survival(np.array([0])) == before).all()
 
 
-@pytest.mark.parametrize(("policy", "is_learnt_at_once"), [(Policy.ADAPTIVE, False), (Policy.FIXED, True)])
-def test_what_a_plain_step_teaches_waits_until_there_is_time_and_what_drafts_teach_does_not(policy, is_learnt_at_once):
+@pytest.mark.parametrize("policy", [Policy.ADAPTIVE, Policy.FIXED])
+def test_what_plain_steps_and_steps_without_a_choice_teach_waits_until_there_is_time(policy):
     controller = SpeculationController(1)
     controller.open(0, policy, 5)
     wanted, batch = candidates(1), Batch(1, 1, 5)
@@ -268,6 +268,17 @@ def test_what_a_plain_step_teaches_waits_until_there_is_time_and_what_drafts_tea
     counts, _ = controller.cut(wanted, asks, np.full((1, MOST_DRAFTS), np.nan), batch, 100)
     controller.step_started(batch, np.ones(1, bool), counts, 0.0)
     controller.step_done(np.zeros(1, np.int64), 0.03)
-    assert controller.costs.is_known == is_learnt_at_once
+    assert not controller.costs.is_known and controller.has_lesson
     controller.learn()
-    assert controller.costs.is_known
+    assert controller.costs.is_known and not controller.has_lesson
+
+
+def test_of_steps_without_a_choice_the_first_of_each_four_teaches_something():
+    controller = SpeculationController(1)
+    controller.open(0, Policy.FIXED, 5)
+    now, known = 0.0, [controller.acceptance.survival(np.array([0]))[0, 0]]
+    for _ in range(9):
+        _, _, _, now = run_step(controller, candidates(1), Batch(1, 1, 5), now)
+        known.append(controller.acceptance.survival(np.array([0]))[0, 0])
+    assert (np.diff(known) < 0).nonzero()[0].tolist() == [0, 4, 8]
+    assert controller.counts.steps[Reason.FIXED] == 9
