@@ -235,14 +235,15 @@ def show(results: list[Figures]) -> None:
 
 
 def selected(names: list[str]) -> list[Case]:
-    """Cases by names such as 256x1k, 256x16k-penalties or 256x1k-tp4; all without names."""
+    """Cases by names such as 256x1k, 256x16k-penalties, 256x1k-messages or 256x1k-tp4; all without names."""
     cases = []
     for name in names:
         size, *options = name.split("-")
         sequences, context = size.split("x")
         case = Case(int(sequences), int(context.removesuffix("k")) * 1024)
         tp = next((int(option.removeprefix("tp")) for option in options if option.startswith("tp")), 1)
-        cases.append(replace(case, penalties="penalties" in options, tp=tp, is_colocated="colocated" in options))
+        chosen = {"penalties": "penalties", "is_colocated": "colocated", "sends_rows": "messages"}
+        cases.append(replace(case, tp=tp, **{name: option in options for name, option in chosen.items()}))
     return cases or list(CASES)
 
 
