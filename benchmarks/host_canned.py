@@ -43,11 +43,10 @@ class DecodedStore(FeatureStore):
     def read(self, places: NDArray[np.int64]) -> PackedRows:
         return pack(self._narrow.expand(len(places), -1)) if self._is_starting else super().read(places)
 
-    def start(self, pages: NDArray[np.int64]) -> None:
-        """Prompts are over; [n] are the pages that sequences write to now, and those that they get next."""
+    def start(self, warm: NDArray[np.int64]) -> None:
+        """Prompts are over; memory of the rows `warm` is there from now on."""
         self._is_starting = False
-        for page in pages.tolist():
-            self._rows[page * PAGE : (page + 1) * PAGE] = 0
+        self._rows[torch.from_numpy(warm)] = 0
 
 
 class CannedRunner:

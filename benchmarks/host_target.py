@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from host_canned import PAGES_AHEAD, CannedDrafts, CannedRunner, DecodedStore
-from host_cases import FINGERPRINT, Case, Clock, Texts
+from host_cases import FINGERPRINT, PAGE, Case, Clock, Texts
 
 from dflash_ray.core.draft_blocks import BlockColumns
 from dflash_ray.core.watchdog import Watchdog
@@ -99,10 +99,15 @@ class Target:
     def start(self) -> None:
         """Prompts are over: features have their width from here on."""
         self._runner.is_starting = False
+        self._store.start(self.decoded_rows())
+
+    def decoded_rows(self) -> np.ndarray:
+        """Rows of the pages that sequences write to now, and of those that they get next."""
         table = self.engine._table
         slots = np.array(list(table.slot_of.values()))
         blank = np.flatnonzero(self.engine.allocator._is_blank)[: PAGES_AHEAD * len(slots)]
-        self._store.start(np.append(table.pages[slots, table.page_counts[slots] - 1], blank))
+        pages = np.append(table.pages[slots, table.page_counts[slots] - 1], blank)
+        return (pages[:, None] * PAGE + np.arange(PAGE)).ravel()
 
     def take(self, data: bytes) -> bytes:
         """The result of a step, whose features are there for the drafters then."""
@@ -160,11 +165,12 @@ class _Source(FeatureSource):
     async def close(self) -> None:
         self._stream.subscriptions.clear()
 
-    def start(self, width: int) -> None:
+    def start(self, width: int, warm: np.ndarray) -> None:
         """Rows are named from here on where that is possible."""
         self._width = width
         if self._streams._shared is not None:
             self._pages = FeaturePages.open(self._streams._shared.offer, width)
+            self._pages.rows[warm].max()
             self._stream.names_rows = True
 
     def give(self) -> Iterator[bytes]:
@@ -183,6 +189,7 @@ class Drafter:
     def __init__(self, case: Case, clock: Clock, texts: Texts, target: Target) -> None:
         self._clock = clock
         self._method = CannedDrafts(case, clock, texts)
+        self._warm = target.decoded_rows
         self._width = case.width
         arrivals = Arrivals()
         self._source = _Source(target, arrivals, case.prompt_width)
@@ -194,7 +201,7 @@ class Drafter:
     def start(self) -> None:
         """As the target's."""
         self._method.feature_width = self._width
-        self._source.start(self._width)
+        self._source.start(self._width, self._warm())
 
     def features(self) -> list[bytes]:
         """Messages of the target for this drafter."""

@@ -122,7 +122,7 @@ def build_batch(table: SlotTable, rows: Rows, drafts: Drafts) -> tuple[StepBatch
 
 def _parents(drafts: Drafts, is_draft: NDArray[np.bool_], offsets: Ints) -> Ints:
     """Of all rows; empty where all drafts are chains."""
-    if np.array_equal(drafts.parents, chain_parents(drafts.counts)):
+    if not len(drafts.parents) or np.array_equal(drafts.parents, chain_parents(drafts.counts)):
         return no_ints()
     parents = offsets - 1
     parents[is_draft] = drafts.parents
@@ -130,5 +130,6 @@ def _parents(drafts: Drafts, is_draft: NDArray[np.bool_], offsets: Ints) -> Ints
 
 
 def _page_tables(table: SlotTable, slots: Ints, page_counts: Ints) -> Ints:
-    lines = zip(slots.tolist(), page_counts.tolist(), strict=True)
-    return np.concatenate([table.pages[slot, :count] for slot, count in lines])
+    places = np.arange(page_counts.max(initial=0))
+    pages: Ints = table.pages[slots, : len(places)][places < page_counts[:, None]]
+    return pages
