@@ -119,6 +119,8 @@ class Target:
         self.features.receive(request.step)
         self._clock.to("target batch")
         output = self.engine.step(step)
+        self._clock.to("target counts")
+        self.engine.settle()
         self._clock.to("target features")
         kept = output.features
         if kept is not None:
@@ -238,6 +240,8 @@ class Rank:
         if LAST in step.close:
             return False
         self._engine.step(step)
+        self._clock.to("rank counts")
+        self._engine.settle()
         self._clock.to(None)
         return True
 

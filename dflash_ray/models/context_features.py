@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dflash_ray.core.arrays import Ints
 from dflash_ray.pb import target_pb2
 
 FEATURE_PIECE_BYTES = 512 * 1024
@@ -53,6 +54,15 @@ def bytes_of(rows: Tensor) -> Bytes:
     """A view [n, bytes of a row] of rows that are contiguous on the host."""
     array: Bytes = rows.view(torch.uint8).numpy()
     return array
+
+
+def select_rows(rows: Tensor, index: Ints) -> Tensor:
+    """A copy of some of rows [n, width], on their device; on a host numpy is faster at it."""
+    if rows.device.type != "cpu":
+        return rows.index_select(0, torch.from_numpy(index).to(rows.device))
+    return torch.from_numpy(bytes_of(rows.contiguous()).take(index, axis=0)).view(
+        rows.dtype
+    )
 
 
 def wire_dtype(dtype: torch.dtype) -> torch.dtype:

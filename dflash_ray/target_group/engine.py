@@ -159,6 +159,10 @@ class Engine:
         output.draft_ns = time.perf_counter_ns() - verified
         return output
 
+    def settle(self) -> None:
+        """Counts a step's tokens for penalties, which the next one does where it was not done before."""
+        self._table.sampling.settle()
+
     def keep_features(self, features: StepFeatures) -> None:
         """Stores the features of a step for remote drafters, in the order of the steps; from any thread."""
         assert self._features is not None

@@ -55,10 +55,10 @@ class FeatureStore:
         rows = bytes_of(features.rows.contiguous())
         # Runs of rows are copied as they are: gathering them first would be a copy more.
         firsts, counts = _runs(places, sources)
-        for place, source, count in zip(
-            places[firsts].tolist(), sources[firsts].tolist(), counts.tolist(), strict=True
-        ):
-            self._bytes[place : place + count] = rows[source : source + count]
+        runs = np.stack((places[firsts], sources[firsts], counts)) * rows.shape[1]
+        kept, made = self._bytes.reshape(-1).data, rows.reshape(-1).data
+        for place, source, size in zip(*runs.tolist(), strict=True):
+            kept[place : place + size] = made[source : source + size]
 
     def get(self, places: Ints) -> Tensor:
         """A copy [n, width] of the rows `places`."""

@@ -81,7 +81,7 @@ class TargetRank:
         loop = asyncio.get_running_loop()
         info = await loop.run_in_executor(self._compute, self._load, rendezvous)
         return_freed_memory()
-        if self._features is not None:
+        if self._config.uses_features and self._place.rank == 0:
             keep_freed_memory()
         if self._place.rank == 0:
             info["address"] = await self._listen()
