@@ -60,9 +60,7 @@ def select_rows(rows: Tensor, index: Ints) -> Tensor:
     """A copy of some of rows [n, width], on their device; on a host numpy is faster at it."""
     if rows.device.type != "cpu":
         return rows.index_select(0, torch.from_numpy(index).to(rows.device))
-    return torch.from_numpy(bytes_of(rows.contiguous()).take(index, axis=0)).view(
-        rows.dtype
-    )
+    return torch.from_numpy(bytes_of(rows.contiguous()).take(index, axis=0)).view(rows.dtype)
 
 
 def wire_dtype(dtype: torch.dtype) -> torch.dtype:
