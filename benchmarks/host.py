@@ -42,7 +42,10 @@ CRITICAL = (
     "target commit", "target codec", "router codec", "router scheduling", "drafter", "target batch", "target columns",
     "target to ranks", "rank",
 )  # fmt: skip
-ASIDE = ("target features", "drafter features", "router chunks", "gateway")
+ASIDE = (
+    "target counts", "rank counts", "target features", "drafter features", "router chunks", "gateway",
+)  # fmt: skip
+OF_RANKS = ("rank", "rank counts")
 WIRES = (
     "router to target", "target to router", "target to drafters", "router to drafters", "drafters to router",
     "router to gateway", "gateway to clients",
@@ -85,8 +88,8 @@ class Figures:
 
     @property
     def total(self) -> float:
-        """Of all processes; `rank` is the slowest of the other ranks."""
-        others = self.ms.get("rank", 0.0) * max(0, self.case.tp - 2)
+        """Of all processes; what ranks do is that of the slowest one but the first."""
+        others = sum(self.ms.get(part, 0.0) for part in OF_RANKS) * max(0, self.case.tp - 2)
         return sum(self.ms.values()) + others
 
 
@@ -181,18 +184,18 @@ def _join(port: int, rank: int, tp: int, store: Any = None) -> StepChannel:
 def _run_rank(port: int, rank: int, case: Case, steps: int, report: Any) -> None:
     channel, clock = _join(port, rank, case.tp), Clock()
     other = Rank(case, clock, Texts(case, tokenizer()), channel)
-    taken: list[int] = []
+    taken: list[Counter[str]] = []
     while other.follow():
-        taken.append(sum(clock.ns.values()))
+        taken.append(clock.ns.copy())
         clock.ns.clear()
-    report.put(median(taken[-steps:]) / 1e6)
+    report.put({part: median(step[part] for step in taken[-steps:]) / 1e6 for part in OF_RANKS})
     distributed.destroy_process_group()
 
 
 @contextmanager
-def ranks(case: Case, steps: int) -> Iterator[tuple[StepChannel | None, list[float]]]:
+def ranks(case: Case, steps: int) -> Iterator[tuple[StepChannel | None, list[dict[str, float]]]]:
     """A channel to the other ranks; on leaving the list is filled with their milliseconds a step."""
-    figures: list[float] = []
+    figures: list[dict[str, float]] = []
     tp = case.tp
     if tp == 1:
         yield None, figures
@@ -216,7 +219,7 @@ def run(case: Case, steps: int) -> Figures:
     with ranks(case, steps) as (channel, others):
         figures = asyncio.run(measure(case, steps, channel))
     if others:
-        figures.ms["rank"] = max(others)
+        figures.ms |= {part: max(other[part] for other in others) for part in OF_RANKS}
     return figures
 
 
@@ -235,14 +238,15 @@ def show(results: list[Figures]) -> None:
 
 
 def selected(names: list[str]) -> list[Case]:
-    """Cases by names such as 256x1k, 256x16k-penalties or 256x1k-tp4; all without names."""
+    """Cases by names such as 256x1k, 256x16k-penalties, 256x1k-messages or 256x1k-tp4; all without names."""
     cases = []
     for name in names:
         size, *options = name.split("-")
         sequences, context = size.split("x")
         case = Case(int(sequences), int(context.removesuffix("k")) * 1024)
         tp = next((int(option.removeprefix("tp")) for option in options if option.startswith("tp")), 1)
-        cases.append(replace(case, penalties="penalties" in options, tp=tp, is_colocated="colocated" in options))
+        chosen = {"penalties": "penalties", "is_colocated": "colocated", "sends_rows": "messages"}
+        cases.append(replace(case, tp=tp, **{name: option in options for name, option in chosen.items()}))
     return cases or list(CASES)
 
 

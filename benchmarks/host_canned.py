@@ -1,13 +1,12 @@
-"""What costs nothing: a model's verdicts, a drafter's drafts, and a feature store of few rows."""
+"""What costs nothing: a model's verdicts, a drafter's drafts, and a feature store without rows of prompts."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 import torch
-from host_cases import DRAFTS, FINGERPRINT, KEPT_DRAFTS, Case, Clock, Texts
+from host_cases import DRAFTS, FINGERPRINT, KEPT_DRAFTS, PAGE, Case, Clock, Texts
 from numpy.typing import NDArray
 
 from dflash_ray.kernels.columns import IntColumn
@@ -15,6 +14,7 @@ from dflash_ray.models.context_features import PackedRows, pack
 from dflash_ray.models.dflash2 import Draw
 from dflash_ray.models.draft_contexts import ContextRows
 from dflash_ray.models.draft_proposals import DraftProposals
+from dflash_ray.models.feature_pages import FeaturePages
 from dflash_ray.sampling.columns import PlanColumns
 from dflash_ray.sampling.logprobs import Logprobs
 from dflash_ray.sampling.verify import Verdict
@@ -23,25 +23,30 @@ from dflash_ray.target_group.feature_store import FeatureStore
 from dflash_ray.target_group.model import StepHidden
 from dflash_ray.target_group.step import StepFeatures
 
-STORE_ROWS = 4096  # of the feature store that all slots share: its writes count, not its size
+PAGES_AHEAD = 6  # of each sequence, whose memory is there before anything is counted
 
 
-class RingStore(FeatureStore):
-    """Writes and reads what it is told to, in few rows that all slots share; rows of prompts are not kept."""
+class DecodedStore(FeatureStore):
+    """Rows of prompts are not kept."""
 
     def __init__(self, case: Case) -> None:
-        super().__init__(STORE_ROWS, case.width, getattr(torch, case.dtype))
-        self._narrow = torch.zeros(1, case.prompt_width, dtype=self._rows.dtype)
-        self.is_starting = case.prompt_width != case.width
+        num_pages, dtype = case.config().target.num_pages, getattr(torch, case.dtype)
+        shared = FeaturePages.create(num_pages, PAGE, case.width, dtype)
+        super().__init__(num_pages * PAGE, case.width, dtype, "cpu", shared)
+        self._narrow = torch.zeros(1, case.prompt_width, dtype=dtype)
+        self._is_starting = case.prompt_width != case.width
 
     def put(self, features: StepFeatures) -> None:
         if features.rows.shape[1] == self._rows.shape[1]:
-            super().put(replace(features, cache_rows=features.cache_rows % STORE_ROWS))
+            super().put(features)
 
     def read(self, places: NDArray[np.int64]) -> PackedRows:
-        if self.is_starting:
-            return pack(self._narrow.expand(len(places), -1))
-        return super().read(places % STORE_ROWS)
+        return pack(self._narrow.expand(len(places), -1)) if self._is_starting else super().read(places)
+
+    def start(self, warm: NDArray[np.int64]) -> None:
+        """Prompts are over; memory of the rows `warm` is there from now on."""
+        self._is_starting = False
+        self._rows[torch.from_numpy(warm)] = 0
 
 
 class CannedRunner:

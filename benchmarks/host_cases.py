@@ -29,6 +29,7 @@ class Case:
 
     Attributes:
         is_colocated: the drafter is in the target, whose features go to nobody.
+        sends_rows: features travel in messages, as they do to drafters on other machines.
         prompt_width: of the prompts' features; narrow ones make the start, which is not counted, short.
         room: tokens that a text may grow by.
     """
@@ -38,6 +39,7 @@ class Case:
     penalties: bool = False
     tp: int = 1
     is_colocated: bool = False
+    sends_rows: bool = False
     width: int = 4096
     dtype: str = "bfloat16"
     prompt_width: int = 1
@@ -48,7 +50,7 @@ class Case:
         context = f"{self.context // 1024}k" if self.context >= 1024 else str(self.context)
         parts = [f"{self.sequences} x {DRAFTS + 1}", context]
         parts += ["penalties"] * self.penalties + [f"TP {self.tp}"] * (self.tp > 1)
-        return ", ".join(parts + ["colocated"] * self.is_colocated)
+        return ", ".join(parts + ["colocated"] * self.is_colocated + ["in messages"] * self.sends_rows)
 
     def config(self) -> DflashRayConfig:
         """Nothing waits for a clock, and one pass takes what there is."""

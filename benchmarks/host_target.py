@@ -8,8 +8,8 @@ from concurrent.futures import Executor, Future
 from typing import Any
 
 import numpy as np
-from host_canned import CannedDrafts, CannedRunner, RingStore
-from host_cases import FINGERPRINT, Case, Clock, Texts
+from host_canned import PAGES_AHEAD, CannedDrafts, CannedRunner, DecodedStore
+from host_cases import FINGERPRINT, PAGE, Case, Clock, Texts
 
 from dflash_ray.core.draft_blocks import BlockColumns
 from dflash_ray.core.watchdog import Watchdog
@@ -17,12 +17,13 @@ from dflash_ray.drafter.arrivals import Arrivals
 from dflash_ray.drafter.drafts import Drafts
 from dflash_ray.drafter.feature_sources import FeatureSource
 from dflash_ray.drafter.sessions import DraftSessions
+from dflash_ray.models.feature_pages import FeaturePages
 from dflash_ray.pb import drafter_pb2, target_pb2
 from dflash_ray.target_group.codec import decode_step, encode_result
 from dflash_ray.target_group.colocated import ColocatedDrafter
 from dflash_ray.target_group.engine import Engine
 from dflash_ray.target_group.feature_store import FeatureStore
-from dflash_ray.target_group.feature_streams import FeatureStreams, _Stream, _Wanted
+from dflash_ray.target_group.feature_streams import FeatureStreams, SharedRows, _Stream, _Wanted
 from dflash_ray.target_group.step import StepInput
 from dflash_ray.target_group.step_channel import StepChannel
 from dflash_ray.target_group.step_check import StepLimits, check_step
@@ -84,16 +85,29 @@ class Target:
             config.target.max_batch_tokens, config.model.max_model_len or 0, texts.tokenizer.vocab_size
         )
         self._runner = CannedRunner(case, clock, texts)
-        self._store = RingStore(case)
+        self._store = DecodedStore(case)
         lead = None if channel is None else _Lead(channel, clock)
         drafter = _Colocated(CannedDrafts(case, clock, texts), clock) if case.is_colocated else None
         self.engine = _engine(case, self._runner, None if case.is_colocated else self._store, lead, drafter)
-        self.features = FeatureStreams(self.engine.read_features, self._store.rows_per_piece, "target", FINGERPRINT)
+        pages = self._store.shared
+        shared = None if pages is None or case.sends_rows else SharedRows(pages.offer, self.engine.name_features)
+        self.features = FeatureStreams(
+            self.engine.read_features, self._store.rows_per_piece, "target", FINGERPRINT, shared
+        )
         self.features.lead(1)
 
     def start(self) -> None:
         """Prompts are over: features have their width from here on."""
-        self._runner.is_starting = self._store.is_starting = False
+        self._runner.is_starting = False
+        self._store.start(self.decoded_rows())
+
+    def decoded_rows(self) -> np.ndarray:
+        """Rows of the pages that sequences write to now, and of those that they get next."""
+        table = self.engine._table
+        slots = np.array(list(table.slot_of.values()))
+        blank = np.flatnonzero(self.engine.allocator._is_blank)[: PAGES_AHEAD * len(slots)]
+        pages = np.append(table.pages[slots, table.page_counts[slots] - 1], blank)
+        return (pages[:, None] * PAGE + np.arange(PAGE)).ravel()
 
     def take(self, data: bytes) -> bytes:
         """The result of a step, whose features are there for the drafters then."""
@@ -105,6 +119,8 @@ class Target:
         self.features.receive(request.step)
         self._clock.to("target batch")
         output = self.engine.step(step)
+        self._clock.to("target counts")
+        self.engine.settle()
         self._clock.to("target features")
         kept = output.features
         if kept is not None:
@@ -135,6 +151,7 @@ class _Source(FeatureSource):
         self._streams._streams.add(self._stream)
         self._arrivals = arrivals
         self._width = width
+        self._pages = None
         self._numbers = itertools.count(1)
         self._session_of, self._number_of = {}, {}
 
@@ -149,6 +166,14 @@ class _Source(FeatureSource):
 
     async def close(self) -> None:
         self._stream.subscriptions.clear()
+
+    def start(self, width: int, warm: np.ndarray) -> None:
+        """Rows are named from here on where that is possible."""
+        self._width = width
+        if self._streams._shared is not None:
+            self._pages = FeaturePages.open(self._streams._shared.offer, width)
+            self._pages.rows[warm].max()
+            self._stream.names_rows = True
 
     def give(self) -> Iterator[bytes]:
         """The target's end: what is there to send."""
@@ -166,6 +191,7 @@ class Drafter:
     def __init__(self, case: Case, clock: Clock, texts: Texts, target: Target) -> None:
         self._clock = clock
         self._method = CannedDrafts(case, clock, texts)
+        self._warm = target.decoded_rows
         self._width = case.width
         arrivals = Arrivals()
         self._source = _Source(target, arrivals, case.prompt_width)
@@ -176,7 +202,8 @@ class Drafter:
 
     def start(self) -> None:
         """As the target's."""
-        self._method.feature_width = self._source._width = self._width
+        self._method.feature_width = self._width
+        self._source.start(self._width, self._warm())
 
     def features(self) -> list[bytes]:
         """Messages of the target for this drafter."""
@@ -213,6 +240,8 @@ class Rank:
         if LAST in step.close:
             return False
         self._engine.step(step)
+        self._clock.to("rank counts")
+        self._engine.settle()
         self._clock.to(None)
         return True
 

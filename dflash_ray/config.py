@@ -298,6 +298,9 @@ class NetworkConfig(_Section):
         ge=1024 * 1024,
         description="largest message between the inner processes; context features travel in pieces of 512 KiB",
     )
+    shared_memory: bool = Field(
+        True, description="a drafter on the target's machine reads context features where the target keeps them"
+    )
 
 
 class ObservabilityConfig(_Section):

@@ -183,9 +183,15 @@ class Arrivals:
     async def next_turn(self) -> list[Rows]:
         """Rows for the compute thread, whosever have waited longest."""
         await self._has_rows.wait()
-        num_rows = np.cumsum([rows.num_rows for rows in self._waiting])
-        count = int(np.searchsorted(num_rows, _ROWS_A_TURN)) + 1
-        turn, self._waiting = self._waiting[:count], self._waiting[count:]
+        turn: list[Rows] = []
+        room = _ROWS_A_TURN
+        while self._waiting and room:
+            rows = self._waiting.pop(0)
+            if rows.num_rows > room:
+                rows, rest = rows.split(room)
+                self._waiting.insert(0, rest)
+            turn.append(rows)
+            room -= rows.num_rows
         self._took(turn)
         return turn
 

@@ -15,7 +15,8 @@ from dflash_ray.core.arrays import column
 from dflash_ray.core.protocol import PROTOCOL_VERSION
 from dflash_ray.drafter.arrivals import NO_SESSION, Arrivals
 from dflash_ray.drafter.rows import Rows
-from dflash_ray.models.context_features import decode_response, rows_of
+from dflash_ray.models.context_features import PackedRows, decode_response, rows_of
+from dflash_ray.models.feature_pages import FeaturePages, NamedRows
 from dflash_ray.pb import target_pb2
 from dflash_ray.rpc.channel import open_channel
 from dflash_ray.rpc.target_service import call_features
@@ -35,6 +36,7 @@ class FeatureSource:
         self._width = width
         self._max_message_bytes = max_message_bytes
         self._arrivals = arrivals
+        self._pages: FeaturePages | None = None  # in the target's memory, where that is to be had here
         self._numbers = itertools.count(1)
         self._session_of: dict[int, int] = {}  # by the subscription's number
         self._number_of: dict[int, int] = {}
@@ -107,8 +109,14 @@ class FeatureSource:
             case "hello":
                 if response.hello.protocol_version != PROTOCOL_VERSION:
                     raise ValueError(f"protocol_version {response.hello.protocol_version} is not {PROTOCOL_VERSION}")
+                if response.hello.HasField("memory"):
+                    self._map(response.hello.memory)
             case "features":
-                self._take_features(response.features, data)
+                self._take_rows(response.features, rows_of(response.features, data, self._width))
+            case "named":
+                if self._pages is None:
+                    raise ValueError("features: rows are named of memory that is not mapped")
+                self._take_rows(response.named, self._pages.named(response.named))
             case "end":
                 known = [number for number in response.end.subscription_ids if number in self._session_of]
                 ended = [self._session_of.pop(number) for number in known]
@@ -116,10 +124,20 @@ class FeatureSource:
                     del self._number_of[session]
                 self._arrivals.stop(ended)
 
-    def _take_features(self, columns: target_pb2.ContextFeatures, data: memoryview) -> None:
-        packed = rows_of(columns, data, self._width)
+    def _map(self, memory: target_pb2.FeatureMemory) -> None:
+        """Asks for names of rows if the target's memory is to be had here; else they come in messages."""
+        try:
+            self._pages = FeaturePages.open(memory, self._width)
+        except OSError as error:
+            logger.info("features of %s come in messages: %s", self.address, error)
+        else:
+            self._send(target_pb2.FeaturesRequest(mapped=target_pb2.FeaturesMapped()))
+
+    def _take_rows(
+        self, columns: target_pb2.ContextFeatures | target_pb2.NamedFeatures, data: PackedRows | NamedRows
+    ) -> None:
         sessions = np.array([self._session_of.get(number, NO_SESSION) for number in columns.subscription_ids])
-        rows = Rows.of(sessions, column(columns.starts), column(columns.num_rows), packed)
+        rows = Rows.of(sessions, column(columns.starts), column(columns.num_rows), data)
         is_known = sessions != NO_SESSION
         if not is_known.all():
             rows = rows.only(is_known)
@@ -137,10 +155,19 @@ class FeatureSources:
     """Streams by address, each kept while a router's stream uses it."""
 
     def __init__(
-        self, drafter_id: str, fingerprint: str, width: int, max_message_bytes: int, arrivals: Arrivals
+        self,
+        drafter_id: str,
+        fingerprint: str,
+        width: int,
+        max_message_bytes: int,
+        arrivals: Arrivals,
+        reads_shared_memory: bool = True,
     ) -> None:
         self._hello = target_pb2.FeaturesHello(
-            protocol_version=PROTOCOL_VERSION, drafter_id=drafter_id, fingerprint=fingerprint
+            protocol_version=PROTOCOL_VERSION,
+            drafter_id=drafter_id,
+            fingerprint=fingerprint,
+            reads_shared_memory=reads_shared_memory,
         )
         self._width = width
         self._max_message_bytes = max_message_bytes

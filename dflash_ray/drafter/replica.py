@@ -55,6 +55,7 @@ class DrafterReplica:
             config.network.max_message_bytes,
             watchdog,
             DrafterMetrics(),
+            config.network.shared_memory,
         )
         self._closing.push_async_callback(self._servicer.close)
         self._server = await self._serve(config.network)

@@ -57,6 +57,7 @@ class DrafterServicer(drafter_pb2_grpc.DrafterServicer):
         max_message_bytes: int,
         watchdog: Watchdog,
         metrics: DrafterMetrics,
+        reads_shared_memory: bool = True,
     ) -> None:
         self._drafter_id = drafter_id
         self._method = method
@@ -67,7 +68,14 @@ class DrafterServicer(drafter_pb2_grpc.DrafterServicer):
         arrivals = Arrivals()
         sources = None
         if method.feature_width:
-            sources = FeatureSources(drafter_id, method.fingerprint, method.feature_width, max_message_bytes, arrivals)
+            sources = FeatureSources(
+                drafter_id,
+                method.fingerprint,
+                method.feature_width,
+                max_message_bytes,
+                arrivals,
+                reads_shared_memory,
+            )
         self._drafts = Drafts(self._sessions, arrivals, sources, watchdog, self.busy.record)
 
     async def Draft(

@@ -99,8 +99,9 @@ class DraftSessions:
 
     def extend(self, parts: Iterable[Rows]) -> dict[int, Reason]:
         """Takes rows; returns the sessions that are lost by it, and why."""
-        lost: dict[int, Reason] = {}
-        for rows in joined(parts):
+        found, gone = joined(parts)
+        lost: dict[int, Reason] = dict.fromkeys(gone, LOST)
+        for rows in found:
             faults = self._contexts.extend(rows)
             lost |= {session: REFUSED if fault is Refusal.NO_ROOM else LOST for session, fault in faults.items()}
             for fault in {id(fault): fault for fault in faults.values()}.values():

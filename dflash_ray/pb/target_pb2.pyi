@@ -212,42 +212,72 @@ class StepTimings(_message.Message):
     def __init__(self, queue_ns: _Optional[int] = ..., forward_ns: _Optional[int] = ..., verify_ns: _Optional[int] = ..., draft_ns: _Optional[int] = ..., total_ns: _Optional[int] = ...) -> None: ...
 
 class FeaturesRequest(_message.Message):
-    __slots__ = ("hello", "subscribe", "unsubscribe")
+    __slots__ = ("hello", "subscribe", "unsubscribe", "mapped")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     SUBSCRIBE_FIELD_NUMBER: _ClassVar[int]
     UNSUBSCRIBE_FIELD_NUMBER: _ClassVar[int]
+    MAPPED_FIELD_NUMBER: _ClassVar[int]
     hello: FeaturesHello
     subscribe: Subscribe
     unsubscribe: Unsubscribe
-    def __init__(self, hello: _Optional[_Union[FeaturesHello, _Mapping]] = ..., subscribe: _Optional[_Union[Subscribe, _Mapping]] = ..., unsubscribe: _Optional[_Union[Unsubscribe, _Mapping]] = ...) -> None: ...
+    mapped: FeaturesMapped
+    def __init__(self, hello: _Optional[_Union[FeaturesHello, _Mapping]] = ..., subscribe: _Optional[_Union[Subscribe, _Mapping]] = ..., unsubscribe: _Optional[_Union[Unsubscribe, _Mapping]] = ..., mapped: _Optional[_Union[FeaturesMapped, _Mapping]] = ...) -> None: ...
 
 class FeaturesResponse(_message.Message):
-    __slots__ = ("hello", "features", "end")
+    __slots__ = ("hello", "features", "end", "named")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     FEATURES_FIELD_NUMBER: _ClassVar[int]
     END_FIELD_NUMBER: _ClassVar[int]
+    NAMED_FIELD_NUMBER: _ClassVar[int]
     hello: FeaturesHelloReply
     features: ContextFeatures
     end: FeaturesEnd
-    def __init__(self, hello: _Optional[_Union[FeaturesHelloReply, _Mapping]] = ..., features: _Optional[_Union[ContextFeatures, _Mapping]] = ..., end: _Optional[_Union[FeaturesEnd, _Mapping]] = ...) -> None: ...
+    named: NamedFeatures
+    def __init__(self, hello: _Optional[_Union[FeaturesHelloReply, _Mapping]] = ..., features: _Optional[_Union[ContextFeatures, _Mapping]] = ..., end: _Optional[_Union[FeaturesEnd, _Mapping]] = ..., named: _Optional[_Union[NamedFeatures, _Mapping]] = ...) -> None: ...
 
 class FeaturesHello(_message.Message):
-    __slots__ = ("protocol_version", "drafter_id", "fingerprint")
+    __slots__ = ("protocol_version", "drafter_id", "fingerprint", "reads_shared_memory")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     DRAFTER_ID_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    READS_SHARED_MEMORY_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     drafter_id: str
     fingerprint: str
-    def __init__(self, protocol_version: _Optional[int] = ..., drafter_id: _Optional[str] = ..., fingerprint: _Optional[str] = ...) -> None: ...
+    reads_shared_memory: bool
+    def __init__(self, protocol_version: _Optional[int] = ..., drafter_id: _Optional[str] = ..., fingerprint: _Optional[str] = ..., reads_shared_memory: _Optional[bool] = ...) -> None: ...
 
 class FeaturesHelloReply(_message.Message):
-    __slots__ = ("protocol_version", "target_id")
+    __slots__ = ("protocol_version", "target_id", "memory")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     TARGET_ID_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     target_id: str
-    def __init__(self, protocol_version: _Optional[int] = ..., target_id: _Optional[str] = ...) -> None: ...
+    memory: FeatureMemory
+    def __init__(self, protocol_version: _Optional[int] = ..., target_id: _Optional[str] = ..., memory: _Optional[_Union[FeatureMemory, _Mapping]] = ...) -> None: ...
+
+class FeatureMemory(_message.Message):
+    __slots__ = ("pid", "fd", "name", "num_pages", "page_size", "width", "dtype")
+    PID_FIELD_NUMBER: _ClassVar[int]
+    FD_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    NUM_PAGES_FIELD_NUMBER: _ClassVar[int]
+    PAGE_SIZE_FIELD_NUMBER: _ClassVar[int]
+    WIDTH_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    pid: int
+    fd: int
+    name: str
+    num_pages: int
+    page_size: int
+    width: int
+    dtype: DataType
+    def __init__(self, pid: _Optional[int] = ..., fd: _Optional[int] = ..., name: _Optional[str] = ..., num_pages: _Optional[int] = ..., page_size: _Optional[int] = ..., width: _Optional[int] = ..., dtype: _Optional[_Union[DataType, str]] = ...) -> None: ...
+
+class FeaturesMapped(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class Subscribe(_message.Message):
     __slots__ = ("epoch", "step_id", "subscription_ids", "sequence_ids", "starts")
@@ -282,6 +312,20 @@ class ContextFeatures(_message.Message):
     dtype: DataType
     data: bytes
     def __init__(self, subscription_ids: _Optional[_Iterable[int]] = ..., starts: _Optional[_Iterable[int]] = ..., num_rows: _Optional[_Iterable[int]] = ..., dtype: _Optional[_Union[DataType, str]] = ..., data: _Optional[bytes] = ...) -> None: ...
+
+class NamedFeatures(_message.Message):
+    __slots__ = ("subscription_ids", "starts", "num_rows", "pages", "uses")
+    SUBSCRIPTION_IDS_FIELD_NUMBER: _ClassVar[int]
+    STARTS_FIELD_NUMBER: _ClassVar[int]
+    NUM_ROWS_FIELD_NUMBER: _ClassVar[int]
+    PAGES_FIELD_NUMBER: _ClassVar[int]
+    USES_FIELD_NUMBER: _ClassVar[int]
+    subscription_ids: _containers.RepeatedScalarFieldContainer[int]
+    starts: _containers.RepeatedScalarFieldContainer[int]
+    num_rows: _containers.RepeatedScalarFieldContainer[int]
+    pages: _containers.RepeatedScalarFieldContainer[int]
+    uses: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, subscription_ids: _Optional[_Iterable[int]] = ..., starts: _Optional[_Iterable[int]] = ..., num_rows: _Optional[_Iterable[int]] = ..., pages: _Optional[_Iterable[int]] = ..., uses: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class FeaturesEnd(_message.Message):
     __slots__ = ("subscription_ids", "reasons")

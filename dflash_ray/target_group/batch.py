@@ -83,10 +83,14 @@ def build_batch(table: SlotTable, rows: Rows, drafts: Drafts) -> tuple[StepBatch
     page_counts = table.page_counts[slots]
     wants_features = table.wants_features[slots]
     roots = np.where(rows.is_verify, 0, counts - 1)  # of an entry's rows that draw, the first
-    sample_rows = np.flatnonzero(rows.draws[entry_of] & (offsets >= roots[entry_of]))
+    if roots.any():
+        sample_rows = np.flatnonzero(rows.draws[entry_of] & (offsets >= roots[entry_of]))
+    else:
+        sample_rows = _rows_of(rows.draws, entry_of)
     num_features = np.where(wants_features, counts, 0)
     first_features = np.cumsum(num_features) - num_features
-    scored_rows = np.flatnonzero(offsets < rows.num_scored[entry_of])
+    is_scored = rows.num_scored.any()
+    scored_rows = np.flatnonzero(offsets < rows.num_scored[entry_of]) if is_scored else no_ints()
     batch = StepBatch(
         token_ids=token_ids,
         positions=positions,
@@ -96,7 +100,7 @@ def build_batch(table: SlotTable, rows: Rows, drafts: Drafts) -> tuple[StepBatch
         page_counts=page_counts,
         pages=_page_tables(table, slots, page_counts),
         sample_rows=sample_rows,
-        feature_rows=np.flatnonzero(wants_features[entry_of]),
+        feature_rows=_rows_of(wants_features, entry_of),
         scored_rows=scored_rows,
         scored_tokens=table.tokens[slot_of[scored_rows], positions[scored_rows] + 1].astype(np.int64),
         num_top=table.num_prompt_logprobs[slots].max(initial=0, keepdims=True) if len(scored_rows) else no_ints(),
@@ -120,9 +124,14 @@ def build_batch(table: SlotTable, rows: Rows, drafts: Drafts) -> tuple[StepBatch
     return batch, drawing
 
 
+def _rows_of(entries: NDArray[np.bool_], entry_of: Ints) -> Ints:
+    """All rows of some entries."""
+    return np.arange(len(entry_of)) if entries.all() else np.flatnonzero(entries[entry_of])
+
+
 def _parents(drafts: Drafts, is_draft: NDArray[np.bool_], offsets: Ints) -> Ints:
     """Of all rows; empty where all drafts are chains."""
-    if np.array_equal(drafts.parents, chain_parents(drafts.counts)):
+    if not len(drafts.parents) or np.array_equal(drafts.parents, chain_parents(drafts.counts)):
         return no_ints()
     parents = offsets - 1
     parents[is_draft] = drafts.parents
@@ -130,5 +139,6 @@ def _parents(drafts: Drafts, is_draft: NDArray[np.bool_], offsets: Ints) -> Ints
 
 
 def _page_tables(table: SlotTable, slots: Ints, page_counts: Ints) -> Ints:
-    lines = zip(slots.tolist(), page_counts.tolist(), strict=True)
-    return np.concatenate([table.pages[slot, :count] for slot, count in lines])
+    places = np.arange(page_counts.max(initial=0))
+    pages: Ints = table.pages[slots, : len(places)][places < page_counts[:, None]]
+    return pages

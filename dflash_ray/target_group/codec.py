@@ -10,7 +10,7 @@ from dflash_ray.core.arrays import packed, unpacked
 from dflash_ray.pb import common_pb2, target_pb2
 from dflash_ray.sampling.logprobs import Logprobs
 from dflash_ray.sampling.parameters import COUPLED, NO_LOGPROBS, REJECTION, SamplingParams
-from dflash_ray.target_group.step import Drafts, Ids, Ints, Opening, StepInput, StepOutput, chain_parents
+from dflash_ray.target_group.step import Drafts, Ids, Ints, Opening, StepInput, StepOutput, no_floats
 
 _MODES = {common_pb2.VERIFY_MODE_REJECTION: REJECTION}
 
@@ -22,12 +22,10 @@ def to_ids(values: Sequence[int]) -> Ids:
 
 def decode_step(step: target_pb2.Step) -> StepInput:
     """A step as it was sent, not checked yet. Raises ValueError for bytes that are no column."""
-    with np.errstate(over="ignore"):  # what is no log-probability is refused as a probability
-        probs = np.exp(np.array(step.draft_log_probs, dtype=np.float64)).astype(np.float32)
-    counts, token_ids = _ints(step.num_drafts), unpacked("step: draft_token_ids", step.draft_token_ids).astype(np.int64)
-    parents = _ints(step.draft_parents)
-    if not len(parents) and counts.sum() == len(token_ids):
-        parents = chain_parents(counts)
+    probs = no_floats()
+    if step.draft_log_probs:
+        with np.errstate(over="ignore"):  # what is no log-probability is refused as a probability
+            probs = np.exp(np.array(step.draft_log_probs, dtype=np.float64)).astype(np.float32)
     return StepInput(
         step_id=step.step_id,
         epoch=step.epoch,
@@ -38,9 +36,9 @@ def decode_step(step: target_pb2.Step) -> StepInput:
         verify_ids=to_ids(step.verify_ids),
         base_lens=_ints(step.base_lens),
         drafts=Drafts(
-            counts=counts,
-            token_ids=token_ids,
-            parents=parents,
+            counts=_ints(step.num_drafts),
+            token_ids=unpacked("step: draft_token_ids", step.draft_token_ids).astype(np.int64),
+            parents=_ints(step.draft_parents),
             num_candidates=_ints(step.num_draft_candidates),
             candidate_ids=_ints(step.draft_candidate_ids),
             candidate_probs=probs,

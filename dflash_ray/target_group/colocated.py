@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
-import torch
 
 from dflash_ray.core.arrays import spans
 from dflash_ray.core.draft_blocks import BlockColumns
+from dflash_ray.models.context_features import select_rows
 from dflash_ray.models.draft_contexts import ContextRows, DraftContexts, DraftMethod
 from dflash_ray.target_group.slots import NO_SLOT, SlotTable
 from dflash_ray.target_group.step import Ids, Ints, StepFeatures
@@ -47,8 +47,7 @@ class ColocatedDrafter:
             return
         rows = spans(firsts, counts)
         if self._method.feature_width:
-            index = torch.from_numpy(rows).to(features.rows.device)
-            columns = ContextRows(slots, starts, counts, features=features.rows.index_select(0, index))
+            columns = ContextRows(slots, starts, counts, features=select_rows(features.rows, rows))
         else:
             token_ids = table.tokens[np.repeat(slots, counts), spans(starts, counts)]
             columns = ContextRows(slots, starts, counts, token_ids=token_ids.astype(np.int64))

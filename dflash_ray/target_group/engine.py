@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dflash_ray.core.arrays import spans
 from dflash_ray.models.context_features import PackedRows
+from dflash_ray.models.feature_pages import Uses, pages_of
 from dflash_ray.sampling.columns import PlanColumns, columns_of
 from dflash_ray.sampling.logprobs import Logprobs
 from dflash_ray.sampling.parameters import NO_LOGPROBS
@@ -158,6 +159,10 @@ class Engine:
         output.draft_ns = time.perf_counter_ns() - verified
         return output
 
+    def settle(self) -> None:
+        """Counts a step's tokens for penalties, which the next one does where it was not done before."""
+        self._table.sampling.settle()
+
     def keep_features(self, features: StepFeatures) -> None:
         """Stores the features of a step for remote drafters, in the order of the steps; from any thread."""
         assert self._features is not None
@@ -172,6 +177,17 @@ class Engine:
         get, num_rows = self._table.slot_of.get, np.array(counts)
         slot_of = np.repeat([get(sequence_id, NO_SLOT) for sequence_id in sequence_ids], num_rows)
         return self._features.read(self._table.cache_rows(slot_of, spans(np.array(starts), num_rows)))
+
+    def name_features(
+        self, sequence_ids: Sequence[int], starts: Sequence[int], counts: Sequence[int]
+    ) -> tuple[Ints, Uses]:
+        """Where the rows of `read_features` lie in shared memory: their pages, and how often these have been begun."""
+        assert self._features is not None
+        get = self._table.slot_of.get
+        firsts, num_pages = pages_of(np.array(starts), np.array(counts), self._table.page_size)
+        slot_of = np.repeat([get(sequence_id, NO_SLOT) for sequence_id in sequence_ids], num_pages)
+        pages: Ints = self._table.pages[slot_of, spans(firsts, num_pages)]
+        return pages, self._features.uses(pages)
 
     def _change(self, step: StepInput) -> None:
         """Closes and opens the sequences that the step names."""

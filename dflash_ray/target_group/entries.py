@@ -146,7 +146,7 @@ def drafts_of(drafts: Drafts, entries: Ints) -> Drafts:
     return Drafts(
         counts=drafts.counts[entries],
         token_ids=drafts.token_ids[of_node],
-        parents=drafts.parents[of_node],
+        parents=drafts.parents[of_node] if len(drafts.parents) else drafts.parents,
         num_candidates=drafts.num_candidates[entries] if is_drawn else drafts.num_candidates,
         candidate_ids=drafts.candidate_ids[of_candidate],
         candidate_probs=drafts.candidate_probs[of_candidate],

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from dflash_ray.core.arrays import spans
 from dflash_ray.models.context_features import PackedRows, bytes_of, pack, rows_per_piece, wire_dtype
+from dflash_ray.models.feature_pages import FeaturePages, Uses
 from dflash_ray.target_group.step import Ints, StepFeatures
 
 
@@ -21,10 +22,17 @@ class FeatureStore:
     Args:
         dtype: of the features, the model's.
         device: the host's memory for remote drafters, the model's for a colocated one.
+        shared: the memory to keep them in, which drafters of this machine read.
     """
 
-    def __init__(self, num_rows: int, width: int, dtype: torch.dtype, device: str = "cpu") -> None:
-        self._rows = torch.empty(num_rows, width, dtype=dtype, device=device)
+    def __init__(
+        self, num_rows: int, width: int, dtype: torch.dtype, device: str = "cpu", shared: FeaturePages | None = None
+    ) -> None:
+        if shared is None:
+            self._rows = torch.empty(num_rows, width, dtype=dtype, device=device)
+        else:
+            self._rows = torch.from_numpy(shared.rows).view(dtype)
+        self.shared = shared
         self._bytes = bytes_of(self._rows) if device == "cpu" else None
         self._dtype = wire_dtype(dtype)
         self.rows_per_piece = rows_per_piece(width, dtype)  # that one message holds
@@ -42,13 +50,15 @@ class FeatureStore:
             to, of = (torch.from_numpy(index).to(self._rows.device) for index in (places, sources))
             self._rows.index_copy_(0, to, features.rows.index_select(0, of))
             return
+        if self.shared is not None:
+            self.shared.begin(places)
         rows = bytes_of(features.rows.contiguous())
         # Runs of rows are copied as they are: gathering them first would be a copy more.
         firsts, counts = _runs(places, sources)
-        for place, source, count in zip(
-            places[firsts].tolist(), sources[firsts].tolist(), counts.tolist(), strict=True
-        ):
-            self._bytes[place : place + count] = rows[source : source + count]
+        runs = np.stack((places[firsts], sources[firsts], counts)) * rows.shape[1]
+        kept, made = self._bytes.reshape(-1).data, rows.reshape(-1).data
+        for place, source, size in zip(*runs.tolist(), strict=True):
+            kept[place : place + size] = made[source : source + size]
 
     def get(self, places: Ints) -> Tensor:
         """A copy [n, width] of the rows `places`."""
@@ -61,6 +71,12 @@ class FeatureStore:
         firsts, counts = _runs(places)
         runs = zip(places[firsts].tolist(), counts.tolist(), strict=True)
         return PackedRows(self._dtype, [self._bytes[place : place + count] for place, count in runs])
+
+    def uses(self, pages: Ints) -> Uses:
+        """How often shared pages have been begun."""
+        assert self.shared is not None
+        uses: Uses = self.shared.uses[pages]
+        return uses
 
 
 def _runs(*columns: Ints) -> tuple[Ints, Ints]:

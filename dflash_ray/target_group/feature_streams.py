@@ -16,13 +16,28 @@ from typing import NamedTuple
 
 import grpc
 
+from dflash_ray.core.arrays import Ints
 from dflash_ray.core.protocol import PROTOCOL_VERSION
 from dflash_ray.models.context_features import PackedRows, encode_features
+from dflash_ray.models.feature_pages import Uses, encode_named
 from dflash_ray.pb import target_pb2
 
 logger = logging.getLogger(__name__)
 
+_MOST_NAMED = 4096  # rows of one message that only names them
 ReadRows = Callable[[Sequence[int], Sequence[int], Sequence[int]], PackedRows]
+
+
+class SharedRows(NamedTuple):
+    """Rows for drafters of this machine.
+
+    Attributes:
+        offer: the memory that they lie in.
+        name: pages and uses (`feature_pages.py`) of the rows of (sequence ids, starts, counts).
+    """
+
+    offer: target_pb2.FeatureMemory
+    name: Callable[[Sequence[int], Sequence[int], Sequence[int]], tuple[Ints, Uses]]
 
 
 class _MalformedError(ValueError):
@@ -66,6 +81,7 @@ class _Stream:
         waiting: what is subscribed to before the step that opens it was read.
         behind: subscriptions with rows to send, and some that have ended since; whoever was sent some goes to the end.
         ends: subscriptions that the drafter is to be told are over.
+        names_rows: the drafter has the memory mapped in which they lie.
     """
 
     def __init__(self) -> None:
@@ -74,6 +90,7 @@ class _Stream:
         self.behind: deque[_Subscription] = deque()
         self.ends: list[tuple[int, target_pb2.FeaturesEndReason]] = []
         self.awake = asyncio.Event()
+        self.names_rows = False
 
     def end(self, number: int, reason: target_pb2.FeaturesEndReason) -> None:
         self.ends.append((number, reason))
@@ -88,10 +105,19 @@ class FeatureStreams:
             that is read is closed before that.
         rows_per_piece: rows of one message.
         fingerprint: of the drafter whose fc makes the features.
+        shared: None where they lie in no memory that drafters can read.
     """
 
-    def __init__(self, read: ReadRows, rows_per_piece: int, target_id: str, fingerprint: str) -> None:
+    def __init__(
+        self,
+        read: ReadRows,
+        rows_per_piece: int,
+        target_id: str,
+        fingerprint: str,
+        shared: SharedRows | None = None,
+    ) -> None:
         self._read = read
+        self._shared = shared
         self._rows_per_piece = rows_per_piece
         self._target_id = target_id
         self._fingerprint = fingerprint
@@ -166,8 +192,10 @@ class FeatureStreams:
         self, requests: AsyncIterator[target_pb2.FeaturesRequest], context: grpc.aio.ServicerContext
     ) -> AsyncIterator[bytes]:
         """One drafter's stream of FeaturesResponses, from its hello on."""
-        await self._greet(requests, context)
+        asked = await self._greet(requests, context)
         hello = target_pb2.FeaturesHelloReply(protocol_version=PROTOCOL_VERSION, target_id=self._target_id)
+        if asked.reads_shared_memory and self._shared is not None:
+            hello.memory.CopyFrom(self._shared.offer)
         yield target_pb2.FeaturesResponse(hello=hello).SerializeToString()
         stream = _Stream()
         self._streams.add(stream)
@@ -192,7 +220,7 @@ class FeatureStreams:
 
     async def _greet(
         self, requests: AsyncIterator[target_pb2.FeaturesRequest], context: grpc.aio.ServicerContext
-    ) -> None:
+    ) -> target_pb2.FeaturesHello:
         request = await anext(requests, None)
         hello = request.hello if request is not None else target_pb2.FeaturesHello()
         if request is None or request.WhichOneof("message") != "hello":
@@ -209,6 +237,7 @@ class FeatureStreams:
                 f"{self._fingerprint!r}",
             )
         logger.info("a drafter fetches features", extra={"drafter_id": hello.drafter_id})
+        return hello
 
     async def _take(self, requests: AsyncIterator[target_pb2.FeaturesRequest], stream: _Stream) -> None:
         """Takes a stream's requests until it ends. Raises _MalformedError."""
@@ -226,12 +255,20 @@ class FeatureStreams:
                         subscription = stream.subscriptions.get(number)
                         if subscription is not None:
                             _detach(subscription, from_sequence=True)
+                case "mapped":
+                    if self._shared is None:
+                        raise _MalformedError("mapped: there is no shared memory here")
+                    stream.names_rows = True
 
     def _next(self, stream: _Stream) -> bytes | None:
         """The next message for a drafter; None when it has everything."""
-        numbers, sequence_ids, starts, counts = self._pick(stream)
+        shared = self._shared if stream.names_rows else None
+        numbers, *rows = self._pick(stream, self._rows_per_piece if shared is None else _MOST_NAMED)
+        _, starts, counts = rows
+        if numbers and shared is not None:
+            return encode_named(numbers, starts, counts, *shared.name(*rows))
         if numbers:
-            return encode_features(numbers, starts, counts, self._read(sequence_ids, starts, counts))
+            return encode_features(numbers, starts, counts, self._read(*rows))
         if stream.ends:
             ends, stream.ends = stream.ends, []
             end = target_pb2.FeaturesEnd(
@@ -240,13 +277,13 @@ class FeatureStreams:
             return target_pb2.FeaturesResponse(end=end).SerializeToString()
         return None
 
-    def _pick(self, stream: _Stream) -> tuple[list[int], list[int], list[int], list[int]]:
-        """Rows for one message, as subscriptions, sequence ids, starts and counts; they count as sent."""
+    def _pick(self, stream: _Stream, room: int) -> tuple[list[int], list[int], list[int], list[int]]:
+        """At most `room` rows for a message, as subscriptions, sequence ids, starts and counts; they count as sent."""
         numbers: list[int] = []
         sequence_ids: list[int] = []
         starts: list[int] = []
         counts: list[int] = []
-        room, behind = self._rows_per_piece, stream.behind
+        behind = stream.behind
         while behind and room:
             subscription = behind.popleft()
             subscription.is_behind = False

@@ -211,6 +211,7 @@ class TargetServicer(target_pb2_grpc.TargetServicer):
     def _run_step(self, step: StepInput) -> tuple[StepOutput, Future[None] | None]:
         """On the compute thread. Features are stored even if the stream is gone: others may find their rows."""
         output = self._engine.step(step)
+        self._compute.submit(self._engine.settle)  # while the result is on its way
         if self._features is None or output.features is None:
             return output, None
         return output, self._keeper.submit(self._engine.keep_features, output.features)

@@ -71,7 +71,8 @@ class Drafts:
     Attributes:
         counts: [V].
         token_ids: [n] of all nodes.
-        parents: [n] the parent's index in its entry: 0 is the anchor, k the k-th node; see `chain_parents`.
+        parents: [n] the parent's index in its entry: 0 is the anchor, k the k-th node. Empty where all entries are
+            chains, as those of `chain_parents` are.
         num_candidates: [V] of each node that was drawn, in rejection mode, or empty when none was; 0 for entries whose
             nodes were not drawn.
         candidate_ids, candidate_probs: of all such nodes, the node's own token first, and the probabilities that it

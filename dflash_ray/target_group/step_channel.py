@@ -54,3 +54,4 @@ def follow(engine: Engine, channel: StepChannel, watchdog: Watchdog) -> None:
         step = channel.receive()
         with watchdog.watch():
             engine.step(step)
+            engine.settle()

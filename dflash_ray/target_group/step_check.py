@@ -40,9 +40,10 @@ def check_step(step: StepInput, limits: StepLimits) -> None:
         "base_lens": (step.base_lens, num_verify),
         "num_drafts": (drafts.counts, num_verify),
         "draft_token_ids": (drafts.token_ids, num_drafts),
-        "draft_parents": (drafts.parents, num_drafts),
         "colocated_num_drafts": (step.draft_counts, len(step.draft_ids)),
     }
+    if len(drafts.parents):
+        wanted["draft_parents"] = (drafts.parents, num_drafts)
     if len(drafts.num_candidates):
         wanted["num_draft_candidates"] = (drafts.num_candidates, num_verify)
     for name, (column, length) in wanted.items():
@@ -70,6 +71,9 @@ def _check_length(name: str, column: np.ndarray, length: int) -> None:
 def _note_faults_of_drafts(step: StepInput, vocab_size: int) -> None:
     """By entry; of several faults the first one counts."""
     drafts = step.drafts
+    is_tree = len(drafts.parents) > 0
+    if not is_tree and not len(drafts.candidate_ids) and drafts.token_ids.max(initial=0) < vocab_size:
+        return
     entry_of = np.repeat(np.arange(len(drafts.counts)), drafts.counts)
 
     def note(is_wrong: np.ndarray, entries: Ints, fault: str) -> None:
@@ -77,14 +81,14 @@ def _note_faults_of_drafts(step: StepInput, vocab_size: int) -> None:
             step.faults_of_drafts.setdefault(entry, fault)
 
     follows = chain_parents(drafts.counts)
-    is_misplaced = (drafts.parents < 0) | (drafts.parents > follows)
-    note(is_misplaced, entry_of, "a draft's parent must come before it in its entry")
+    parents = drafts.parents if is_tree else follows
+    note((parents < 0) | (parents > follows), entry_of, "a draft's parent must come before it in its entry")
     note(drafts.token_ids >= vocab_size, entry_of, f"drafts must be below {vocab_size}")
     if not len(drafts.candidate_ids):
         return
     candidates_of_node = drafts.num_candidates[entry_of]
     is_drawn = candidates_of_node > 0
-    note(is_drawn & (drafts.parents != follows), entry_of, "drafts that were drawn must be a chain")
+    note(is_drawn & (parents != follows), entry_of, "drafts that were drawn must be a chain")
     places = (np.cumsum(candidates_of_node) - candidates_of_node)[is_drawn]
     is_other = drafts.candidate_ids[places] != drafts.token_ids[is_drawn]
     note(is_other, entry_of[is_drawn], "the first candidate of a draft must be the draft")

@@ -17,6 +17,7 @@ from dflash_ray.core.memory import keep_freed_memory, return_freed_memory
 from dflash_ray.core.watchdog import Watchdog
 from dflash_ray.models.block_drafter import BlockDrafter
 from dflash_ray.models.drafter_checkpoint import DrafterCheckpoint, resolve_drafter
+from dflash_ray.models.feature_pages import FeaturePages
 from dflash_ray.models.target_checkpoint import TargetCheckpoint, resolve_target
 from dflash_ray.observability.logs import configure_logging
 from dflash_ray.observability.metrics import TargetMetrics
@@ -37,7 +38,7 @@ from dflash_ray.target_group.cache_size import (
 from dflash_ray.target_group.colocated import ColocatedDrafter
 from dflash_ray.target_group.engine import Engine
 from dflash_ray.target_group.feature_store import FeatureStore
-from dflash_ray.target_group.feature_streams import FeatureStreams
+from dflash_ray.target_group.feature_streams import FeatureStreams, SharedRows
 from dflash_ray.target_group.model import RankModel
 from dflash_ray.target_group.rank import RankPlace, Rendezvous
 from dflash_ray.target_group.runner import GroupRunner
@@ -92,7 +93,7 @@ class TargetRank:
         loop = asyncio.get_running_loop()
         info = await loop.run_in_executor(self._compute, self._load, rendezvous)
         return_freed_memory()
-        if self._features is not None:
+        if self._config.uses_features and self._place.rank == 0:
             keep_freed_memory()
         if self._place.rank == 0:
             info["address"] = await self._listen()
@@ -140,10 +141,12 @@ class TargetRank:
         colocated = None
         if block_drafter is not None:
             colocated = ColocatedDrafter(block_drafter, config.drafter_context_tokens)
-        features = None
+        features = shared = None
         if drafter is not None and (colocated is None or config.target.prefix_cache):
-            home = "cpu" if colocated is None else device
-            features = FeatureStore(config.target.kv_cache_rows, drafter.config.hidden_size, dtype, home)
+            home, width = "cpu" if colocated is None else device, drafter.config.hidden_size
+            if colocated is None and config.network.shared_memory:
+                shared = FeaturePages.create(config.target.num_pages, config.target.page_size, width, dtype)
+            features = FeatureStore(config.target.kv_cache_rows, width, dtype, home, shared)
         self._engine = Engine(
             GroupRunner(model, ranks, device),
             config.target.num_pages,
@@ -156,7 +159,11 @@ class TargetRank:
         )
         if drafter is not None and features is not None and colocated is None:
             self._features = FeatureStreams(
-                self._engine.read_features, features.rows_per_piece, self._target_id, drafter.fingerprint
+                self._engine.read_features,
+                features.rows_per_piece,
+                self._target_id,
+                drafter.fingerprint,
+                None if shared is None else SharedRows(shared.offer, self._engine.name_features),
             )
         if is_first:
             self._info = TargetInfo(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator
 
 import pytest
@@ -16,7 +17,8 @@ from dflash_ray.drafter.feature_sources import FeatureSources
 from dflash_ray.drafter.sessions import DraftSessions
 from dflash_ray.models.draft_contexts import ContextRows
 from dflash_ray.models.draft_proposals import DraftProposal, DraftProposals
-from dflash_ray.pb import drafter_pb2
+from dflash_ray.pb import drafter_pb2, target_pb2
+from dflash_ray.target_group.feature_streams import SharedRows
 from tests.feature_groups import FINGERPRINT, LIMIT, PIECE_ROWS, WIDTH, FeatureGroup, feature_group, truth
 from tests.toy import drafts_of
 
@@ -58,10 +60,10 @@ class Recorder:
 class Replica:
     """The parts of a replica behind its gRPC service."""
 
-    def __init__(self, room: int = ROOM, fingerprint: str = FINGERPRINT) -> None:
+    def __init__(self, room: int = ROOM, fingerprint: str = FINGERPRINT, reads_shared_memory: bool = True) -> None:
         self.arrivals = Arrivals()
         self.sessions = DraftSessions(Recorder(), room)
-        self.sources = FeatureSources("d", fingerprint, WIDTH, LIMIT, self.arrivals)
+        self.sources = FeatureSources("d", fingerprint, WIDTH, LIMIT, self.arrivals, reads_shared_memory)
         watchdog = Watchdog(600, "a draft pass")
         self._drafts = Drafts(self.sessions, self.arrivals, self.sources, watchdog, on_busy=lambda start, end: None)
         self.drop_stream, self.close = self._drafts.drop_stream, self._drafts.close
@@ -112,9 +114,9 @@ async def replica() -> AsyncIterator[Replica]:
     await replica.close()
 
 
-@pytest.fixture
-async def group() -> AsyncIterator[FeatureGroup]:
-    async with feature_group() as group:
+@pytest.fixture(params=[False, True], ids=["in messages", "in shared memory"])
+async def group(request) -> AsyncIterator[FeatureGroup]:
+    async with feature_group(shares=request.param) as group:
         yield group
 
 
@@ -267,8 +269,9 @@ async def test_two_routers_share_the_stream_to_a_target_and_the_last_one_ends_it
     await until(lambda: not group.streams._streams)
 
 
-async def test_a_drafter_that_cannot_keep_up_stops_reading_and_misses_nothing(group, replica, monkeypatch):
+async def test_a_drafter_that_cannot_keep_up_stops_reading_and_misses_nothing(group, monkeypatch):
     monkeypatch.setattr(arrivals, "_MAX_WAITING_BYTES", 4 * PIECE_ROWS * WIDTH * 4)
+    replica = Replica(reads_shared_memory=False)
     group.receive(opens=[1])
     await replica.open(group, 1)
     hold, release = asyncio.Event(), asyncio.Event()
@@ -285,3 +288,62 @@ async def test_a_drafter_that_cannot_keep_up_stops_reading_and_misses_nothing(gr
     await until(lambda: not replica.arrivals._has_room.is_set())
     release.set()
     assert await replica.draft(s1=100 * PIECE_ROWS + 1) == {1: 1}
+    await replica.close()
+
+
+@pytest.fixture
+async def sharing() -> AsyncIterator[FeatureGroup]:
+    async with feature_group(shares=True) as group:
+        yield group
+
+
+async def until_mapped(group: FeatureGroup) -> None:
+    await until(lambda: any(stream.names_rows for stream in group.streams._streams))
+
+
+async def test_rows_in_shared_memory_are_named_and_none_are_sent(sharing, replica, monkeypatch):
+    await replica.open(sharing, 7, step_id=1)
+    await until_mapped(sharing)
+    monkeypatch.setattr(sharing.streams, "_read", None)
+    sharing.receive(opens=[7])
+    for end in (10, 16, 2000):
+        sharing.step(s7=end)
+        assert await replica.draft(s7=end + 1) == {7: 7}
+
+
+@pytest.mark.parametrize("place", [{"name": "another"}, {"fd": 10**6}, {"num_pages": 1}], ids=str)
+async def test_rows_are_sent_where_the_memory_is_not_to_be_had(sharing, replica, place):
+    offer = sharing.streams._shared.offer
+    offer.MergeFrom(target_pb2.FeatureMemory(**place))
+    sharing.streams._shared = SharedRows(offer, None)
+    sharing.receive(opens=[7])
+    await replica.open(sharing, 7)
+    sharing.step(s7=20)
+    assert await replica.draft(s7=21) == {7: 7}
+
+
+async def test_a_drafter_may_want_its_rows_in_messages(sharing):
+    replica = Replica(reads_shared_memory=False)
+    sharing.streams._shared = SharedRows(sharing.streams._shared.offer, None)
+    sharing.receive(opens=[7])
+    await replica.open(sharing, 7)
+    sharing.step(s7=20)
+    assert await replica.draft(s7=21) == {7: 7}
+    await replica.close()
+
+
+async def test_rows_whose_page_was_handed_on_before_they_were_taken_are_lost_and_nothing_else_is_drafted_from(
+    sharing, replica
+):
+    sharing.receive(opens=[1, 2])
+    await replica.open(sharing, 1, 2)
+    await until_mapped(sharing)
+    hold = threading.Event()
+    replica._drafts._compute.submit(hold.wait)
+    sharing.step(s1=40, s2=40)
+    await until(lambda: replica.arrivals.ends[replica.arrivals.session((0, 1))] == 40)
+    sharing.receive(opens=[3], closes=[1])
+    sharing.compute(s3=8)
+    hold.set()
+    assert await replica.draft(s1=41, s2=41) == {1: "LOST", 2: 2}
+    assert await replica.draft(s2=41) == {2: 2}

@@ -5,9 +5,11 @@ from __future__ import annotations
 import gc
 import weakref
 
+import numpy as np
 import torch
 
-from dflash_ray.models.context_features import PackedRows
+from dflash_ray.models.context_features import PackedRows, decode_response
+from dflash_ray.models.feature_pages import FeaturePages, NamedRows, encode_named
 from dflash_ray.models.target_checkpoint import resolve_target
 from dflash_ray.sampling.ranks import SingleRank
 from dflash_ray.target_group.engine import Engine
@@ -34,6 +36,15 @@ def new_engine(
 ) -> tuple[Engine, FeatureStore]:
     store = FeatureStore(num_pages * CONFIG.target.page_size, width, dtype)
     return Engine(runner, num_pages, CONFIG.target.page_size, 256, features=store), store
+
+
+def sharing_engine(runner, num_pages: int = CONFIG.target.num_pages) -> tuple[Engine, FeaturePages]:
+    """An engine whose features lie in shared memory, and that as a drafter has it."""
+    shared = FeaturePages.create(num_pages, CONFIG.target.page_size, WIDTH, torch.float32)
+    assert shared is not None
+    store = FeatureStore(num_pages * CONFIG.target.page_size, WIDTH, torch.float32, shared=shared)
+    engine = Engine(runner, num_pages, CONFIG.target.page_size, 256, features=store)
+    return engine, FeaturePages.open(shared.offer, WIDTH)
 
 
 def wanting_features(*args, **kwargs) -> Opening:
@@ -99,6 +110,40 @@ def test_rows_of_several_sequences_are_read_together(process_group, tiny_target)
     _, first = generate(engine, wanting_features(1))
     _, second = generate(engine, wanting_features(2, PROMPT[::-1]))
     assert torch.equal(tensor(engine.read_features([2, 1], [3, 5], [4, 6])), torch.cat([second[3:7], first[5:11]]))
+
+
+def named(engine: Engine, drafter: FeaturePages, *columns: list[int]) -> NamedRows:
+    """Rows of (sequence ids, starts, counts) as a drafter learns of them."""
+    message = encode_named(*columns, *engine.name_features(*columns))
+    return drafter.named(decode_response(message)[0].named)
+
+
+def copied(rows: NamedRows) -> torch.Tensor:
+    index = np.arange(len(rows.places))
+    out = np.empty((len(index), 4 * WIDTH), dtype=np.uint8)
+    rows.copy_to(out, index)
+    assert not rows.is_gone(index).any()
+    return torch.from_numpy(out).view(torch.float32)
+
+
+def test_rows_in_shared_memory_are_found_where_they_are_named(process_group, tiny_target):
+    engine, drafter = sharing_engine(runner_with_taps(tiny_target))
+    _, first = generate(engine, wanting_features(1))
+    early = named(engine, drafter, [1], [0], [len(first)])
+    _, second = generate(engine, wanting_features(2, PROMPT[::-1]))
+    both = named(engine, drafter, [2, 1], [3, 0], [len(second) - 3, len(first)])
+    assert torch.equal(copied(both), torch.cat([second[3:], first]))
+    assert torch.equal(copied(early), first), "another sequence's rows do not make them void"
+
+
+def test_rows_of_a_sequence_that_is_over_are_gone_once_another_one_has_its_pages(process_group, tiny_target):
+    engine, drafter = sharing_engine(runner_with_taps(tiny_target), num_pages=16)
+    _, rows = generate(engine, wanting_features(1))
+    early = named(engine, drafter, [1], [0], [len(rows)])
+    engine.close([1])
+    assert torch.equal(copied(early), rows), "nobody has written to its pages yet"
+    generate(engine, wanting_features(2, PROMPT[::-1]))
+    assert early.is_gone(np.arange(len(rows))).any()
 
 
 def test_features_of_a_bfloat16_target_rest_in_bfloat16(process_group, tmp_path):
