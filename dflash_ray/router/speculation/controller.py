@@ -184,7 +184,8 @@ class SpeculationController:
         num_fixed, fixed_slots = int(np.count_nonzero(fixed)), int(fixed.sum())
         usual = float(self.costs.pass_seconds(batch, _NONE)[0])
         plain = usual + self._wait(num_fixed, fixed_slots, batch, usual)
-        plain_rate = batch.num_sequences / plain
+        prompts = self.costs.prompt_seconds(batch)
+        plain_rate = batch.num_sequences / (plain - prompts)
         least = _KEPT_GAIN if self._pauses.is_gaining else _LEAST_GAIN + _DOUBT * self.costs.plain_error(batch)
         promised = least * plain_rate
         room = self.ledger.room(plain)
@@ -196,7 +197,7 @@ class SpeculationController:
             asked, slots = num_fixed + options.num_drafted, fixed_slots + most_slots * options.num_drafted
             waits = self.costs.wait_seconds(asked, slots, batch.is_split, usual)
             seconds = self.costs.pass_seconds(batch, options.rows) + waits[:, None]
-            rates = (batch.num_sequences + options.gains) / seconds
+            rates = (batch.num_sequences + options.gains) / (seconds - prompts)
             rates[:, 0] = 0.0  # without a draft's row it is a plain step
             allowed = np.where(seconds <= most, rates, 0.0)
             level, column = divmod(int(np.argmax(allowed)), rates.shape[1])
@@ -289,7 +290,7 @@ class SpeculationController:
         rows, gains = best_rows(survival, max(0, max_rows))
         passes = self.costs.pass_seconds(batch, rows)
         seconds = passes + self._wait(outlook.num_asked, outlook.num_slots, batch, float(passes[0]))
-        rates = (batch.num_sequences + gains) / seconds
+        rates = (batch.num_sequences + gains) / (seconds - self.costs.prompt_seconds(batch))
         rates[1:][seconds[1:] > outlook.max_seconds] = 0.0
         best = int(np.argmax(rates))
         return int(rows[best]), batch.num_sequences + float(gains[best])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 
 import numpy as np
@@ -95,6 +95,14 @@ class CostModel:
         """Of passes with so many rows of drafts, which rise."""
         rows = batch.num_rows + draft_rows.astype(float)
         return np.maximum(_LEAST_PASS_S, self._passes.seconds(_group(batch), rows, _pass_terms(batch, rows)))
+
+    def prompt_seconds(self, batch: Batch) -> float:
+        """What the rows of prompts add to a pass. They are computed once, whatever is drafted: no draft spares them."""
+        if not batch.prefill_rows:
+            return 0.0
+        alone = replace(batch, num_rows=batch.num_rows - batch.prefill_rows, prefill_rows=0)
+        none = np.zeros(1, np.int64)
+        return max(0.0, float(self.pass_seconds(batch, none)[0] - self.pass_seconds(alone, none)[0]))
 
     @property
     def host_seconds(self) -> float:

@@ -102,7 +102,7 @@ def keep_account(
     worth, variance = _worth(acceptance, step)
     seconds = min(lesson.busy, _SPIKE * float(expected[1])) + step.wait + lesson.draft_seconds
     tokens = ledger.luck.counted(worth, variance, kept)
-    done = plain * (1.0 + tokens / num_free)
+    done = plain + (plain - costs.prompt_seconds(batch)) * tokens / num_free
     ledger.add(seconds, done)
     counts.expected_tokens += step.tokens
     counts.realised_tokens += len(step.slots) + int(np.maximum(accepted, 0).sum())
