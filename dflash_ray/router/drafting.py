@@ -69,14 +69,17 @@ class Drafting:
         self._drafters[drafter.drafter_id] = drafter
 
     def reach(self, slots: Ints, now: float) -> Ints:
-        """Drafts that each slot's drafter can give, or any that takes sequences now where it has none; 0 for none."""
+        """Drafts that each slot's drafter can give, or any that takes sequences now where it has none; 0 for none.
+
+        None drafts for a sequence that was opened without context features.
+        """
         lens = np.zeros(self._num_joined + 1, np.int64)  # by the drafter's number; the last place is NO_DRAFTER's
         for drafter in self._drafters.values():
             if drafter.in_flight is None or not drafter.in_flight.is_given_up:
                 lens[drafter.number] = drafter.max_draft_tokens
                 if drafter.aside_until <= now:
                     lens[-1] = max(lens[-1], drafter.max_draft_tokens)
-        of_slots: Ints = lens[self.table.drafters[slots]]
+        of_slots: Ints = lens[self.table.drafters[slots]] * self.table.may_be_drafted[slots]
         return of_slots
 
     def lose(self, drafter_id: str) -> None:
@@ -94,7 +97,7 @@ class Drafting:
     def add(self, sequence: RouterSequence) -> None:
         """The step that opens a sequence on the target is sent."""
         assert sequence.slot is not None
-        if not sequence.draft_tokens:
+        if not self.table.may_be_drafted[sequence.slot]:
             return
         drafter = self._drafters.get(sequence.context.drafter_id or "")
         if drafter is None:

@@ -56,6 +56,7 @@ class SlotTable:
         cohorts: 0 or 1; those of one cohort decode in the same steps.
         is_suspect: so many groups died over it that it runs alone.
         draft_tokens: drafts wanted a step; 0 is plain decoding.
+        may_be_drafted: drafters may draft for it: the target makes context features of its rows.
         draft_lens: drafts for the next step, NO_DRAFT while none have come.
         drafts: [num_slots, MAX_DRAFTS] their tokens.
         draft_log_probs: [num_slots, MAX_DRAFTS] their drafter's own log-probabilities; nan where there are none.
@@ -95,6 +96,7 @@ class SlotTable:
         self.cohorts = np.zeros(num_slots, np.int8)
         self.is_suspect = np.zeros(num_slots, np.bool_)
         self.draft_tokens = np.zeros(num_slots, np.int64)
+        self.may_be_drafted = np.zeros(num_slots, np.bool_)
         self.draft_lens = np.full(num_slots, NO_DRAFT, np.int64)
         self.drafts = np.zeros((num_slots, MAX_DRAFTS), np.uint32)
         self.draft_log_probs = np.full((num_slots, MAX_DRAFTS), np.nan, np.float32)
@@ -142,6 +144,7 @@ class SlotTable:
         self.cohorts[slot] = cohort
         self.is_suspect[slot] = is_suspect
         self.draft_tokens[slot] = sequence.draft_tokens
+        self.may_be_drafted[slot] = sequence.draft_tokens > 0
         self.temperatures[slot] = sampling.temperature
         self.seeds[slot] = sampling.seed
         self.wants_distributions[slot] = sequence.wants_distribution

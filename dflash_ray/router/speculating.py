@@ -38,6 +38,7 @@ class Speculating:
     def __init__(self, config: DflashRayConfig, table: SlotTable) -> None:
         self._router = config.router
         self._uses_ngrams = config.drafter.method != "none"
+        self._uses_features = config.uses_features
         self._is_split = config.router.cohorts == 2
         self.controller = SpeculationController(config.router.max_running)
         self._set_table(table)
@@ -68,6 +69,9 @@ class Speculating:
         """A sequence has the slot."""
         sequence = self.table.sequence(slot)
         self.controller.open(slot, sequence.policy, sequence.draft_tokens)
+        if self._uses_features and sequence.policy == Policy.ADAPTIVE and sequence.context.drafter_id is None:
+            left = int(self.table.max_lens[slot] - self.table.committed_lens[slot])
+            self.table.may_be_drafted[slot] &= self.controller.may_want(left)
         self.ngrams.clear(slot)
 
     def ask(self, slots: Ints, reach: Callable[[Ints, float], Ints], limits: TargetLimits, now: float) -> Ints:
@@ -122,14 +126,13 @@ class Speculating:
             left = self.table.committed_lens[step.slots] - self.table.num_prefilled[step.slots]
             entries = np.flatnonzero((step.rows == 0) | (step.rows == left))  # that will decode
             slots = step.slots[entries]
-            if not len(slots) or self.controller.passes_over(slots, now):
-                return num_asked
             zeros = np.zeros(len(slots), np.int64)
             most = limits.colocated_draft_tokens if self._router.tree_width == 1 else MAX_DRAFTS
-            reach = np.full(len(slots), most)
-            candidates = Candidates(slots, self.table.most_drafts(slots), reach, zeros, zeros)
-            batch = self._batch(slots, 0)
-            num_asked[entries] = self.controller.plan(candidates, batch, limits.max_batch_tokens - len(slots), now)
+            reach = most * self.table.may_be_drafted[slots]
+            if len(slots) and not self.controller.passes_over(slots, now):
+                candidates = Candidates(slots, self.table.most_drafts(slots), reach, zeros, zeros)
+                batch = self._batch(slots, 0)
+                num_asked[entries] = self.controller.plan(candidates, batch, limits.max_batch_tokens - len(slots), now)
         return num_asked
 
     def cut(self, slots: Ints, limits: TargetLimits) -> Ints:
@@ -182,12 +185,13 @@ class Speculating:
         """Whether the next step of these is to be a plain one, as is known while the present one runs."""
         if not np.count_nonzero(self.table.draft_tokens[slots]):
             return True
-        if not limits.colocated_draft_tokens and self.controller.passes_over(slots, now):
-            return True
         if self.controller.has_fixed(slots):
             return False  # an n-gram may be found then
-        if not limits.colocated_draft_tokens:  # else the step in flight was sent with the next one's plan
-            self._plan(slots, reach, 0, limits, now)
+        if limits.colocated_draft_tokens:
+            return self.controller.is_plain_next()  # as the step in flight was sent
+        if self.controller.passes_over(slots, now):
+            return True
+        self._plan(slots, reach, 0, limits, now)
         return self.controller.planned_plainly()
 
     def judge_ngrams(self, slots: Ints, first_tokens: Tokens) -> None:

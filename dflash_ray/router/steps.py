@@ -156,7 +156,7 @@ def _add_chunks(step: target_pb2.Step, limits: TargetLimits, table: SlotTable, s
     """Adds the next rows of prompts; the first chunk brings the whole sequence."""
     for slot in slots[~table.is_open[slots]].tolist():
         sequence = table.sequence(slot)
-        step.open.append(sequence.open_message(limits.has_drafter and sequence.draft_tokens > 0))
+        step.open.append(sequence.open_message(limits.has_drafter and bool(table.may_be_drafted[slot])))
     table.is_open[slots] = True
     step.prefill_ids.extend(table.ids[slots].tolist())
     step.prefill_lens.extend(rows.tolist())

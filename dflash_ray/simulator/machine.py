@@ -40,6 +40,7 @@ class _Sequence:
     request: Request
     length: int  # committed tokens
     computed: int = 0
+    has_features: bool = False
 
 
 def draft(request: Request, sequence_id: int, length: int, count: int) -> DraftBlock:
@@ -57,6 +58,7 @@ class VirtualTarget:
     Attributes:
         requests: by sequence id.
         draft_len: of the colocated drafter; 0 where drafters are remote.
+        plain_seconds: of plain passes that do in the same batches what the passes did; prompts' rows once.
     """
 
     profile: Profile
@@ -64,6 +66,7 @@ class VirtualTarget:
     draft_len: int = 0
     busy_seconds: float = 0.0
     draft_busy_seconds: float = 0.0
+    plain_seconds: float = 0.0
     slowdown: Callable[[], float] = lambda: 1.0  # by drafters at work on the same cores
     _sequences: dict[int, _Sequence] = field(default_factory=dict)
 
@@ -91,7 +94,9 @@ class VirtualTarget:
         self.close(list(step.close))
         for message in step.open:
             request = self.requests[message.sequence_id]
-            self._sequences[message.sequence_id] = _Sequence(request, len(message.token_ids))
+            self._sequences[message.sequence_id] = _Sequence(
+                request, len(message.token_ids), has_features=message.wants_features
+            )
         result = target_pb2.StepResult(step_id=step.step_id)
         context = 0
         for sequence_id, rows in zip(step.prefill_ids, step.prefill_lens, strict=True):
@@ -118,6 +123,10 @@ class VirtualTarget:
         prefill_rows = sum(step.prefill_lens)
         seconds = self.profile.pass_seconds(len(step.verify_ids), rows, context, prefill_rows) * self.slowdown()
         drafting = self._draft(step, result)
+        count = len(step.verify_ids)
+        self.plain_seconds += self.profile.pass_seconds(count, count, context, prefill_rows)
+        if accepted := sum(result.num_accepted_drafts):
+            self.plain_seconds += self.profile.pass_seconds(count, count, context, 0) * accepted / count
         result.timings.forward_ns = int(seconds * 1e9)
         result.timings.draft_ns = int(drafting * 1e9)
         result.free_pages = self.limits.num_pages - sum(-(-s.length // _PAGE) for s in self._sequences.values())
@@ -149,6 +158,7 @@ class VirtualTarget:
         blocks = []
         for sequence_id, count in zip(step.colocated_draft_ids, step.colocated_num_drafts, strict=True):
             sequence = self._sequences[sequence_id]
+            assert sequence.has_features
             if sequence.computed == sequence.length - 1:
                 blocks.append(draft(sequence.request, sequence_id, sequence.length, min(count, self.draft_len)))
         result.colocated_drafts.CopyFrom(to_message(1, blocks))

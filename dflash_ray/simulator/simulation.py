@@ -83,7 +83,8 @@ class Outcome:
 
     Attributes:
         token_rate: tokens a second, over all requests.
-        first_token: seconds from arrival, of every request.
+        plain_seconds: what plain passes take, in the same batches, for the tokens that came.
+        first_token, last_token: seconds from arrival, of every request.
         token_gaps: seconds of a chunk over its tokens, once for each token.
         steps: (seconds, tokens, sequences) of every step that decoded.
         target_busy, drafter_busy: shares of the time; the latter of all drafters together, over one of them.
@@ -91,7 +92,9 @@ class Outcome:
 
     seconds: float
     num_tokens: int
+    plain_seconds: float
     first_token: np.ndarray
+    last_token: np.ndarray
     token_gaps: np.ndarray
     steps: np.ndarray
     acceptance_length: float
@@ -243,6 +246,8 @@ class Simulation:
         return Outcome(
             seconds=seconds,
             num_tokens=sum(call.num_tokens for call in self._done),
+            plain_seconds=self._target.plain_seconds,
+            last_token=np.array([call.last_at - call.arrived_at for call in self._done]),
             first_token=np.array([call.first_after for call in self._done]),
             token_gaps=np.array(gaps or [0.0]),
             steps=np.array(self._steps or np.zeros((0, 3))),

@@ -66,6 +66,7 @@ class SpeculationController:
         self._cut: SpeculativeStep | None = None
         self._steps: deque[SpeculativeStep] = deque()
         self._last_result = 0.0
+        self._has_drafted = False  # the step before
         self._hand_over = 0.0  # what a step ahead takes beyond its pass
         self._pauses = Pauses()
         self._lesson: Lesson | None = None
@@ -89,6 +90,10 @@ class SpeculationController:
     def expects_drafts(self) -> bool:
         """Whether drafters should have the rows of adaptive sequences, because drafts may soon be asked for."""
         return self._pauses.expects_drafts
+
+    def may_want(self, num_tokens: int) -> bool:
+        """Whether drafters may be asked for an adaptive sequence that comes now and gets at most so many tokens."""
+        return not self.costs.is_known or self._pauses.may_want(num_tokens)
 
     def wants_ngrams(self, slots: Ints, has_draft: Flags | None = None, cohort: int = 0) -> Flags:
         """For which of these it is worth while to look n-grams up: before drafts are asked for, or with those there."""
@@ -156,16 +161,16 @@ class SpeculationController:
         """Whether some of these want a fixed number of drafts."""
         return bool(np.count_nonzero(self._is_fixed[slots]))
 
-    def planned_plainly(self, cohort: int = 0) -> bool:
-        """Whether the last plan is a plain step that asks for nothing.
-
-        Any other is forgotten, to be made anew, unless the drafter was asked for it behind the pass that runs.
-        """
+    def is_plain_next(self, cohort: int = 0) -> bool:
+        """Whether the last plan is a plain step that asks for nothing."""
         outlook = self._outlooks.get(cohort, NO_OUTLOOK)
-        if outlook.reason in PLAIN and not outlook.num_asked:
+        return outlook.reason in PLAIN and not outlook.num_asked
+
+    def planned_plainly(self, cohort: int = 0) -> bool:
+        """The same; any other plan is forgotten, to be made anew."""
+        if self.is_plain_next(cohort):
             return True
-        if not self.is_colocated:
-            self._outlooks.pop(cohort, None)
+        self._outlooks.pop(cohort, None)
         return False
 
     def _look_out(self, cohort: int, outlook: Outlook) -> None:
@@ -188,7 +193,7 @@ class SpeculationController:
         plain_rate = batch.num_sequences / (plain - prompts)
         least = _KEPT_GAIN if self._pauses.is_gaining else _LEAST_GAIN + _DOUBT * self.costs.plain_error(batch)
         promised = least * plain_rate
-        room = self.ledger.room(plain)
+        room = self.ledger.room(plain - prompts)
         most_slots = int(draft_room.max(initial=0))
 
         def best(drafts: Floats, most: float) -> tuple[float, float, Ints]:
@@ -215,12 +220,13 @@ class SpeculationController:
             return Reason.GAIN, asks, plain + room
         if self._pauses.is_trial_due:
             hope = np.maximum(drafts, _cut(_HOPE[None], draft_room))
-            rate, _, asks = best(hope, plain + _TRIAL_ROOM * room)
-            if rate >= promised and asks.any():
-                if self._may_draft():
-                    return Reason.TRIAL, asks, plain + room
-            else:
+            rate, hoped, asks = best(hope, plain + _TRIAL_ROOM * room)
+            if hoped < promised:
                 self._pauses.no_hope()
+            elif rate < promised or not asks.any():
+                self._pauses.rest()
+            elif self._may_draft():
+                return Reason.TRIAL, asks, plain + room
         if unbound >= promised:
             self._pauses.rest()
             return Reason.REST, None, np.inf
@@ -343,9 +349,12 @@ class SpeculationController:
             )
         accepted = accepted[step.slots]
         busy = max(1e-6, now - max(step.sent_at, self._last_result) - draft_seconds)
+        late = 0.0
         if self.runs_ahead and pass_seconds and not step.is_drafted:
-            busy = self._as_if_ahead(step, busy, pass_seconds)
-        self._last_result = now
+            ahead = self._as_if_ahead(step, busy, pass_seconds)
+            late = step.wait + busy - ahead if self._has_drafted else 0.0
+            busy = ahead
+        self._last_result, self._has_drafted = now, step.is_drafted
         has_choice = bool(np.count_nonzero(step.is_free))
         if len(step.slots) and not has_choice:
             self.counts.steps[step.outlook.reason] += 1
@@ -353,7 +362,7 @@ class SpeculationController:
             if self._num_without_choice % _LEARNT_FROM != 1:
                 return
         kept = None if is_accepted is None else is_accepted[step.slots]
-        self._lesson = Lesson(step, accepted, busy, draft_seconds, kept)
+        self._lesson = Lesson(step, accepted, busy, draft_seconds, late, kept)
         if has_choice and step.is_drafted:  # the next plan wants to know
             self.learn()
 

@@ -26,6 +26,7 @@ class Lesson:
         accepted: drafts of each sequence that were kept; -1 where there is no verdict.
         busy: seconds of the pass.
         draft_seconds: of the colocated drafter.
+        late: seconds that a plain step came later than one that is sent ahead, as there were drafts before it.
         is_accepted: [n, MOST_DRAFTS] of a step with trees, which drafts were kept.
     """
 
@@ -33,6 +34,7 @@ class Lesson:
     accepted: Ints
     busy: float
     draft_seconds: float
+    late: float = 0.0
     is_accepted: Flags | None = None
 
 
@@ -82,7 +84,9 @@ def keep_account(
     counts: SpeculationCounts,
     lesson: Lesson,
 ) -> float:
-    """Compares the step with what plain decoding takes for the same tokens; returns plain steps' time that was saved.
+    """Compares the step with what plain decoding takes for the same tokens.
+
+    Returns plain steps' time that was saved, with all luck in it.
 
     Must be called before acceptance is learnt from the step: its drafts count as they were worth when they were sent,
     as far as chance explains what came of them.
@@ -96,17 +100,20 @@ def keep_account(
     expected = costs.pass_seconds(batch, np.array([0, _free_rows(step)]))
     plain = float(expected[0]) + costs.host_seconds
     if not step.is_drafted:
-        ledger.add(plain, plain)
-        return 0.0
+        late = min(lesson.late, (_SPIKE - 1) * plain)
+        ledger.add(plain + late, plain)
+        return -late / plain
     kept = float(np.maximum(accepted, 0)[step.is_free].sum())
     worth, variance = _worth(acceptance, step)
-    seconds = min(lesson.busy, _SPIKE * float(expected[1])) + step.wait + lesson.draft_seconds
+    # What prompts take varies more than drafts cost: beside them those cost what is expected.
+    busy = float(expected[1]) if batch.prefill_rows else min(lesson.busy, _SPIKE * float(expected[1]))
+    seconds = busy + step.wait + lesson.draft_seconds
     tokens = ledger.luck.counted(worth, variance, kept)
-    done = plain + (plain - costs.prompt_seconds(batch)) * tokens / num_free
-    ledger.add(seconds, done)
+    decoding = plain - costs.prompt_seconds(batch)
+    ledger.add(seconds, plain + decoding * tokens / num_free)
     counts.expected_tokens += step.tokens
     counts.realised_tokens += len(step.slots) + int(np.maximum(accepted, 0).sum())
-    return (done - seconds) / plain
+    return (plain + decoding * kept / num_free - seconds) / decoding
 
 
 def _worth(acceptance: Acceptance, step: SpeculativeStep) -> tuple[float, float]:

@@ -1,4 +1,9 @@
-"""When plain steps are measured, when speculation rests, and when it is tried again."""
+"""When plain steps are measured, when speculation rests, and when it is tried again.
+
+Drafts have an allowance, in plain steps' time: what they save is added to it, with a small part of all time, and what
+they lose is taken from it. So all in all they lose next to nothing; where they find nothing they are tried rarely,
+whatever sequences come, and where one sequence in a few gains much the others are tried as well.
+"""
 
 from __future__ import annotations
 
@@ -9,31 +14,33 @@ _MOST_COLD = 6.0  # and so many at the start
 _PROBE_SHARE = 0.006  # of all time may be lost by plain steps where drafts promise more
 _LEAST_PROBE = 0.1  # of a step; where a plain step loses next to nothing, one in ten is one
 _PLAIN_TIMES = 3  # of a batch that are needed before anything is speculated in it
+_TRIAL_SHARE = 0.004  # of all time is allowed for drafts in vain,
+_FIRST_ALLOWANCE = 3.0  # and so many plain steps' time at the start
+_MOST_ALLOWANCE = 16.0  # of what was saved long ago nothing more may be lost
+_NEW_PRICE = 1.0  # allowance for a trial where a sequence is new, of whose text nothing is known;
+_OLD_PRICE = 2.0  # and where all have been tried
+_NO_HOPE_PRICE = 1.0  # so that a load at which nothing can pay is not looked at over and over
 _TRIAL_STEPS = 3  # a step whose drafts are all wrong counts twice
-_FIRST_PAUSE = 24  # steps without drafts before a trial, doubled with each trial in vain
-_LONGEST_PAUSE = 4096
-_FRESH = 16  # times sooner a trial is due where a sequence is new, of whose text nothing is known
+_PAUSE = 24  # steps after a trial of the same sequences, or once the account forbids drafts that are wanted
 _SETTLED = 8
 _LOOK_AGAIN = 4  # steps after which the choice is made anew while nothing pays
 _EXPECTED_FOR = 16  # steps without drafts, after which drafters need not have the rows of the sequences
 _NOTICE = 3  # steps that drafters are given to get them again
-_CONFIRMED = 4.0  # plain steps' time saved, after which the next pause is short again
+_LIFE = 256  # tokens that an answer is thought to have at most, where its limit is higher
 
 
 class Pauses:
-    """Counts steps; knows nothing of what they do."""
+    """Counts steps and what they save; knows nothing of what they do."""
 
     def __init__(self) -> None:
         self._cold = _MOST_COLD
         self._probes = 0.0
         self._num_steps = 0
-        self._quiet = 0  # steps without drafters' drafts that no rest forbade
-        self._pause = _FIRST_PAUSE
+        self._quiet = 0  # steps without drafts that no rest forbade
+        self._allowance = _FIRST_ALLOWANCE
         self._trial_left = 0
         self._has_new = False  # a sequence came since drafts were last tried
-        self._rest_began = -_LONGEST_PAUSE
-        self._has_drafted = False  # since the last pause
-        self._saved = 0.0
+        self._rests_until = 0
         self._drafted_at = 0
         self._ready_at = 0
         self.is_gaining = False
@@ -42,18 +49,19 @@ class Pauses:
         """A sequence came, whose drafts may be better than those of the others."""
         self._has_new = True
 
-    def _is_over(self, num_steps: int) -> bool:
-        """Whether a pause is, after so many steps."""
-        return num_steps * (_FRESH if self._has_new else 1) >= self._pause
-
     @property
     def is_resting(self) -> bool:
-        return not self._is_over(self._num_steps - self._rest_began)
+        return self._num_steps < self._rests_until or self._allowance <= 0
 
     @property
     def expects_drafts(self) -> bool:
         """Whether drafts were asked for lately, or are about to be."""
         return self._num_steps < self._drafted_at + _EXPECTED_FOR
+
+    def may_want(self, num_tokens: int) -> bool:
+        """Whether drafts may be wanted for a sequence that comes now, before it has so many more tokens."""
+        steps = max(self._rests_until - self._num_steps, (_NEW_PRICE - self._allowance) / _TRIAL_SHARE)
+        return self.expects_drafts or steps < min(num_tokens, _LIFE)
 
     def may_draft(self) -> bool:
         """Whether drafters have the rows of the sequences; if they don't, they are to get them from now on."""
@@ -64,11 +72,16 @@ class Pauses:
 
     @property
     def is_trial_due(self) -> bool:
-        return self._trial_left > 0 or self._is_over(self._quiet)
+        if self._trial_left:
+            return True
+        if self._has_new:
+            return self._allowance >= _NEW_PRICE
+        return self._quiet >= _PAUSE and self._allowance >= _OLD_PRICE
 
     def no_hope(self) -> None:
-        """Not even what a trial hopes for would pay: the next one is due a pause later."""
-        self._quiet, self._trial_left, self._has_new = 0, 0, False
+        """Not even what a trial hopes for would pay."""
+        self._trial_left, self._quiet, self._has_new = 0, 0, False
+        self._allowance -= _NO_HOPE_PRICE
 
     @property
     def is_settled(self) -> bool:
@@ -92,13 +105,7 @@ class Pauses:
 
     def rest(self) -> None:
         """The allowed loss is spent."""
-        self._rest_began, self._has_new = self._num_steps, False
-        if self._has_drafted:
-            self._lengthen()
-
-    def _lengthen(self) -> None:
-        self._pause = min(_LONGEST_PAUSE, 2 * self._pause)
-        self._has_drafted, self._saved = False, 0.0
+        self._rests_until = self._num_steps + _PAUSE
 
     def step_done(self, reason: Reason, is_drafted: bool, has_hit: bool, saved: float) -> None:
         """A step went as it was planned.
@@ -109,22 +116,16 @@ class Pauses:
             saved: time against plain decoding, in plain steps.
         """
         self._num_steps += 1
-        if is_drafted:
-            self._drafted_at = self._num_steps
         self._cold = min(_MOST_COLD, self._cold + _COLD_SHARE)
         self._probes = min(1.0, self._probes + _PROBE_SHARE)
+        self._allowance = min(_MOST_ALLOWANCE, self._allowance + _TRIAL_SHARE + saved)
+        if is_drafted:
+            self._drafted_at = self._num_steps
+            self._quiet, self._has_new = 0, False
+        elif reason == Reason.NO_GAIN:
+            self._quiet += 1
         self.is_gaining = reason in (Reason.GAIN, Reason.PROBE) and (self.is_gaining or is_drafted)
         if reason == Reason.TRIAL:
-            self._has_new = False
             self._trial_left = max(0, (self._trial_left or _TRIAL_STEPS) - (1 if has_hit else 2))
-            if self._trial_left == 0:
-                self._quiet = 0
-                self._lengthen()
-        elif reason == Reason.GAIN and is_drafted:
-            self._quiet, self._trial_left = 0, 0
-            self._has_drafted, self._has_new = True, False
-            self._saved += saved
-            if self._saved >= _CONFIRMED:
-                self._pause, self._saved = _FIRST_PAUSE, 0.0
-        elif reason in (Reason.GAIN, Reason.NO_GAIN):
-            self._quiet += 1
+        elif reason == Reason.GAIN:
+            self._trial_left = 0
