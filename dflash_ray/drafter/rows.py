@@ -96,16 +96,22 @@ def joined(parts: Iterable[Rows]) -> tuple[list[ContextRows], set[int]]:
     """
     found, gone = [], set[int]()
     for _, group in groupby(parts, key=lambda rows: rows.dtype):
-        left = list(group)
+        left = _without(list(group), gone)
         while left:
-            if gone:
-                left = [rows.only(~np.isin(rows.sessions, list(gone))) for rows in left]
             rows, lost = _join(left)
             if not lost:
                 found.append(rows)
                 break
             gone |= lost
-    return [rows for rows in found if len(rows.sessions)], gone
+            left = _without(left, lost)
+    return found, gone
+
+
+def _without(parts: list[Rows], sessions: set[int]) -> list[Rows]:
+    if not sessions:
+        return parts
+    others = [rows.only(~np.isin(rows.sessions, list(sessions))) for rows in parts]
+    return [rows for rows in others if len(rows.sessions)]
 
 
 def _join(parts: Sequence[Rows]) -> tuple[ContextRows, set[int]]:

@@ -29,42 +29,28 @@ class FeaturePages:
         uses: [num_pages].
         rows: [num_pages * page_size, bytes of a row].
         dtype: of the features, as they travel.
+        offer: by which drafters find the target's memory.
     """
 
-    def __init__(
-        self, memory: mmap.mmap, num_pages: int, page_size: int, width: int, dtype: torch.dtype, offer: bytes = b""
-    ) -> None:
-        row_bytes = width * dtype.itemsize
-        self.page_size = page_size
-        self.dtype = dtype
+    def __init__(self, memory: mmap.mmap, offer: target_pb2.FeatureMemory) -> None:
+        num_pages, self.page_size, self.dtype = offer.num_pages, offer.page_size, DTYPES[offer.dtype]
+        row_bytes = offer.width * self.dtype.itemsize
+        num_bytes = num_pages * self.page_size * row_bytes
+        self.offer = offer
         self.uses: Uses = np.frombuffer(memory, np.uint32, num_pages)
-        num_bytes = num_pages * page_size * row_bytes
         self.rows: Bytes = np.frombuffer(memory, np.uint8, num_bytes, _rows_at(num_pages)).reshape(-1, row_bytes)
-        self._offer = offer
 
     @classmethod
     def create(cls, num_pages: int, page_size: int, width: int, dtype: torch.dtype) -> FeaturePages | None:
         """The target's; None where memory cannot be shared, or features of this dtype not be read as they are."""
         if wire_dtype(dtype) is not dtype:
             return None
-        memory = create(_num_bytes(num_pages, page_size, width, dtype))
+        offer = target_pb2.FeatureMemory(num_pages=num_pages, page_size=page_size, width=width, dtype=dtype_name(dtype))
+        memory = create(_num_bytes(offer))
         if memory is None:
             return None
-        offer = target_pb2.FeatureMemory(
-            pid=memory.pid,
-            fd=memory.fd,
-            name=memory.name,
-            num_pages=num_pages,
-            page_size=page_size,
-            width=width,
-            dtype=dtype_name(dtype),
-        )
-        return cls(memory.memory, num_pages, page_size, width, dtype, offer.SerializeToString())
-
-    @property
-    def offer(self) -> target_pb2.FeatureMemory:
-        """By which drafters find the target's memory."""
-        return target_pb2.FeatureMemory.FromString(self._offer)
+        offer.pid, offer.fd, offer.name = memory.pid, memory.fd, memory.name
+        return cls(memory.memory, offer)
 
     @classmethod
     def open(cls, offer: target_pb2.FeatureMemory, width: int) -> FeaturePages:
@@ -72,12 +58,9 @@ class FeaturePages:
 
         Raises OSError where the memory is not to be had here, ValueError when it is not of such features.
         """
-        dtype = DTYPES.get(offer.dtype)
-        if dtype is None or offer.width != width or not offer.page_size:
+        if offer.dtype not in DTYPES or offer.width != width or not offer.page_size:
             raise ValueError(f"features: memory of width {offer.width} and dtype {offer.dtype} for features of {width}")
-        num_bytes = _num_bytes(offer.num_pages, offer.page_size, width, dtype)
-        memory = open_shared(offer.pid, offer.fd, offer.name, num_bytes)
-        return cls(memory, offer.num_pages, offer.page_size, width, dtype)
+        return cls(open_shared(offer.pid, offer.fd, offer.name, _num_bytes(offer)), offer)
 
     def begin(self, places: Ints) -> None:
         """Rows are going to be written: pages whose first row is among them are another sequence's from here on."""
@@ -143,5 +126,5 @@ def _rows_at(num_pages: int) -> int:
     return -(-num_pages * 4 // mmap.PAGESIZE) * mmap.PAGESIZE
 
 
-def _num_bytes(num_pages: int, page_size: int, width: int, dtype: torch.dtype) -> int:
-    return _rows_at(num_pages) + num_pages * page_size * width * dtype.itemsize
+def _num_bytes(offer: target_pb2.FeatureMemory) -> int:
+    return _rows_at(offer.num_pages) + offer.num_pages * offer.page_size * offer.width * DTYPES[offer.dtype].itemsize
