@@ -163,12 +163,28 @@ def resolve_target(path: str) -> TargetCheckpoint:
     return _resolve_directory(directory)
 
 
+def quantisation(values: dict[str, Any]) -> str:
+    """How the weights beside a config.json are quantised, in its words: gptq, awq, fp8, ...; empty if not."""
+    settings = values.get("quantization_config") or values.get("compression_config")
+    if not settings:
+        return ""
+    if any(settings.get(name) for name in ("load_in_4bit", "load_in_8bit")):
+        return "bitsandbytes"  # which did not name itself at first
+    return str(settings.get("quant_method") or "a method that it does not name")
+
+
 def _resolve_directory(directory: Path) -> TargetCheckpoint:
     gguf_files = sorted(directory.glob("*.gguf"))
     if len(gguf_files) == 1:
         return TargetCheckpoint(directory, gguf_files[0].name)
     if not (directory / "config.json").is_file() or not any(directory.glob("*.safetensors")):
         raise ValueError(f"model.path: {directory} needs config.json with *.safetensors, or exactly one *.gguf file")
-    if "auto_map" in json.loads((directory / "config.json").read_text()):
+    values = json.loads((directory / "config.json").read_text())
+    if "auto_map" in values:
         raise ValueError(f"model.path: {directory} needs code of its own (auto_map), which is never run")
+    if method := quantisation(values):
+        raise ValueError(
+            f"model.path: {directory} is quantised with {method} (quantization_config in config.json), which is not "
+            "served; give the directory that it was made from, in bfloat16, float16 or float32, or a GGUF file"
+        )
     return TargetCheckpoint(directory)

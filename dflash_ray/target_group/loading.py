@@ -66,7 +66,7 @@ def load_slices(
     """Reads nothing but this rank's part."""
     files = checkpoint.weights
     if files is None:
-        raise _CannotSlice("a GGUF file")
+        raise _CannotSlice("its weights are in no safetensors file")
     model: Any = checkpoint.skeleton(dtype)
     register()
     model.set_attn_implementation(IMPLEMENTATION)

@@ -11,6 +11,7 @@ from dflash_ray.target_group.cache_size import (
     check_tokens,
     cpu_budget,
     cuda_budget,
+    device_memory,
     host_memory,
     most_tokens,
     rank_budget,
@@ -106,3 +107,12 @@ def test_where_a_number_is_needed_auto_is_refused_by_name():
 def test_neither_too_few_tokens_nor_another_word_is_taken(value):
     with pytest.raises(ConfigError, match=r"target\.kv_cache_tokens"):
         load_config(None, [f"target.kv_cache_tokens={value}"])
+
+
+@pytest.mark.gpu
+def test_a_gpu_tells_its_memory_and_what_this_process_holds_of_it():
+    before = device_memory()
+    held = torch.empty(64 * 2**20, dtype=torch.uint8, device="cuda")
+    after = device_memory()
+    assert 0 < after.free <= after.total == before.total
+    assert after.own - before.own >= held.nbytes

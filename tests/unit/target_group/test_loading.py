@@ -171,3 +171,15 @@ def test_a_part_that_a_tensor_does_not_have_is_refused_by_name(tmp_path):
     save_tiny_target("qwen3", tmp_path)
     with pytest.raises(ValueError, match=r"model\.norm\.weight is of shape \[48\]"):
         WeightFiles(tmp_path).read_into(torch.empty(40), "model.norm.weight", 0, 20)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_slices_go_straight_to_a_gpu_and_are_what_transformers_loads(kind, tmp_path):
+    checkpoint = resolve_target(str(save_tiny_target(kind, tmp_path)))
+    on_gpu = load_slices(checkpoint, torch.bfloat16, 0, 1, "cuda")
+    whole = load_whole(checkpoint, torch.bfloat16, 0, 1, "cpu").base
+    for name, parameter in whole.named_parameters():
+        found = on_gpu.base.get_parameter(name)
+        assert found.is_cuda and torch.equal(found.cpu(), parameter)
+    assert all(buffer.is_cuda for buffer in on_gpu.base.buffers())
