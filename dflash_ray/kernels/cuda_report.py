@@ -17,6 +17,7 @@ from typing import Any
 from dflash_ray.kernels.build import ARCHITECTURES, CUDA_FLAGS, SOURCES
 
 REPORT = SOURCES / "cuda" / "report.json"
+_KERNELS = ("attention.cu", "verify.cu")
 _HEADROOM = 8  # registers of the budget above today's figures
 
 
@@ -31,24 +32,21 @@ def compile_report() -> dict[str, Any]:
     version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
     report: dict[str, Any] = {"compiler": f"nvcc {re.findall(r'V([0-9.]+)', version)[0]}"}
     for architecture in ARCHITECTURES:
-        with tempfile.TemporaryDirectory() as folder:
-            source, output = SOURCES / "cuda" / "verify.cu", Path(folder) / "verify.o"
-            command = [
-                nvcc,
-                *CUDA_FLAGS,
-                f"-arch={architecture}",
-                "-Xptxas",
-                "-v",
-                "-c",
-                str(source),
-                "-o",
-                str(output),
-            ]
-            done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(done.stderr)
-        report[architecture] = _parse(done.stderr)
+        report[architecture] = {}
+        for source in _KERNELS:
+            report[architecture] |= _parse(_compile(nvcc, architecture, SOURCES / "cuda" / source))
     return report
+
+
+def _compile(nvcc: str, architecture: str, source: Path) -> str:
+    """What the compiler says of a source's kernels."""
+    with tempfile.TemporaryDirectory() as folder:
+        flags = [*CUDA_FLAGS, f"-arch={architecture}", "-Xptxas", "-v"]
+        command = [nvcc, *flags, "-c", str(source), "-o", str(Path(folder) / "kernels.o")]
+        done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    return done.stderr
 
 
 def _parse(text: str) -> dict[str, dict[str, int]]:

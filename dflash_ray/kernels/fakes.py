@@ -47,6 +47,11 @@ def register_verify_fakes(namespace: str) -> None:
         torch.library.register_fake(f"{namespace}::{name}", function)
 
 
+def register_attention_fake(namespace: str) -> None:
+    """For attention over pages in a torch.ops namespace."""
+    torch.library.register_fake(f"{namespace}::attend_pages", lambda query, *_: torch.empty_like(query))
+
+
 def register_forward_fakes() -> None:
     """For the operators of the forward pass whose outputs have the shape of an input."""
     torch.library.register_fake("dflash_ray::packed_linear", _packed_linear)

@@ -2,6 +2,7 @@
 
 #include <torch/library.h>
 
+#include "attention_ops.h"
 #include "operators.h"
 #include "verify_ops.h"
 
@@ -23,6 +24,7 @@ TORCH_LIBRARY(dflash_ray, library) {
       "int[] sizes, float[] scalars, int window) -> Tensor");
   library.def("decoder_mlp(Tensor hidden, Tensor[] weights, int[] sizes, float[] scalars) -> Tensor");
   dflash_ray::define_verify_ops(library);
+  dflash_ray::define_attention_ops(library);
 }
 
 TORCH_LIBRARY_IMPL(dflash_ray, CPU, library) {

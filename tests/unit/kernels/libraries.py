@@ -12,10 +12,10 @@ from filelock import FileLock
 from torch.utils import cpp_extension
 
 from dflash_ray.kernels import build
-from dflash_ray.kernels.fakes import register_verify_fakes
+from dflash_ray.kernels.fakes import register_attention_fake, register_verify_fakes
 
 CUDA = build.SOURCES / "cuda"
-EMULATED = (CUDA / "verify.cu", CUDA / "emulated_binding.cpp")
+EMULATED = (CUDA / "verify.cu", CUDA / "attention.cu", CUDA / "emulated_binding.cpp")
 
 
 def compile_shared(name: str, sources: tuple[Path, ...], flags: tuple[str, ...]) -> Path:
@@ -42,3 +42,4 @@ def load_emulated() -> None:
     """torch.ops.dflash_ray_emulated: the CUDA kernels on CPU tensors."""
     torch.ops.load_library(compile_shared("dflash_ray_emulated", EMULATED, ("-O2", "-Wall", "-Wno-unknown-pragmas")))
     register_verify_fakes("dflash_ray_emulated")
+    register_attention_fake("dflash_ray_emulated")
