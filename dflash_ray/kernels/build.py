@@ -18,7 +18,12 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 
-from dflash_ray.kernels.fakes import register_forward_fakes, register_layer_fakes, register_verify_fakes
+from dflash_ray.kernels.fakes import (
+    register_attention_fake,
+    register_forward_fakes,
+    register_layer_fakes,
+    register_verify_fakes,
+)
 
 logger = logging.getLogger(__name__)
 CACHE_ENV = "DFLASH_RAY_KERNEL_CACHE"
@@ -35,7 +40,7 @@ _CPU_SOURCES = (
     "cpu/team.cpp",
     "cpu/verify.cpp",
 )
-_CUDA_SOURCES = ("cuda/cuda_binding.cpp", "cuda/layer.cu", "cuda/verify.cu")
+_CUDA_SOURCES = ("cuda/attention.cu", "cuda/cuda_binding.cpp", "cuda/layer.cu", "cuda/verify.cu")
 _NAME = "dflash_ray_kernels"
 _FLAGS = ("-O3", "-std=c++20", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-Wall")
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100")
@@ -82,6 +87,7 @@ def _loaded_devices() -> tuple[str, ...]:
     register_verify_fakes("dflash_ray")
     register_layer_fakes("dflash_ray")
     register_forward_fakes()
+    register_attention_fake("dflash_ray")
     return ("cpu", "cuda") if _has_cuda() else ("cpu",)
 
 

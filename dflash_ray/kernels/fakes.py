@@ -56,6 +56,11 @@ def register_layer_fakes(namespace: str) -> None:
     register(f"{namespace}::activate", lambda gate_up, *_: gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2))
 
 
+def register_attention_fake(namespace: str) -> None:
+    """For attention over pages in a torch.ops namespace."""
+    torch.library.register_fake(f"{namespace}::attend_pages", lambda query, *_: query.new_empty(query.shape))
+
+
 def register_forward_fakes() -> None:
     """For the operators of the forward pass whose outputs have the shape of an input."""
     torch.library.register_fake("dflash_ray::packed_linear", _packed_linear)

@@ -1,4 +1,4 @@
-"""Paged attention for devices without an operator of their own: entries of similar length in one padded product.
+"""Paged attention in plain torch: entries of similar length in one padded product, for what no operator takes.
 
 As `ops.paged_attention`, but what follows from a step's tables is made once for all layers, and nothing waits for the
 device.
@@ -72,6 +72,8 @@ class PaddedStep:
     Args:
         entry_lens, context_lens, page_counts: int64 [E]; pages: int64, the entries' page tables in a row.
         parents: int64 [T] as in `ops.paged_attention`; empty for chains.
+        slots: int64 [T] on the device.
+        is_chosen: bool [E], the entries that attend; None for all.
     """
 
     def __init__(
@@ -81,15 +83,19 @@ class PaddedStep:
         page_counts: Ints,
         pages: Ints,
         parents: Ints,
+        slots: Tensor,
         page_size: int,
-        device: str,
+        is_chosen: NDArray[np.bool_] | None = None,
     ) -> None:
+        device, self._slots = slots.device, slots
         sizes = 1 << np.ceil(np.log2(entry_lens)).astype(np.int64)
         firsts = np.cumsum(entry_lens) - entry_lens
         page_firsts = np.cumsum(page_counts) - page_counts
         depths = depths_of(parents, np.repeat(firsts, entry_lens)) if len(parents) else None
         self._groups = []
-        for size in np.unique(sizes):
+        if is_chosen is not None:
+            sizes = np.where(is_chosen, sizes, 0)
+        for size in np.unique(sizes[sizes > 0]):
             members = np.flatnonzero(sizes == size)
             lens, contexts, counts = entry_lens[members], context_lens[members], page_counts[members]
             offsets = np.arange(lens.max())
@@ -121,45 +127,46 @@ class PaddedStep:
     def attend(
         self,
         query: Tensor,
-        key: Tensor,
-        value: Tensor,
+        key: Tensor | None,
+        value: Tensor | None,
         key_cache: Tensor,
         value_cache: Tensor,
-        slots: Tensor,
         scale: float,
         window: int = 0,
         softcap: float = 0.0,
         is_causal: bool = True,
     ) -> Tensor:
-        """Stores keys and values at the slots, then attends; shapes as in `ops.paged_attention`."""
-        key_cache.index_copy_(0, slots, key)
-        value_cache.index_copy_(0, slots, value)
-        return self.attend_stored(query, key_cache, value_cache, scale, window, softcap, is_causal)
+        """Stores keys and values at the slots, if given, then attends; shapes as in `ops.paged_attention`."""
+        if key is not None and value is not None:
+            key_cache.index_copy_(0, self._slots, key)
+            value_cache.index_copy_(0, self._slots, value)
+        out = torch.empty_like(query)
+        self.attend_stored(query, key_cache, value_cache, out, scale, window, softcap, is_causal)
+        return out
 
     def attend_stored(
         self,
         query: Tensor,
         key_cache: Tensor,
         value_cache: Tensor,
+        out: Tensor,
         scale: float,
-        window: int = 0,
-        softcap: float = 0.0,
-        is_causal: bool = True,
-    ) -> Tensor:
-        """The same where the step's keys and values are in the caches already."""
+        window: int,
+        softcap: float,
+        is_causal: bool,
+    ) -> None:
+        """Attends where all keys and values are stored; writes the rows of the entries that attend to `out`."""
         kind = (window, is_causal)
         if kind not in self._visible:
             self._visible[kind] = [group.visible(*kind) for group in self._groups]
-        out = torch.empty_like(query)
         for group, visible in zip(self._groups, self._visible[kind], strict=True):
             attended = _attend(
                 query[group.rows], key_cache[group.cache_rows], value_cache[group.cache_rows], visible, scale, softcap
             )
             out[group.step_rows] = attended.flatten(0, 1)[group.places]
-        return out
 
 
-def _lineages(parents: Ints, device: str) -> Tensor | None:
+def _lineages(parents: Ints, device: torch.device) -> Tensor | None:
     """Of a group's rows [E, N]; None where they are chains."""
     if (parents == np.arange(parents.shape[1]) - 1).all():
         return None

@@ -63,7 +63,8 @@ def _attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, sc
         scores = softcap * torch.tanh(scores / softcap)
     if mask is not None:
         scores = (scores.unflatten(1, (-1, num_rows)) + mask).flatten(1, 2)
-    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(values.dtype)
+    precision = torch.promote_types(scores.dtype, torch.float32)
+    weights = torch.softmax(scores, dim=-1, dtype=precision).to(values.dtype)
     attended = torch.bmm(weights, values.transpose(0, 1)).unflatten(1, (-1, num_rows))
     return attended.permute(2, 0, 1, 3).reshape(num_rows, num_heads, head_dim)
 

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dflash_ray.kernels import reference_floats
 from dflash_ray.kernels.columns import (
     MASS_UNIT,
     NUM_BINS,
@@ -61,7 +62,7 @@ def uniforms(seed: int, position: int, ids: NDArray[np.int64], purpose: int) -> 
 
 def gumbel_noise(seeds: Tensor, positions: Tensor, ids: Tensor, purpose: int) -> Tensor:
     rows = [
-        -np.log(-np.log(uniforms(seed, position, row, purpose)))
+        reference_floats.gumbel(uniforms(seed, position, row, purpose)).astype(np.float64)
         for seed, position, row in zip(seeds.tolist(), positions.tolist(), ids.cpu().numpy(), strict=True)
     ]
     return torch.from_numpy(np.array(rows).reshape(ids.shape)).to(ids.device)
@@ -143,8 +144,11 @@ def _value_of_key(key: int) -> Tensor:
     return torch.tensor([bits], dtype=torch.int64).to(torch.int32).view(torch.float32)[0]
 
 
-def _masses(scaled: Tensor, maximum: float) -> Tensor:
-    return (torch.exp(scaled.double() - maximum) * MASS_UNIT).long()
+def _masses(row: _Row, logits: Tensor, maximum: float) -> Tensor:
+    """int64 masses of logits, relative to a token of scaled logit `maximum`."""
+    below = reference_floats.fma(logits.float().cpu().numpy(), row.inv_temperature.item(), -maximum)
+    masses = np.floor(reference_floats.exp_of_nonpositive(below) * np.float32(MASS_UNIT))
+    return torch.from_numpy(masses.astype(np.int64)).to(logits.device)
 
 
 def _concerns(row: _Row, round_index: int) -> bool:
@@ -174,7 +178,7 @@ def threshold_histogram(
         prefix, _, floor_key = state[i].tolist()
         scaled = row.scaled(logits[i])
         keys = _keys(scaled)
-        weights = torch.ones_like(keys) if round_index < NUM_TOP_K_ROUNDS else _masses(scaled, maxima[i].item())
+        weights = torch.ones_like(keys) if round_index < NUM_TOP_K_ROUNDS else _masses(row, logits[i], maxima[i].item())
         left = (keys >= floor_key) & (keys >> (shift + 8) == prefix >> (shift + 8))
         histogram[i].index_add_(0, (keys[left] >> shift) & (NUM_BINS - 1), weights[left])
     return histogram.to(logits.device)
@@ -231,7 +235,7 @@ def _draw(
     scores = scaled.double()
     if not row.is_greedy:
         ids = np.arange(vocab_start, vocab_start + len(line))
-        noise = -np.log(-np.log(uniforms(row.ints[IntColumn.SEED], row.position, ids, purpose)))
+        noise = reference_floats.gumbel(uniforms(row.ints[IntColumn.SEED], row.position, ids, purpose))
         scores = scores + torch.from_numpy(noise).to(scores.device)
         scores[scaled < _floor(state, index)] = -math.inf
         for token in without or []:
@@ -267,7 +271,7 @@ def verify_rejection(
             lines.append([*partial, 0.0, *(0.0 for _ in ids)])
             continue
         scaled = row.scaled(line)
-        masses = _masses(scaled, maxima[i].item())
+        masses = _masses(row, line, maxima[i].item())
         masses[scaled < _floor(state, i)] = 0
         inside = [0 <= token - vocab_start < len(line) for token in ids]
         of_drafts = [float(masses[t - vocab_start]) if has else 0.0 for t, has in zip(ids, inside, strict=True)]
@@ -348,8 +352,9 @@ def _judge(row: _Row, shards: Tensor, child: int, draft_ids: Tensor, draft_probs
         ):
             return child, True
         if drafted >= 0 and mass > prob * total:
-            noise = -np.log(-np.log(uniforms(seed, row.position, np.array([drafted]), Purpose.RESIDUAL)[0]))
-            residual = math.log((mass - prob * total) / MASS_UNIT) + maximum + noise
+            noise = reference_floats.gumbel(uniforms(seed, row.position, np.array([drafted]), Purpose.RESIDUAL))
+            share = reference_floats.log(np.array([(mass - prob * total) / MASS_UNIT], dtype=np.float32))
+            residual = float(share[0]) + maximum + float(noise[0])
             if residual > score:
                 score, token = residual, drafted
     return (child, True) if token < 0 else (int(token), False)

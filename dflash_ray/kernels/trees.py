@@ -21,6 +21,18 @@ def depths_of(parents: Ints, first_rows: Ints) -> Ints:
     return depths
 
 
+def paths_of(parents: Ints, first_rows: Ints, depths: Ints) -> Ints:
+    """Rows [T, D] on the way to every row, from its entry's first row on and counted from it; 0 behind the end."""
+    rows = np.arange(len(parents))
+    paths = np.zeros((len(parents), int(depths.max(initial=0)) + 1), dtype=np.int64)
+    at, is_on = rows - first_rows, np.ones(len(parents), dtype=np.bool_)
+    for up in range(paths.shape[1]):
+        paths[rows[is_on], (depths - up)[is_on]] = at[is_on]
+        at = np.where(is_on, parents[np.where(is_on, at + first_rows, 0)], -1)
+        is_on = at >= 0
+    return paths
+
+
 def lineages(parents: Ints) -> NDArray[np.bool_]:
     """Bool [E, N, N]: whether row n of entry e is row m or follows it, for parents [E, N] of entries of N rows."""
     num_entries, num_rows = parents.shape

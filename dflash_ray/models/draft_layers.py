@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dflash_ray.kernels import layer_ops, ops
-from dflash_ray.kernels.padded import PaddedStep
+from dflash_ray.kernels.attention import StepAttention, StepTables, plan
 from dflash_ray.models.context_pages import PAGE_SIZE, BlockPlaces, ContextPages
 from dflash_ray.models.dflash import DflashLayer, DflashNetwork
 from dflash_ray.models.dflash2 import GroupedDynamicCausalConv
@@ -97,11 +97,11 @@ class DeviceLayers:
         self._norm = network.norm.weight.detach().float()
 
     def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, pages: ContextPages, places: BlockPlaces) -> Tensor:
-        tables = (table.numpy() for table in places[1:])
-        plan = PaddedStep(*tables, np.empty(0, np.int64), PAGE_SIZE, x.device.type)
+        tables = StepTables(*(table.numpy() for table in places[1:]), np.empty(0, np.int64))
+        planned = plan(tables, places.slots, PAGE_SIZE)
         hidden, delta = x.flatten(0, 1).contiguous(), None
         for index, layer in enumerate(self._layers):
-            attention = partial(self._attention, index, layer, (cos, sin), pages, places.slots, plan)
+            attention = partial(self._attention, index, layer, (cos, sin), pages, places.slots, planned)
             normed = self._add_norm(hidden, delta, layer.input_norm)
             delta = layer.around_attention(normed.view_as(x), attention).flatten(0, 1)
             normed = self._add_norm(hidden, delta, layer.post_norm)
@@ -118,7 +118,7 @@ class DeviceLayers:
         turns: tuple[Tensor, Tensor],
         pages: ContextPages,
         slots: Tensor,
-        plan: PaddedStep,
+        planned: StepAttention,
         normed: Tensor,
     ) -> Tensor:
         """The attention sublayer: rows [N, B, H] to [N, B, H]."""
@@ -127,14 +127,8 @@ class DeviceLayers:
         layer_ops.turn_and_store(qkv, layer.q_norm, layer.k_norm, *turns, slots, keys, values, config.rms_norm_eps)
         heads = (config.num_attention_heads, config.head_dim)
         queries = qkv[:, : heads[0] * heads[1]].unflatten(-1, heads)
-        attended = plan.attend_stored(
-            queries,
-            keys,
-            values,
-            scale=config.head_dim**-0.5,
-            window=config.windows[index] or 0,
-            is_causal=config.is_causal[index],
-        )
+        scale, window = config.head_dim**-0.5, config.windows[index] or 0
+        attended = planned.attend(queries, None, None, keys, values, scale, window, is_causal=config.is_causal[index])
         return layer.output(attended.flatten(1)).view_as(normed)
 
 

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from dflash_ray.kernels import ops
-from dflash_ray.kernels.padded import PaddedStep
+from dflash_ray.kernels import attention
 from dflash_ray.target_group.batch import StepBatch
 from dflash_ray.target_group.paged_cache import PagedCache
 
@@ -24,22 +23,17 @@ class PagedStep:
     """One step's layout, shared by all layers: the slots on the model's device, the tables as its attention reads them.
 
     Attributes:
-        padded: the layout for devices other than the CPU, whose operator reads the tables on the host; else None.
+        attention: the step as planned for its device.
     """
 
-    def __init__(self, batch: StepBatch, cache: PagedCache, device: str, is_padded: bool | None = None) -> None:
+    def __init__(self, batch: StepBatch, cache: PagedCache, device: str) -> None:
         self.cache = cache
         self.slots = torch.from_numpy(batch.slots).to(device)
-        tables = (batch.entry_lens, batch.context_lens, batch.page_counts, batch.pages, batch.parents)
+        tables = attention.StepTables(
+            batch.entry_lens, batch.context_lens, batch.page_counts, batch.pages, batch.parents
+        )
         self.tables = tuple(map(torch.from_numpy, tables))
-        is_padded = device != "cpu" if is_padded is None else is_padded
-        self.padded = PaddedStep(*tables, cache.page_size, device) if is_padded else None
-
-    def attend(self, layer: int, query: Tensor, scale: float, window: int, softcap: float) -> Tensor:
-        """[T, n_q, d] of queries whose keys and values are in the layer's cache already; on devices but the CPU."""
-        assert self.padded is not None
-        keys, values = self.cache.keys[layer], self.cache.values[layer]
-        return self.padded.attend_stored(query, keys, values, scale, window, softcap)
+        self.attention = attention.plan(tables, self.slots, cache.page_size)
 
 
 def paged_attention(
@@ -60,17 +54,10 @@ def paged_attention(
     """
     assert paged is not None
     cache, layer = paged.cache, module.layer_idx
-    rows = tuple(heads[0].transpose(0, 1) for heads in (query, key, value))
-    stored = (cache.keys[layer], cache.values[layer], paged.slots)
+    q, k, v = (heads[0].transpose(0, 1) for heads in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    kind = {"window": sliding_window or 0, "softcap": softcap or 0.0}
-    if paged.padded is not None:
-        out = paged.padded.attend(*rows, *stored, scale=scale, **kind)
-    else:
-        *tables, parents = paged.tables
-        out = ops.paged_attention(
-            *rows, *stored, *tables, page_size=cache.page_size, scale=scale, **kind, parents=parents
-        )  # fmt: skip
+    kind = (scale, sliding_window or 0, softcap or 0.0)
+    out = paged.attention.attend(q, k, v, cache.keys[layer], cache.values[layer], *kind)
     return out[None], None
 
 

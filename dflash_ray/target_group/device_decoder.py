@@ -78,7 +78,9 @@ class DeviceDecoder:
         keys, values = step.cache.keys[index], step.cache.values[index]
         layer_ops.turn_and_store(qkv, layer.q_norm, layer.k_norm, cos, sin, step.slots, keys, values, shape.eps)
         queries = qkv[:, : shape.heads * shape.head_dim].unflatten(-1, (shape.heads, shape.head_dim))
-        attended = step.attend(index, queries, shape.scale, layer.window, shape.softcap).flatten(1)
+        attended = step.attention.attend(
+            queries, None, None, keys, values, shape.scale, layer.window, shape.softcap
+        ).flatten(1)
         if layer.group is None:
             return F.linear(attended, layer.output, layer.output_bias)
         out = summed_over_ranks(F.linear(attended, layer.output), layer.group)

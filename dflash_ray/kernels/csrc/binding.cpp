@@ -2,6 +2,7 @@
 
 #include <torch/library.h>
 
+#include "attention_ops.h"
 #include "layer_ops.h"
 #include "operators.h"
 #include "verify_ops.h"
@@ -25,6 +26,7 @@ TORCH_LIBRARY(dflash_ray, library) {
   library.def("decoder_mlp(Tensor hidden, Tensor[] weights, int[] sizes, float[] scalars) -> Tensor");
   dflash_ray::define_layer_ops(library);
   dflash_ray::define_verify_ops(library);
+  dflash_ray::define_attention_ops(library);
 }
 
 TORCH_LIBRARY_IMPL(dflash_ray, CPU, library) {

@@ -35,9 +35,15 @@ enum Finish { kGoesOn, kStopped, kFull };
 enum Partial { kBestScore, kBestToken, kMaximum, kIsBad, kMass, kDraftMass, kPlainPartials = kMass };
 
 constexpr float kMinusInf = -INFINITY;
-constexpr double kMaxGumbel = 17.33;           // -log(-log(1 - 2^-25)), rounded up
+constexpr double kMaxGumbel = 17.33;           // above -log(-log(1 - 2^-25)) by more than its rounding
 constexpr uint32_t kNoWord = 1u << 24;         // above all 24-bit words
 constexpr double kMassUnit = 4294967296.0;     // masses are multiples of 2^-32 of the likeliest token's
+constexpr float kMassless = -22.3f;            // further below the likeliest token, a token's mass is 0
+
+// Which limits a step's sequences have.
+struct Limits {
+  bool has_min_p, has_top_k, has_top_p;
+};
 
 enum class Kind { kFloat32, kBfloat16, kFloat16 };
 
@@ -84,38 +90,73 @@ DFLASH_FN Words noise_words(int64_t seed, int64_t position, int64_t token_group,
                 static_cast<uint32_t>(key), static_cast<uint32_t>(key >> 32));
 }
 
+// One of the words; chosen by comparisons, so that they can stay in registers.
+DFLASH_FN uint32_t noise_word(int64_t seed, int64_t position, int64_t token, int purpose) {
+  const Words words = noise_words(seed, position, token >> 2, purpose);
+  const uint32_t even = token & 2 ? words.at[2] : words.at[0], odd = token & 2 ? words.at[3] : words.at[1];
+  return token & 1 ? odd : even;
+}
+
 // Open uniform of the word's upper 24 bits.
 DFLASH_FN double uniform_of(uint32_t word) { return (static_cast<double>(word >> 8) + 0.5) * 0x1p-24; }
 
-// Standard Gumbel noise; at most kMaxGumbel.
-DFLASH_FN double gumbel_of(uint32_t word) { return -log(-log(uniform_of(word))); }
-
-DFLASH_FN double gumbel(int64_t seed, int64_t position, int64_t token, int purpose) {
-  return gumbel_of(noise_words(seed, position, token >> 2, purpose).at[token & 3]);
-}
-
-// A lower bound of the 24-bit words whose noise reaches `gap`; kNoWord when none does. Exact pruning: a token with a
-// smaller word cannot win. The uniform needed is exp(-exp(-gap)) >= 1 - exp(-gap); the margins cover rounding.
-DFLASH_FN uint32_t word_that_may_reach(float gap) {
-  if (gap > static_cast<float>(kMaxGumbel) + 1e-3f) return kNoWord;
-  if (gap <= 1e-2f) return 0;
-  const float word = (1.0f - 1.001f * expf(1e-3f - gap)) * 16777216.0f - 8.0f;
-  return word <= 0 ? 0 : static_cast<uint32_t>(word);
-}
-
-// Unsigned integers in the order of the floats; both zeros are one.
-DFLASH_FN uint32_t key_of(float value) {
-  uint32_t bits;
-  value = value == 0.0f ? 0.0f : value;
-  memcpy(&bits, &value, sizeof bits);
-  return bits >> 31 ? ~bits : bits | 0x80000000u;
-}
-
-DFLASH_FN float value_of_key(uint32_t key) {
-  const uint32_t bits = key >> 31 ? key & 0x7FFFFFFFu : ~key;
+DFLASH_FN float float_of_bits(uint32_t bits) {
   float value;
   memcpy(&value, &bits, sizeof value);
   return value;
+}
+
+DFLASH_FN uint32_t bits_of(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+// log((1 + x) * 2^exponent) for 1 + x between the roots of 1/2 and 2, to about 1e-7. Polynomial after Cephes' logf.
+DFLASH_FN float log_near_one(float x, float exponent) {
+  float p = 7.0376836292e-2f;
+  p = fmaf(p, x, -1.1514610310e-1f);
+  p = fmaf(p, x, 1.1676998740e-1f);
+  p = fmaf(p, x, -1.2420140846e-1f);
+  p = fmaf(p, x, 1.4249322787e-1f);
+  p = fmaf(p, x, -1.6668057665e-1f);
+  p = fmaf(p, x, 2.0000714765e-1f);
+  p = fmaf(p, x, -2.4999993993e-1f);
+  p = fmaf(p, x, 3.3333331174e-1f);
+  const float square = x * x;
+  p = fmaf(exponent, -2.12194440e-4f, p * x * square);
+  p = fmaf(-0.5f, square, p);
+  return fmaf(exponent, 0.693359375f, x + p);
+}
+
+constexpr uint32_t kRootOfHalf = 0x3F3504F3u;  // as bits of a float
+
+// Natural logarithm of a positive, normal float.
+DFLASH_FN float log_of(float value) {
+  const uint32_t above = bits_of(value) - kRootOfHalf;
+  const float mantissa = float_of_bits((above & 0x7FFFFFu) + kRootOfHalf);
+  return log_near_one(mantissa - 1.0f, static_cast<float>(static_cast<int32_t>(above) >> 23));
+}
+
+// Standard Gumbel noise -log(-log(uniform_of(word))), at most kMaxGumbel, to about 1e-6. The uniform has 25 bits; it is
+// taken apart as an integer, so that what stands before the logarithms is exact.
+DFLASH_FN float gumbel_of(uint32_t word) {
+  constexpr uint32_t kRoot = 23726566u;  // the root of 1/2 in units of 2^-25
+  const uint32_t odd = (word >> 8) * 2 + 1;
+#ifdef __CUDA_ARCH__
+  const int shift = __clz(static_cast<int>(odd)) - 7;
+#else
+  const int shift = __builtin_clz(odd) - 7;
+#endif
+  const uint32_t mantissa = odd << shift;  // from 2^24 on, below 2^25
+  const bool is_high = mantissa > kRoot;
+  const float x = is_high ? static_cast<float>((1u << 25) - mantissa) * -0x1p-25f
+                          : static_cast<float>(mantissa - (1u << 24)) * 0x1p-24f;
+  return -log_of(-log_near_one(x, static_cast<float>(is_high ? -shift : -shift - 1)));
+}
+
+DFLASH_FN float gumbel(int64_t seed, int64_t position, int64_t token, int purpose) {
+  return gumbel_of(noise_word(seed, position, token, purpose));
 }
 
 // exp(x) for x <= 0 (tiny positive x are allowed) with a relative error below 2^-22; 0 below the range of normal
@@ -133,10 +174,27 @@ DFLASH_FN float exp_of_nonpositive(float x) {
   p = fmaf(p, r, 1.6666665459e-1f);
   p = fmaf(p, r, 5.0000001201e-1f);
   p = fmaf(p * r, r, r) + 1.0f;
-  const uint32_t bits = static_cast<uint32_t>(static_cast<int32_t>(n) + 127) << 23;
-  float scale;
-  memcpy(&scale, &bits, sizeof scale);
+  const float scale = float_of_bits(static_cast<uint32_t>(static_cast<int32_t>(n) + 127) << 23);
   return counts ? p * scale : 0.0f;
+}
+
+// A lower bound of the 24-bit words whose noise reaches `gap`; kNoWord when none does. Exact pruning: a token with a
+// smaller word cannot win. The uniform needed is exp(-exp(-gap)) >= 1 - exp(-gap); the margins cover rounding.
+DFLASH_FN uint32_t word_that_may_reach(float gap) {
+  if (gap > static_cast<float>(kMaxGumbel) + 1e-3f) return kNoWord;
+  if (gap <= 1e-2f) return 0;
+  const float word = (1.0f - 1.001f * exp_of_nonpositive(1e-3f - gap)) * 16777216.0f - 8.0f;
+  return word <= 0 ? 0 : static_cast<uint32_t>(word);
+}
+
+// Unsigned integers in the order of the floats; both zeros are one.
+DFLASH_FN uint32_t key_of(float value) {
+  const uint32_t bits = bits_of(value == 0.0f ? 0.0f : value);
+  return bits >> 31 ? ~bits : bits | 0x80000000u;
+}
+
+DFLASH_FN float value_of_key(uint32_t key) {
+  return float_of_bits(key >> 31 ? key & 0x7FFFFFFFu : ~key);
 }
 
 // Mass of a token relative to the likeliest one, in multiples of 2^-32 and of integral value, so that sums over threads
@@ -249,6 +307,13 @@ DFLASH_FN void start_threshold(const float* parameters, double maximum, int64_t*
   state[kFloorKey] = key_of(floor != floor ? kMinusInf : floor);
 }
 
+// The mass that top-p keeps at least, of the mass of all tokens.
+DFLASH_FN int64_t wanted_mass(float top_p, int64_t total) {
+  const double share = ceil(static_cast<double>(top_p) * static_cast<double>(total));
+  const int64_t wanted = share < 1 ? 1 : static_cast<int64_t>(share);
+  return wanted < total ? wanted : total;
+}
+
 // Takes a round's histogram, summed over shards.
 DFLASH_FN void narrow_threshold(int index, const int64_t* sequence, const float* parameters, const int64_t* histogram,
                                 int64_t* state) {
@@ -257,10 +322,9 @@ DFLASH_FN void narrow_threshold(int index, const int64_t* sequence, const float*
   if (round.shift == 24) {
     int64_t total = 0;
     for (int bin = 0; bin < kBins; ++bin) total += histogram[bin];
-    const double share = ceil(static_cast<double>(parameters[kTopP]) * static_cast<double>(total));
-    state[kWanted] = round.is_top_k ? sequence[kTopK] : (share < 1 ? 1 : static_cast<int64_t>(share));
+    const int64_t k = sequence[kTopK] < total ? sequence[kTopK] : total;  // fewer tokens than wanted: all stay
+    state[kWanted] = round.is_top_k ? k : wanted_mass(parameters[kTopP], total);
     state[kPrefix] = 0;
-    if (total < state[kWanted]) state[kWanted] = total;  // fewer tokens than wanted: all stay
   }
   int64_t above = 0;
   int bin = kBins - 1;
@@ -372,13 +436,15 @@ DFLASH_FN int64_t judge(const PlanView& plan, const DraftView& drafts, const Par
     if (token < 0) continue;
     double mass = 0;
     for (int64_t n = 0; n < partials.num_shards; ++n) mass += partials.at(n, row)[kDraftMass + i];
-    const double drafted = static_cast<double>(drafts.probs[row * drafts.width + i]) * total;
+    // Not a plain product, which a compiler might join with the subtraction below.
+    const double drafted = fma(static_cast<double>(drafts.probs[row * drafts.width + i]), total, 0.0);
     if (token == child) {
       const uint32_t word = noise_words(seed, position, 0, kAcceptDraw).at[0];
       accepts = uniform_of(word) * drafted < mass;
     }
     if (mass > drafted) {
-      residual.take(log((mass - drafted) / kMassUnit) + maximum + gumbel(seed, position, token, kResidualDraw), token);
+      const float share = log_of(static_cast<float>((mass - drafted) / kMassUnit));
+      residual.take(share + maximum + gumbel(seed, position, token, kResidualDraw), token);
     }
   }
   if (accepts || residual.token < 0) {

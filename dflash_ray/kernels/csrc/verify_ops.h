@@ -133,27 +133,13 @@ struct VerifyOps {
                           const Tensor& draft_probs, bool adjusts, bool has_min_p, bool has_top_k, bool has_top_p) {
     const DraftView drafts = draft_view(draft_ids, draft_probs);
     const int64_t width = drafts.width > 0 ? kDraftMass + drafts.width : int64_t{kPlainPartials};
-    if constexpr (requires { &Backend::unsharded; }) {
-      const Guard guard(rows);
-      const PlanView plan = plan_view(rows, ints, floats, ids, values);
-      TORCH_CHECK(drafts.width == 0 || draft_ids.size(0) == plan.num_rows, "draft_ids must be [R, K]");
-      Tensor partials = at::empty({plan.num_rows, width}, logits.options().dtype(at::kDouble));
-      Backend::unsharded(logits_view(logits, start, rows), plan, drafts, adjusts, width,
-                         partials.template mutable_data_ptr<double>());
-      return partials;
-    } else {
-      const Tensor maxima = prepare(logits, start, rows, ints, floats, ids, values).select(1, 0).contiguous();
-      std::optional<Tensor> state;
-      if (has_min_p || has_top_k || has_top_p) state = threshold_start(maxima, rows, ints, floats, ids, values);
-      for (int round = 0; round < kRounds; ++round) {
-        if (!(Round(round).is_top_k ? has_top_k : has_top_p)) continue;
-        const Tensor histogram =
-            threshold_histogram(logits, start, rows, ints, floats, ids, values, maxima, *state, round);
-        threshold_narrow(*state, histogram, rows, ints, floats, ids, values, round);
-      }
-      if (drafts.width == 0) return coupled(logits, start, rows, ints, floats, ids, values, state, false);
-      return rejection(logits, start, rows, ints, floats, ids, values, maxima, state, draft_ids, draft_probs);
-    }
+    const Guard guard(rows);
+    const PlanView plan = plan_view(rows, ints, floats, ids, values);
+    TORCH_CHECK(drafts.width == 0 || draft_ids.size(0) == plan.num_rows, "draft_ids must be [R, K]");
+    Tensor partials = at::empty({plan.num_rows, width}, logits.options().dtype(at::kDouble));
+    Backend::unsharded(logits_view(logits, start, rows), plan, drafts, adjusts, {has_min_p, has_top_k, has_top_p}, width,
+                       partials.template mutable_data_ptr<double>());
+    return partials;
   }
 
   static Tensor combine(const Tensor& partials, DFLASH_PLAN, const Tensor& draft_ids, const Tensor& draft_probs,

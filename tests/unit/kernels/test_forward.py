@@ -94,8 +94,8 @@ def test_paged_attention_equals_torch_compiled_and_padded(entries, kv_heads, gro
     assert torch.allclose(got, want, atol=1e-5)
     assert all(torch.equal(arguments[cache], copies[cache]) for cache in (3, 4)), "the caches hold the new rows"
     no_parents = np.zeros(0, dtype=np.int64)
-    padded = PaddedStep(*(table.numpy() for table in arguments[6:10]), no_parents, PAGE_SIZE, "cpu")
-    out = padded.attend(*padded_copies[:6], size**-0.5, window, softcap, is_causal)
+    padded = PaddedStep(*(table.numpy() for table in arguments[6:10]), no_parents, arguments[5], PAGE_SIZE)
+    out = padded.attend(*padded_copies[:5], size**-0.5, window, softcap, is_causal)
     assert torch.allclose(out, want, atol=1e-5)
     assert all(torch.equal(padded_copies[cache], copies[cache]) for cache in (3, 4))
 

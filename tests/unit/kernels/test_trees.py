@@ -49,8 +49,8 @@ def test_attention_in_trees_equals_torch_compiled_and_padded(forest, kv_heads, g
     want = reference.paged_attention(*copies, **kind, parents=parents)
     assert torch.allclose(got, want, atol=1e-5)
     assert all(torch.equal(arguments[cache], copies[cache]) for cache in (3, 4)), "the caches hold the new rows"
-    padded = PaddedStep(*(table.numpy() for table in arguments[6:10]), parents.numpy(), PAGE_SIZE, "cpu")
-    assert torch.allclose(padded.attend(*padded_copies[:6], **kind), want, atol=1e-5)
+    padded = PaddedStep(*(table.numpy() for table in arguments[6:10]), parents.numpy(), arguments[5], PAGE_SIZE)
+    assert torch.allclose(padded.attend(*padded_copies[:5], **kind), want, atol=1e-5)
 
 
 @needs_compiler

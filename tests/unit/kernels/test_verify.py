@@ -1,5 +1,7 @@
 """The verification operators reach the reference's verdict to the bit, whatever the step, the device or the shards."""
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
+from dflash_ray.kernels import reference_floats
 from dflash_ray.kernels.columns import FloatColumn, IntColumn, Mode, PlanTensors, Purpose
 from dflash_ray.kernels.reference_verify import philox, uniforms
 from dflash_ray.sampling.noise import MAX_GUMBEL
@@ -121,8 +124,36 @@ def test_the_noise_is_that_of_the_published_generator(implementation, seed, posi
     noise = implementation.operator("gumbel_noise", tokens)(
         seeds.to(device), positions.to(device), tokens.to(device), int(purpose)
     )
-    want = -np.log(-np.log(uniforms(seed, position, np.array(ids), purpose)))
-    assert np.allclose(noise.cpu().numpy()[0], want, rtol=1e-12, atol=1e-12)
+    expected = reference_floats.gumbel(uniforms(seed, position, np.array(ids), purpose))
+    assert np.array_equal(noise.cpu().numpy()[0], expected)
+
+
+# The ends, both sides of the root of 1/2 with its halves, and words between.
+WORDS = np.unique(
+    np.concatenate(
+        [at + np.arange(-300, 300) for at in (0, 2**24, 11_863_283, 5_931_641, 2**23, 6_172_000)]
+        + [np.arange(0, 2**24, 4099)]
+    ).clip(0, 2**24 - 1)
+)
+
+
+def test_the_noise_is_gumbels_to_a_millionth_and_rises_with_its_uniform():
+    drawn = (WORDS + 0.5) * 2.0**-24
+    noise = reference_floats.gumbel(drawn)
+    exact = -np.log(-np.log(drawn))
+    assert np.abs(noise - exact).max() < 1e-6
+    assert np.diff(noise).min() > -1e-6
+    assert noise.max() < MAX_GUMBEL
+
+
+@given(
+    a=st.floats(-1e4, 1e4, width=32), b=st.floats(-1e4, 1e4, width=32), c=st.floats(-1e4, 1e4, width=32),
+)  # fmt: skip
+def test_a_fused_multiply_add_is_rounded_once(a, b, c):
+    exact = Fraction(a) * Fraction(b) + Fraction(c)
+    got = reference_floats.fma(np.array([a], np.float32), b, np.array([c], np.float32))[0]
+    neighbours = (np.nextafter(got, np.float32(-np.inf)), np.nextafter(got, np.float32(np.inf)))
+    assert all(abs(Fraction(float(got)) - exact) <= abs(Fraction(float(other)) - exact) for other in neighbours)
 
 
 def test_seeds_positions_and_purposes_are_independent_streams():
@@ -136,11 +167,6 @@ def test_seeds_positions_and_purposes_are_independent_streams():
         uniforms(1, 2, ids, Purpose.RESIDUAL),
     ):
         assert abs(np.corrcoef(base, other)[0, 1]) < 0.1
-
-
-def test_the_noise_is_bounded():
-    largest = -np.log(-np.log(1 - 2.0**-25))
-    assert largest < MAX_GUMBEL
 
 
 NUM_DRAWS = 1_000_000

@@ -5,6 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dflash_ray.kernels import build, layer_ops
+from dflash_ray.kernels.attention import PagedAttention, StepTables
 from dflash_ray.models.target_checkpoint import resolve_target
 from dflash_ray.target_group.attention import PagedStep
 from dflash_ray.target_group.device_decoder import DeviceDecoder
@@ -27,7 +28,7 @@ def family(request, tmp_path_factory):
 def run(decoder: DeviceDecoder, cache: PagedCache, tokens: list[int], start: int):
     step = batch([(tokens, start, PAGES)])
     with torch.inference_mode():
-        return decoder(step, PagedStep(step, cache, "cpu", is_padded=True))
+        return decoder(step, PagedStep(step, cache, "cpu"))
 
 
 def made(target, taps: tuple[int, ...] = ()) -> tuple[DeviceDecoder, PagedCache]:
@@ -53,16 +54,15 @@ def test_taps_are_layers_outputs_in_the_order_asked_for(family):
 
 
 class _Count(TorchDispatchMode):
-    """Operators that compute; views and the attention's own are left out."""
+    """Operators that compute; views are left out."""
 
     def __init__(self) -> None:
         super().__init__()
         self.names: list[str] = []
-        self.is_on = True
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         is_view = any(argument.alias_info and not argument.alias_info.is_write for argument in func._schema.arguments)
-        if self.is_on and not is_view:
+        if not is_view:
             self.names.append(func._schema.name)
         return func(*args, **(kwargs or {}))
 
@@ -75,19 +75,14 @@ def test_a_layer_is_nine_operators(tmp_path, monkeypatch):
     decoder, cache = made(resolve_target(str(save_tiny_target("qwen3", tmp_path))))
     run(decoder, cache, TOKENS[:9], 0)
     step = batch([(TOKENS[9:12], 9, PAGES)])
-    paged = PagedStep(step, cache, "cpu", is_padded=True)
-    attend, count = paged.attend, _Count()
-
-    def counted(*arguments):
-        count.names.append("attend")
-        count.is_on = False
-        out = attend(*arguments)
-        count.is_on = True
-        return out
-
-    monkeypatch.setattr(paged, "attend", counted)
+    paged = PagedStep(step, cache, "cpu")
+    expected = run(decoder, cache, TOKENS[9:12], 9)[0]
+    tables = StepTables(*(table.numpy() for table in paged.tables))
+    paged.attention = PagedAttention(tables, paged.slots, PAGE, torch.ops.dflash_ray_emulated.attend_pages)
+    count = _Count()
     with torch.inference_mode(), count:
-        decoder(step, paged)
+        hidden, _ = decoder(step, paged)
+    assert torch.allclose(hidden, expected, atol=1e-4)
     first = count.names.index("dflash_ray_emulated::add_norm")
     layers = count.names[first:-1]
-    assert len(layers) == 9 * LAYERS and layers.count("attend") == LAYERS, layers[:12]
+    assert len(layers) == 9 * LAYERS and layers.count("dflash_ray_emulated::attend_pages") == LAYERS, layers[:12]

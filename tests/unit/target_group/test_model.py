@@ -69,7 +69,7 @@ def test_attention_in_padded_products_equals_transformers(rank_model, tokens, ex
     class Padded(PagedStep):
         def __init__(self, batch, cache, device):
             super().__init__(batch, cache, device)
-            self.padded = PaddedStep(*(table.numpy() for table in self.tables), PAGE, device)
+            self.attention = PaddedStep(*(table.numpy() for table in self.tables), self.slots, PAGE)
 
     monkeypatch.setattr("dflash_ray.target_group.model.PagedStep", Padded)
     first, second = [37, 3, 200, 11, 90, 4, 55, 56, 1, 0], list(range(20, 30))

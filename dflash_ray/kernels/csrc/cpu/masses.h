@@ -8,8 +8,6 @@
 
 namespace dflash_ray {
 
-constexpr float kMassless = -22.3f;  // further below the likeliest token, a token's mass is 0
-
 // Masses of `count` values from `floor` on. What stands behind them up to kChunk is 0.
 inline void masses_of(const float* values, int64_t count, float inv_temperature, float maximum, float floor,
                       float* masses) {

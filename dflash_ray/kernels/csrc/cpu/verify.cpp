@@ -226,7 +226,7 @@ struct CpuBackend {
 
   // All of it for rows that lie here whole, while each is in cache. `width` is that of the partials.
   static void unsharded(const LogitsView& logits, const PlanView& plan, const DraftView& drafts, bool adjusts,
-                        int64_t width, double* partials) {
+                        const Limits&, int64_t width, double* partials) {
     for_rows(logits, [&](auto row, int64_t i) {
       thread_local Scan scan;
       const int64_t* sequence = plan.sequence(plan.row(i)[kRowSequence]);

@@ -59,16 +59,16 @@ class Block {
 
   void barrier() { wait(Fiber::kAtBarrier); }
 
-  // Every lane of the warp gives eight bytes and gets those of lane + delta, or its own past the end.
-  uint64_t shuffle_down(uint64_t value, int delta) {
-    const unsigned lane = current_ % kWarpSize;
+  // Every lane of the warp gives eight bytes and gets those of all lanes, until its next exchange but one.
+  const uint64_t* exchange(uint64_t value) {
     Shuffle& shuffle = shuffles_[current_ / kWarpSize];
     const unsigned turn = shuffle.turn;  // lanes that are behind still read the other half
-    shuffle.values[turn][lane] = value;
+    shuffle.values[turn][lane()] = value;
     wait(Fiber::kAtShuffle);
-    const unsigned from = lane + delta < kWarpSize ? lane + delta : lane;
-    return shuffles_[current_ / kWarpSize].values[turn][from];
+    return shuffles_[current_ / kWarpSize].values[turn];
   }
+
+  unsigned lane() const { return current_ % kWarpSize; }
 
   template <class Array>
   Array& shared(const void* key, const char* name) {
@@ -271,12 +271,59 @@ void launch(int64_t blocks, unsigned threads, const Body& body) {
 
 inline void __syncthreads() { simt::block().barrier(); }
 
+inline void __threadfence() {}
+
+namespace simt {
+
 template <class T>
-T __shfl_down_sync(unsigned, T value, int delta) {
-  static_assert(sizeof(T) <= sizeof(uint64_t));
-  uint64_t bits = 0;
-  std::memcpy(&bits, &value, sizeof value);
-  bits = simt::block().shuffle_down(bits, delta);
+T value_of_bits(uint64_t bits) {
+  static_assert(sizeof(T) <= sizeof bits);
+  T value;
   std::memcpy(&value, &bits, sizeof value);
   return value;
+}
+
+template <class T>
+uint64_t bits_of_value(T value) {
+  uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof value);
+  return bits;
+}
+
+}  // namespace simt
+
+// Past the end of the warp a lane gets its own value.
+template <class T>
+T __shfl_down_sync(unsigned, T value, int delta) {
+  const unsigned from = simt::block().lane() + delta;
+  const uint64_t* all = simt::block().exchange(simt::bits_of_value(value));
+  return simt::value_of_bits<T>(all[from < simt::kWarpSize ? from : simt::block().lane()]);
+}
+
+template <class T>
+T __shfl_sync(unsigned, T value, int from) {
+  return simt::value_of_bits<T>(simt::block().exchange(simt::bits_of_value(value))[from]);
+}
+
+inline unsigned __ballot_sync(unsigned, bool vote) {
+  const uint64_t* all = simt::block().exchange(vote);
+  unsigned votes = 0;
+  for (unsigned lane = 0; lane < simt::kWarpSize; ++lane) votes |= static_cast<unsigned>(all[lane]) << lane;
+  return votes;
+}
+
+inline unsigned __reduce_add_sync(unsigned, unsigned value) {
+  const uint64_t* all = simt::block().exchange(value);
+  unsigned sum = 0;
+  for (unsigned lane = 0; lane < simt::kWarpSize; ++lane) sum += static_cast<unsigned>(all[lane]);
+  return sum;
+}
+
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+inline int __ffs(unsigned bits) { return __builtin_ffs(static_cast<int>(bits)); }
+
+// On memory of the device; shared arrays have their own.
+template <class T>
+T atomicAdd(T* at, T value) {
+  return std::exchange(*at, *at + value);
 }

@@ -1,27 +1,21 @@
-// Verification on a GPU: one block a row reads its logits once, in 16-byte loads; the rest is a few numbers a row.
+// Verification on a GPU. Kernels over logits are in tiles.cuh, drawing.cuh and thresholds.cuh; here is the rest, and the
+// launches.
 //
-// Launch shapes depend on shapes alone, nothing is allocated and nobody waits, so that a step can be captured in a graph.
-// Each thread prunes by its own best token: a token's noise is drawn only where its bound could still win.
+// Launch shapes depend on shapes alone, memory comes from torch's allocator and nobody waits, so that a step can be
+// captured in a graph.
 
 #include "backend.h"
-#include "simt.cuh"
-#include "../scalars.h"
+#include "drawing.cuh"
+#include "thresholds.cuh"
 
 namespace dflash_ray {
 namespace {
-
-constexpr int kGroup = 4;  // tokens that share a counter
 
 template <class T>
 struct alignas(16) Loaded {
   static constexpr int kCount = 16 / sizeof(T);
   T values[kCount];
 };
-
-template <class T>
-DFLASH_DEVICE Row<T> row_of(const LogitsView& logits, int64_t i) {
-  return {static_cast<T*>(logits.data) + i * logits.stride, logits.size, logits.start};
-}
 
 // Calls use(index, value) for every value of a row: this thread's share, in ascending order.
 template <class T, class Use>
@@ -59,199 +53,17 @@ DFLASH_DEVICE void adjust(const PlanView& plan, int64_t i, Row<T>& row) {
   __syncthreads();
 }
 
-// What a thread has seen of a row.
-struct Seen {
-  Best best;
-  float maximum = kMinusInf;
-  bool is_bad = false;
-
-  DFLASH_DEVICE void note(float value) {
-    maximum = value > maximum ? value : maximum;
-    is_bad |= value != value || value == INFINITY;
-  }
-};
-
-// Thread 0 writes the block's part of a row.
-DFLASH_DEVICE void write_partial(const Seen& seen, float scale, double* partial) {
-  DFLASH_SHARED(Best, bests, kWarps);
-  DFLASH_SHARED(float, maxima, kWarps);
-  DFLASH_SHARED(int, flags, kWarps);
-  const Best best = block_reduce(seen.best, bests, TakeBest());
-  const float maximum = block_reduce(seen.maximum, maxima, TakeMaximum());
-  const int is_bad = block_reduce(static_cast<int>(seen.is_bad), flags, TakeSum());
-  if (threadIdx.x == 0) {
-    partial[kBestScore] = is_bad ? static_cast<double>(kMinusInf) : best.score;
-    partial[kBestToken] = is_bad ? -1.0 : static_cast<double>(best.token);
-    partial[kMaximum] = maximum * scale;
-    partial[kIsBad] = is_bad != 0;
-  }
-}
-
 template <class T>
-DFLASH_DEVICE void see_greedy(const Row<T>& row, Seen& seen) {
-  for_values(row, [&](int64_t index, float value) {
-    if (value > seen.maximum) seen.best = {value, row.start + index};
-    seen.note(value);
-  });
-}
-
-// Four tokens of one counter; outside the row they are -inf. One load where they lie together.
-template <class T>
-DFLASH_DEVICE void load_group(const Row<T>& row, int64_t index, float (&values)[kGroup]) {
-  struct alignas(kGroup * sizeof(T)) Quad {
-    T values[kGroup];
-  };
-  const T* from = row.data + index;
-  if (index >= 0 && index + kGroup <= row.size && reinterpret_cast<uintptr_t>(from) % sizeof(Quad) == 0) {
-    const Quad quad = *reinterpret_cast<const Quad*>(from);
-    for (int j = 0; j < kGroup; ++j) values[j] = to_float(quad.values[j]);
-    return;
-  }
-  for (int j = 0; j < kGroup; ++j) {
-    values[j] = index + j >= 0 && index + j < row.size ? to_float(from[j]) : kMinusInf;
-  }
-}
-
-template <class T>
-DFLASH_DEVICE void see_drawn(const Row<T>& row, const RowDraw& draw, Seen& seen) {
-  const int64_t first = row.start / kGroup, last = (row.start + row.size + kGroup - 1) / kGroup;
-  for (int64_t group = first + threadIdx.x; group < last; group += kThreads) {
-    const int64_t index = group * kGroup - row.start;
-    float values[kGroup];
-    load_group(row, index, values);
-    float highest = kMinusInf;
-    for (int j = 0; j < kGroup; ++j) {
-      seen.note(values[j]);
-      highest = values[j] > highest ? values[j] : highest;
-    }
-    highest *= draw.inv_temperature;
-    if (highest == kMinusInf || highest < draw.floor) continue;
-    const double gap = seen.best.token < 0 ? 0 : seen.best.score - static_cast<double>(highest);
-    const uint32_t needed = word_that_may_reach(static_cast<float>(gap));
-    if (needed == kNoWord) continue;
-    const Words words = noise_words(draw.seed, draw.position, group, draw.purpose);
-    for (int j = 0; j < kGroup; ++j) {
-      if (words.at[j] >> 8 < needed || index + j < 0 || index + j >= row.size) continue;
-      consider(draw, values[j] * draw.inv_temperature, words.at[j], row.start + index + j, seen.best);
-    }
-  }
-}
-
-DFLASH_DEVICE float floor_of(const int64_t* states, int64_t row) {
-  return states ? value_of_key(static_cast<uint32_t>(states[row * kStateColumns + kFloorKey])) : kMinusInf;
-}
-
-DFLASH_DEVICE float scale_of(const PlanView& plan, int64_t row) {
-  const float* parameters = plan.parameters(plan.row(row)[kRowSequence]);
-  return is_greedy(parameters) ? 1.0f : parameters[kInvTemperature];
-}
-
-template <class T>
-DFLASH_DEVICE void draw_row(const Row<T>& row, int64_t i, const PlanView& plan, const int64_t* states,
-                            const DraftView& drafts, double* partial) {
-  Seen seen;
-  if (is_greedy(plan.parameters(plan.row(i)[kRowSequence]))) {
-    see_greedy(row, seen);
-  } else {
-    see_drawn(row, row_draw(plan, drafts, i, floor_of(states, i)), seen);
-  }
-  write_partial(seen, scale_of(plan, i), partial);
-}
-
-template <class T>
-DFLASH_KERNEL prepare_kernel(LogitsView logits, PlanView plan, double* stats) {
+DFLASH_KERNEL adjust_kernel(LogitsView logits, PlanView plan) {
   Row<T> row = row_of<T>(logits, blockIdx.x);
   adjust(plan, blockIdx.x, row);
-  Seen seen;
-  for_values(row, [&](int64_t, float value) { seen.note(value); });
-  DFLASH_SHARED(float, maxima, kWarps);
-  DFLASH_SHARED(int, flags, kWarps);
-  const float maximum = block_reduce(seen.maximum, maxima, TakeMaximum());
-  const int is_bad = block_reduce(static_cast<int>(seen.is_bad), flags, TakeSum());
-  if (threadIdx.x == 0) {
-    stats[2 * blockIdx.x] = maximum * scale_of(plan, blockIdx.x);
-    stats[2 * blockIdx.x + 1] = is_bad != 0;
-  }
 }
 
-template <class T>
-DFLASH_KERNEL greedy_kernel(LogitsView logits, PlanView plan, bool adjusts, double* partials) {
-  Row<T> row = row_of<T>(logits, blockIdx.x);
-  if (adjusts) adjust(plan, blockIdx.x, row);
-  Seen seen;
-  see_greedy(row, seen);
-  write_partial(seen, 1.0f, partials + blockIdx.x * kPlainPartials);
-}
-
-template <class T>
-DFLASH_KERNEL coupled_kernel(LogitsView logits, PlanView plan, const int64_t* states, bool adjusts, double* partials) {
-  Row<T> row = row_of<T>(logits, blockIdx.x);
-  if (adjusts) adjust(plan, blockIdx.x, row);
-  draw_row(row, blockIdx.x, plan, states, {}, partials + blockIdx.x * kPlainPartials);
-}
-
-template <class T>
-DFLASH_KERNEL rejection_kernel(LogitsView logits, PlanView plan, const double* maxima, const int64_t* states,
-                               DraftView drafts, double* partials) {
-  const int64_t i = blockIdx.x;
-  const Row<T> row = row_of<T>(logits, i);
-  double* partial = partials + i * (kDraftMass + drafts.width);
-  draw_row(row, i, plan, states, drafts, partial);
-  const bool judged = is_judged(plan, drafts, i);
-  const float scale = scale_of(plan, i), maximum = static_cast<float>(maxima[i]), floor = floor_of(states, i);
-  long long mass = 0;
-  if (judged) {
-    for_values(row, [&](int64_t, float value) { mass += value * scale >= floor ? mass_of(value, scale, maximum) : 0; });
-  }
-  DFLASH_SHARED(long long, masses, kWarps);
-  mass = block_reduce(mass, masses, TakeSum());
-  if (threadIdx.x == 0) partial[kMass] = static_cast<double>(mass);
-  for (int64_t j = threadIdx.x; j < drafts.width; j += kThreads) {
-    const int64_t token = drafts.ids[i * drafts.width + j];
-    const bool counts = judged && row.has(token) && row.get(token) * scale >= floor;
-    partial[kDraftMass + j] = counts ? static_cast<double>(mass_of(row.get(token), scale, maximum)) : 0.0;
-  }
-}
-
-DFLASH_KERNEL threshold_start_kernel(const double* maxima, PlanView plan, int64_t* states) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (i < plan.num_rows) {
-    start_threshold(plan.parameters(plan.row(i)[kRowSequence]), maxima[i], states + i * kStateColumns);
-  }
-}
-
-template <class T>
-DFLASH_KERNEL threshold_histogram_kernel(LogitsView logits, PlanView plan, const double* maxima, const int64_t* states,
-                                         int index, int64_t* histograms) {
-  DFLASH_SHARED(unsigned long long, bins, kBins);
-  static_assert(kThreads == kBins);
-  bins[threadIdx.x] = 0ull;
-  __syncthreads();
-  const int64_t i = blockIdx.x, s = plan.row(i)[kRowSequence];
-  const Round round(index);
-  if (round.concerns(plan.sequence(s), plan.parameters(s))) {
-    const int64_t* state = states + i * kStateColumns;
-    const float scale = plan.parameters(s)[kInvTemperature], maximum = static_cast<float>(maxima[i]);
-    for_values(row_of<T>(logits, i), [&](int64_t, float value) {
-      const uint32_t key = key_of(value * scale);
-      if (!round.has(key, state)) return;
-      const unsigned long long weight = round.is_top_k ? 1 : mass_of(value, scale, maximum);
-#ifdef __CUDACC__
-      atomicAdd(&bins[key >> round.shift & (kBins - 1)], weight);
-#else
-      bins.add(key >> round.shift & (kBins - 1), weight);
-#endif
-    });
-  }
-  __syncthreads();
-  histograms[i * kBins + threadIdx.x] = static_cast<int64_t>(bins[threadIdx.x]);
-}
-
-DFLASH_KERNEL threshold_narrow_kernel(const int64_t* histograms, PlanView plan, int round, int64_t* states) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (i >= plan.num_rows) return;
-  const int64_t s = plan.row(i)[kRowSequence];
-  narrow_threshold(round, plan.sequence(s), plan.parameters(s), histograms + i * kBins, states + i * kStateColumns);
+DFLASH_KERNEL stats_kernel(PlanView plan, const Tile* tiles, int tiles_of_row, double* stats) {
+  const RowPeak peak = row_peak(tiles + blockIdx.x * tiles_of_row, tiles_of_row);
+  if (threadIdx.x != 0) return;
+  stats[2 * blockIdx.x] = peak.maximum * scale_of(plan, blockIdx.x);
+  stats[2 * blockIdx.x + 1] = peak.is_bad;
 }
 
 DFLASH_KERNEL combine_kernel(PartialsView partials, PlanView plan, DraftView drafts, int64_t depth, int64_t* outcomes) {
@@ -327,19 +139,109 @@ DFLASH_KERNEL noise_kernel(const int64_t* seeds, const int64_t* positions, const
 
 int64_t blocks_for(int64_t threads) { return (threads + kThreads - 1) / kThreads; }
 
-}  // namespace
+// Enough blocks to keep the largest GPUs busy, by number of streaming multiprocessors.
+constexpr int64_t kWantedBlocks = 4 * 132;
+
+Spans spans_of(int64_t num_rows, int tiles) {
+  const int64_t wanted = (kWantedBlocks + num_rows - 1) / num_rows, most = (tiles + 1) / 2;
+  const int64_t least = (tiles + kTilesOfCounts - 1) / kTilesOfCounts;
+  const int64_t count = wanted < most ? wanted : most, enough = least > 1 ? least : 1;
+  return {static_cast<unsigned>(count > enough ? count : enough), static_cast<unsigned>(tiles)};
+}
 
 // A launch of no blocks is an error, so empty steps launch nothing.
-#define DFLASH_LAUNCH_ROWS(kernel, logits, ...)                                                               \
-  do {                                                                                                        \
-    if ((logits).num_rows == 0) break;                                                                        \
-    if ((logits).kind == Kind::kFloat32) DFLASH_LAUNCH(kernel<float>, (logits).num_rows, __VA_ARGS__);        \
-    if ((logits).kind == Kind::kBfloat16) DFLASH_LAUNCH(kernel<Bfloat16>, (logits).num_rows, __VA_ARGS__);    \
-    if ((logits).kind == Kind::kFloat16) DFLASH_LAUNCH(kernel<Float16>, (logits).num_rows, __VA_ARGS__);      \
+#define DFLASH_LAUNCH_LOGITS(threads, kernel, logits, blocks, ...)                                              \
+  do {                                                                                                          \
+    if ((blocks) == 0) break;                                                                                   \
+    if ((logits).kind == Kind::kFloat32) DFLASH_LAUNCH_WITH(threads, kernel<float>, blocks, __VA_ARGS__);       \
+    if ((logits).kind == Kind::kBfloat16) DFLASH_LAUNCH_WITH(threads, kernel<Bfloat16>, blocks, __VA_ARGS__);   \
+    if ((logits).kind == Kind::kFloat16) DFLASH_LAUNCH_WITH(threads, kernel<Float16>, blocks, __VA_ARGS__);     \
   } while (false)
 
+// What is noted of a step's rows between launches, in memory that goes back to torch's allocator at the end.
+class Notes {
+ public:
+  Notes(const LogitsView& logits, bool searches)
+      : num_rows_(logits.num_rows),
+        tiles_of_row_(num_tiles(logits)),
+        spans_(spans_of(num_rows_ + (num_rows_ == 0), tiles_of_row_)) {
+    // Twice: for the size, then for the places.
+    for (int pass = 0; pass < 2; ++pass) {
+      at_ = 0;
+      place(tiles, num_rows_ * tiles_of_row_);
+      place(counters, num_rows_ * kCounters);
+      place(parts, num_rows_ * spans_.count);
+      place(search.searches, searches ? num_rows_ : 0);
+      place(search.bins, searches ? num_rows_ * kSearchBins : 0);
+      place(search.gathered, searches ? num_rows_ * kCapacity : 0);
+      place(search.states, searches ? num_rows_ * kStateColumns : 0);
+      if (pass == 0) memory_ = scratch_memory(at_);
+    }
+    search.tiles = tiles;
+    search.counters = counters;
+  }
+
+  void peek(const LogitsView& logits) const {
+    const int64_t warps = num_rows_ * tiles_of_row_;
+    const int threads = warps < kWarps * kWantedBlocks ? 2 * kWarp : kThreads;  // small blocks reach more of the GPU
+    const int64_t blocks = (warps * kWarp + threads - 1) / threads;
+    DFLASH_LAUNCH_LOGITS(threads, peek_kernel, logits, blocks, logits, tiles, counters);
+  }
+
+  void draw(const LogitsView& logits, const PlanView& plan, const double* maxima, const int64_t* states,
+            const DraftView& drafts, int64_t width, bool is_greedy, double* partials) const {
+    const Spans spans = is_greedy ? Spans{1, spans_.tiles} : spans_;
+    DFLASH_LAUNCH_LOGITS(kThreads, draw_kernel, logits, num_rows_ * spans.count, logits, plan, spans, tiles, counters,
+                         parts, maxima, states, drafts, width, partials);
+  }
+
+  // The lowest kept values, as a state.
+  const int64_t* threshold(const LogitsView& logits, const PlanView& plan, const Limits& limits) const {
+    const int64_t blocks = num_rows_ * spans_.count;
+    if (num_rows_) DFLASH_LAUNCH(begin_search_kernel, num_rows_, plan, tiles_of_row_, search);
+    if (limits.has_top_k) {
+      DFLASH_LAUNCH_LOGITS(kThreads, search_kernel, logits, blocks, logits, plan, spans_, search, true);
+    }
+    if (limits.has_top_p) {
+      DFLASH_LAUNCH_LOGITS(kThreads, mass_bins_kernel, logits, blocks, logits, plan, spans_, search);
+      DFLASH_LAUNCH_LOGITS(kThreads, search_kernel, logits, blocks, logits, plan, spans_, search, false);
+    }
+    return search.states;
+  }
+
+  void stats(const PlanView& plan, double* out) const {
+    if (num_rows_) DFLASH_LAUNCH(stats_kernel, num_rows_, plan, tiles, tiles_of_row_, out);
+  }
+
+ private:
+  template <class T>
+  void place(T*& to, int64_t count) {
+    constexpr int64_t kAlignment = 16;
+    to = reinterpret_cast<T*>(reinterpret_cast<uintptr_t>(memory_.get()) + at_);
+    at_ += (count * static_cast<int64_t>(sizeof(T)) + kAlignment - 1) / kAlignment * kAlignment;
+  }
+
+  int64_t num_rows_, at_ = 0;
+  int tiles_of_row_;
+  Spans spans_;
+  std::shared_ptr<char> memory_;
+  Tile* tiles = nullptr;
+  unsigned* counters = nullptr;
+  Part* parts = nullptr;
+  ThresholdScratch search{};
+};
+
+void adjust_rows(const LogitsView& logits, const PlanView& plan) {
+  DFLASH_LAUNCH_LOGITS(kThreads, adjust_kernel, logits, logits.num_rows, logits, plan);
+}
+
+}  // namespace
+
 void CudaBackend::prepare(const LogitsView& logits, const PlanView& plan, double* stats) {
-  DFLASH_LAUNCH_ROWS(prepare_kernel, logits, logits, plan, stats);
+  const Notes notes(logits, false);
+  adjust_rows(logits, plan);
+  notes.peek(logits);
+  notes.stats(plan, stats);
 }
 
 void CudaBackend::threshold_start(const double* maxima, const PlanView& plan, int64_t* states) {
@@ -348,7 +250,8 @@ void CudaBackend::threshold_start(const double* maxima, const PlanView& plan, in
 
 void CudaBackend::threshold_histogram(const LogitsView& logits, const PlanView& plan, const double* maxima,
                                       const int64_t* states, int round, int64_t* histograms) {
-  DFLASH_LAUNCH_ROWS(threshold_histogram_kernel, logits, logits, plan, maxima, states, round, histograms);
+  DFLASH_LAUNCH_LOGITS(kThreads, threshold_histogram_kernel, logits, logits.num_rows, logits, plan, maxima, states,
+                       round, histograms);
 }
 
 void CudaBackend::threshold_narrow(const int64_t* histograms, const PlanView& plan, int round, int64_t* states) {
@@ -356,17 +259,35 @@ void CudaBackend::threshold_narrow(const int64_t* histograms, const PlanView& pl
 }
 
 void CudaBackend::greedy(const LogitsView& logits, const PlanView& plan, bool adjusts, double* partials) {
-  DFLASH_LAUNCH_ROWS(greedy_kernel, logits, logits, plan, adjusts, partials);
+  const Notes notes(logits, false);
+  if (adjusts) adjust_rows(logits, plan);
+  notes.peek(logits);
+  notes.draw(logits, plan, nullptr, nullptr, {}, kPlainPartials, true, partials);
 }
 
 void CudaBackend::coupled(const LogitsView& logits, const PlanView& plan, const int64_t* states, bool adjusts,
                           double* partials) {
-  DFLASH_LAUNCH_ROWS(coupled_kernel, logits, logits, plan, states, adjusts, partials);
+  const Notes notes(logits, false);
+  if (adjusts) adjust_rows(logits, plan);
+  notes.peek(logits);
+  notes.draw(logits, plan, nullptr, states, {}, kPlainPartials, false, partials);
 }
 
 void CudaBackend::rejection(const LogitsView& logits, const PlanView& plan, const double* maxima, const int64_t* states,
                             const DraftView& drafts, double* partials) {
-  DFLASH_LAUNCH_ROWS(rejection_kernel, logits, logits, plan, maxima, states, drafts, partials);
+  const Notes notes(logits, false);
+  notes.peek(logits);
+  notes.draw(logits, plan, maxima, states, drafts, kDraftMass + drafts.width, false, partials);
+}
+
+void CudaBackend::unsharded(const LogitsView& logits, const PlanView& plan, const DraftView& drafts, bool adjusts,
+                            const Limits& limits, int64_t width, double* partials) {
+  const bool searches = limits.has_min_p || limits.has_top_k || limits.has_top_p;
+  const Notes notes(logits, searches);
+  if (adjusts) adjust_rows(logits, plan);
+  notes.peek(logits);
+  const int64_t* states = searches ? notes.threshold(logits, plan, limits) : nullptr;
+  notes.draw(logits, plan, nullptr, states, drafts, width, false, partials);
 }
 
 void CudaBackend::combine(const PartialsView& partials, const PlanView& plan, const DraftView& drafts, int64_t depth,
@@ -384,7 +305,7 @@ void CudaBackend::commit(const int64_t* outcomes, int64_t width, const PlanView&
 }
 
 void CudaBackend::logprobs(const LogitsView& logits, const int64_t* chosen, int64_t num_top, double* out) {
-  DFLASH_LAUNCH_ROWS(logprobs_kernel, logits, logits, chosen, num_top, out);
+  DFLASH_LAUNCH_LOGITS(kThreads, logprobs_kernel, logits, logits.num_rows, logits, chosen, num_top, out);
 }
 
 void CudaBackend::noise(const int64_t* seeds, const int64_t* positions, const int64_t* ids, int64_t count,
