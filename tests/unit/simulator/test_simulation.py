@@ -100,19 +100,51 @@ def random_workload(seed: int) -> tuple[Workload, int]:
     return load, draw.choice([0, 1, 2])
 
 
+SHORT = 150  # steps
+
+
 def is_bounded(seed: int) -> bool:
-    """Over the whole workload, trials of a group that has just started included."""
+    """Whether a workload's steps take at most 2 % longer than plain ones for the same tokens, first trials included.
+
+    Not the time until the last request ends: with nearly as many clients as requests that is the longest answer's,
+    which gains nothing when the others end sooner and leave it alone. In less than 150 steps 2 % is less than the first
+    trials take, so there three plain steps are allowed.
+    """
     load, num_drafters = random_workload(seed)
-    plain = simulate(Deployment(CPU, "off", num_drafters), load)
-    adaptive = simulate(Deployment(CPU, "adaptive", num_drafters), load)
-    return adaptive.seconds <= 1.05 * plain.seconds
+    outcome = simulate(Deployment(CPU, "adaptive", num_drafters), load)
+    lost = outcome.seconds - outcome.plain_seconds
+    longest_step = CPU.pass_seconds(load.clients or 0, load.clients or 0, 0, 0)
+    return lost <= max(0.02 * outcome.plain_seconds, 3 * longest_step * (len(outcome.steps) < SHORT))
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_random_workloads_lose_at_most_a_twentieth_against_plain_decoding(seed):
+def test_random_workloads_lose_at_most_2_percent_against_plain_decoding(seed):
     assert is_bounded(seed)
 
 
 @pytest.mark.slow
-def test_many_random_workloads_lose_at_most_a_twentieth_against_plain_decoding():
+def test_many_random_workloads_lose_at_most_2_percent_against_plain_decoding():
     assert [seed for seed in range(4, 64) if not is_bounded(seed)] == []
+
+
+def test_what_plain_decoding_would_take_is_what_it_takes():
+    outcome = simulate(Deployment(CPU, "off"), workload(clients=3, requests=6))
+    assert outcome.seconds == pytest.approx(outcome.plain_seconds, rel=0.005)
+
+
+@pytest.mark.parametrize("num_drafters", [0, 1])
+def test_a_group_at_rest_decodes_as_quickly_as_one_without_speculation(num_drafters):
+    """Its plain steps run ahead as well, wherever the drafter is, and few sequences are opened with features."""
+    load = workload(clients=4, requests=48, acceptance=(0.0,), spread=0.2)
+    profile = CPU.model_copy(update={"host": 0.006})
+    plain = simulate(Deployment(profile, "off", num_drafters), load)
+    simulation = Simulation(Deployment(profile, "adaptive", num_drafters), load)
+    run, have_features = simulation._target.run, []
+
+    def run_and_count(step):
+        have_features.extend(opened.wants_features for opened in step.open)
+        return run(step)
+
+    simulation._target.run = run_and_count
+    assert simulation.run().seconds < 1.02 * plain.seconds
+    assert sum(have_features) < 0.5 * len(have_features) == 24
