@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from statistics import median
 
@@ -127,16 +126,6 @@ class CostModel:
     def slot_seconds(self, is_split: bool) -> float:
         """What one more slot of a draft adds to the wait."""
         return self._waits[is_split].weight(2)
-
-    def seed(self, passes: Iterable[tuple[Batch, float]], waits: Iterable[tuple[int, int, float]]) -> None:
-        """Times of a profile: passes without drafts chosen here, and (sequences, slots, seconds) of drafts."""
-        self._passes.seed(
-            (_group(batch), batch.num_rows, _pass_terms(batch, np.array([batch.num_rows], float))[0].tolist(), seconds)
-            for batch, seconds in passes
-        )
-        self._waits[False].seed(
-            (0, num_drafted, [1.0, num_drafted, num_slots], seconds) for num_drafted, num_slots, seconds in waits
-        )
 
 
 def _unknown_waits() -> dict[bool, PassTimes]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
@@ -43,13 +43,11 @@ class _Bucket:
     Attributes:
         terms: of the law, their moving average over the passes.
         seconds: of the last passes, at the machine's usual speed.
-        is_seed: they come from a profile, and the first time that is measured here takes their place.
     """
 
     terms: Floats
     row: int
     seconds: deque[float] = field(default_factory=lambda: deque(maxlen=KEPT))
-    is_seed: bool = False
     seen_at: int = 0
 
     @property
@@ -80,7 +78,7 @@ class PassTimes:
 
     @property
     def is_known(self) -> bool:
-        """Whether any time was seen or seeded."""
+        """Whether any time was seen."""
         return bool(self._groups)
 
     @property
@@ -88,22 +86,14 @@ class PassTimes:
         """How much slower the machine is now than usually."""
         return math.exp(self._log_drift)
 
-    def seed(self, passes: Iterable[tuple[int, int, Sequence[float], float]]) -> None:
-        """Times of a profile: (group, row, terms, seconds)."""
-        for group, row, terms, seconds in passes:
-            cell = self._cell(group, row, np.array(terms, float))
-            cell.seconds.append(seconds)
-            cell.is_seed = True
-        self._fit()
-
     def weight(self, term: int) -> float:
         """Seconds that the law gives one more of a term."""
         return float(self._law[term]) * self.drift if self.is_known else 0.0
 
     def num_seen(self, group: int, row: int) -> int:
-        """Times kept of a bucket, measured here."""
+        """Times kept of a bucket."""
         cell = self._groups.get(group, {}).get(bucket(row))
-        return 0 if cell is None or cell.is_seed else len(cell.seconds)
+        return 0 if cell is None else len(cell.seconds)
 
     def error(self, group: int, row: int) -> float:
         """How far the time of such passes may be off, as a part of it: one standard error of their median."""
@@ -116,14 +106,11 @@ class PassTimes:
             self._law = self._prior * seconds * float(np.dot(self._prior, self._unit)) / float(self._prior @ values)
         expected = self.steady(group, np.array([row], float), values[None])[0]
         cell = self._cell(group, row, values)
-        if cell.is_seed or len(cell.seconds) >= _TRUSTED:
+        if len(cell.seconds) >= _TRUSTED:
             surprise = math.log(max(seconds, 1e-9) / max(expected, 1e-9)) - self._log_drift
             surprise = min(_MOST_DRIFT, max(-_MOST_DRIFT, surprise))
             self._log_drift += _DRIFT_WEIGHT * surprise
             self._spread += _SPREAD_WEIGHT * (abs(surprise) - self._spread)
-        if cell.is_seed:
-            cell.seconds.clear()
-            cell.is_seed = False
         cell.seconds.append(seconds / self.drift)
         cell.terms += 0.25 * (values - cell.terms)
         cell.seen_at = self._num_seen
@@ -166,7 +153,7 @@ class PassTimes:
         terms = np.array([cell.terms for cell in cells])
         seconds = np.array([cell.median for cell in cells])
         age = np.array([self._num_seen - cell.seen_at for cell in cells])
-        count = np.array([1 if cell.is_seed else len(cell.seconds) for cell in cells])
+        count = np.array([len(cell.seconds) for cell in cells])
         weight = np.sqrt(count * 0.5 ** (age / _OLD)) / seconds
         scale = float(np.median(seconds / (terms @ self._prior)))
         lean = 0.3 * np.maximum(1.0, np.max(terms, axis=0)) / float(np.median(seconds))

@@ -104,12 +104,11 @@ SHORT = 150  # steps
 
 
 def is_bounded(seed: int) -> bool:
-    """Whether a workload's steps take at most 2 % longer than plain ones for the same tokens, trials of a group that has
-    just started included.
+    """Whether a workload's steps take at most 2 % longer than plain ones for the same tokens, first trials included.
 
-    Not the time until the last request ends: with nearly as many clients as requests that is the longest answer's, which
-    gains nothing when the others end sooner and leave it alone. In less than 150 steps 2 % is less than the first trials
-    take, so there three plain steps are allowed.
+    Not the time until the last request ends: with nearly as many clients as requests that is the longest answer's,
+    which gains nothing when the others end sooner and leave it alone. In less than 150 steps 2 % is less than the first
+    trials take, so there three plain steps are allowed.
     """
     load, num_drafters = random_workload(seed)
     outcome = simulate(Deployment(CPU, "adaptive", num_drafters), load)

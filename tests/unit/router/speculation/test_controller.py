@@ -252,12 +252,6 @@ def test_a_cold_group_decodes_plainly_first():
         assert (asks[0] > 0) == (step == 3)
 
 
-def test_a_profile_spares_nothing_but_the_first_idea_of_the_costs():
-    controller = SpeculationController(1)
-    controller.costs.seed([(Batch(1, rows, 100), 0.03 + 0.001 * rows) for rows in (1, 4, 8)], [(1, 7, 0.005)])
-    assert controller.costs.is_known
-
-
 def test_steps_that_were_lost_with_their_target_are_forgotten():
     controller = SpeculationController(1)
     controller.open(0, Policy.ADAPTIVE, 7)

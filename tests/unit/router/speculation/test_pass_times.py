@@ -91,17 +91,6 @@ def test_prompts_do_not_spoil_the_times_of_steps_without():
     assert costs.num_plain(PLAIN[0]) > 5
 
 
-def test_a_profile_speaks_until_something_is_measured():
-    costs = CostModel()
-    costs.seed([(Batch(1, rows, 100), 0.010 + 0.001 * rows) for rows in (1, 4, 8, 16)], [(1, 7, 0.004), (8, 56, 0.012)])
-    assert costs.is_known and costs.num_plain(PLAIN[0]) == 0
-    assert expected(costs, PLAIN[0], 7) == pytest.approx(0.018, rel=0.05)
-    assert waited(costs, 8, 56) == pytest.approx(0.012, rel=0.05)
-    for _ in range(20):
-        costs.saw_pass(PLAIN[0], 0, 0.030)
-    assert expected(costs, PLAIN[0], 0) == pytest.approx(0.030, rel=0.05)
-
-
 def waited(costs: CostModel, count: int, slots: int, usual: float = 0.03) -> float:
     return float(costs.wait_seconds(np.array([count]), np.array([slots]), False, usual)[0])
 
