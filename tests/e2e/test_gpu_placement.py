@@ -4,6 +4,7 @@ import os
 
 import pytest
 import ray
+from ray.cluster_utils import Cluster
 from ray.util.placement_group import placement_group
 
 from dflash_ray.app import AppStartError, _actor_options, running_app
@@ -54,3 +55,19 @@ def test_gpus_that_this_machine_does_not_have_are_said_at_once():
     config = load_config(None, [*SHARED, "target.num_replicas=40", *ports])
     with pytest.raises(AppStartError, match=r"GPU are asked for.*target\.placement\.num_gpus 24"), running_app(config):
         pass
+
+
+@pytest.mark.slow
+def test_a_cluster_that_does_not_grow_is_left_after_a_while_and_what_waits_is_named(monkeypatch):
+    monkeypatch.setenv("RAY_SERVE_SLOW_STARTUP_WARNING_S", "5")  # when Serve says so, to which the cluster's own holds
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "num_gpus": 1})
+    monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+    ports = [f"gateway.http_port={free_port()}", f"gateway.grpc_port={free_port()}"]
+    overrides = ["target.device=cuda", "target.tp_size=2", "drafter.method=none", "target.init_timeout_s=10", *ports]
+    try:
+        message = r"(?s)no place in the cluster within target\.init_timeout_s \(10 s\).*Target: .*GPU"
+        with pytest.raises(AppStartError, match=message), running_app(load_config(None, overrides)):
+            pass
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
