@@ -167,10 +167,10 @@ def test_steps_of_a_group_at_rest_are_passed_over_without_a_look_at_drafts():
     loop = Loop(SMALL, 1, lambda *_: 0.0).run(300)
     slots = np.zeros(1, np.int64)
     passed_over = 0
-    for _ in range(16):
+    for _ in range(32):
         passed_over += loop.controller.passes_over(slots, loop.now)
         loop.step(0)
-    assert passed_over >= 10
+    assert passed_over >= 20
 
 
 def candidates(count: int, drafts: int = 7, match_lens=None, ngram_lens=None) -> Candidates:
