@@ -83,15 +83,16 @@ class HostAttention:
 
     def __init__(self, tables: StepTables, slots: Tensor, page_size: int) -> None:
         self._slots, self._page_size = slots, page_size
-        *self._tables, self._parents = map(torch.from_numpy, tables)
+        self._tables = [torch.from_numpy(table) for table in tables]
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, scale: float,
         window: int = 0, softcap: float = 0.0, is_causal: bool = True,
     ) -> Tensor:  # fmt: skip
+        lens, contexts, page_counts, pages, parents = self._tables
         return ops.paged_attention(
-            query, key, value, key_cache, value_cache, self._slots, *self._tables, self._page_size, scale, window,
-            softcap, is_causal, self._parents,
+            query, key, value, key_cache, value_cache, self._slots, lens, contexts, page_counts, pages,
+            self._page_size, scale, window, softcap, is_causal, parents,
         )  # fmt: skip
 
 
