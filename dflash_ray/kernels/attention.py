@@ -86,7 +86,7 @@ class HostAttention:
 
     def __init__(self, tables: StepTables, slots: Tensor, page_size: int) -> None:
         self._slots, self._page_size = slots, page_size
-        *self._tables, self._parents = map(torch.from_numpy, tables)
+        self._tables = [torch.from_numpy(table) for table in tables]
 
     def attend(
         self, query: Tensor, key: Tensor | None, value: Tensor | None, key_cache: Tensor, value_cache: Tensor,
@@ -94,9 +94,10 @@ class HostAttention:
     ) -> Tensor:  # fmt: skip
         if key is None or value is None:
             key, value = key_cache[self._slots], value_cache[self._slots]
+        lens, contexts, page_counts, pages, parents = self._tables
         return ops.paged_attention(
-            query, key, value, key_cache, value_cache, self._slots, *self._tables, self._page_size, scale, window,
-            softcap, is_causal, self._parents,
+            query, key, value, key_cache, value_cache, self._slots, lens, contexts, page_counts, pages,
+            self._page_size, scale, window, softcap, is_causal, parents,
         )  # fmt: skip
 
 

@@ -78,7 +78,7 @@ DFLASH_KERNEL store_kernel(const T* rows, const int64_t* slots, int64_t width, T
 }
 
 template <class T>
-DFLASH_KERNEL attend_kernel(AttentionView view, int64_t num_splits, float* parts) {
+DFLASH_KERNEL_FITTING(2) attend_kernel(AttentionView view, int64_t num_splits, float* parts) {
   DFLASH_SHARED(float, query, kHeads * kMostHeadSize);
   DFLASH_SHARED(float, joined, kAttentionWarps * kHeads * (kPart + kMostHeadSize));
   const BlockPlace place(view, num_splits);

@@ -97,9 +97,9 @@ DFLASH_DEVICE void write_partial(const Row<T>& row, int64_t i, const PlanView& p
 
 // `maxima` over all shards, or null where this one is the whole vocabulary; `states` null without thresholds.
 template <class T>
-DFLASH_KERNEL_FITTING(3) draw_kernel(LogitsView logits, PlanView plan, Spans spans, const Tile* all_tiles, unsigned* counters,
-                          Part* parts, const double* maxima, const int64_t* states, DraftView drafts, int64_t width,
-                          double* partials) {
+DFLASH_KERNEL_FITTING(3)
+draw_kernel(LogitsView logits, PlanView plan, Spans spans, const Tile* all_tiles, unsigned* counters, Part* parts,
+            const double* maxima, const int64_t* states, DraftView drafts, int64_t width, double* partials) {
   const int64_t i = spans.row();
   const Row<T> row = row_of<T>(logits, i);
   const Tile* tiles = all_tiles + i * spans.tiles;

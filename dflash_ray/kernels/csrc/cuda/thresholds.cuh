@@ -223,7 +223,8 @@ DFLASH_KERNEL mass_bins_kernel(LogitsView logits, PlanView plan, Spans spans, Th
 
 // Gathers the tokens among which the threshold is, and finds it.
 template <class T>
-DFLASH_KERNEL search_kernel(LogitsView logits, PlanView plan, Spans spans, ThresholdScratch scratch, bool is_top_k) {
+DFLASH_KERNEL_FITTING(2)
+search_kernel(LogitsView logits, PlanView plan, Spans spans, ThresholdScratch scratch, bool is_top_k) {
   const int64_t i = spans.row(), s = plan.row(i)[kRowSequence];
   const int64_t* sequence = plan.sequence(s);
   const float* parameters = plan.parameters(s);
@@ -322,8 +323,9 @@ DFLASH_DEVICE unsigned long long sum_of_lanes(bool has, unsigned long long value
 
 // Neighbours mostly fall into one or two bins, which a warp counts as one; the others count by themselves.
 template <class T>
-DFLASH_KERNEL_FITTING(5) threshold_histogram_kernel(LogitsView logits, PlanView plan, const double* maxima, const int64_t* states,
-                                         int index, int64_t* histograms) {
+DFLASH_KERNEL_FITTING(4)
+threshold_histogram_kernel(LogitsView logits, PlanView plan, const double* maxima, const int64_t* states, int index,
+                           int64_t* histograms) {
   constexpr int kCountedTogether = 2;
   DFLASH_SHARED(unsigned long long, bins, kBins);
   static_assert(kThreads == kBins);
