@@ -24,7 +24,7 @@ def host(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 @pytest.mark.parametrize("penalties", [False, True])
 async def test_every_part_and_every_wire_reports_a_figure(host, penalties):
     figures = await host.measure(replace(host.QUICK, penalties=penalties), steps=2)
-    parts = {*host.CRITICAL, *host.ASIDE} - {"rank", "target to ranks"}
+    parts = {*host.CRITICAL, *host.ASIDE} - {"rank", "rank counts", "target to ranks"}
     assert {name for name, ms in figures.ms.items() if ms > 0} == parts
     assert figures.bytes.keys() == set(host.WIRES)
     assert all(figures.bytes.values())
