@@ -134,3 +134,8 @@ def is_drafted(worths: Worths, level: int) -> Flags:
     """Of each sequence, whether its drafter is asked."""
     is_asked: Flags = worths.rank < worths.num_drafted[level]
     return is_asked
+
+
+def until(survival: Floats, lens: Ints) -> Floats:
+    """Survival [n, k], zero behind the end of each sequence's drafts."""
+    return np.where(np.arange(survival.shape[1]) < lens[:, None], survival, 0.0)

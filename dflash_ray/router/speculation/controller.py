@@ -12,7 +12,8 @@ import numpy as np
 
 from dflash_ray.core.arrays import Flags, Ints
 from dflash_ray.router.speculation.acceptance import Acceptance
-from dflash_ray.router.speculation.choice import best_rows, is_drafted, share, worths
+from dflash_ray.router.speculation.choice import share, until
+from dflash_ray.router.speculation.chooser import Chooser
 from dflash_ray.router.speculation.cost_model import Batch, CostModel
 from dflash_ray.router.speculation.ledger import Ledger
 from dflash_ray.router.speculation.lessons import Lesson, keep_account, learn_acceptance, learn_costs
@@ -27,14 +28,7 @@ from dflash_ray.router.speculation.outlook import (
 from dflash_ray.router.speculation.pauses import Pauses
 from dflash_ray.router.speculation.records import MOST_DRAFTS, Candidates, Floats, Policy, Reason, SpeculationCounts
 
-_LEAST_GAIN = 1.05  # promised over plain decoding before anything is speculated,
-_DOUBT = 1.0  # and so many standard errors of the plain time;
-_KEPT_GAIN = 1.0  # and while drafts have been paying
-_TRIAL_RATE = 0.7  # acceptance that a trial hopes for
-_TRIAL_ROOM = 0.5  # of the loss that is allowed
 _TRIAL_EACH = 4  # a trial verifies one draft for so many sequences at least
-_SPARE_SLOTS = 2  # asked for beyond what is expected to be verified, where slots cost time
-_SLOT_PRICE = 0.02  # of a step's time
 _HAND_OVER_RATE = 0.1  # of the newest step in what is known of steps ahead
 _LEARNT_FROM = 4  # of steps that leave nothing to choose one in so many is learnt from
 
@@ -69,6 +63,7 @@ class SpeculationController:
         self._has_drafted = False  # the step before
         self._hand_over = 0.0  # what a step ahead takes beyond its pass
         self._pauses = Pauses()
+        self._chooser = Chooser(self.costs, self.ledger, self._pauses)
         self._lesson: Lesson | None = None
         self._num_without_choice = 0
 
@@ -141,7 +136,7 @@ class SpeculationController:
             self._look_out(cohort, Outlook(Reason.FIXED, int(np.count_nonzero(asks)), int(asks.sum()), np.inf, now))
             return asks
         ngrams = self.acceptance.ngram_survival(candidates.match_lens, np.minimum(candidates.ngram_lens, room))
-        drafts = _cut(self.acceptance.survival(slots), draft_room)
+        drafts = until(self.acceptance.survival(slots), draft_room)
         asks = np.where(is_fixed, draft_room, 0)
         if self.prefers_ngram:
             asks[ngrams.sum(axis=1) > drafts.sum(axis=1)] = 0
@@ -152,7 +147,9 @@ class SpeculationController:
         ngrams[~is_free] = 0.0
         fixed_rows = int(room[is_fixed].sum())
         around = replace(batch, num_rows=batch.num_rows + min(fixed_rows, max_rows))
-        reason, drafted, most = self._choose(drafts, ngrams, draft_room, around, max_rows - fixed_rows, asks)
+        reason, drafted, most = self._chooser.choose(
+            drafts, ngrams, draft_room, around, max_rows - fixed_rows, asks, self.is_colocated
+        )
         asks = np.where(is_free, 0 if drafted is None else drafted, asks)
         self._look_out(cohort, Outlook(reason, int(np.count_nonzero(asks)), int(asks.sum()), most, now))
         return asks
@@ -178,67 +175,6 @@ class SpeculationController:
         before = self._outlooks.get(cohort)
         outlook = outlook if before is None else merged(before, outlook)
         self._outlooks[cohort] = outlook
-
-    def _choose(
-        self, drafts: Floats, ngrams: Floats, draft_room: Ints, batch: Batch, max_rows: int, fixed: Ints
-    ) -> tuple[Reason, Ints | None, float]:
-        """Why, what to ask of drafters, and how long the step may take."""
-        reason = self._plain_reason(batch)
-        if reason is not None:
-            return reason, None, np.inf
-        num_fixed, fixed_slots = int(np.count_nonzero(fixed)), int(fixed.sum())
-        usual = float(self.costs.pass_seconds(batch, _NONE)[0])
-        plain = usual + self._wait(num_fixed, fixed_slots, batch, usual)
-        prompts = self.costs.prompt_seconds(batch)
-        plain_rate = batch.num_sequences / (plain - prompts)
-        least = _KEPT_GAIN if self._pauses.is_gaining else _LEAST_GAIN + _DOUBT * self.costs.plain_error(batch)
-        promised = least * plain_rate
-        room = self.ledger.room(plain - prompts)
-        most_slots = int(draft_room.max(initial=0))
-
-        def best(drafts: Floats, most: float) -> tuple[float, float, Ints]:
-            """Tokens a second in `most` seconds a step and in any, and what to ask for the former."""
-            options = worths(drafts, ngrams, max(0, max_rows))
-            asked, slots = num_fixed + options.num_drafted, fixed_slots + most_slots * options.num_drafted
-            waits = self.costs.wait_seconds(asked, slots, batch.is_split, usual)
-            seconds = self.costs.pass_seconds(batch, options.rows) + waits[:, None]
-            rates = (batch.num_sequences + options.gains) / (seconds - prompts)
-            rates[:, 0] = 0.0  # without a draft's row it is a plain step
-            allowed = np.where(seconds <= most, rates, 0.0)
-            level, column = divmod(int(np.argmax(allowed)), rates.shape[1])
-            asks = np.where(is_drafted(options, level), draft_room, 0)
-            if asks.any():
-                asks = self._spare(asks, drafts, int(options.rows[column]), batch, float(seconds[level, column]))
-            return float(allowed[level, column]), float(rates.max()), asks
-
-        rate, unbound, asks = best(drafts, plain + room)
-        if rate >= promised and asks.any() and not self._may_draft():
-            return Reason.NO_GAIN, None, np.inf
-        if rate >= promised:
-            if not batch.prefill_rows and self._pauses.probes(rate / plain_rate):
-                return Reason.PROBE, None, np.inf
-            return Reason.GAIN, asks, plain + room
-        if self._pauses.is_trial_due:
-            hope = np.maximum(drafts, _cut(_HOPE[None], draft_room))
-            rate, hoped, asks = best(hope, plain + _TRIAL_ROOM * room)
-            if hoped < promised:
-                self._pauses.no_hope()
-            elif rate < promised or not asks.any():
-                self._pauses.rest()
-            elif self._may_draft():
-                return Reason.TRIAL, asks, plain + room
-        if unbound >= promised:
-            self._pauses.rest()
-            return Reason.REST, None, np.inf
-        return Reason.NO_GAIN, None, np.inf
-
-    def _spare(self, asks: Ints, drafts: Floats, num_rows: int, batch: Batch, seconds: float) -> Ints:
-        """All that drafters give where slots cost nothing, otherwise a few more than are expected to be verified."""
-        price = self.costs.slot_seconds(batch.is_split) * float(asks.sum())
-        if price <= _SLOT_PRICE * seconds:
-            return asks
-        wanted = share(drafts * (asks > 0)[:, None], num_rows) + _SPARE_SLOTS
-        return np.minimum(asks, wanted)
 
     def cuts_plainly(self, slots: Ints, batch: Batch, cohort: int = 0) -> bool:
         """Whether none of these verifies a draft, whatever came; if so, that is the cut of the next step."""
@@ -276,11 +212,11 @@ class SpeculationController:
         tokens = float(batch.num_sequences)
         if np.count_nonzero(is_free) and outlook.reason not in PLAIN and self.costs.is_known:
             batch = replace(batch, num_rows=batch.num_rows + min(int(counts.sum()), max_rows))
-            drafts = _cut(self.acceptance.survival_of(slots, log_probs, candidates.parents), draft_lens)
+            drafts = until(self.acceptance.survival_of(slots, log_probs, candidates.parents), draft_lens)
             ngrams = self.acceptance.ngram_survival(candidates.match_lens, ngram_lens)
             is_better = ngrams.sum(axis=1) > drafts.sum(axis=1)
             survival = np.where((is_better & is_free)[:, None], ngrams, drafts * is_free[:, None])
-            num_rows, tokens = self._rows(survival, batch, max_rows - int(counts.sum()), outlook)
+            num_rows, tokens = self._chooser.rows(survival, batch, max_rows - int(counts.sum()), outlook)
             if outlook.reason == Reason.TRIAL:  # that something is learnt of drafts, whatever they promise
                 num_rows = max(num_rows, -(-len(slots) // _TRIAL_EACH))
             counts = np.where(is_free, share(survival, num_rows), counts)
@@ -290,16 +226,6 @@ class SpeculationController:
             parents=candidates.parents,
         )  # fmt: skip
         return counts, from_ngram
-
-    def _rows(self, survival: Floats, batch: Batch, max_rows: int, outlook: Outlook) -> tuple[int, float]:
-        """How many rows, and the tokens of the step; the wait for the drafts is part of it whatever is chosen."""
-        rows, gains = best_rows(survival, max(0, max_rows))
-        passes = self.costs.pass_seconds(batch, rows)
-        seconds = passes + self._wait(outlook.num_asked, outlook.num_slots, batch, float(passes[0]))
-        rates = (batch.num_sequences + gains) / (seconds - self.costs.prompt_seconds(batch))
-        rates[1:][seconds[1:] > outlook.max_seconds] = 0.0
-        best = int(np.argmax(rates))
-        return int(rows[best]), batch.num_sequences + float(gains[best])
 
     def step_started(
         self, batch: Batch, is_in: Flags, counts: Ints, now: float, asked_inside: tuple[int, int] = (0, 0)
@@ -312,7 +238,7 @@ class SpeculationController:
             counts: drafts that it verifies of each.
             asked_inside: sequences and slots that a colocated drafter drafts for behind the pass.
         """
-        step, self._cut = self._cut or plain_step(batch, NO_OUTLOOK, _NONE[:0], _NO_FLAGS), None
+        step, self._cut = self._cut or plain_step(batch, NO_OUTLOOK, _NO_SLOTS, _NO_FLAGS), None
         fixed_rows = int(counts[~step.is_free].sum())
         step.batch = replace(batch, num_rows=batch.num_rows + fixed_rows)
         step.counts, step.asked_inside = counts, asked_inside
@@ -393,27 +319,6 @@ class SpeculationController:
         self._steps.clear()
         self._outlooks.clear()
 
-    def _may_draft(self) -> bool:
-        return self.is_colocated or self._pauses.may_draft()
 
-    def _plain_reason(self, batch: Batch) -> Reason | None:
-        """Why the step must be plain, if it must."""
-        if not self.costs.is_known:
-            return Reason.COLD
-        if not batch.prefill_rows and self._pauses.is_cold(self.costs.num_plain(batch)):
-            return Reason.COLD
-        return Reason.REST if self._pauses.is_resting else None
-
-    def _wait(self, num_asked: int, num_slots: int, batch: Batch, usual: float) -> float:
-        asked, slots = np.array([num_asked]), np.array([num_slots])
-        return float(self.costs.wait_seconds(asked, slots, batch.is_split, usual)[0])
-
-
-_NONE = np.zeros(1, np.int64)
+_NO_SLOTS = np.zeros(0, np.int64)
 _NO_FLAGS = np.zeros(0, np.bool_)
-_HOPE = np.cumprod(np.full(MOST_DRAFTS, _TRIAL_RATE))
-
-
-def _cut(survival: Floats, lens: Ints) -> Floats:
-    """Zero behind the end of each sequence's drafts."""
-    return np.where(np.arange(survival.shape[1]) < lens[:, None], survival, 0.0)
