@@ -41,12 +41,12 @@ async def _measure(address: str, loads: tuple[int, ...], max_tokens: int) -> dic
     prompts, figures = served.interleaved(_PROMPTS), {}
     async with grpc.aio.insecure_channel(address, options=DIRECT) as channel:
         stub = generation_pb2_grpc.GenerationStub(channel)
-        await served.take_turn(stub, prompts[:2], "fixed:5", 1, 8)
+        await served.take_turn(stub, prompts[:2], "fixed:5", 1, 8, "warm")
         for clients in loads:
             members = (prompts * 2)[: max(8, 2 * clients)]
             turns = {}
             for name, policy in _POLICIES.items():
-                turns[name] = await served.take_turn(stub, members, policy, clients, max_tokens)
+                turns[name] = await served.take_turn(stub, members, policy, clients, max_tokens, f"{clients} {name}")
                 figures[f"application, {clients} clients, {name}, tokens/s"] = turns[name].token_rate
             pairs = zip(turns["off"].answers, turns["on"].answers, strict=True)
             figures[f"application, {clients} clients, answers that differ"] = sum(
