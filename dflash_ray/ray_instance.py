@@ -92,6 +92,7 @@ def start_instance(namespace: str, num_cpus: int) -> None:
         os.environ.setdefault(name, value)
     with _replaced(ray_node, "Node", _Node):
         ray.init(
+            "local",  # whoever else runs a cluster on this machine
             namespace=namespace,
             _node_ip_address="127.0.0.1",
             num_cpus=num_cpus,
