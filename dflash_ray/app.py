@@ -172,7 +172,7 @@ def _runtime_env(env: Mapping[str, str], inherited: Mapping[str, str]) -> dict[s
 def running_app(config: DflashRayConfig, on_step: Callable[[str], None] = lambda _: None) -> Iterator[None]:
     """Starts the application, waits until Serve calls it running, and stops everything at the end.
 
-    Without RAY_ADDRESS a Ray instance of its own is started on the loopback interface and stopped at the end; with it,
+    Without RAY_ADDRESS a Ray instance of its own is started on this machine and stopped at the end; with it,
     only the application is removed.
 
     Args:

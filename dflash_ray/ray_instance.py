@@ -84,7 +84,7 @@ def _replaced(module: ModuleType, name: str, value: Any) -> Iterator[None]:
 
 
 def start_instance(namespace: str, num_cpus: int) -> None:
-    """Starts Ray on the loopback interface and connects to it; `ray.shutdown` ends both.
+    """Starts Ray and connects to it; `ray.shutdown` ends both. Its own ports listen on all interfaces.
 
     Every process inherits this one's environment, which is completed here with what keeps Ray quiet.
     """
