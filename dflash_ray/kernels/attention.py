@@ -7,7 +7,6 @@ its neighbours (csrc/cuda/attention.cu); longer entries, parts of prompts, are p
 
 from __future__ import annotations
 
-from enum import IntEnum
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -22,20 +21,6 @@ from dflash_ray.kernels.trees import depths_of, paths_of
 Ints = NDArray[np.int64]
 SPLIT = 256  # positions of a context that are summed apart
 FEW_ROWS = 64  # of an entry that is no part of a prompt
-
-
-class Column(IntEnum):
-    """Of a device's plan, a line for each row: the row, its entry's cached rows, its position, cached and own rows,
-
-    the entry's first row, where its page table begins in `pages`. The order is that of csrc/attention_core.h.
-    """
-
-    ROW = 0
-    CONTEXT = 1
-    POSITION = 2
-    TOTAL = 3
-    FIRST_ROW = 4
-    PAGE_AT = 5
 
 
 class StepTables(NamedTuple):
@@ -116,6 +101,7 @@ class PagedAttention:
         depths = depths_of(parents, firsts) if len(parents) else rows - firsts
         page_at = (np.cumsum(page_counts) - page_counts)[of_entry]
         context = contexts[of_entry]
+        # A line for each row, in the order of csrc/attention_core.h.
         columns = (rows, context, context + depths, totals[of_entry], firsts, page_at)
         chosen = is_few[of_entry]
         lines = np.ascontiguousarray(np.stack(columns, axis=1)[chosen])

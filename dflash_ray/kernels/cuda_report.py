@@ -17,7 +17,6 @@ from typing import Any
 from dflash_ray.kernels.build import ARCHITECTURES, CUDA_FLAGS, SOURCES
 
 REPORT = SOURCES / "cuda" / "report.json"
-_KERNELS = ("attention.cu", "layer.cu", "verify.cu")
 _HEADROOM = 8  # registers of the budget above today's figures
 
 
@@ -33,8 +32,8 @@ def compile_report() -> dict[str, Any]:
     report: dict[str, Any] = {"compiler": f"nvcc {re.findall(r'V([0-9.]+)', version)[0]}"}
     for architecture in ARCHITECTURES:
         report[architecture] = {}
-        for source in _KERNELS:
-            report[architecture] |= _parse(_compile(nvcc, architecture, SOURCES / "cuda" / source))
+        for source in sorted((SOURCES / "cuda").glob("*.cu")):
+            report[architecture] |= _parse(_compile(nvcc, architecture, source))
     return report
 
 

@@ -5,6 +5,7 @@ Shapes: T rows of a step in E entries, n_q and n_kv heads of size d.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum, auto
 
@@ -111,6 +112,12 @@ class DecoderWeight(IntEnum):
     ATTENTION_CONV_BASE = auto()
     MLP_CONV = auto()
     MLP_CONV_BASE = auto()
+
+
+def decoder_weights(weights: Mapping[DecoderWeight, Tensor | None]) -> list[Tensor]:
+    """A layer's weights as the operators take them, of those that its family has."""
+    found = (weights.get(place) for place in DecoderWeight)
+    return [torch.empty(0) if weight is None else weight for weight in found]
 
 
 @dataclass(frozen=True, slots=True)

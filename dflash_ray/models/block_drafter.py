@@ -276,11 +276,8 @@ class BlockDrafter:
         lens = np.array([one.length for one in held], dtype=np.int64)
         size = x.shape[1]
         places = self._pages.place_blocks(sessions, lens, size)
-        cos, sin = self._block_turns(torch.from_numpy(spans(lens, np.full(len(held), size))))
+        cos, sin = self._turns(torch.from_numpy(spans(lens, np.full(len(held), size))))
         return self._layers(x, cos, sin, self._pages, places)
-
-    def _block_turns(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        return self._turns(positions)
 
 
 def _as_trees(ids: Ints, chances: NDArray[np.float64], num_nodes: Ints, width: int) -> DraftProposals:

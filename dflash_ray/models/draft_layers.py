@@ -67,20 +67,25 @@ def _weights(layer: DflashLayer) -> list[Tensor]:
     attention, mlp, place = layer.self_attn, layer.mlp, ops.DecoderWeight
     qkv = fuse((attention.q_proj, attention.k_proj, attention.v_proj))
     output = fuse((attention.o_proj,))
-    weights = [_NONE] * len(place)
-    weights[place.INPUT_NORM] = layer.input_layernorm.weight.detach()
-    weights[place.QKV], weights[place.QKV_BIAS] = qkv.weight, _NONE if qkv.bias is None else qkv.bias
-    weights[place.Q_NORM], weights[place.K_NORM] = attention.q_norm.weight.detach(), attention.k_norm.weight.detach()
-    weights[place.OUTPUT], weights[place.OUTPUT_BIAS] = output.weight, _NONE if output.bias is None else output.bias
-    weights[place.MLP_NORM] = layer.post_attention_layernorm.weight.detach()
-    for at, linear in ((place.GATE, mlp.gate_proj), (place.UP, mlp.up_proj), (place.DOWN, mlp.down_proj)):
-        weights[at] = fuse((linear,)).weight
+    weights = {
+        place.INPUT_NORM: layer.input_layernorm.weight.detach(),
+        place.QKV: qkv.weight,
+        place.QKV_BIAS: qkv.bias,
+        place.Q_NORM: attention.q_norm.weight.detach(),
+        place.K_NORM: attention.k_norm.weight.detach(),
+        place.OUTPUT: output.weight,
+        place.OUTPUT_BIAS: output.bias,
+        place.MLP_NORM: layer.post_attention_layernorm.weight.detach(),
+        place.GATE: fuse((mlp.gate_proj,)).weight,
+        place.UP: fuse((mlp.up_proj,)).weight,
+        place.DOWN: fuse((mlp.down_proj,)).weight,
+    }
     if hasattr(layer, "attention_conv"):
         weights[place.ATTENTION_CONV] = _projection(layer.attention_conv).weight
         weights[place.ATTENTION_CONV_BASE] = layer.attention_conv.base_kernel.detach()
         weights[place.MLP_CONV] = _projection(layer.mlp_conv).weight
         weights[place.MLP_CONV_BASE] = layer.mlp_conv.base_kernel.detach()
-    return weights
+    return ops.decoder_weights(weights)
 
 
 def _projection(conv: GroupedDynamicCausalConv) -> PackedLinear:

@@ -6,6 +6,7 @@ layout comes along as the keyword argument `paged`.
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,20 +21,20 @@ IMPLEMENTATION = "ragged_paged"  # transformers takes a name with "flash" in it 
 
 
 class PagedStep:
-    """One step's layout, shared by all layers: the slots on the model's device, the tables as its attention reads them.
-
-    Attributes:
-        attention: the step as planned for its device.
-    """
+    """One step's layout, shared by all layers: the slots on the model's device, the tables on the host."""
 
     def __init__(self, batch: StepBatch, cache: PagedCache, device: str) -> None:
         self.cache = cache
         self.slots = torch.from_numpy(batch.slots).to(device)
-        tables = attention.StepTables(
+        self._tables = attention.StepTables(
             batch.entry_lens, batch.context_lens, batch.page_counts, batch.pages, batch.parents
         )
-        self.tables = tuple(map(torch.from_numpy, tables))
-        self.attention = attention.plan(tables, self.slots, cache.page_size)
+        self.tables = tuple(map(torch.from_numpy, self._tables))
+
+    @cached_property
+    def attention(self) -> attention.StepAttention:
+        """The step as planned for its device; a decoder whose layers are one operator has no use for it."""
+        return attention.plan(self._tables, self.slots, self.cache.page_size)
 
 
 def paged_attention(

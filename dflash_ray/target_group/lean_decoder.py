@@ -24,8 +24,6 @@ from dflash_ray.target_group.batch import StepBatch
 from dflash_ray.target_group.decoder_parts import LayerParts, RotaryTable, decoder_shape, embedding_scale, layer_parts
 from dflash_ray.target_group.linears import summed_over_ranks
 
-_NONE = torch.empty(0)
-
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
@@ -110,24 +108,23 @@ class LeanDecoder:
 def _pack(parts: LayerParts, is_alone: bool) -> _Layer:
     gate, up = parts.gate_up.chunk(2)
     place = ops.DecoderWeight
-    weights = [_NONE] * len(place)
-    for at, weight in (
-        (place.INPUT_NORM, parts.input_norm),
-        (place.QKV, _packed(parts.qkv)),
-        (place.QKV_BIAS, parts.qkv_bias),
-        (place.Q_NORM, parts.q_norm),
-        (place.K_NORM, parts.k_norm),
-        (place.OUTPUT, _packed(parts.output)),
-        (place.OUTPUT_BIAS, parts.output_bias if is_alone else None),
-        (place.AFTER_ATTENTION_NORM, parts.after_attention_norm),
-        (place.MLP_NORM, parts.mlp_norm),
-        (place.GATE, _packed(gate)),
-        (place.UP, _packed(up)),
-        (place.DOWN, _packed(parts.down)),
-        (place.AFTER_MLP_NORM, parts.after_mlp_norm),
-    ):
-        if weight is not None:
-            weights[at] = weight
+    weights = ops.decoder_weights(
+        {
+            place.INPUT_NORM: parts.input_norm,
+            place.QKV: _packed(parts.qkv),
+            place.QKV_BIAS: parts.qkv_bias,
+            place.Q_NORM: parts.q_norm,
+            place.K_NORM: parts.k_norm,
+            place.OUTPUT: _packed(parts.output),
+            place.OUTPUT_BIAS: parts.output_bias if is_alone else None,
+            place.AFTER_ATTENTION_NORM: parts.after_attention_norm,
+            place.MLP_NORM: parts.mlp_norm,
+            place.GATE: _packed(gate),
+            place.UP: _packed(up),
+            place.DOWN: _packed(parts.down),
+            place.AFTER_MLP_NORM: parts.after_mlp_norm,
+        }
+    )
     return _Layer(weights, parts.window, parts.group, parts.output_bias)
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from dflash_ray.models import drafter_checkpoint
 from dflash_ray.models.block_drafter import BlockDrafter
+from dflash_ray.models.draft_layers import CompiledLayers, DeviceLayers
 from tests.drafter.parity import assert_parity
 from tests.drafter.published import save_random, sliding
 
@@ -34,7 +35,12 @@ def context_rotated_one_position_late(monkeypatch) -> None:
 
 def block_rotated_one_position_late(monkeypatch) -> None:
     """The context is right here, so only the drafts can show it."""
-    monkeypatch.setattr(BlockDrafter, "_block_turns", lambda self, positions: self._turns(positions + 1))
+    for kind in (CompiledLayers, DeviceLayers):
+
+        def wrong(self, x, cos, sin, *where, right=kind.__call__):
+            return right(self, x, cos.roll(-1, 0), sin.roll(-1, 0), *where)
+
+        monkeypatch.setattr(kind, "__call__", wrong)
 
 
 def taps_one_layer_late(monkeypatch) -> None:
