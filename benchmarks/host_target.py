@@ -125,8 +125,7 @@ class Target:
         kept = output.features
         if kept is not None:
             self.engine.keep_features(kept)
-            ends = (kept.starts + kept.num_rows).tolist()
-            self.features.publish(1, output.step_id, kept.sequence_ids.tolist(), ends)
+            self.features.publish(1, output.step_id, kept.sequence_ids.tolist(), kept.starts + kept.num_rows)
         self._clock.to("target codec")
         result = target_pb2.TargetResponse(result=encode_result(output)).SerializeToString()
         self._clock.to(None)
@@ -147,7 +146,7 @@ class _Source(FeatureSource):
 
     def __init__(self, target: Target, arrivals: Arrivals, width: int) -> None:
         self._streams = target.features
-        self._stream = _Stream()
+        self._stream = _Stream(self._streams._sequences)
         self._streams._streams.add(self._stream)
         self._arrivals = arrivals
         self._width = width
@@ -165,7 +164,7 @@ class _Source(FeatureSource):
             self._streams._subscribe(self._stream, number, _Wanted(wanted.epoch, wanted.step_id, sequence_id, start))
 
     async def close(self) -> None:
-        self._stream.subscriptions.clear()
+        self._streams._streams.discard(self._stream)
 
     def start(self, width: int, warm: np.ndarray) -> None:
         """Rows are named from here on where that is possible."""

@@ -65,6 +65,12 @@ class SharedTruth:
         return np.concatenate(found), self.pages.uses[np.concatenate(found)]
 
 
+def subscribed_ids(streams: FeatureStreams) -> set[int]:
+    """Sequences of which somebody wants rows."""
+    places = [place for stream in streams._streams for place in stream.subscriptions._sequences if place]
+    return set(streams._sequences.ids[places].tolist())
+
+
 class FeatureGroup(target_pb2_grpc.TargetServicer):
     """Serves real streams of features.
 
@@ -121,7 +127,12 @@ class FeatureGroup(target_pb2_grpc.TargetServicer):
         if self.shared is not None:
             for sequence_id, count in zip(ids, num_rows.values(), strict=True):
                 self.shared.write(sequence_id, count)
-        self.streams.publish(self.epoch, self.step_id if step_id is None else step_id, ids, num_rows.values())
+        self.streams.publish(
+            self.epoch,
+            self.step_id if step_id is None else step_id,
+            ids,
+            np.array(list(num_rows.values()), dtype=np.int64),
+        )
 
     def step(self, **num_rows: int) -> None:
         self.receive()

@@ -7,9 +7,11 @@ from dflash_ray.commands.terminal import console, fail, new_table
 
 def run_build() -> None:
     """Compiles the operators into the cache, where every process finds them."""
+    from dflash_ray.core import host_code
     from dflash_ray.kernels import build
 
     try:
+        host_code.build()
         console.out(str(build.build()))
     except RuntimeError as error:
         fail(str(error))

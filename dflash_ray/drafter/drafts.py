@@ -73,8 +73,9 @@ class Drafts:
         reply = drafter_pb2.DraftReply(request_id=request.request_id)
         if request.sequence_ids:
             sequence_ids, committed_lens = column(request.sequence_ids), column(request.committed_lens)
-            await self._wait(self._arrivals.sessions(stream, sequence_ids.tolist()), committed_lens, request)
             sessions = self._arrivals.sessions(stream, sequence_ids.tolist())
+            if await self._has_waited(sessions, committed_lens, request):
+                sessions = self._arrivals.sessions(stream, sequence_ids.tolist())
             await self._draft(sessions, sequence_ids, committed_lens, request, reply)
         reply.queue_ns = max(0, time.perf_counter_ns() - received_ns - reply.draft_ns)
         return reply
@@ -122,18 +123,20 @@ class Drafts:
         )
         self._arrivals.put(rows)  # behind a gap they are not kept, and the proposal says so
 
-    async def _wait(self, sessions: Ints, committed_lens: Ints, request: drafter_pb2.DraftRequest) -> None:
-        """Gives rows that are on their way some time to come."""
+    async def _has_waited(self, sessions: Ints, committed_lens: Ints, request: drafter_pb2.DraftRequest) -> bool:
+        """Gives rows that are on their way some time to come, in which sessions may end; False where there are none."""
         arrivals = self._arrivals
         is_known = sessions != NO_SESSION
         sessions, wanted = sessions[is_known], committed_lens[is_known] - 1
         is_lacking = arrivals.ends[sessions] < wanted
         arrivals.is_behind[sessions[~is_lacking]] = False
         is_lacking &= arrivals.is_coming[sessions] & ~arrivals.is_behind[sessions]
-        if is_lacking.any():
-            sessions, wanted = sessions[is_lacking], wanted[is_lacking]
-            await arrivals.wait(sessions, wanted, request.max_wait_ms / 1000)
-            arrivals.is_behind[sessions] = arrivals.ends[sessions] < wanted
+        if not is_lacking.any():
+            return False
+        sessions, wanted = sessions[is_lacking], wanted[is_lacking]
+        await arrivals.wait(sessions, wanted, request.max_wait_ms / 1000)
+        arrivals.is_behind[sessions] = arrivals.ends[sessions] < wanted
+        return True
 
     async def _draft(
         self,

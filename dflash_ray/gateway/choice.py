@@ -22,7 +22,7 @@ class ChoiceDelta:
     """New text and tokens of one choice.
 
     Attributes:
-        token_ids: new tokens; the text of some of them may come later.
+        token_ids: new tokens, which may be the chunk's own; the text of some of them may come later.
         prompt_logprobs: of the prompt's next tokens, from its second on, before all tokens.
         finish_reason: set on the last delta, with `stop` when a stop string or token ended it.
         stats: on the last delta.
@@ -52,10 +52,13 @@ class Choice:
         self.num_tokens = 0
         self._has_ended = False
         self._has_begun = False
+        self._ends_by_reason_alone = not request.stop_strings and not request.is_prompt_only
         self._num_scored = 1  # prompt tokens whose log-probabilities are known; the first has none
 
     def take(self, chunk: TokenChunk) -> ChoiceDelta:
         """The delta of a chunk: everything in it ends with the token that completes a stop string."""
+        if self._is_between(chunk):
+            return self._go_on(chunk)
         delta = ChoiceDelta(self._index)
         if self._has_ended:  # what the router sent before it heard of the end
             return delta
@@ -89,6 +92,25 @@ class Choice:
             delta.stats = self._stats
             self._has_ended = True
         return delta
+
+    def _is_between(self, chunk: TokenChunk) -> bool:
+        """Whether all of a chunk is tokens in the middle of an answer that only a finish reason can end."""
+        return (
+            self._ends_by_reason_alone
+            and self._has_begun
+            and not self._has_ended
+            and not chunk.finish_reason
+            and chunk.logprobs is None
+            and chunk.prompt_logprobs is None
+        )
+
+    def _go_on(self, chunk: TokenChunk) -> ChoiceDelta:
+        """The delta of such a chunk, which is what most are: nothing in it is looked at twice."""
+        token_ids = chunk.token_ids
+        self.num_tokens += len(token_ids)
+        if chunk.decode_pass is not None:
+            self._count(chunk.decode_pass, len(token_ids))
+        return ChoiceDelta(self._index, self._detokenizer.push(token_ids), token_ids)
 
     def _show_all(self, delta: ChoiceDelta, token_ids: list[int]) -> bool:
         """Adds tokens and their text, unless it matters which of them completes a stop string."""

@@ -63,6 +63,7 @@ class _Choice:
 
     Attributes:
         request: what was asked; its prompt comes first where it is echoed.
+        num_tokens: how many it has got; of events that bring text alone nothing else is kept.
         num_logged: characters that the log-probabilities so far stand for.
         num_cached: prompt tokens whose rows were found computed, once its first token is there.
         around_text: an event that brings text and nothing else, up to the text and after it.
@@ -76,6 +77,7 @@ class _Choice:
     finish_reason: str | None = None
     stop: str | int | None = None
     is_open: bool = False
+    num_tokens: int = 0
     num_logged: int = 0
     num_cached: int | None = None
     around_text: tuple[str, str] | None = None
@@ -119,6 +121,7 @@ class ResponseWriter:
         choice = self._choices[delta.index]
         choice.texts.append(delta.text)
         choice.token_ids += delta.token_ids
+        choice.num_tokens += len(delta.token_ids)
         if delta.prompt_logprobs is not None:
             known = len(choice.prompt_logprobs) + 1
             choice.prompt_logprobs += rows(choice.request.prompt_ids[known:], delta.prompt_logprobs)
@@ -139,7 +142,7 @@ class ResponseWriter:
             if choice.num_cached is not None:
                 prompt = id(choice.request)
                 cached[prompt] = min(choice.num_cached, cached.get(prompt, choice.num_cached))
-        generated = sum(len(choice.token_ids) for choice in self._choices)
+        generated = sum(choice.num_tokens for choice in self._choices)
         return {
             "prompt_tokens": self._num_prompt_tokens,
             "completion_tokens": generated,
@@ -162,7 +165,7 @@ class ResponseWriter:
         choice = self._choices[delta.index]
         if not choice.is_open or delta.finish_reason or self._brings_more_than_text:
             return "".join(map(event, self.chunks(delta)))
-        self.add(delta)
+        choice.num_tokens += len(delta.token_ids)
         if not delta.text:
             return ""
         if choice.around_text is None:

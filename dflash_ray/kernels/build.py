@@ -18,6 +18,8 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 
+from dflash_ray.core.host_code import CACHE_ENV as CACHE_ENV
+from dflash_ray.core.host_code import cache_dir as cache_dir
 from dflash_ray.kernels.fakes import (
     register_attention_fake,
     register_forward_fakes,
@@ -26,7 +28,6 @@ from dflash_ray.kernels.fakes import (
 )
 
 logger = logging.getLogger(__name__)
-CACHE_ENV = "DFLASH_RAY_KERNEL_CACHE"
 FLAGS_ENV = "DFLASH_RAY_KERNEL_FLAGS"
 SOURCES = Path(__file__).parent / "csrc"
 # No two C++ files share a name: torch names the objects of a library by it, whatever their folders are.
@@ -46,12 +47,6 @@ _FLAGS = ("-O3", "-std=c++20", "-fopenmp", "-fno-math-errno", "-fno-trapping-mat
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100")
 # No fused multiply-adds but those that are written: the CPU's and the GPU's arithmetic are to be the same.
 CUDA_FLAGS = ("-O3", "-std=c++20", "--fmad=false")
-
-
-def cache_dir() -> Path:
-    """Where libraries are kept: $DFLASH_RAY_KERNEL_CACHE, else dflash_ray/kernels in the user's cache."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get(CACHE_ENV) or Path(home) / "dflash_ray" / "kernels")
 
 
 def library_path(with_cuda: bool) -> Path:

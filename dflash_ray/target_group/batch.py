@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from dflash_ray.core import host_code
+from dflash_ray.core.arrays import spans
 from dflash_ray.kernels.trees import depths_of
 from dflash_ray.sampling.columns import DrawRows
 from dflash_ray.target_group.slots import SlotTable
@@ -69,41 +71,31 @@ class Rows:
 def build_batch(table: SlotTable, rows: Rows, drafts: Drafts) -> tuple[StepBatch, DrawRows]:
     """The pass over E entries, and its rows that draw. `drafts` are those of the verify entries among them."""
     slots, starts, counts = rows.slots, rows.starts, rows.counts
-    firsts = np.cumsum(counts) - counts
-    entry_of = np.repeat(np.arange(len(slots)), counts)
-    offsets = np.arange(len(entry_of)) - firsts[entry_of]
-    positions = places = starts[entry_of] + offsets  # a row's place among the sequence's rows in the cache
-    slot_of = slots[entry_of]
-    token_ids = table.tokens[slot_of, places].astype(np.int64)
-    is_draft = rows.is_verify[entry_of] & (offsets > 0)
-    token_ids[is_draft] = drafts.token_ids
-    parents = _parents(drafts, is_draft, offsets)
+    token_ids, positions, cache_rows = gather_rows(table, rows, drafts.token_ids)
+    parents = _parents(rows, drafts)
     if len(parents):
-        positions = starts[entry_of] + depths_of(parents, firsts[entry_of])
+        positions = np.repeat(starts, counts) + depths_of(parents, np.repeat(np.cumsum(counts) - counts, counts))
     page_counts = table.page_counts[slots]
     wants_features = table.wants_features[slots]
     roots = np.where(rows.is_verify, 0, counts - 1)  # of an entry's rows that draw, the first
     if roots.any():
+        entry_of, offsets = _entries_and_offsets(counts)
         sample_rows = np.flatnonzero(rows.draws[entry_of] & (offsets >= roots[entry_of]))
     else:
-        sample_rows = _rows_of(rows.draws, entry_of)
+        sample_rows = _rows_of(rows.draws, counts)
     num_features = np.where(wants_features, counts, 0)
     first_features = np.cumsum(num_features) - num_features
-    is_scored = rows.num_scored.any()
-    scored_rows = np.flatnonzero(offsets < rows.num_scored[entry_of]) if is_scored else no_ints()
     batch = StepBatch(
         token_ids=token_ids,
         positions=positions,
-        slots=table.cache_rows(slot_of, places),
+        slots=cache_rows,
         entry_lens=counts,
         context_lens=starts,
         page_counts=page_counts,
-        pages=_page_tables(table, slots, page_counts),
+        pages=page_tables(table, slots, page_counts),
         sample_rows=sample_rows,
-        feature_rows=_rows_of(wants_features, entry_of),
-        scored_rows=scored_rows,
-        scored_tokens=table.tokens[slot_of[scored_rows], positions[scored_rows] + 1].astype(np.int64),
-        num_top=table.num_prompt_logprobs[slots].max(initial=0, keepdims=True) if len(scored_rows) else no_ints(),
+        feature_rows=_rows_of(wants_features, counts),
+        **_scored(table, rows, positions),
         parents=parents,
     )
     draws = rows.draws
@@ -115,7 +107,7 @@ def build_batch(table: SlotTable, rows: Rows, drafts: Drafts) -> tuple[StepBatch
         feature_rows=np.where(wants_features, first_features + roots, -1)[draws],
     )
     if len(parents):
-        drawing.parents = np.where(is_draft, parents, -1)[sample_rows]
+        drawing.parents = np.where(_is_draft(rows), parents, -1)[sample_rows]
     if len(drafts.num_candidates):
         drawing.num_candidates = np.zeros(len(slots), dtype=np.int64)
         drawing.num_candidates[rows.is_verify] = drafts.num_candidates
@@ -124,21 +116,80 @@ def build_batch(table: SlotTable, rows: Rows, drafts: Drafts) -> tuple[StepBatch
     return batch, drawing
 
 
-def _rows_of(entries: NDArray[np.bool_], entry_of: Ints) -> Ints:
+def gather_rows(table: SlotTable, rows: Rows, draft_ids: Ints) -> tuple[Ints, Ints, Ints]:
+    """Of all rows, [T] each: token ids, places among the sequence's rows in the cache, and rows of the cache.
+
+    The rows of an entry that verifies are its anchor and, one entry's after the other's, `draft_ids`.
+    """
+    num_rows, compiled = int(rows.counts.sum()), host_code.library()
+    if compiled is None:
+        slot_of, places = np.repeat(rows.slots, rows.counts), spans(rows.starts, rows.counts)
+        token_ids = table.tokens[slot_of, places].astype(np.int64)
+        token_ids[_is_draft(rows)] = draft_ids
+        return token_ids, places, table.cache_rows(slot_of, places)
+    made = np.empty((3, num_rows), dtype=np.int64)
+    columns = [np.ascontiguousarray(each) for each in (rows.slots, rows.starts, rows.counts, rows.is_verify, draft_ids)]
+    assert num_rows - int(rows.counts[~rows.is_verify].sum()) - np.count_nonzero(rows.is_verify) == len(draft_ids)
+    compiled.gather_rows(
+        host_code.at(table.tokens),
+        table.tokens.shape[1],
+        host_code.at(table.pages),
+        table.pages.shape[1],
+        table.page_size,
+        *map(host_code.at, columns),
+        len(rows.slots),
+        *map(host_code.at, made),
+    )
+    return made[0], made[1], made[2]
+
+
+def page_tables(table: SlotTable, slots: Ints, page_counts: Ints) -> Ints:
+    """The pages of these sequences, one after the other's."""
+    compiled = host_code.library()
+    if compiled is None:
+        places = np.arange(page_counts.max(initial=0))
+        pages: Ints = table.pages[slots, : len(places)][places < page_counts[:, None]]
+        return pages
+    tables: Ints = np.empty(int(page_counts.sum()), dtype=np.int64)
+    columns = [np.ascontiguousarray(each) for each in (slots, page_counts)]
+    compiled.page_tables(
+        host_code.at(table.pages), table.pages.shape[1], *map(host_code.at, columns), len(slots), host_code.at(tables)
+    )
+    return tables
+
+
+def _scored(table: SlotTable, rows: Rows, positions: Ints) -> dict[str, Ints]:
+    """The columns of StepBatch about rows that are to have log-probabilities; none where no row is."""
+    if not rows.num_scored.any():
+        return {}
+    entry_of, offsets = _entries_and_offsets(rows.counts)
+    scored_rows = np.flatnonzero(offsets < rows.num_scored[entry_of])
+    scored_tokens = table.tokens[rows.slots[entry_of[scored_rows]], positions[scored_rows] + 1].astype(np.int64)
+    num_top = table.num_prompt_logprobs[rows.slots].max(keepdims=True)
+    return {"scored_rows": scored_rows, "scored_tokens": scored_tokens, "num_top": num_top}
+
+
+def _entries_and_offsets(counts: Ints) -> tuple[Ints, Ints]:
+    """Of all rows: their entry, and their place in it."""
+    return np.repeat(np.arange(len(counts)), counts), spans(np.zeros_like(counts), counts)
+
+
+def _is_draft(rows: Rows) -> NDArray[np.bool_]:
+    """Which rows of all are drafts: those behind the anchor of an entry that verifies."""
+    entry_of, offsets = _entries_and_offsets(rows.counts)
+    is_draft: NDArray[np.bool_] = rows.is_verify[entry_of] & (offsets > 0)
+    return is_draft
+
+
+def _rows_of(entries: NDArray[np.bool_], counts: Ints) -> Ints:
     """All rows of some entries."""
-    return np.arange(len(entry_of)) if entries.all() else np.flatnonzero(entries[entry_of])
+    return np.arange(counts.sum()) if entries.all() else np.flatnonzero(np.repeat(entries, counts))
 
 
-def _parents(drafts: Drafts, is_draft: NDArray[np.bool_], offsets: Ints) -> Ints:
+def _parents(rows: Rows, drafts: Drafts) -> Ints:
     """Of all rows; empty where all drafts are chains."""
     if not len(drafts.parents) or np.array_equal(drafts.parents, chain_parents(drafts.counts)):
         return no_ints()
-    parents = offsets - 1
-    parents[is_draft] = drafts.parents
+    parents = spans(np.full_like(rows.counts, -1), rows.counts)
+    parents[_is_draft(rows)] = drafts.parents
     return parents
-
-
-def _page_tables(table: SlotTable, slots: Ints, page_counts: Ints) -> Ints:
-    places = np.arange(page_counts.max(initial=0))
-    pages: Ints = table.pages[slots, : len(places)][places < page_counts[:, None]]
-    return pages

@@ -168,24 +168,20 @@ class Engine:
         assert self._features is not None
         self._features.put(features)
 
-    def read_features(self, sequence_ids: Sequence[int], starts: Sequence[int], counts: Sequence[int]) -> PackedRows:
+    def read_features(self, sequence_ids: Ids, starts: Ints, counts: Ints) -> PackedRows:
         """Context features of computed rows of sequences that are not closed before they are copied.
 
         May be called from another thread than the step's.
         """
         assert self._features is not None
-        get, num_rows = self._table.slot_of.get, np.array(counts)
-        slot_of = np.repeat([get(sequence_id, NO_SLOT) for sequence_id in sequence_ids], num_rows)
-        return self._features.read(self._table.cache_rows(slot_of, spans(np.array(starts), num_rows)))
+        slots = self._table.slots(sequence_ids)
+        return self._features.read(self._table.cache_rows(np.repeat(slots, counts), spans(starts, counts)))
 
-    def name_features(
-        self, sequence_ids: Sequence[int], starts: Sequence[int], counts: Sequence[int]
-    ) -> tuple[Ints, Uses]:
+    def name_features(self, sequence_ids: Ids, starts: Ints, counts: Ints) -> tuple[Ints, Uses]:
         """Where the rows of `read_features` lie in shared memory: their pages, and how often these have been begun."""
         assert self._features is not None
-        get = self._table.slot_of.get
-        firsts, num_pages = pages_of(np.array(starts), np.array(counts), self._table.page_size)
-        slot_of = np.repeat([get(sequence_id, NO_SLOT) for sequence_id in sequence_ids], num_pages)
+        firsts, num_pages = pages_of(starts, counts, self._table.page_size)
+        slot_of = np.repeat(self._table.slots(sequence_ids), num_pages)
         pages: Ints = self._table.pages[slot_of, spans(firsts, num_pages)]
         return pages, self._features.uses(pages)
 

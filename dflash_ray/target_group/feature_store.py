@@ -6,8 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dflash_ray.core import host_code
 from dflash_ray.core.arrays import spans
-from dflash_ray.models.context_features import PackedRows, bytes_of, pack, rows_per_piece, wire_dtype
+from dflash_ray.models.context_features import Bytes, PackedRows, bytes_of, pack, rows_per_piece, wire_dtype
 from dflash_ray.models.feature_pages import FeaturePages, Uses
 from dflash_ray.target_group.step import Ints, StepFeatures
 
@@ -56,9 +57,7 @@ class FeatureStore:
         # Runs of rows are copied as they are: gathering them first would be a copy more.
         firsts, counts = _runs(places, sources)
         runs = np.stack((places[firsts], sources[firsts], counts)) * rows.shape[1]
-        kept, made = self._bytes.reshape(-1).data, rows.reshape(-1).data
-        for place, source, size in zip(*runs.tolist(), strict=True):
-            kept[place : place + size] = made[source : source + size]
+        copy_runs(self._bytes, rows, runs)
 
     def get(self, places: Ints) -> Tensor:
         """A copy [n, width] of the rows `places`."""
@@ -77,6 +76,17 @@ class FeatureStore:
         assert self.shared is not None
         uses: Uses = self.shared.uses[pages]
         return uses
+
+
+def copy_runs(to: Bytes, of: Bytes, runs: Ints) -> None:
+    """Copies runs [3, n] of bytes: where each one's begin in `to` and in `of`, and how many they are."""
+    compiled = host_code.library()
+    if compiled is not None:  # which leaves other threads running meanwhile
+        compiled.copy_runs(host_code.at(to), host_code.at(of), *map(host_code.at, runs), runs.shape[1])
+        return
+    kept, made = to.reshape(-1).data, of.reshape(-1).data
+    for place, source, size in zip(*runs.tolist(), strict=True):
+        kept[place : place + size] = made[source : source + size]
 
 
 def _runs(*columns: Ints) -> tuple[Ints, Ints]:

@@ -239,7 +239,7 @@ class TargetServicer(target_pb2_grpc.TargetServicer):
         def publish(done: asyncio.Future[None]) -> None:
             done.result()
             num_rows = features.starts + features.num_rows
-            streams.publish(epoch, step_id, features.sequence_ids.tolist(), num_rows.tolist())
+            streams.publish(epoch, step_id, features.sequence_ids.tolist(), num_rows)
 
         asyncio.wrap_future(kept).add_done_callback(publish)
 

@@ -102,8 +102,7 @@ class ChatTokenizer:
 
     def decode_each(self, token_ids: Sequence[int]) -> str:
         """The texts of tokens by themselves: what is no whole character of its own is replaced."""
-        texts = self._texts
-        return "".join([texts[token_id] for token_id in token_ids])
+        return "".join(map(self._texts.__getitem__, token_ids))
 
     def token_text(self, token_id: int) -> str:
         """Text of one token, special tokens included."""

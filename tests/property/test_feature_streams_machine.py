@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hypothesis.strategies as st
+import numpy as np
 import torch
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -10,6 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from dflash_ray.models.context_features import PackedRows, decode_response, pack, rows_of
 from dflash_ray.pb import target_pb2
 from dflash_ray.target_group.feature_streams import FeatureStreams, _Stream, _Wanted
+from tests.feature_groups import subscribed_ids
 
 PIECE_ROWS = 4
 IDS = st.integers(1, 2)
@@ -26,7 +28,7 @@ class FeatureStreamsMachine(RuleBasedStateMachine):
         self.opened: dict[int, int] = {}  # sequence id -> its opening, as far as steps were read
         self.computed: dict[int, list[int]] = {}  # sequence id -> [its opening, rows], as far as they were computed
         self.steps: list[tuple[int, int, dict[int, int | None]]] = []  # read and not computed
-        self.drafters = [_Stream(), _Stream()]
+        self.drafters = [_Stream(self.streams._sequences), _Stream(self.streams._sequences)]
         self.streams._streams.update(self.drafters)
         self.known: dict[int, tuple[_Stream, int | None, int]] = {}  # subscription -> stream, opening, next row
         self.ended: set[int] = set()
@@ -75,7 +77,8 @@ class FeatureStreamsMachine(RuleBasedStateMachine):
         for sequence_id in data.draw(st.sets(st.sampled_from(sorted(self.computed)))) if self.computed else ():
             self.computed[sequence_id][1] += data.draw(st.integers(1, 9))
         ids = list(self.computed)
-        self.streams.publish(epoch, step_id, ids, [self.computed[sequence_id][1] for sequence_id in ids])
+        num_rows = np.array([self.computed[sequence_id][1] for sequence_id in ids], dtype=np.int64)
+        self.streams.publish(epoch, step_id, ids, num_rows)
 
     @rule(
         which=st.integers(0, 1),
@@ -98,7 +101,7 @@ class FeatureStreamsMachine(RuleBasedStateMachine):
         stream = data.draw(st.sampled_from(self.drafters))
         response = self.streams._next(stream)
         if response is None:
-            assert not stream.behind and not stream.ends
+            assert not stream.subscriptions.is_behind and not stream.ends
             return
         response, data = decode_response(response)
         if response.WhichOneof("message") == "end":
@@ -125,12 +128,7 @@ class FeatureStreamsMachine(RuleBasedStateMachine):
     def what_is_subscribed_to_is_open(self):
         if not hasattr(self, "streams"):
             return
-        for stream in self.drafters:
-            for subscription in stream.subscriptions.values():
-                sequence = subscription.sequence
-                assert sequence is not None and sequence.sequence_id in self.opened
-                assert subscription in sequence.subscriptions
-                assert (subscription in stream.behind) == (subscription.at < sequence.num_rows)
+        assert subscribed_ids(self.streams) <= set(self.opened)
 
     def teardown(self):
         """Everything that is there comes, and whoever gets nothing any more is told."""

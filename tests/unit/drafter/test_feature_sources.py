@@ -19,7 +19,16 @@ from dflash_ray.models.draft_contexts import ContextRows
 from dflash_ray.models.draft_proposals import DraftProposal, DraftProposals
 from dflash_ray.pb import drafter_pb2, target_pb2
 from dflash_ray.target_group.feature_streams import SharedRows
-from tests.feature_groups import FINGERPRINT, LIMIT, PIECE_ROWS, WIDTH, FeatureGroup, feature_group, truth
+from tests.feature_groups import (
+    FINGERPRINT,
+    LIMIT,
+    PIECE_ROWS,
+    WIDTH,
+    FeatureGroup,
+    feature_group,
+    subscribed_ids,
+    truth,
+)
 from tests.toy import drafts_of
 
 ROOM = 20_000
@@ -214,7 +223,7 @@ async def test_rows_without_room_end_their_session_and_no_more_of_them_are_fetch
     assert await replica.draft(s1=41) == {1: 1}
     group.step(s2=20)
     assert await replica.draft(s1=41, s2=21) == {1: 1, 2: "REFUSED"}
-    await until(lambda: not group.streams._sequences[2].subscriptions)
+    await until(lambda: 2 not in subscribed_ids(group.streams))
     assert replica.sessions.num_context_rows == 40
     await replica.close()
 

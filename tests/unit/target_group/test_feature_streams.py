@@ -7,6 +7,7 @@ import contextlib
 from collections.abc import AsyncIterator
 
 import grpc
+import numpy as np
 import pytest
 import torch
 
@@ -217,7 +218,7 @@ async def test_another_epoch_ends_all_subscriptions_and_an_old_one_gets_none(gro
         group.lead()
         assert await reader.until_over(1) == await reader.until_over(2) == "SUPERSEDED"
         group.receive(opens=[1])
-        group.streams.publish(1, group.step_id + 5, [1], [9])  # of a step that ran when the epoch ended
+        group.streams.publish(1, group.step_id + 5, [1], np.array([9]))  # of a step that ran when the epoch ended
         group.compute(s1=4)
         await reader.subscribe(3, 1, epoch=1)
         assert await reader.until_over(3) == "SUPERSEDED"
@@ -237,8 +238,8 @@ async def test_a_stream_that_ends_takes_its_subscriptions_with_it(group):
         async with asyncio.timeout(30):
             while len(group.streams._streams) > 1:
                 await asyncio.sleep(0.01)
-        (sequence,) = group.streams._sequences.values()
-        assert len(sequence.subscriptions) == 1
+        (stream,) = group.streams._streams
+        assert len(stream.subscriptions) == 1
 
 
 @pytest.mark.parametrize(

@@ -84,12 +84,16 @@ def rows_of(output: StepOutput, sequence_id: int) -> torch.Tensor:
     return kept.rows[kept.first_rows[at] : kept.first_rows[at] + kept.num_rows[at]]
 
 
+def columns(sequence_ids: list[int], starts: list[int], counts: list[int]) -> tuple[np.ndarray, ...]:
+    return np.array(sequence_ids, np.uint64), np.array(starts), np.array(counts)
+
+
 def tensor(rows: PackedRows) -> torch.Tensor:
     return rows.tensor().view(-1, WIDTH)
 
 
 def read(engine: Engine, sequence_id: int, count: int, start: int = 0) -> torch.Tensor:
-    return tensor(engine.read_features([sequence_id], [start], [count]))
+    return tensor(engine.read_features(*columns([sequence_id], [start], [count])))
 
 
 def test_rows_of_the_steps_and_those_read_later_are_the_taps_of_the_whole_text(process_group, tiny_target):
@@ -109,12 +113,13 @@ def test_rows_of_several_sequences_are_read_together(process_group, tiny_target)
     engine, _ = new_engine(runner_with_taps(tiny_target))
     _, first = generate(engine, wanting_features(1))
     _, second = generate(engine, wanting_features(2, PROMPT[::-1]))
-    assert torch.equal(tensor(engine.read_features([2, 1], [3, 5], [4, 6])), torch.cat([second[3:7], first[5:11]]))
+    rows = tensor(engine.read_features(*columns([2, 1], [3, 5], [4, 6])))
+    assert torch.equal(rows, torch.cat([second[3:7], first[5:11]]))
 
 
-def named(engine: Engine, drafter: FeaturePages, *columns: list[int]) -> NamedRows:
+def named(engine: Engine, drafter: FeaturePages, *wanted: list[int]) -> NamedRows:
     """Rows of (sequence ids, starts, counts) as a drafter learns of them."""
-    message = encode_named(*columns, *engine.name_features(*columns))
+    message = encode_named(*wanted, *engine.name_features(*columns(*wanted)))
     return drafter.named(decode_response(message)[0].named)
 
 

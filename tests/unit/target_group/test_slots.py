@@ -16,6 +16,7 @@ from dflash_ray.sampling.verify import Verdict
 from dflash_ray.target_group.engine import Engine
 from dflash_ray.target_group.model import StepHidden
 from dflash_ray.target_group.step import EntryStatus
+from tests.loops import InNumpy
 from tests.steps import opening, step_of
 
 PAGE, PAGES, CONTEXT = 4, 40, 60
@@ -210,5 +211,11 @@ class Steps(RuleBasedStateMachine):
         self.engine.allocator.check_integrity()
 
 
+class StepsInNumpy(InNumpy, Steps):
+    """The same without the loops in C."""
+
+
 TestSteps = Steps.TestCase
 TestSteps.settings = settings(deadline=None, max_examples=80, stateful_step_count=25)
+TestStepsInNumpy = StepsInNumpy.TestCase
+TestStepsInNumpy.settings = settings(deadline=None, max_examples=30, stateful_step_count=25)

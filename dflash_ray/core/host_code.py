@@ -1,0 +1,88 @@
+"""The host's C functions (csrc/host.c), compiled once and loaded without torch: router and drafter have them as well.
+
+The library is cached under a name made of its source, so a second process only loads it. Where there is no compiler
+the numpy twins of the functions do their work, with one warning.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock
+from numpy.typing import NDArray
+
+logger = logging.getLogger(__name__)
+CACHE_ENV = "DFLASH_RAY_KERNEL_CACHE"
+SOURCE = Path(__file__).parent / "csrc" / "host.c"
+_FLAGS = ("-O3", "-std=c11", "-shared", "-fPIC", "-Wall")  # for any processor of its kind
+# How many addresses and numbers each takes, all of 64 bits.
+_FUNCTIONS = {
+    "ngram_enter": 11, "ngram_find": 16, "copy_runs": 6, "gather_rows": 14, "page_tables": 6, "chain_lines": 5,
+}  # fmt: skip
+
+
+def cache_dir() -> Path:
+    """Where libraries are kept: $DFLASH_RAY_KERNEL_CACHE, else dflash_ray/kernels in the user's cache."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get(CACHE_ENV) or Path(home) / "dflash_ray" / "kernels")
+
+
+def build() -> Path:
+    """Compiles the library unless it is there. Raises RuntimeError with the compiler's text when that fails."""
+    source = SOURCE.read_bytes()
+    digest = hashlib.sha256(f"{platform.machine()} {_FLAGS}".encode() + source).hexdigest()[:16]
+    path = cache_dir() / f"host-{digest}.so"
+    if path.exists():  # it may lie in an image, where nothing can be written
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_suffix(".lock")):
+        if not path.exists():
+            _compile(path)
+    return path
+
+
+def _compile(path: Path) -> None:
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        raise RuntimeError("no C++ compiler: install g++ or set CXX")
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        made = Path(folder) / path.name
+        done = subprocess.run(
+            [compiler, "-x", "c", *_FLAGS, str(SOURCE), "-o", str(made)], capture_output=True, text=True
+        )
+        if done.returncode:
+            raise RuntimeError(f"{SOURCE.name} could not be compiled: {done.stderr}")
+        os.replace(made, path)  # whole, or not at all
+
+
+@cache
+def library() -> Any | None:
+    """The functions, which take addresses (`at`) and numbers; None where they cannot be had."""
+    try:
+        loaded = ctypes.CDLL(str(build()))
+    except (RuntimeError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        logger.warning("the host's loops run in numpy, which is slower: they could not be compiled (%s)", reason)
+        return None
+    for name, count in _FUNCTIONS.items():
+        function = getattr(loaded, name)
+        function.argtypes, function.restype = [ctypes.c_int64] * count, None
+    return loaded
+
+
+def at(array: NDArray[np.generic]) -> int:
+    """Where an array's values lie. It must be contiguous, and live until the function has returned."""
+    assert array.flags.c_contiguous
+    address: int = array.__array_interface__["data"][0]
+    return address
