@@ -1,8 +1,8 @@
-"""Attention of passes of a fixed number of rows: what each row sees is a line in a buffer on the device.
+"""Attention of passes of a fixed number of rows: what each row sees is a line in memory that stays where it is.
 
 The operator is `attend_pages` (csrc/attention_core.h). A row of a chain sees its sequence's cached rows up to itself,
 all by the page table, since a layer stores keys and values before it attends; so rows of prompts are rows like others.
-A row of a tree sees the context and the rows on its path.
+A row of a tree sees the context and the rows on its path. Rows behind those of all entries see themselves.
 """
 
 from __future__ import annotations
@@ -15,66 +15,82 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dflash_ray.kernels import build
-from dflash_ray.kernels.attention import SPLIT
+from dflash_ray.kernels.attention import SPLIT, StepTables
 from dflash_ray.kernels.trees import depths_of, paths_of
 
 Ints = NDArray[np.int64]
-MOST_DEPTH = 32  # rows on a path of a tree, the root among them
-# Of a line: the row, cached rows by the page table, position of the last row seen among what is seen, rows of the entry
-# in all, first row of the entry, place of its page table.
-LINE_ROW, LINE_LAST, LINE_FIRST, LINE_PAGE, LINE_WIDTH = 0, 2, 4, 5, 6
+_LINE = 6  # columns, in the order of csrc/attention_core.h
 
 
-class RowLines(NamedTuple):
-    """int64 lines [T, 6], and paths [T, MOST_DEPTH] where some rows are of trees."""
+class Room(NamedTuple):
+    """The largest pass that a plan takes.
 
-    lines: Ints
-    paths: Ints | None
-
-
-def row_lines(entry_lens: Ints, context_lens: Ints, page_counts: Ints, parents: Ints, is_whole: Ints) -> RowLines:
-    """What each row of a step's E entries sees.
-
-    Args:
-        parents: [T] as in `ops.paged_attention`; empty for chains.
-        is_whole: [E] whether an entry's rows may be those of a tree, none of them deeper than MOST_DEPTH.
+    Attributes:
+        rows: of a pass; pages: of the page tables of all its entries.
+        max_len: cached rows and own rows of an entry; how many does not change a result.
+        depth: rows on the longest path of a tree; 0: chains only.
     """
-    of_entry = np.repeat(np.arange(len(entry_lens)), entry_lens)
-    rows = np.arange(len(of_entry))
-    firsts = (np.cumsum(entry_lens) - entry_lens)[of_entry]
-    context, page_at = context_lens[of_entry], (np.cumsum(page_counts) - page_counts)[of_entry]
-    places = context + rows - firsts
-    lines = np.stack((rows, places, places, places + 1, rows, page_at), axis=1)
-    if not len(parents):
-        return RowLines(lines, None)
-    depths = depths_of(parents, firsts)
-    at = np.flatnonzero(is_whole[of_entry])
-    totals = context + entry_lens[of_entry]
-    lines[at] = np.stack((rows, context, context + depths, totals, firsts, page_at), axis=1)[at]
-    paths = np.zeros((len(rows), MOST_DEPTH), dtype=np.int64)
-    if len(at):
-        # The rows before an entry that is left out keep their numbers, so its own are counted from its first.
-        renumbered = np.searchsorted(at, firsts[at])
-        found = paths_of(parents[at], renumbered, depths[at])
-        paths[at, : found.shape[1]] = found
-    return RowLines(lines, paths)
+
+    rows: int
+    pages: int
+    max_len: int
+    depth: int = 0
+
+    @property
+    def size(self) -> int:
+        """int64 values of a plan's memory."""
+        return self.rows * (_LINE + self.depth) + self.pages
 
 
 class FixedAttention:
-    """A `StepAttention` over buffers that are filled for each pass.
+    """A `StepAttention` that is planned anew for each pass.
 
     Args:
-        slots: int64 [N], where the rows' keys and values are.
-        lines, pages, paths: int64 [N, 6], the page tables of all entries in a row, [N, MOST_DEPTH] or None.
-        num_splits: parts of SPLIT rows of the longest sequence that a pass may have; how many does not change a result.
+        slots: int64 [room.rows], where the rows' keys and values are.
+        host, memory: int64 [room.size or more], what a pass is written to and what the device reads: whoever owns them
+            copies one to the other.
     """
 
-    def __init__(
-        self, slots: Tensor, lines: Tensor, pages: Tensor, paths: Tensor | None, page_size: int, num_splits: int
-    ) -> None:
-        self._tables = (slots, lines, pages, paths, page_size, num_splits)
+    def __init__(self, room: Room, slots: Tensor, page_size: int, host: Ints, memory: Tensor) -> None:
+        self._room = room
+        self._lines, self._paths, self._pages = _parts(room, host)
+        lines, paths, pages = _parts(room, memory)
+        num_splits = -(-room.max_len // SPLIT)
+        self._tables = (slots, lines, pages, paths if room.depth else None, page_size, num_splits)
         is_compiled = slots.device.type != "cpu" and build.is_loaded_for(slots.device.type)
         self._operator: Any = torch.ops.dflash_ray.attend_pages if is_compiled else attend_pages
+
+    def refill(self, tables: StepTables) -> int:
+        """Plans a pass; returns how much of the host's memory it is."""
+        lens, contexts, page_counts, pages, parents = tables
+        of_entry = np.repeat(np.arange(len(lens)), lens)
+        rows = np.arange(len(of_entry))
+        firsts = (np.cumsum(lens) - lens)[of_entry]
+        context, page_at = contexts[of_entry], (np.cumsum(page_counts) - page_counts)[of_entry]
+        places, lines = context + rows - firsts, self._lines
+        lines[: len(rows)] = np.stack((rows, places, places, places + 1, rows, page_at), axis=1)
+        lines[len(rows) :] = (0, 0, 0, 1, 0, 0)
+        lines[len(rows) :, [0, 4]] = np.arange(len(rows), self._room.rows)[:, None]
+        if len(parents):
+            self._refill_trees(tables, of_entry, firsts)
+        elif self._room.depth:
+            self._paths[:] = 0
+        self._pages[: len(pages)] = pages
+        return self._room.size - self._room.pages + len(pages)
+
+    def _refill_trees(self, tables: StepTables, of_entry: Ints, firsts: Ints) -> None:
+        """Lines and paths of the entries that are no chains."""
+        depths, rows = depths_of(tables.parents, firsts), np.arange(len(of_entry))
+        is_branched = np.bincount(of_entry, depths != rows - firsts, minlength=len(tables.entry_lens)) > 0
+        at = np.flatnonzero(is_branched[of_entry])
+        self._paths[:] = 0
+        if not len(at):
+            return
+        context, total = (each[of_entry[at]] for each in (tables.context_lens, tables.context_lens + tables.entry_lens))
+        columns = (at, context, context + depths[at], total, firsts[at])
+        self._lines[at, : _LINE - 1] = np.stack(columns, axis=1)
+        found = paths_of(tables.parents[at], np.searchsorted(at, firsts[at]), depths[at])
+        self._paths[at, : found.shape[1]] = found
 
     def attend(
         self, query: Tensor, key: Tensor | None, value: Tensor | None, key_cache: Tensor, value_cache: Tensor,
@@ -85,6 +101,13 @@ class FixedAttention:
             query, key, value, key_cache, value_cache, *self._tables, scale, window, softcap, is_causal
         )
         return out
+
+
+def _parts(room: Room, memory: Any) -> Any:
+    """Lines [rows, 6], paths [rows, depth] and page tables in a plan's memory, on the host or on the device."""
+    paths_at, pages_at = room.rows * _LINE, room.rows * (_LINE + room.depth)
+    lines, paths = memory[:paths_at], memory[paths_at:pages_at]
+    return lines.reshape(room.rows, _LINE), paths.reshape(room.rows, room.depth), memory[pages_at : room.size]
 
 
 def attend_pages(

@@ -16,9 +16,7 @@ import torch
 from torch import Tensor
 
 from dflash_ray.config import DflashRayConfig
-from dflash_ray.kernels.attention import SPLIT
 from dflash_ray.kernels.columns import CommitColumn, PlanTensors
-from dflash_ray.kernels.fixed_attention import LINE_LAST, MOST_DEPTH
 from dflash_ray.sampling.columns import PlanColumns, without_gaps
 from dflash_ray.sampling.ranks import RankGroup
 from dflash_ray.sampling.table import RANGES, Need
@@ -26,8 +24,8 @@ from dflash_ray.sampling.verify import Verdict, launch, to_verdict, verify
 from dflash_ray.target_group.batch import StepBatch
 from dflash_ray.target_group.graphs import Graphs
 from dflash_ray.target_group.model import RankModel, StepHidden
-from dflash_ray.target_group.pass_buffers import IDS_A_ROW, PassBuffers, PassRows
-from dflash_ray.target_group.pass_cuts import StepRows, within
+from dflash_ray.target_group.pass_buffers import IDS_A_ROW, MOST_DEPTH, PassBuffers
+from dflash_ray.target_group.pass_cuts import PassRows, StepRows, within
 from dflash_ray.target_group.runner import GroupRunner
 from dflash_ray.target_group.step import Ints
 
@@ -37,7 +35,6 @@ _NEEDS = {
     "drawn": int(Need.DRAW),
     "limited": Need.DRAW | Need.MIN_P | Need.TOP_K | Need.TOP_P | Need.ADJUSTMENT,
 }
-_COARSER = 4  # times as many positions from one span to the next
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,18 +89,14 @@ class FixedPasses(GroupRunner):
         self._device = torch.device(device)
         self._is_exact, self._returns_features = is_exact, returns_features
         self._cos, self._sin = model.turns()
-        self._spans = [-(-model.max_model_len // SPLIT)]  # splits of a sequence, ascending
-        while self._spans[0] > _COARSER:
-            self._spans.insert(0, -(-self._spans[0] // _COARSER))
-        most_pages = -(-model.max_model_len // model.cache.page_size)
-        self._buffers = [PassBuffers(rows, model, most_pages, self._device) for rows in shapes]
+        self._buffers = [PassBuffers(rows, model, self._device) for rows in shapes]
         self._graphs = Graphs(self._device)
 
     def capture(self, has_trees: bool) -> None:
         """Captures all passes there are, on a GPU. Collective."""
         functions: dict[Hashable, Callable[[], None]] = {}
         for buffers in self._buffers:
-            for span in self._spans:
+            for span in buffers.spans:
                 for is_tree in (False, True) if has_trees else (False,):
                     functions[buffers.num_rows, span, is_tree] = partial(self._layers, buffers, span, is_tree)
             for kind in _NEEDS:
@@ -114,12 +107,11 @@ class FixedPasses(GroupRunner):
     def forward(self, batch: StepBatch, columns: PlanColumns | None = None) -> StepHidden:
         rows = StepRows(batch)
         buffers = next((one for one in self._buffers if one.num_rows >= len(batch.token_ids)), self._buffers[-1])
-        cuts = rows.cuts(buffers.num_rows) if rows.fits(buffers.num_rows) else []
+        cuts = rows.cuts(buffers.num_rows) if rows.fits(buffers.num_rows, MOST_DEPTH) else []
         if not cuts or (len(cuts) > 1 and not self._is_exact):
             return super().forward(batch, columns)
         kind = "" if columns is None else _kind(columns, buffers)
-        passes = zip(cuts, rows.passes(cuts), strict=True)
-        left = [self._run(buffers, part, cut, batch, columns, kind) for cut, part in passes]
+        left = [self._run(buffers, rows.part(cut), cut, batch, columns, kind) for cut in cuts]
         arrived = None
         if self._device.type == "cuda":
             arrived = torch.cuda.Event()
@@ -154,15 +146,13 @@ class FixedPasses(GroupRunner):
         drawing, wanted, scored = (
             rows[within(rows, cut)] - cut.start for rows in (batch.sample_rows, batch.feature_rows, batch.scored_rows)
         )
-        buffers.fill(part)
+        span, is_tree = buffers.fill(part)
         num_sequences = 0
         if kind and len(drawing) and columns is not None:
             sequences = within(batch.sample_rows[columns.first_rows], cut)
             num_sequences = sequences.stop - sequences.start
             buffers.fill_plan(columns, sequences, drawing)
         buffers.send()
-        span = next(span for span in self._spans if span * SPLIT > part.lines[:, LINE_LAST].max())
-        is_tree = part.paths is not None
         self._graphs.launch((buffers.num_rows, span, is_tree), partial(self._layers, buffers, span, is_tree))
         logits = None
         if num_sequences:

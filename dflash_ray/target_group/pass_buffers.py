@@ -16,37 +16,24 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dflash_ray.kernels.attention import SPLIT, StepTables
 from dflash_ray.kernels.columns import CommitColumn, FloatColumn, IntColumn, OutcomeColumn, PlanTensors, RowColumn
-from dflash_ray.kernels.fixed_attention import LINE_FIRST, LINE_ROW, LINE_WIDTH, MOST_DEPTH, FixedAttention
+from dflash_ray.kernels.fixed_attention import FixedAttention, Room
 from dflash_ray.sampling.columns import PlanColumns, without_gaps
 from dflash_ray.target_group.model import RankModel
 from dflash_ray.target_group.paged_cache import PagedCache
+from dflash_ray.target_group.pass_cuts import PassRows
 from dflash_ray.target_group.step import Ints
 
 IDS_A_ROW = 16  # of penalties, bias and stop tokens that a pass has room for
+MOST_DEPTH = 32  # rows on a path of drafts, the root among them
 VERDICT_WIDTH = len(CommitColumn) + OutcomeColumn.TOKENS + 2 * MOST_DEPTH
-# int64 values a row of the inputs; page tables, and the paths of trees before them, follow.
+_COARSER = 4  # times as many rows from one span to the next
+# int64 values a row of the inputs; what attention reads follows.
 _WIDTHS = {
-    "token_ids": 1, "positions": 1, "slots": 1, "lines": LINE_WIDTH, "rows": len(RowColumn), "ints": len(IntColumn),
+    "token_ids": 1, "positions": 1, "slots": 1, "rows": len(RowColumn), "ints": len(IntColumn),
     "floats": len(FloatColumn) // 2, "ids": IDS_A_ROW, "values": IDS_A_ROW // 2,
 }  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class PassRows:
-    """n rows of a step that are one pass.
-
-    Attributes:
-        token_ids, positions, slots: [n]; lines: [n, 6] and paths: [n, MOST_DEPTH] as in `fixed_attention`, with places
-            counted in the pass; pages: of its entries.
-    """
-
-    token_ids: Ints
-    positions: Ints
-    slots: Ints
-    lines: Ints
-    paths: Ints | None
-    pages: Ints
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +48,8 @@ class PassLayout:
 class PassBuffers:
     """Those of passes of N rows.
 
-    Args:
-        most_pages: of one sequence.
-
     Attributes:
+        spans: most rows of a sequence that kinds of passes have, ascending; their grids are no larger than it takes.
         token_ids, positions: int64 [N] on the device.
         hidden: [N, H], normed rows.
         features: [N, feature_width], or None.
@@ -75,14 +60,17 @@ class PassBuffers:
         self,
         num_rows: int,
         model: RankModel,
-        most_pages: int,
         device: torch.device,
     ) -> None:
         self.num_rows, self._dtype = num_rows, model.dtype
         self._cache, self._scratch_row = model.cache, model.scratch_row
         self._is_cuda = device.type == "cuda"
         self._num_fixed = num_rows * sum(_WIDTHS.values())
-        size = self._num_fixed + num_rows * (MOST_DEPTH + most_pages)
+        self.spans = [model.max_model_len]
+        while self.spans[0] > _COARSER * SPLIT:
+            self.spans.insert(0, -(-self.spans[0] // (_COARSER * SPLIT)) * SPLIT)
+        room = Room(num_rows, num_rows * -(-model.max_model_len // model.cache.page_size), 0, MOST_DEPTH)
+        size = self._num_fixed + room.size
         self._inputs = torch.zeros(size, dtype=torch.int64, device=device)
         staging = torch.zeros(size, dtype=torch.int64, pin_memory=self._is_cuda)
         self._staging, self._host = staging, dict(self._sections(staging.numpy()))
@@ -91,7 +79,14 @@ class PassBuffers:
         self.token_ids, self.positions, self.slots = (
             parts[name].view(-1) for name in ("token_ids", "positions", "slots")
         )
-        self._lines, self._tail = parts["lines"], self._inputs[self._num_fixed :]
+        plan_memory = staging.numpy()[self._num_fixed :], self._inputs[self._num_fixed :]
+        self._attention = {
+            (span, depth > 0): FixedAttention(
+                room._replace(max_len=span, depth=depth), self.slots, self._cache.page_size, *plan_memory
+            )
+            for span in self.spans
+            for depth in (0, MOST_DEPTH)
+        }
         self.plan = PlanTensors(
             parts["rows"], parts["ints"], parts["floats"], parts["ids"].view(-1), parts["values"].view(-1)
         )
@@ -105,7 +100,7 @@ class PassBuffers:
         self.verdict = self._outputs[: self._verdict_bytes].view(torch.int64).view(num_rows, VERDICT_WIDTH)
         self.features = self._features_in(self._outputs, num_rows) if self._feature_bytes else None
         none = np.zeros(0, dtype=np.int64)
-        self.fill(PassRows(none, none, none, none.reshape(0, LINE_WIDTH), None, none))
+        self.fill(PassRows(none, none, none, StepTables(none, none, none, none, none)))
         self.send()
 
     def _sections(self, flat: Any) -> Iterator[tuple[str, Any]]:
@@ -121,37 +116,24 @@ class PassBuffers:
         end = self._verdict_bytes + num_rows * self._feature_bytes
         return block[self._verdict_bytes : end].view(self._dtype).view(num_rows, -1)
 
-    def layout(self, num_splits: int, is_tree: bool) -> PassLayout:
-        """The kind of pass whose sequences have at most so many splits."""
-        num_paths = self.num_rows * MOST_DEPTH if is_tree else 0
-        paths = self._tail[:num_paths].view(self.num_rows, MOST_DEPTH) if is_tree else None
-        attention = FixedAttention(
-            self.slots, self._lines, self._tail[num_paths:], paths, self._cache.page_size, num_splits
-        )
-        return PassLayout(self._cache, self.slots, attention)
+    def layout(self, span: int, is_tree: bool) -> PassLayout:
+        """The kind of pass whose sequences have at most so many rows."""
+        return PassLayout(self._cache, self.slots, self._attention[span, is_tree])
 
-    def fill(self, rows: PassRows) -> None:
-        """Writes a pass's rows to where `send` copies them from; nothing draws until `fill_plan`."""
+    def fill(self, rows: PassRows) -> tuple[int, bool]:
+        """Writes a pass's rows to where `send` copies them from; nothing draws until `fill_plan`. Returns its kind."""
         if self._staged is not None:
             self._staged.synchronize()  # with the copy of the pass before
         count, host = len(rows.token_ids), self._host
-        for name in ("token_ids", "positions"):
-            host[name][:count, 0] = getattr(rows, name)
-            host[name][count:] = 0
-        host["slots"][:count, 0], host["slots"][count:] = rows.slots, self._scratch_row
-        lines = host["lines"]
-        lines[:count] = rows.lines
-        lines[count:] = (0, 0, 0, 1, 0, 0)
-        lines[count:, LINE_ROW] = lines[count:, LINE_FIRST] = np.arange(count, self.num_rows)
-        tail, self._end = self._staging.numpy()[self._num_fixed :], self._num_fixed
-        if rows.paths is not None:
-            size = self.num_rows * MOST_DEPTH
-            paths = tail[:size].reshape(self.num_rows, MOST_DEPTH)
-            paths[:count], paths[count:] = rows.paths, 0
-            tail, self._end = tail[size:], self._end + size
-        tail[: len(rows.pages)] = rows.pages
-        self._end += len(rows.pages)
+        for name, column, filler in (
+            ("token_ids", rows.token_ids, 0), ("positions", rows.positions, 0), ("slots", rows.slots, self._scratch_row)
+        ):  # fmt: skip
+            host[name][:count, 0], host[name][count:] = column, filler
+        longest = int((rows.tables.context_lens + rows.tables.entry_lens).max(initial=1))
+        kind = (next(span for span in self.spans if span >= longest), len(rows.tables.parents) > 0)
+        self._end = self._num_fixed + self._attention[kind].refill(rows.tables)
         _clear_plan(host)
+        return kind
 
     def fill_plan(self, columns: PlanColumns, sequences: slice, at: Ints) -> None:
         """Writes the plan of some of a step's sequences; their rows of the plan are rows `at` of the pass."""

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 
-from dflash_ray.kernels.fixed_attention import LINE_FIRST, LINE_PAGE, LINE_ROW, MOST_DEPTH, row_lines
+from dflash_ray.kernels.attention import StepTables
 from dflash_ray.kernels.trees import depths_of
 from dflash_ray.target_group.batch import StepBatch
-from dflash_ray.target_group.pass_buffers import PassRows
 from dflash_ray.target_group.step import Ints
+
+
+@dataclass(frozen=True, slots=True)
+class PassRows:
+    """n rows of a step that are one pass: token_ids, positions, slots [n], and the tables of their entries."""
+
+    token_ids: Ints
+    positions: Ints
+    slots: Ints
+    tables: StepTables
 
 
 class StepRows:
@@ -22,23 +31,22 @@ class StepRows:
 
     def __init__(self, batch: StepBatch) -> None:
         self._batch = batch
-        lens = batch.entry_lens
-        self._ends = np.cumsum(lens)
-        sampled = np.bincount(np.searchsorted(self._ends, batch.sample_rows, side="right"), minlength=len(lens))
-        self._is_whole = sampled > 1
+        self._ends = np.cumsum(batch.entry_lens)
+        self._firsts = self._ends - batch.entry_lens
+        entry_of = np.searchsorted(self._ends, batch.sample_rows, side="right")
+        self._is_whole = np.bincount(entry_of, minlength=len(self._ends)) > 1
         self._page_ends = np.cumsum(batch.page_counts)
 
-    def fits(self, num_rows: int) -> bool:
-        """Whether no entry that cannot be cut is longer than a pass, and no path of drafts longer than one may be."""
-        longest = int(self._batch.entry_lens[self._is_whole].max(initial=0))
-        if longest <= min(num_rows, MOST_DEPTH):
+    def fits(self, num_rows: int, most_depth: int) -> bool:
+        """Whether no entry that is not cut is longer than a pass, nor a path of its drafts longer than may be."""
+        lens, parents = self._batch.entry_lens, self._batch.parents
+        longest = int(lens[self._is_whole].max(initial=0))
+        if longest <= min(num_rows, most_depth):
             return True
-        parents = self._batch.parents
         if longest > num_rows or not len(parents):
             return False
-        firsts = np.repeat(self._ends - self._batch.entry_lens, self._batch.entry_lens)
-        is_whole = np.repeat(self._is_whole, self._batch.entry_lens)
-        return int(depths_of(parents, firsts)[is_whole].max()) < MOST_DEPTH
+        depths = depths_of(parents, np.repeat(self._firsts, lens))
+        return int(depths[np.repeat(self._is_whole, lens)].max()) < most_depth
 
     def cuts(self, num_rows: int) -> list[slice]:
         """Rows of passes of at most so many."""
@@ -47,24 +55,28 @@ class StepRows:
             stop = at + num_rows
             entry = int(np.searchsorted(self._ends, stop))
             if self._is_whole[entry] and stop < self._ends[entry]:
-                stop = int(self._ends[entry] - self._batch.entry_lens[entry])
+                stop = int(self._firsts[entry])
             cuts.append(slice(at, stop))
             at = stop
         return [*cuts, slice(at, total)]
 
-    def passes(self, cuts: list[slice]) -> Iterator[PassRows]:
-        """What each pass reads."""
+    def part(self, rows: slice) -> PassRows:
+        """One pass. What of an entry was in the pass before is context now."""
         batch = self._batch
-        lines, paths = row_lines(batch.entry_lens, batch.context_lens, batch.page_counts, batch.parents, self._is_whole)
-        for rows in cuts:
-            mine = lines[rows].copy()
-            mine[:, [LINE_ROW, LINE_FIRST]] -= rows.start
-            last = int(np.searchsorted(self._ends, rows.stop - 1, side="right"))
-            pages = slice(int(mine[0, LINE_PAGE]), int(self._page_ends[last]))
-            mine[:, LINE_PAGE] -= pages.start
-            own_paths = None if paths is None else paths[rows]
-            columns = (batch.token_ids[rows], batch.positions[rows], batch.slots[rows])
-            yield PassRows(*columns, mine, own_paths, batch.pages[pages])
+        first, last = np.searchsorted(self._ends, (rows.start, rows.stop - 1), side="right").tolist()
+        entries = slice(first, last + 1)
+        firsts = np.maximum(self._firsts[entries], rows.start)
+        skipped = firsts - self._firsts[entries]
+        lens = np.minimum(self._ends[entries], rows.stop) - firsts
+        page_at = self._page_ends[first] - batch.page_counts[first]
+        tables = StepTables(
+            entry_lens=lens,
+            context_lens=batch.context_lens[entries] + skipped,
+            page_counts=batch.page_counts[entries],
+            pages=batch.pages[page_at : self._page_ends[last]],
+            parents=batch.parents[rows] - np.repeat(skipped, lens) if len(batch.parents) else batch.parents,
+        )
+        return PassRows(batch.token_ids[rows], batch.positions[rows], batch.slots[rows], tables)
 
 
 def within(rows: Ints, part: slice) -> slice:
