@@ -34,11 +34,16 @@ from dflash_ray.target_group.step import Ids, Ints, PromptLogprobs, StepFeatures
 
 
 class StepRunner(Protocol):
-    """This rank's part of a pass and of its verdict. Collective over the ranks."""
+    """This rank's part of a pass and of its verdict. Collective over the ranks.
+
+    Attributes:
+        device: where it takes a plan's columns.
+    """
 
     device: torch.device
 
-    def forward(self, batch: StepBatch) -> StepHidden: ...
+    def forward(self, batch: StepBatch, columns: PlanColumns | None) -> StepHidden:
+        """Begins a pass; `columns` are those of its rows that draw."""
 
     def verify(self, hidden: StepHidden, columns: PlanColumns) -> Verdict: ...
 
@@ -123,16 +128,16 @@ class Engine:
             self._extend_by_found(self._drafter, entries)
         running = entries.running()
         rows = rows_of(self._table, entries, running)
-        hidden = verdict = None
+        hidden = columns = verdict = None
         scores = Logprobs()
         if len(running):
             batch, drawing = build_batch(self._table, rows, drafts_of(step.drafts, running - entries.num_prefills))
-            hidden = self._runner.forward(batch)
+            if len(drawing.slots):
+                columns = columns_of(drawing, self._table.sampling, self._runner.device)
+            hidden = self._runner.forward(batch, columns)
         forwarded = time.perf_counter_ns()
         if hidden is not None:
-            if len(drawing.slots):
-                # Made while a device is at the pass.
-                columns = columns_of(drawing, self._table.sampling, self._runner.device)
+            if columns is not None:
                 verdict = self._runner.verify(hidden, columns)
             scores = self._runner.score(hidden, batch)
         verified = time.perf_counter_ns()
