@@ -7,6 +7,8 @@ one copy; with room for the largest step its address and the launches stay, so t
 
 from __future__ import annotations
 
+import itertools
+import math
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -52,6 +54,27 @@ class Room(NamedTuple):
     max_len: int
     depth: int = 0
 
+    @property
+    def shapes(self) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int], tuple[int]]:
+        """Of a plan's rows, tiles, paths and page tables, which lie behind each other in its memory."""
+        num_tiles = min(self.rows, (self.rows + (TILE_ROWS - 1) * self.entries) // TILE_ROWS)
+        return (self.rows, _ROW_COLUMNS), (num_tiles, _TILE_COLUMNS), (self.rows, self.depth), (self.pages,)
+
+    @property
+    def size(self) -> int:
+        """int64 values of a plan's memory."""
+        return sum(map(math.prod, self.shapes))
+
+
+class PlanMemory(NamedTuple):
+    """int64 [room.size or more] that a plan is written to on the host, and read from on the device.
+
+    Whoever owns it copies one to the other.
+    """
+
+    host: Ints
+    device: Tensor
+
 
 class StepAttention(Protocol):
     """A planned step."""
@@ -73,8 +96,11 @@ class StepAttention(Protocol):
         Keys and values are None where they are in the slots already. Rows behind those of all entries give 0.
         """
 
-    def refill(self, tables: StepTables) -> None:
+    def refill(self, tables: StepTables) -> int:
         """Plans another step over the same slots; they are to be written anew too.
+
+        Returns:
+            how much of its memory the plan takes, from the beginning on.
 
         Raises:
             ValueError: the step is larger than the plan's room.
@@ -90,10 +116,13 @@ def plan(tables: StepTables, slots: Tensor, page_size: int) -> StepAttention:
     return planned
 
 
-def plan_within(room: Room, slots: Tensor, page_size: int) -> StepAttention:
-    """A plan to refill, of steps that are no larger than `room`, over slots int64 [room.rows]."""
+def plan_within(room: Room, slots: Tensor, page_size: int, memory: PlanMemory) -> StepAttention:
+    """A plan to refill, of steps that are no larger than `room`, over slots int64 [room.rows].
+
+    Several may share slots and memory: the one that is filled last is planned.
+    """
     if _has_operator(slots):
-        return PagedAttention(room, slots, page_size, torch.ops.dflash_ray.attend_pages)
+        return PagedAttention(room, slots, page_size, torch.ops.dflash_ray.attend_pages, memory)
     return HostAttention(slots, page_size)
 
 
@@ -107,9 +136,10 @@ class HostAttention:
     def __init__(self, slots: Tensor, page_size: int) -> None:
         self._slots, self._page_size = slots, page_size
 
-    def refill(self, tables: StepTables) -> None:
+    def refill(self, tables: StepTables) -> int:
         self._tables = [torch.from_numpy(table) for table in tables]
         self._num_rows = int(tables.entry_lens.sum())
+        return 0
 
     def attend(
         self, query: Tensor, key: Tensor | None, value: Tensor | None, key_cache: Tensor, value_cache: Tensor,
@@ -130,22 +160,18 @@ class HostAttention:
 class PagedAttention:
     """By a device's operator, which reads keys and values where they lie.
 
-    Refilling is one copy to a buffer that stays where it is, and what is launched follows from the room alone.
+    What is read stays where it is, and what is launched follows from the room alone.
     """
 
-    def __init__(self, room: Room, slots: Tensor, page_size: int, operator: Any) -> None:
+    def __init__(self, room: Room, slots: Tensor, page_size: int, operator: Any, memory: PlanMemory) -> None:
         self._room, self._slots, self._page_size, self._operator = room, slots, page_size, operator
-        num_tiles = min(room.rows, (room.rows + (TILE_ROWS - 1) * room.entries) // TILE_ROWS)
         self._num_splits = -(-room.max_len // SPLIT)
         self._num_parts = room.rows * self._num_splits
-        shapes = ((room.rows, _ROW_COLUMNS), (num_tiles, _TILE_COLUMNS), (room.pages,), (room.rows, room.depth))
-        ends = np.cumsum([0, *(int(np.prod(shape)) for shape in shapes)])
-        self._host = np.zeros(ends[-1], dtype=np.int64)
-        self._buffer = torch.zeros(len(self._host), dtype=torch.int64, device=slots.device)
-        places = [slice(*ends[at : at + 2]) for at in range(len(shapes))]
-        self._columns = [self._host[place].reshape(shape) for place, shape in zip(places, shapes, strict=True)]
-        self._rows, self._tiles, self._pages, paths = (
-            self._buffer[place].view(shape) for place, shape in zip(places, shapes, strict=True)
+        ends = np.cumsum([0, *map(math.prod, room.shapes)]).tolist()
+        places = list(zip(itertools.pairwise(ends), room.shapes, strict=True))
+        self._columns = [memory.host[begin:end].reshape(shape) for (begin, end), shape in places]
+        self._rows, self._tiles, paths, self._pages = (
+            memory.device[begin:end].view(shape) for (begin, end), shape in places
         )
         self._paths = paths if room.depth else None
 
@@ -157,12 +183,15 @@ class PagedAttention:
         if len(tables.parents):
             depth = int(depths_of(tables.parents, firsts).max()) + 1
         room = Room(len(slots), len(lens), len(tables.pages), int(totals.max(initial=1)), depth)
-        planned = cls(room, slots, page_size, operator)
+        host = torch.zeros(room.size, dtype=torch.int64)
+        memory = PlanMemory(host.numpy(), torch.empty_like(host, device=slots.device))
+        planned = cls(room, slots, page_size, operator, memory)
         planned._num_splits, planned._num_parts = int(splits.max(initial=0)), int((splits * lens).sum())
         planned.refill(tables)
+        memory.device.copy_(host, non_blocking=True)
         return planned
 
-    def refill(self, tables: StepTables) -> None:
+    def refill(self, tables: StepTables) -> int:
         lens, contexts, page_counts, pages, parents = tables
         totals = contexts + lens
         num_rows, room = int(lens.sum()), self._room
@@ -175,8 +204,8 @@ class PagedAttention:
         offsets = np.arange(num_rows) - firsts[of_entry]
         depths = depths_of(parents, firsts[of_entry]) if len(parents) else offsets
         is_tree = np.bincount(of_entry[depths != offsets], minlength=len(lens)) > 0
-        self._host[:] = 0
-        rows, tiles, page_tables, paths = self._columns
+        rows, tiles, paths, page_tables = self._columns
+        rows[num_rows:] = paths[:] = 0
         splits = _splits_of(tables)
         splits_of_row = splits[of_entry]
         part_at = np.cumsum(splits_of_row) - splits_of_row
@@ -187,14 +216,15 @@ class PagedAttention:
         page_at = np.cumsum(page_counts) - page_counts
         own = np.minimum(lens[entry] - before, TILE_ROWS)
         columns = (firsts[entry], contexts[entry], page_at[entry], before, own, splits[entry], is_tree[entry])
-        tiles[: len(entry)] = np.stack(columns, axis=1)
+        tiles[: len(entry)], tiles[len(entry) :] = np.stack(columns, axis=1), 0
         page_tables[: len(pages)] = pages
         if is_tree.any():
-            found = paths_of(parents, firsts[of_entry], depths)
+            at = np.flatnonzero(is_tree[of_entry])  # chains beside them may be longer than any path
+            found = paths_of(parents[at], np.searchsorted(at, firsts[of_entry][at]), depths[at])
             if found.shape[1] > room.depth:
                 raise ValueError(f"a tree of depth {found.shape[1]}, room is {room}")
-            paths[:num_rows, : found.shape[1]] = found
-        self._buffer.copy_(torch.from_numpy(self._host.copy()), non_blocking=True)
+            paths[at, : found.shape[1]] = found
+        return room.size - room.pages + len(pages)
 
     def attend(
         self, query: Tensor, key: Tensor | None, value: Tensor | None, key_cache: Tensor, value_cache: Tensor,

@@ -16,9 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dflash_ray.kernels.attention import SPLIT, StepTables
+from dflash_ray.kernels.attention import SPLIT, PlanMemory, Room, StepAttention, StepTables, plan_within
 from dflash_ray.kernels.columns import CommitColumn, FloatColumn, IntColumn, OutcomeColumn, PlanTensors, RowColumn
-from dflash_ray.kernels.fixed_attention import FixedAttention, Room
 from dflash_ray.sampling.columns import PlanColumns, without_gaps
 from dflash_ray.target_group.model import RankModel
 from dflash_ray.target_group.paged_cache import PagedCache
@@ -42,7 +41,7 @@ class PassLayout:
 
     cache: PagedCache
     slots: Tensor
-    attention: FixedAttention
+    attention: StepAttention
 
 
 class PassBuffers:
@@ -69,7 +68,8 @@ class PassBuffers:
         self.spans = [model.max_model_len]
         while self.spans[0] > _COARSER * SPLIT:
             self.spans.insert(0, -(-self.spans[0] // (_COARSER * SPLIT)) * SPLIT)
-        room = Room(num_rows, num_rows * -(-model.max_model_len // model.cache.page_size), 0, MOST_DEPTH)
+        most_pages = num_rows * -(-model.max_model_len // model.cache.page_size)
+        room = Room(num_rows, num_rows, most_pages, model.max_model_len, MOST_DEPTH)
         size = self._num_fixed + room.size
         self._inputs = torch.zeros(size, dtype=torch.int64, device=device)
         staging = torch.zeros(size, dtype=torch.int64, pin_memory=self._is_cuda)
@@ -79,10 +79,10 @@ class PassBuffers:
         self.token_ids, self.positions, self.slots = (
             parts[name].view(-1) for name in ("token_ids", "positions", "slots")
         )
-        plan_memory = staging.numpy()[self._num_fixed :], self._inputs[self._num_fixed :]
+        memory = PlanMemory(staging.numpy()[self._num_fixed :], self._inputs[self._num_fixed :])
         self._attention = {
-            (span, depth > 0): FixedAttention(
-                room._replace(max_len=span, depth=depth), self.slots, self._cache.page_size, *plan_memory
+            (span, depth > 0): plan_within(
+                room._replace(max_len=span, depth=depth), self.slots, self._cache.page_size, memory
             )
             for span in self.spans
             for depth in (0, MOST_DEPTH)

@@ -14,6 +14,7 @@ from dflash_ray.kernels.attention import (
     SPLIT,
     HostAttention,
     PagedAttention,
+    PlanMemory,
     Room,
     StepTables,
     plan,
@@ -148,15 +149,20 @@ def test_heads_of_all_sizes_and_numbers_attend(device, dtype, group, size):
     assert torch.allclose(got.double(), want, atol=DTYPES[dtype], rtol=DTYPES[dtype])
 
 
+def memory_of(room: Room, device: str = "cpu") -> PlanMemory:
+    return PlanMemory(np.full(room.size, -7), torch.empty(room.size, dtype=torch.int64, device=device))
+
+
 def test_a_plan_with_room_attends_to_every_step_as_that_steps_own_plan(device):
     name, operator = device
     room = Room(rows=24, entries=4, pages=200, max_len=2 * SPLIT, depth=5)
     slots = torch.zeros(room.rows, dtype=torch.int64, device=name)
-    planned = PagedAttention(room, slots, 4, operator)
-    address = planned._buffer.data_ptr()
+    memory = memory_of(room, name)
+    planned = PagedAttention(room, slots, 4, operator, memory)
     steps = [
         ([(3, 300), (17, 8)], []),
         ([(4, 20), (1, 0), (2, 9)], [-1, 0, 0, 1, -1, -1, 0]),
+        ([(4, 20), (17, 9)], [-1, 0, 0, 1, *range(-1, 16)]),
         ([(1, SPLIT - 1)], []),
         ([], []),
     ]
@@ -165,10 +171,11 @@ def test_a_plan_with_room_attends_to_every_step_as_that_steps_own_plan(device):
         query, _, _, keys, values, own_slots, *tables, _ = arguments
         num_rows = len(own_slots)
         slots[:num_rows] = own_slots.to(name)
-        planned.refill(StepTables(*(table.numpy() for table in tables), np.array(parents, dtype=np.int64)))
+        used = planned.refill(StepTables(*(table.numpy() for table in tables), np.array(parents, dtype=np.int64)))
+        memory.device[:used] = torch.from_numpy(memory.host[:used]).to(name)
         padded = torch.cat([query[:num_rows], torch.full((room.rows - num_rows, *query.shape[1:]), torch.nan)]).to(name)
         got = planned.attend(padded, None, None, keys.to(name), values.to(name), scale=0.25).cpu()
-        assert planned._buffer.data_ptr() == address and not got[num_rows:].any()
+        assert not got[num_rows:].any()
         if num_rows:
             at = own_slots
             want, _ = attend(device, (query, keys[at], values[at], *arguments[3:]), parents, scale=0.25)
@@ -181,7 +188,8 @@ def no_tables():
 
 
 def test_a_step_larger_than_its_room_is_refused():
-    planned = PagedAttention(Room(4, 2, 8, 40, 2), torch.zeros(4, dtype=torch.int64), 4, None)
+    room, slots = Room(4, 2, 8, 40, 2), torch.zeros(4, dtype=torch.int64)
+    planned = PagedAttention(room, slots, 4, None, memory_of(room))
 
     def refill(lens, contexts, parents=()):
         counts = [-(-(own + context) // 4) for own, context in zip(lens, contexts, strict=True)]
@@ -192,7 +200,8 @@ def test_a_step_larger_than_its_room_is_refused():
     for lens, contexts, parents in (([5], [0], ()), ([1, 1, 1], [0] * 3, ()), ([2, 2], [20, 13], ())):
         with pytest.raises(ValueError, match="a step of"):
             refill(lens, contexts, parents)
-    planned = PagedAttention(Room(4, 2, 800, 40, 2), torch.zeros(4, dtype=torch.int64), 4, None)
+    room = room._replace(pages=800)
+    planned = PagedAttention(room, slots, 4, None, memory_of(room))
     with pytest.raises(ValueError, match="a context of 41 rows"):
         refill([1], [40])
     with pytest.raises(ValueError, match="a tree of depth 3"):
@@ -202,7 +211,8 @@ def test_a_step_larger_than_its_room_is_refused():
 def test_on_the_host_rows_behind_all_entries_attend_to_nothing():
     query, key, value, *caches, slots, lens, contexts, counts, pages, page_size = step([(3, 20)], 4, 2, 16)
     tables = StepTables(*(each.numpy() for each in (lens, contexts, counts, pages)), np.zeros(0, dtype=np.int64))
-    planned = plan_within(Room(5, 1, 6, 23), torch.cat([slots, slots[:2]]), page_size)
+    room = Room(5, 1, 6, 23)
+    planned = plan_within(room, torch.cat([slots, slots[:2]]), page_size, memory_of(room))
     planned.refill(tables)
     caches[0][slots], caches[1][slots] = key, value
     got = planned.attend(torch.cat([query, query[:2]]), None, None, *caches, 0.25)

@@ -14,6 +14,7 @@ from dflash_ray.sampling.parameters import REJECTION
 from dflash_ray.sampling.ranks import ProcessGroupRanks
 from dflash_ray.target_group.engine import Engine
 from dflash_ray.target_group.feature_store import FeatureStore
+from dflash_ray.target_group.fixed_passes import FixedPasses
 from dflash_ray.target_group.model import RankModel
 from dflash_ray.target_group.runner import GroupRunner
 from dflash_ray.target_group.step import StepInput
@@ -89,13 +90,15 @@ def state(engine: Engine) -> dict[int, list]:
     return known | {-1: [engine.allocator.num_free, *cache]}
 
 
-def run_rank(rank: int, port: int, path: str, results) -> None:
+def run_rank(rank: int, port: int, path: str, has_fixed_passes: bool, results) -> None:
     torch.set_num_threads(1)
     init_process_group(join_store("127.0.0.1", port, SIZE, 60), rank, SIZE, "cpu", False, rank)
     channel = StepChannel()
-    model = RankModel(resolve_target(path), CONFIG, rank, SIZE)
+    model = RankModel(resolve_target(path), CONFIG, rank, SIZE, runs_as_device=has_fixed_passes)
+    ranks = ProcessGroupRanks(None, SIZE)
+    runner = FixedPasses(model, ranks, "cpu", (16,), True) if has_fixed_passes else GroupRunner(model, ranks)
     engine = Engine(
-        GroupRunner(model, ProcessGroupRanks(None, SIZE)),
+        runner,
         CONFIG.target.num_pages,
         CONFIG.target.page_size,
         256,
@@ -114,12 +117,17 @@ def run_rank(rank: int, port: int, path: str, results) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.parametrize("has_fixed_passes", [False, True], ids=["as it is", "fixed passes"])
 @pytest.mark.timeout(240)
-def test_ranks_that_are_led_through_the_same_steps_have_equal_tables_and_one_ranks_tokens(runner, tiny_target):
+def test_ranks_that_are_led_through_the_same_steps_have_equal_tables_and_one_ranks_tokens(
+    runner, tiny_target, has_fixed_passes
+):
     context = multiprocessing.get_context("spawn")
     store, results = create_store("127.0.0.1", SIZE, 60), context.Queue()
     path, port = str(tiny_target.path), store.port
-    ranks = [context.Process(target=run_rank, args=(rank, port, path, results)) for rank in range(SIZE)]
+    ranks = [
+        context.Process(target=run_rank, args=(rank, port, path, has_fixed_passes, results)) for rank in range(SIZE)
+    ]
     for process in ranks:
         process.start()
     found = {rank: (texts, known) for rank, texts, known in (results.get(timeout=200) for _ in ranks)}
