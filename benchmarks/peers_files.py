@@ -19,14 +19,20 @@ HF_FOLDER = "model-float32"
 _PROMPTS = Path(__file__).with_name("drafter_prompts.jsonl")
 
 
-def venv_python(folder: Path, packages: tuple[str, ...]) -> Path:
-    """The interpreter of an environment with these packages. Only what is compiled already is taken."""
+def venv_python(folder: Path, packages: tuple[str, ...], without: tuple[str, ...] = ()) -> Path:
+    """The interpreter of an environment with these packages. Only what is compiled already is taken.
+
+    Args:
+        without: what they bring along and can do without: the index may have it for another build of torch only.
+    """
     python = folder / "bin/python"
     installed = folder / "installed.txt"
     if not installed.exists() or installed.read_text() != "\n".join(packages):
         subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
         install = [str(python), "-m", "pip", "install", "--quiet", "--only-binary", ":all:", *packages]
         subprocess.run(install, check=True, stderr=subprocess.PIPE, text=True)
+        if without:
+            subprocess.run([str(python), "-m", "pip", "uninstall", "--quiet", "--yes", *without], check=True)
         installed.write_text("\n".join(packages))
     return python
 
