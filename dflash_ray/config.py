@@ -225,7 +225,7 @@ class RouterConfig(_Section):
     cohorts: Literal[1, 2] = Field(1, description="2: one cohort is verified while the other is drafted")
     steps_in_flight: Literal[1, 2] | None = Field(
         None,
-        description="2: the next step is sent while one runs; unless set, as many as cohorts, and a plain one more",
+        description="2: the next step is sent while one runs; unless set, as many as cohorts, and one ahead of them",
     )
     draft_timeout_ms: float = Field(100.0, gt=0, description="a slower draft is replaced by an n-gram or none")
     max_missed_drafts: int = Field(3, ge=1, description="late drafts in a row before a drafter is left for a while")
@@ -244,7 +244,7 @@ class RouterConfig(_Section):
 
     @property
     def runs_ahead(self) -> bool:
-        """Whether a plain step is sent while another one with the same sequences runs."""
+        """Whether a step is sent while another one with the same sequences runs."""
         return self.cohorts == 1 and self.steps_in_flight != 1
 
 
