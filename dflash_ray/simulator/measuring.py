@@ -124,7 +124,7 @@ def measure(config: DflashRayConfig, on_step: Callable[[str], None]) -> Profile:
     drafter = resolve_drafter(config.drafter.path, target) if config.uses_features else None
     settings = EngineSection(
         device=config.target.device,
-        num_threads=config.target.num_threads,
+        num_threads=config.target.num_threads or os.cpu_count() or 1,  # as a rank has, whatever OMP_NUM_THREADS says
         dtype=config.model.dtype,
         max_model_len=min(config.model.max_model_len, 2048),
         kv_cache_tokens=max(_SEQUENCES) * 2048,
