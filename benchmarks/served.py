@@ -46,6 +46,8 @@ class Answer:
     seconds: float = 0.0
     gaps: list[tuple[float, int]] = field(default_factory=list)
     num_passes: int = 0
+    num_prompt_tokens: int = 0
+    passes_by_accepted: list[int] = field(default_factory=list)
 
 
 @dataclass
@@ -98,6 +100,8 @@ async def ask(stub, prompt: Prompt, policy: str, max_tokens: int, salt: str) -> 
             last = now
         if response.HasField("speculative_decoding"):
             answer.num_passes = response.speculative_decoding.num_spec_steps
+            answer.passes_by_accepted = list(response.speculative_decoding.acceptance_histogram)
+        answer.num_prompt_tokens = response.num_prompt_tokens or answer.num_prompt_tokens
     answer.seconds = last - began - answer.first_token
     return answer
 

@@ -115,11 +115,15 @@ def profile(
     out: Annotated[
         Path | None, typer.Option(help="JSON file; without, one in the cache for this machine and model")
     ] = None,
+    server: Annotated[
+        str | None, typer.Option(help="gRPC address of a server on this machine, to measure what serving adds")
+    ] = None,
+    server_http: Annotated[str, typer.Option(help="URL of that server")] = "http://127.0.0.1:8000",
 ) -> None:
     """Measure what the target's and the drafter's passes take on this machine, for `plan`."""
     from dflash_ray.commands.planning import run_profile
 
-    run_profile(config, overrides, out)
+    run_profile(config, overrides, out, server, server_http)
 
 
 kernels = typer.Typer(no_args_is_help=True, help="Compile the operators ahead of time, and look at the CUDA kernels.")

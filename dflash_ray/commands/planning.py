@@ -6,9 +6,9 @@ from pathlib import Path
 
 from dflash_ray.commands.terminal import Steps, console, fail, new_table, notes
 from dflash_ray.config import ConfigError
+from dflash_ray.simulator.deployment import POLICIES
 from dflash_ray.simulator.planning import Plan, Prices, load_prices, percentiles, plan
 from dflash_ray.simulator.profile import Profile, load_profile
-from dflash_ray.simulator.simulation import POLICIES
 from dflash_ray.simulator.workload import Workload, load_workload
 
 
@@ -149,17 +149,25 @@ def _plot(path: Path, profile: Profile, curves: dict[int, list[Plan]]) -> None:
         fail(f"--plot {path}: {error}")
 
 
-def run_profile(config_path: Path | None, overrides: list[str], out: Path | None) -> None:
-    """Measures this machine, and writes its profile."""
+def run_profile(
+    config_path: Path | None, overrides: list[str], out: Path | None, server: str | None, server_http: str
+) -> None:
+    """Measures this machine, and a server on it where one is named, and writes its profile."""
     from dflash_ray.config import load_config
     from dflash_ray.simulator.measuring import default_path, measure
+    from dflash_ray.simulator.serving import with_serving
 
     try:
         config = load_config(config_path, overrides)
     except ConfigError as error:
         fail(str(error))
-    with Steps() as steps:
-        profile = measure(config, steps.begin)
+    try:
+        with Steps() as steps:
+            profile = measure(config, steps.begin)
+            if server is not None:
+                profile = with_serving(profile, server, server_http, steps.begin)
+    except ConnectionError as error:
+        fail(str(error))
     path = out or default_path(profile)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -114,6 +114,7 @@ class _ProcessMetrics:
         # Creation times double the series and confuse readers that match names by prefix.
         prometheus_client.disable_created_metrics()
         self.registry = CollectorRegistry()
+        prometheus_client.ProcessCollector(registry=self.registry)  # process_cpu_seconds_total, memory, open files
 
     def render(self) -> str:
         """Prometheus text exposition of this process."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -67,10 +66,7 @@ class VirtualTarget:
     profile: Profile
     requests: dict[int, Request]
     draft_len: int = 0
-    busy_seconds: float = 0.0
-    draft_busy_seconds: float = 0.0
     plain_seconds: float = 0.0
-    slowdown: Callable[[], float] = lambda: 1.0  # by drafters at work on the same cores
     _sequences: dict[int, _Sequence] = field(default_factory=dict)
 
     @property
@@ -92,8 +88,8 @@ class VirtualTarget:
         for sequence_id in ids:
             self._sequences.pop(sequence_id, None)
 
-    def run(self, step: target_pb2.Step) -> tuple[target_pb2.StepResult, float]:
-        """The result of a step, and the seconds until it is there."""
+    def run(self, step: target_pb2.Step) -> tuple[target_pb2.StepResult, float, float]:
+        """The result of a step, and the seconds of its pass and of the colocated drafter by themselves."""
         self.close(list(step.close))
         for message in step.open:
             request = self.requests[message.sequence_id]
@@ -135,17 +131,13 @@ class VirtualTarget:
         count = len(step.verify_ids) - num_ended
         rows = count + len(drafts) + num_own
         prefill_rows = sum(step.prefill_lens)
-        seconds = self.profile.pass_seconds(count, rows, context, prefill_rows) * self.slowdown()
+        seconds = self.profile.pass_seconds(count, rows, context, prefill_rows)
         drafting = self._draft(step, result)
         self.plain_seconds += self.profile.pass_seconds(count, count, context, prefill_rows)
         if accepted := sum(result.num_accepted_drafts):
             self.plain_seconds += self.profile.pass_seconds(count, count, context, 0) * accepted / count
-        result.timings.forward_ns = int(seconds * 1e9)
-        result.timings.draft_ns = int(drafting * 1e9)
         result.free_pages = self.limits.num_pages - sum(-(-s.length // _PAGE) for s in self._sequences.values())
-        self.busy_seconds += seconds
-        self.draft_busy_seconds += drafting
-        return result, seconds + drafting
+        return result, seconds, drafting
 
     def _commit(
         self, result: target_pb2.StepResult, sequence_id: int, sequence: _Sequence, count: int, accepted: int
@@ -201,11 +193,10 @@ class VirtualDrafter:
 
     profile: Profile
     requests: dict[int, Request]
-    busy_seconds: float = 0.0
     _held: dict[int, int] = field(default_factory=dict)
 
     def answer(self, message: drafter_pb2.DraftRequest) -> tuple[drafter_pb2.DraftReply, float]:
-        """The reply to a request, and the seconds until it is there."""
+        """The reply to a request, and the seconds of its pass by itself."""
         for sequence_id in message.close:
             self._held.pop(sequence_id, None)
         for sequence_id in message.open:
@@ -218,5 +209,4 @@ class VirtualDrafter:
             blocks.append(draft(self.requests[sequence_id], sequence_id, length, min(count, self.profile.draft_len)))
         reply = drafter_pb2.DraftReply(request_id=message.request_id, blocks=to_message(message.epoch, blocks))
         seconds = self.profile.draft_seconds(len(blocks), sum(len(b.candidate_ids) for b in blocks), new_rows)
-        self.busy_seconds += seconds
         return reply, seconds

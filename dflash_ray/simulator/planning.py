@@ -15,8 +15,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
 from dflash_ray.config import ConfigError, validate
+from dflash_ray.simulator.deployment import Deployment
 from dflash_ray.simulator.profile import Profile
-from dflash_ray.simulator.simulation import Deployment, Outcome, simulate
+from dflash_ray.simulator.simulation import Outcome, simulate
 from dflash_ray.simulator.workload import Workload
 
 _DRAFTER_LOAD = 0.6  # share of its time that a drafter may be busy before sequences wait for it

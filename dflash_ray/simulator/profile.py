@@ -53,8 +53,12 @@ class Profile(_Table):
         per_slot: that each slot adds to a draft; 0 for blocks that are drafted whole.
         per_draft_row: that each new context row adds to a draft.
         draft_len: drafts of a block.
-        host: from a result to the next step, where nothing is waited for, and to a request's drafts.
-        shares_cores: drafters and target compute on the same cores: side by side each takes longer, by `contention`.
+        host: from a pass's end to the next one, where that waits for the result, without any draft: router, codecs,
+            wires; by sequences.
+        ask: what asking a remote drafter takes beyond its pass, by sequences.
+        cores: that target, drafters, router, gateway and clients share; 0 where none waits for another's.
+        pass_cores, draft_cores: of them that a pass, or a draft, keeps busy.
+        beside: seconds of one core that router, gateway and clients compute a step, while others compute, by sequences.
     """
 
     name: str
@@ -70,13 +74,16 @@ class Profile(_Table):
     per_slot: _Seconds = 0.0
     per_draft_row: _Seconds = 0.0
     draft_len: int = Field(ge=1, le=31)
-    host: _Seconds = 0.0
-    shares_cores: bool = False
-    contention: float = Field(1.0, ge=1)
+    host: Times = Times(at=(1,), seconds=(0.0,))
+    ask: Times = Times(at=(1,), seconds=(0.0,))
+    cores: float = Field(0.0, ge=0)
+    pass_cores: float = Field(1.0, gt=0)
+    draft_cores: float = Field(1.0, gt=0)
+    beside: Times = Times(at=(1,), seconds=(0.0,))
     max_batch_tokens: int = Field(512, ge=16)
     kv_cache_tokens: int = Field(32768, ge=64)
     max_model_len: int = Field(8192, ge=16)
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
 
     def pass_seconds(self, num_sequences: int, rows: int, context_tokens: int, prefill_rows: int) -> float:
         """Of one target pass; `rows` are those of sequences that decode."""

@@ -3,66 +3,30 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from dflash_ray.config import DflashRayConfig, parse_config
-from dflash_ray.pb import drafter_pb2, router_pb2, target_pb2
+from dflash_ray.pb import drafter_pb2, target_pb2
 from dflash_ray.router.actions import CloseSequences, DropDrafter, DropTarget, Emit, Fail, RequestDrafts, RunStep
 from dflash_ray.router.draft_requests import DrafterState
 from dflash_ray.router.scheduler import Scheduler
+from dflash_ray.simulator.cores import Cores
+from dflash_ray.simulator.deployment import POLICIES, Deployment
 from dflash_ray.simulator.machine import VirtualDrafter, VirtualTarget, message_of
-from dflash_ray.simulator.profile import Profile
 from dflash_ray.simulator.workload import Request, Workload, requests_of
-
-POLICIES = {
-    "adaptive": router_pb2.SPECULATION_POLICY_ADAPTIVE,
-    "fixed": router_pb2.SPECULATION_POLICY_FIXED,
-    "off": router_pb2.SPECULATION_POLICY_OFF,
-}
 
 
 @dataclass(frozen=True, slots=True)
-class Deployment:
-    """One target group and what drafts for it.
+class _Flight:
+    """A step that was sent; seconds of its pass and of the colocated drafter behind it, by themselves."""
 
-    Attributes:
-        num_drafters: remote replicas; 0: the drafter is colocated.
-        link: seconds that a message takes between two processes.
-        noise: spread of the logarithm of every pass's time.
-    """
-
-    profile: Profile
-    policy: str = "adaptive"
-    num_drafters: int = 1
-    draft_tokens: int = 5
-    cohorts: int = 1
-    link: float = 0.0
-    noise: float = 0.0
-
-    def config(self) -> DflashRayConfig:
-        """As the router would be configured."""
-        profile = self.profile
-        router = {
-            "policy": self.policy,
-            "draft_tokens": self.draft_tokens,
-            "cohorts": self.cohorts,
-            "max_running": max(1, min(256, profile.max_batch_tokens // (1 + self.draft_tokens))),
-            "max_waiting": 1_000_000,
-            "prefill_chunk_tokens": min(256, profile.max_batch_tokens),
-        }
-        return parse_config(
-            {
-                "router": router,
-                "model": {"max_model_len": profile.max_model_len},
-                "drafter": {"placement_mode": "remote" if self.num_drafters else "colocated"},
-                "target": {"max_batch_tokens": profile.max_batch_tokens, "kv_cache_tokens": profile.kv_cache_tokens},
-                "network": {"max_message_bytes": 1 << 30},
-            },
-            "simulation",
-        )
+    step: target_pb2.Step
+    result: target_pb2.StepResult
+    seconds: float
+    draft_seconds: float
 
 
 @dataclass(slots=True)
@@ -109,23 +73,30 @@ class Outcome:
 
 
 class Simulation:
-    """Runs a workload to its end."""
+    """Runs a workload to its end.
 
-    def __init__(self, deployment: Deployment, workload: Workload) -> None:
+    Args:
+        requests: in place of those that the workload draws.
+    """
+
+    def __init__(self, deployment: Deployment, workload: Workload, requests: Sequence[Request] | None = None) -> None:
         self._deployment = deployment
         self._workload = workload
         self._random = np.random.default_rng(workload.seed + 1)
-        self._waiting = list(reversed(requests_of(workload)))
+        self._waiting = list(reversed(requests_of(workload) if requests is None else requests))
         self._by_id: dict[int, Request] = {}
         profile = deployment.profile
-        self._target = VirtualTarget(
-            profile, self._by_id, 0 if deployment.num_drafters else profile.draft_len, slowdown=self._slowdown
-        )
+        self._target = VirtualTarget(profile, self._by_id, 0 if deployment.num_drafters else profile.draft_len)
         self._drafters = {f"drafter{i}": VirtualDrafter(profile, self._by_id) for i in range(deployment.num_drafters)}
-        self._drafting = 0
         self._now = 0.0
-        self._target_free_at = 0.0
-        self._drafters_free_at = dict.fromkeys(self._drafters, 0.0)
+        self._cores = Cores(profile.cores, lambda: self._now, self._at)
+        self._queue: deque[_Flight] = deque()  # at the target
+        self._wakes_at = np.inf  # for the scheduler's next deadline
+        self._arrived_at = 0.0  # there, the last step that was sent
+        self._in_pass = False
+        self._deliveries: deque[Emit] = deque()
+        self._in_delivery = False
+        self._target_busy = self._drafters_busy = 0.0
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._num_events = 0
         self._calls: dict[int, _Call] = {}
@@ -156,10 +127,6 @@ class Simulation:
             self._pump()
         return self._outcome()
 
-    def _slowdown(self) -> float:
-        profile = self._deployment.profile
-        return profile.contention if profile.shares_cores and self._drafting else 1.0
-
     def _at(self, time: float, event: Callable[[], None]) -> None:
         self._num_events += 1
         heapq.heappush(self._events, (time, self._num_events, event))
@@ -179,49 +146,115 @@ class Simulation:
                 case CloseSequences(ids):
                     self._target.close(ids)
                 case Emit():
-                    self._take(action)
+                    self._deliveries.append(action)
+                    self._deliver()
                 case Fail(error=error):
                     raise RuntimeError(f"a simulated request failed: {error.message}")
-                case DropTarget() | DropDrafter():
-                    raise RuntimeError("a simulated process was given up")
+                case DropDrafter(drafter_id):
+                    self.scheduler.drafter_lost(drafter_id)
+                    self._at(self._now, lambda: None)  # what was its own looks for another one
+                case DropTarget():
+                    raise RuntimeError("the simulated target was given up")
         self.scheduler.learn()
         deadline = self.scheduler.next_deadline()
-        if deadline is not None and (self._calls or self._events) and deadline > self._now:
-            self._at(deadline + 1e-6, lambda: None)
+        if deadline is not None and (self._calls or self._events) and self._now < deadline < self._wakes_at:
+            self._wakes_at = deadline
+            self._at(deadline + 1e-6, self._wake)
+
+    def _wake(self) -> None:
+        self._wakes_at = np.inf
 
     def _noisy(self, seconds: float) -> float:
         noise = self._deployment.noise
         return seconds * float(np.exp(self._random.normal(0, noise))) if noise else seconds
 
-    def _run(self, step: target_pb2.Step) -> None:
-        link, host = self._deployment.link, self._deployment.profile.host
-        result, seconds = self._target.run(step)
-        began = max(self._now + link + host, self._target_free_at)
-        self._target_free_at = began + self._noisy(seconds)
-        accepted = sum(result.num_accepted_drafts)
-        self._passes += len(step.verify_ids)
-        self._accepted += accepted
-        num_tokens = sum(result.num_tokens[len(step.prefill_ids) :])
-        self._at(self._target_free_at + link, lambda: self._finish(result, num_tokens, len(step.verify_ids)))
+    def _after(self, seconds: float, then: Callable[[], None]) -> None:
+        """Once a message has come through."""
+        if seconds:
+            self._at(self._now + seconds, then)
+        else:
+            then()
 
-    def _finish(self, result: target_pb2.StepResult, num_tokens: int, num_sequences: int) -> None:
-        if num_sequences:
-            self._steps.append((self._now - self._step_began, num_tokens, num_sequences))
+    def _run(self, step: target_pb2.Step) -> None:
+        """A step on its way to the target, which takes one after the other."""
+        profile = self._deployment.profile
+        result, seconds, draft_seconds = self._target.run(step)
+        flight = _Flight(step, result, self._noisy(seconds), self._noisy(draft_seconds))
+        self._passes += len(step.verify_ids)
+        self._accepted += sum(result.num_accepted_drafts)
+        way = self._deployment.link + profile.host(len(step.verify_ids))
+        self._arrived_at = max(self._arrived_at, self._now + way)  # none overtakes the one before
+
+        def arrive() -> None:
+            self._queue.append(flight)
+            self._begin_pass()
+
+        self._after(self._arrived_at - self._now, arrive)
+
+    def _begin_pass(self) -> None:
+        if self._in_pass or not self._queue:
+            return
+        profile, flight, began = self._deployment.profile, self._queue.popleft(), self._now
+        self._in_pass = True
+
+        def passed() -> None:
+            flight.result.timings.forward_ns = int((self._now - began) * 1e9)
+            self._target_busy += self._now - began
+            passed_at = self._now
+
+            def drafted() -> None:
+                flight.result.timings.draft_ns = int((self._now - passed_at) * 1e9)
+                self._target_busy += self._now - passed_at
+                self._in_pass = False
+                self._after(self._deployment.link, lambda: self._finish(flight))
+                self._begin_pass()
+
+            if flight.draft_seconds:
+                self._cores.run(flight.draft_seconds, profile.draft_cores, drafted)
+            else:
+                drafted()
+
+        self._cores.run(flight.seconds, profile.pass_cores, passed)
+
+    def _finish(self, flight: _Flight) -> None:
+        if flight.step.verify_ids:
+            num_tokens = sum(flight.result.num_tokens[len(flight.step.prefill_ids) :])
+            self._steps.append((self._now - self._step_began, num_tokens, len(flight.step.verify_ids)))
         self._step_began = self._now
-        self.scheduler.step_done(result, self._now)
+        self.scheduler.step_done(flight.result, self._now)
 
     def _draft(self, drafter_id: str, request: drafter_pb2.DraftRequest) -> None:
-        link = self._deployment.link
+        """A request on its way to a drafter, which has one at a time, and back."""
+        profile, link = self._deployment.profile, self._deployment.link
         reply, seconds = self._drafters[drafter_id].answer(request)
-        began = max(self._now + link, self._drafters_free_at[drafter_id])
-        ends = began + self._noisy(seconds)
-        self._drafters_free_at[drafter_id] = ends
-        self._drafting += 1
-        self._at(ends + link, lambda: self._drafted(drafter_id, reply))
+        seconds, way = self._noisy(seconds), profile.ask(len(request.sequence_ids)) / 2
+
+        def begin() -> None:
+            began = self._now
+
+            def drafted() -> None:
+                self._drafters_busy += self._now - began
+                self._after(link, lambda: self._cores.run(way, 1.0, lambda: self._drafted(drafter_id, reply)))
+
+            self._cores.run(seconds, profile.draft_cores, drafted)
+
+        self._after(link, lambda: self._cores.run(way, 1.0, begin))
 
     def _drafted(self, drafter_id: str, reply: drafter_pb2.DraftReply) -> None:
-        self._drafting -= 1
         self.scheduler.drafts_done(drafter_id, reply, self._now)
+
+    def _deliver(self) -> None:
+        """Tokens on their way to clients, those of one step after those of the other."""
+        if self._in_delivery or not self._deliveries:
+            return
+        self._in_delivery, emit = True, self._deliveries.popleft()
+
+        def deliver() -> None:
+            self._take(emit)
+            self._in_delivery = False
+            self._deliver()
+
+        self._cores.run(self._deployment.profile.beside(len(emit.sequence_ids)), 1.0, deliver)
 
     def _take(self, emit: Emit) -> None:
         for sequence_id, tokens, reason in emit.entries():
@@ -240,7 +273,6 @@ class Simulation:
 
     def _outcome(self) -> Outcome:
         gaps = [seconds / count for call in self._done for seconds, count in call.gaps for _ in range(count)]
-        drafting = sum(drafter.busy_seconds for drafter in self._drafters.values())
         controller = self.scheduler.speculating.controller
         seconds = max(call.last_at for call in self._done)
         return Outcome(
@@ -252,13 +284,13 @@ class Simulation:
             token_gaps=np.array(gaps or [0.0]),
             steps=np.array(self._steps or np.zeros((0, 3))),
             acceptance_length=1 + self._accepted / max(1, self._passes),
-            target_busy=(self._target.busy_seconds + self._target.draft_busy_seconds) / seconds,
-            drafter_busy=drafting / seconds,
+            target_busy=self._target_busy / seconds,
+            drafter_busy=self._drafters_busy / seconds,
             reasons={str(reason): count for reason, count in controller.counts.steps.items()},
             calibration_error=controller.acceptance.calibration_error,
         )
 
 
-def simulate(deployment: Deployment, workload: Workload) -> Outcome:
+def simulate(deployment: Deployment, workload: Workload, requests: Sequence[Request] | None = None) -> Outcome:
     """Runs a workload on one target group."""
-    return Simulation(deployment, workload).run()
+    return Simulation(deployment, workload, requests).run()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -58,26 +59,26 @@ class Workload(_Section):
         return self
 
 
+@dataclass(frozen=True, slots=True)
 class Request:
     """One request of a workload, the same for every policy.
 
     Attributes:
+        category: its kind of text; the lengths are its own.
         arrives_at: in the open loop; None in the closed one.
-        category: its kind of text.
+        seed: of its drafts' fates.
     """
 
-    def __init__(self, number: int, category: Category, arrives_at: float | None, random: np.random.Generator) -> None:
-        self.number = number
-        self.category = category
-        self.arrives_at = arrives_at
-        lengths = np.array([category.prompt_tokens, category.output_tokens])
-        lengths = np.maximum(1, lengths * np.exp(random.normal(0, category.spread, 2))).astype(int)
-        self.prompt_tokens, self.output_tokens = int(lengths[0]), int(lengths[1])
-        self._seed = int(random.integers(1 << 62))
+    number: int
+    category: Category
+    prompt_tokens: int
+    output_tokens: int
+    arrives_at: float | None
+    seed: int
 
     def draws(self, position: int, count: int) -> np.ndarray:
         """Which of the drafts for positions from `position` on are right, and how sure the drafter is: [2, count]."""
-        random = np.random.default_rng((self._seed, position))
+        random = np.random.default_rng((self.seed, position))
         right = random.random(count) < self.category.chances(count)
         doubt = random.random(count)
         frank = self.category.frankness
@@ -94,7 +95,13 @@ def requests_of(workload: Workload) -> list[Request]:
     times: list[float | None] = [None] * workload.requests
     if workload.rate is not None:
         times = list(np.cumsum(random.exponential(1 / workload.rate, workload.requests)))
-    return [Request(i, categories[k], times[i], random) for i, k in enumerate(chosen)]
+    return [_drawn(i, categories[k], times[i], random) for i, k in enumerate(chosen)]
+
+
+def _drawn(number: int, category: Category, arrives_at: float | None, random: np.random.Generator) -> Request:
+    lengths = np.array([category.prompt_tokens, category.output_tokens])
+    lengths = np.maximum(1, lengths * np.exp(random.normal(0, category.spread, 2))).astype(int)
+    return Request(number, category, int(lengths[0]), int(lengths[1]), arrives_at, int(random.integers(1 << 62)))
 
 
 def load_workload(path: Path) -> Workload:

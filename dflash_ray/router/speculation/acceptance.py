@@ -16,6 +16,8 @@ from dflash_ray.router.speculation.trees import by_depth, depths_of, judged_node
 _FADE = 0.85  # of a sequence's older observations, with each newer one of that slot
 _SHARED_FADE = 0.99  # of all sequences together
 _SHARED_WEIGHT = 3.0  # observations that the shared rate stands for in a sequence of its own
+_SHARED_WEIGHT_FADE = 0.93  # of them, with each of its own: one that fails at length is not taken for the others,
+_LEAST_SHARED_WEIGHT = 1.5  # down to so many
 _SHARED_START = 8.0  # observations that the start stands for
 _START = 0.6
 _FORGET = 0.97  # of a sequence's observations with each step in which nothing was drafted for it
@@ -45,6 +47,7 @@ class Acceptance:
         self.max_drafts = max_drafts
         self._right = np.zeros((num_slots, max_drafts))
         self._seen = np.zeros((num_slots, max_drafts))
+        self._prior = np.full((num_slots, max_drafts), _SHARED_WEIGHT)
         start = np.full(max_drafts, _START)
         self._shared_right, self._shared_seen = start * _SHARED_START, np.full(max_drafts, _SHARED_START)
         self._bin_seen = np.full((_DEPTHS, len(_BIN_START)), _SHARED_START)
@@ -61,6 +64,7 @@ class Acceptance:
         """Another sequence has the slot."""
         for rates in (self._right, self._seen, self._said, self._held, self._judged):
             rates[slot] = 0.0
+        self._prior[slot] = _SHARED_WEIGHT
 
     def survival(self, slots: Ints) -> Floats:
         """[n, max_drafts]: the chance that a drafter's drafts up to each are accepted, before they are drafted."""
@@ -69,7 +73,8 @@ class Acceptance:
 
     def _rates(self, slots: Ints) -> Floats:
         shared = self._shared_right / self._shared_seen
-        rates: Floats = (self._right[slots] + _SHARED_WEIGHT * shared) / (self._seen[slots] + _SHARED_WEIGHT)
+        prior = self._prior[slots]
+        rates: Floats = (self._right[slots] + prior * shared) / (self._seen[slots] + prior)
         return rates
 
     def survival_of(self, slots: Ints, log_probs: Floats, parents: Ints | None = None) -> Floats:
@@ -132,6 +137,8 @@ class Acceptance:
         fade = np.where(judged, _FADE, 1.0)
         self._right[slots, :width] = self._right[slots, :width] * fade + right
         self._seen[slots, :width] = self._seen[slots, :width] * fade + judged
+        fade = np.where(judged, _SHARED_WEIGHT_FADE, 1.0)
+        self._prior[slots, :width] = np.maximum(_LEAST_SHARED_WEIGHT, self._prior[slots, :width] * fade)
         num_judged = judged.sum(axis=0)
         fade = _SHARED_FADE**num_judged
         self._shared_right[:width] = self._shared_right[:width] * fade + right.sum(axis=0)
@@ -171,6 +178,7 @@ class Acceptance:
         """Nothing was drafted for these: what is known of them fades into what is known of all."""
         self._right[slots] *= _FORGET
         self._seen[slots] *= _FORGET
+        self._prior[slots] += (1.0 - _FORGET) * (_SHARED_WEIGHT - self._prior[slots])
 
     def _judge_forecast(self, judged: Flags, right: Flags, expected: Floats) -> None:
         """Keeps the account of how often drafts with such a chance were accepted."""

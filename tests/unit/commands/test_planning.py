@@ -4,9 +4,10 @@ import pytest
 from typer.testing import CliRunner
 
 from dflash_ray.cli import app
+from dflash_ray.simulator.deployment import Deployment
 from dflash_ray.simulator.planning import Plan, Prices, load_prices
 from dflash_ray.simulator.profile import load_profile
-from dflash_ray.simulator.simulation import Deployment, simulate
+from dflash_ray.simulator.simulation import simulate
 from dflash_ray.simulator.workload import Category, Workload, load_workload
 
 WORKLOAD = """

@@ -37,6 +37,20 @@ def test_a_new_sequence_starts_with_what_is_known_of_the_others():
     assert model.survival(np.array([1]))[0, 0] == pytest.approx(model.survival(np.array([2]))[0, 0])
 
 
+def test_a_sequence_that_fails_at_length_is_not_taken_for_what_the_others_are():
+    model = Acceptance(3, 4)
+    for _ in range(200):
+        verify(model, 0, 4)
+    unknown = model.survival(np.array([1]))[0, 0]
+    for _ in range(16):
+        verify(model, 1, 0)
+        verify(model, 0, 4)
+    assert unknown > 0.9 and model.survival(np.array([1]))[0, 0] < 0.18
+    for _ in range(200):
+        model.rested(np.array([1]))
+    assert model.survival(np.array([1]))[0, 0] == pytest.approx(model.survival(np.array([2]))[0, 0], abs=0.03)
+
+
 def test_drafts_behind_the_first_wrong_one_say_nothing():
     model = Acceptance(1, 4)
     before = model.survival(np.array([0]))[0]
