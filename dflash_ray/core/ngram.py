@@ -176,6 +176,38 @@ class NgramTable:
         drafts, draft_lens, match_lens = self._follow(rows, lens, suffix, lens + 1, counts)
         return NgramDraft(drafts[0, : draft_lens[0]].tolist(), int(match_lens[0]))
 
+    def propose_behind(
+        self, rows: Ints, lens: Ints, tokens: Tokens, parents: Ints, count: int
+    ) -> tuple[Tokens, Ints, Ints]:
+        """As `propose`, behind each row's end and behind each node of a tree [num_rows, k] that follows it.
+
+        Args:
+            parents: of the nodes' tokens; 0 is the row's end, j the j-th node.
+            count: tokens behind each at most.
+
+        Returns drafts [num_rows, 1 + k, at most count], and [num_rows, 1 + k] their numbers and lengths of matches.
+        """
+        nodes = np.pad(parents, ((0, 0), (1, 0)))
+        at = np.broadcast_to(np.arange(nodes.shape[1]), nodes.shape)
+        suffix = np.empty((*nodes.shape, MAX_NGRAM), np.uint32)
+        last = (rows * self._capacity + lens - 1)[:, None]
+        before = np.zeros_like(nodes)  # of the row's own tokens, those that are in the suffix
+        for back in range(MAX_NGRAM):
+            drafted = np.take_along_axis(tokens, np.maximum(at - 1, 0), axis=1)
+            suffix[:, :, back] = np.where(at > 0, drafted, self._tokens[last - before])
+            before += at == 0
+            at = np.take_along_axis(nodes, at, axis=1)
+        size = nodes.shape[1]
+        suffix_lens = (lens[:, None] + MAX_NGRAM - before).reshape(-1)
+        drafts, draft_lens, match_lens = self._follow(
+            np.repeat(rows, size),
+            np.repeat(lens, size),
+            suffix.reshape(-1, MAX_NGRAM),
+            suffix_lens,
+            np.full(nodes.size, count),
+        )
+        return drafts.reshape(*nodes.shape, -1), draft_lens.reshape(nodes.shape), match_lens.reshape(nodes.shape)
+
     def _follow(
         self, rows: Ints, lens: Ints, suffix: Tokens, suffix_lens: Ints, counts: Ints
     ) -> tuple[Tokens, Ints, Ints]:

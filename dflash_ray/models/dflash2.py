@@ -17,10 +17,9 @@ from torch.nn import functional as F
 
 from dflash_ray.sampling.noise import gumbel
 
-# Fitted to the drafter that comes along, greedy and at temperature 1: of all tokens that the target chose, so many are
-# among the candidates, and candidates lie by so much closer together than their scores say.
+# Seen of the drafter that comes along, greedy and at temperature 1: of all tokens that the target chose, so many are
+# among the candidates.
 _LOG_COVERAGE = float(np.log(0.8))
-_SHARPNESS = 0.9
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dflash_ray.core.arrays import Flags, Ints
 from dflash_ray.core.draft_blocks import BlockColumns
+from dflash_ray.core.ngram_branches import Trees
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +81,20 @@ class DraftProposals:
 
     def __iter__(self) -> Iterator[DraftProposal]:
         return map(self.__getitem__, range(len(self)))
+
+    def with_trees(self, places: Ints, trees: Trees) -> DraftProposals:
+        """The same, with other trees at some places."""
+        num_proposals, num_slots, num_candidates = self.candidate_ids.shape
+        num_nodes = trees.tokens.shape[1]
+        size = num_proposals, max(num_slots, num_nodes), num_candidates
+        ids, logprobs = np.zeros(size, dtype=np.int64), np.zeros(size, dtype=np.float32)
+        ids[:, :num_slots], logprobs[:, :num_slots] = self.candidate_ids, self.logprobs
+        ids[places, :num_nodes, 0], logprobs[places, :num_nodes, 0] = trees.tokens, trees.log_probs
+        parents, counts = np.tile(np.arange(size[1]), (num_proposals, 1)), self.num_slots.copy()
+        if self.parents is not None:
+            parents[:, :num_slots] = self.parents
+        parents[places, :num_nodes], counts[places] = trees.parents, trees.counts
+        return DraftProposals(ids, logprobs, counts, self.num_candidates, self.is_drawn, parents)
 
     def blocks(self, sequence_ids: Ints, committed_lens: Ints) -> BlockColumns:
         """The proposals as they go on, for these sequences."""

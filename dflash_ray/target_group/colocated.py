@@ -12,6 +12,7 @@ from dflash_ray.core.arrays import spans
 from dflash_ray.core.draft_blocks import BlockColumns
 from dflash_ray.models.context_features import select_rows
 from dflash_ray.models.draft_contexts import ContextRows, DraftContexts, DraftMethod
+from dflash_ray.target_group.branches import Branches
 from dflash_ray.target_group.own_drafts import OwnDrafts
 from dflash_ray.target_group.slots import NO_SLOT, SlotTable
 from dflash_ray.target_group.step import Ids, Ints, StepFeatures
@@ -36,6 +37,7 @@ class ColocatedDrafter:
     def __init__(self, method: DraftMethod, max_context_tokens: int, raises: bool = False) -> None:
         self._method = method
         self._contexts: DraftContexts = DraftContexts(method, max_context_tokens)
+        self._branches = Branches()
         self._raises = raises
         self.own = OwnDrafts()
         self.max_draft_tokens = method.max_draft_tokens
@@ -65,6 +67,7 @@ class ColocatedDrafter:
     def close(self, slots: list[int]) -> None:
         """Forgets sequences, before others get their slots; unknown ones are ignored."""
         self.own.forget(slots)
+        self._branches.clear(slots)
         with self._as_advice("the colocated drafter failed to close a session"):
             self._contexts.close(slots)
 
@@ -101,6 +104,7 @@ class ColocatedDrafter:
                 table.draws(slots.tolist()),
                 tree_width,
             )
+            proposals = self._branches.add(table, slots, proposals, counts[is_ready])
             blocks = proposals.blocks(sequence_ids[is_ready].astype(np.int64), lens)
             self.own.keep(slots, blocks)
             return blocks
