@@ -83,4 +83,4 @@ def library() -> Any | None:
 
 def at(array: NDArray[np.generic]) -> int:
     """Where an array's values lie. It must be contiguous and writeable, and live until the function has returned."""
-    return ctypes.addressof(_Values.from_buffer(array))  # a third of what numpy's own ways to it take
+    return ctypes.addressof(_Values.from_buffer(array.data))  # a third of what numpy's own ways to it take
