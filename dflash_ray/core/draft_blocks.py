@@ -12,7 +12,9 @@ from numpy.typing import NDArray
 from dflash_ray.core.arrays import Flags, Ints, Tokens, column
 from dflash_ray.pb import common_pb2
 
+# Of each block; the last two may be empty, as they mostly say the same of all.
 _COLUMNS = ("committed_lens", "num_slots", "num_candidates", "is_drawn")
+_USUAL = {"num_candidates": 1, "is_drawn": 0}
 _IDS, _LOG_PROBS = np.dtype("<u4"), np.dtype("<f4")
 
 
@@ -65,6 +67,11 @@ def _packed_parents(parents: Sequence[Any], num_slots: Sequence[int]) -> bytes:
     return np.concatenate(columns).astype(_IDS).tobytes()
 
 
+def _column_of(message: common_pb2.DraftBlocks, name: str, count: int) -> Ints:
+    values = getattr(message, name)
+    return np.full(count, _USUAL[name]) if name in _USUAL and not values else column(values)
+
+
 def _joined(parts: list[NDArray[np.generic]], dtype: np.dtype[np.generic]) -> bytes:
     return np.concatenate([part.ravel() for part in parts]).astype(dtype, copy=False).tobytes() if parts else b""
 
@@ -99,7 +106,7 @@ class BlockColumns:
         """Views of a message's bytes. Raises ValueError when its columns do not belong together."""
         sequence_ids = column(message.sequence_ids)
         count = len(sequence_ids)
-        columns = [column(getattr(message, name)) for name in _COLUMNS]
+        columns = [_column_of(message, name, count) for name in _COLUMNS]
         for name, values in zip(_COLUMNS, columns, strict=True):
             if len(values) != count:
                 raise ValueError(f"blocks: {name} has {len(values)} elements for {count} sequence_ids")
@@ -129,15 +136,16 @@ class BlockColumns:
 
     def message(self, epoch: int) -> common_pb2.DraftBlocks:
         """The blocks for the wire."""
+        has_one_candidate = np.count_nonzero(self.num_candidates != 1) == 0
         return common_pb2.DraftBlocks(
             epoch=epoch,
             sequence_ids=self.sequence_ids.tolist(),
             committed_lens=self.committed_lens.tolist(),
             num_slots=self.num_slots.tolist(),
-            num_candidates=self.num_candidates.tolist(),
+            num_candidates=() if has_one_candidate else self.num_candidates.tolist(),
             candidate_ids=self.candidate_ids.astype(_IDS, copy=False).tobytes(),
             log_probs=self.log_probs.astype(_LOG_PROBS, copy=False).tobytes(),
-            is_drawn=self.is_drawn.tolist(),
+            is_drawn=self.is_drawn.tolist() if np.count_nonzero(self.is_drawn) else (),
             parents=self.parents.astype(_IDS, copy=False).tobytes(),
         )
 

@@ -4,8 +4,7 @@ Source of the idea: Saxena, Prompt Lookup Decoding (2023). Needs no weights and 
 
 A follower is the position after an n-gram; it stands for the n-grams of all sizes that end just before it. For each
 size and row, `heads` has the latest follower by the n-gram's hash, and `earlier` the one before each of the same hash;
-a lookup goes down that chain until the tokens are the same. Everything is done for many rows and tokens at a time, in C
-where there is a compiler: every access misses the cache, and array operations would come by several times.
+a lookup goes down that chain until the tokens are the same. Everything is done for many rows and tokens at a time.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dflash_ray.core import host_code
 from dflash_ray.core.arrays import Flags, Ints, Tokens, spans
 
 MAX_NGRAM = 5
@@ -69,16 +67,6 @@ class NgramTable:
         self._row_bits = np.zeros(num_rows, np.uint32)  # of the buckets that a row uses
         self._outgrown_at = np.zeros(num_rows, np.int64)  # tokens beyond which it is to use more
         self._first_heads = (np.arange(_NUM_SIZES) << self._bucket_bits)[:, None]  # of each size, in a row
-        self._compiled = host_code.library()
-        kept = (self._heads, self._earlier, self._row_bits)
-        # What each of the C functions is given first.
-        self._index = (
-            host_code.at(tokens),
-            self._capacity,
-            *map(host_code.at, kept),
-            self._bucket_bits,
-            self._ring_bits,
-        )
 
     def clear(self, row: int) -> None:
         """The row's tokens are another sequence's now."""
@@ -110,13 +98,9 @@ class NgramTable:
                 at, starts, counts = (np.concatenate(pair) for pair in zip((at, starts, counts), more.T, strict=True))
         else:
             self._high[rows] = lens
-        if not counts.any():
-            return
-        if self._compiled is not None:
-            columns = [np.ascontiguousarray(column) for column in (at, starts, counts)]
-            self._compiled.ngram_enter(*self._index, *map(host_code.at, columns), len(at))
-        else:
-            self._enter(np.repeat(at, counts), spans(starts, counts))
+        followers = spans(starts, counts)
+        if len(followers):
+            self._enter(np.repeat(at, counts), followers)
 
     def _start_row(self, row: int, length: int) -> None:
         bits = min(self._bucket_bits, max(_MIN_BUCKET_BITS, (length - 1).bit_length()))
@@ -212,27 +196,7 @@ class NgramTable:
         self, rows: Ints, lens: Ints, suffix: Tokens, suffix_lens: Ints, counts: Ints
     ) -> tuple[Tokens, Ints, Ints]:
         """`suffix` [num_rows, MAX_NGRAM] has the last tokens, the very last first."""
-        at, match_lens = self._longest(rows, lens, suffix, suffix_lens)
-        if not np.count_nonzero(match_lens):
-            return np.zeros((len(rows), 0), np.uint32), at, match_lens
-        draft_lens = np.where(match_lens > 0, np.minimum(counts, lens - at), 0)
-        ahead = np.arange(int(draft_lens.max(initial=0)))
-        drafts = self._tokens[np.minimum((rows * self._capacity + at)[:, None] + ahead, len(self._tokens) - 1)]
-        return drafts, draft_lens, match_lens
-
-    def _longest(self, rows: Ints, lens: Ints, suffix: Tokens, suffix_lens: Ints) -> tuple[Ints, Ints]:
-        """The latest follower of the longest end of each suffix that occurs before, and its length; 0 for none."""
         match_lens, at = np.zeros_like(lens), np.zeros_like(lens)
-        if self._compiled is not None:
-            columns = [np.ascontiguousarray(column) for column in (rows, lens, suffix, suffix_lens)]
-            self._compiled.ngram_find(
-                *self._index,
-                self._window,
-                *map(host_code.at, (self._high, *columns)),
-                len(rows),
-                *map(host_code.at, (at, match_lens)),
-            )
-            return at, match_lens
         left = ((self._high[rows] == lens) & (suffix_lens >= MIN_NGRAM)).nonzero()[0]
         hashed = suffix[left, 0] * _MULTIPLIER
         for size in range(MIN_NGRAM, MAX_NGRAM + 1):  # what has no match of a size has none of a larger one
@@ -243,7 +207,12 @@ class NgramTable:
             if not len(left):
                 break
             at[left], match_lens[left] = found[is_found], size
-        return at, match_lens
+        if not np.count_nonzero(match_lens):
+            return np.zeros((len(rows), 0), np.uint32), at, match_lens
+        draft_lens = np.where(match_lens > 0, np.minimum(counts, lens - at), 0)
+        ahead = np.arange(int(draft_lens.max(initial=0)))
+        drafts = self._tokens[np.minimum((rows * self._capacity + at)[:, None] + ahead, len(self._tokens) - 1)]
+        return drafts, draft_lens, match_lens
 
     def _find(self, rows: Ints, size: int, hashed: Tokens, ngrams: Tokens, lens: Ints) -> Ints:
         """The latest follower of each row's n-gram [size], the last token first; 0 where there is none."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import numpy as np
 
-from dflash_ray.core.arrays import Ints, column
+from dflash_ray.core.arrays import Flags, Ints, column
 from dflash_ray.core.watchdog import Watchdog
 from dflash_ray.drafter.arrivals import NO_SESSION, Arrivals
 from dflash_ray.drafter.feature_sources import FeatureSources
@@ -28,7 +28,6 @@ _PROPOSAL_COLUMNS = (
     "num_draft_tokens",
     "temperatures",
     "seeds",
-    "wants_distributions",
 )
 
 
@@ -159,7 +158,7 @@ class Drafts:
                 Draws(
                     np.array(request.temperatures, dtype=np.float32),
                     np.array(request.seeds, dtype=np.uint64),
-                    np.array(request.wants_distributions, dtype=np.bool_),
+                    _flags(request.wants_distributions, len(sessions)),
                 ),
             )
             if not is_ready.all():
@@ -237,6 +236,11 @@ class Drafts:
             await self._sources.close()
 
 
+def _flags(values: Sequence[bool], count: int) -> Flags:
+    """A column that is empty where it is False for all."""
+    return np.array(values, dtype=np.bool_) if values else np.zeros(count, dtype=np.bool_)
+
+
 def _check_columns(request: drafter_pb2.DraftRequest) -> None:
     """Raises ValueError that names the column whose length is not that of its ids."""
     parts = {
@@ -244,6 +248,8 @@ def _check_columns(request: drafter_pb2.DraftRequest) -> None:
         "open": ("open_lens",),
         "token_sequence_ids": ("token_starts", "num_tokens"),
     }
+    if request.wants_distributions:
+        parts["sequence_ids"] = (*_PROPOSAL_COLUMNS, "wants_distributions")
     for ids, names in parts.items():
         count = len(getattr(request, ids))
         for name in names:

@@ -52,12 +52,12 @@ class Choice:
         self.num_tokens = 0
         self._has_ended = False
         self._has_begun = False
-        self._ends_by_reason_alone = not request.stop_strings and not request.is_prompt_only
+        self._is_between = False  # tokens have come, and only a finish reason can end the answer
         self._num_scored = 1  # prompt tokens whose log-probabilities are known; the first has none
 
     def take(self, chunk: TokenChunk) -> ChoiceDelta:
         """The delta of a chunk: everything in it ends with the token that completes a stop string."""
-        if self._is_between(chunk):
+        if self._is_between and not chunk.finish_reason and chunk.logprobs is None and chunk.prompt_logprobs is None:
             return self._go_on(chunk)
         delta = ChoiceDelta(self._index)
         if self._has_ended:  # what the router sent before it heard of the end
@@ -67,6 +67,7 @@ class Choice:
         if chunk.token_ids and not self._has_begun:
             delta.num_cached_tokens = min(chunk.num_cached_tokens, len(self._request.prompt_ids))
             self._has_begun = True
+            self._is_between = not self._request.stop_strings and not self._request.is_prompt_only
         if self._request.is_prompt_only:
             if chunk.token_ids or chunk.finish_reason:
                 delta.finish_reason, delta.stats = common_pb2.FINISH_REASON_LENGTH, self._stats
@@ -90,22 +91,11 @@ class Choice:
             self._count(chunk.decode_pass, num_kept)
         if delta.finish_reason:
             delta.stats = self._stats
-            self._has_ended = True
+            self._has_ended, self._is_between = True, False
         return delta
 
-    def _is_between(self, chunk: TokenChunk) -> bool:
-        """Whether all of a chunk is tokens in the middle of an answer that only a finish reason can end."""
-        return (
-            self._ends_by_reason_alone
-            and self._has_begun
-            and not self._has_ended
-            and not chunk.finish_reason
-            and chunk.logprobs is None
-            and chunk.prompt_logprobs is None
-        )
-
     def _go_on(self, chunk: TokenChunk) -> ChoiceDelta:
-        """The delta of such a chunk, which is what most are: nothing in it is looked at twice."""
+        """The delta of a chunk in the middle, which is what most are: nothing in it is looked at twice."""
         token_ids = chunk.token_ids
         self.num_tokens += len(token_ids)
         if chunk.decode_pass is not None:

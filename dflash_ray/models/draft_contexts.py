@@ -126,13 +126,16 @@ class DraftContexts:
 
     def _all_follow(self, rows: ContextRows) -> bool:
         """Whether all sessions are open, and all rows those that come next, some of them in several parts."""
+        expected = self.context_lens(rows.sessions)
+        if np.count_nonzero(expected) < len(expected):
+            return False
+        if np.bincount(rows.sessions).max(initial=0) <= 1:
+            return np.count_nonzero(rows.starts != expected) == 0
         order = rows.sessions.argsort(kind="stable")
-        sessions, starts = rows.sessions[order], rows.starts[order]
-        expected = self.context_lens(sessions)
-        is_open = bool(expected.all())
+        sessions, starts, expected = rows.sessions[order], rows.starts[order], expected[order]
         is_same = sessions[1:] == sessions[:-1]
         expected[1:][is_same] = (starts + rows.counts[order])[:-1][is_same]
-        return is_open and bool((starts == expected).all())
+        return np.count_nonzero(starts != expected) == 0
 
     def _extend_one(self, rows: ContextRows, place: int, first: int) -> Refusal | Exception | None:
         session, start, count = int(rows.sessions[place]), int(rows.starts[place]), int(rows.counts[place])

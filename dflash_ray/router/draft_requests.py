@@ -117,4 +117,6 @@ def add_proposals(request: drafter_pb2.DraftRequest, table: SlotTable, slots: In
     request.num_draft_tokens.extend(counts.tolist())
     request.temperatures.extend(table.temperatures[slots].tolist())
     request.seeds.extend(table.seeds[slots].tolist())
-    request.wants_distributions.extend(table.wants_distributions[slots].tolist())
+    wants_distributions = table.wants_distributions[slots]
+    if np.count_nonzero(wants_distributions):
+        request.wants_distributions.extend(wants_distributions.tolist())

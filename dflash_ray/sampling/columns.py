@@ -12,8 +12,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dflash_ray.core import host_code
-from dflash_ray.core.arrays import spans
 from dflash_ray.kernels.columns import IntColumn, PlanTensors, RowColumn
 from dflash_ray.kernels.trees import depths_of
 from dflash_ray.sampling.table import RANGES, Need, SamplingTable
@@ -86,8 +84,17 @@ class PlanColumns:
 def columns_of(rows: DrawRows, table: SamplingTable, device: torch.device) -> PlanColumns:
     """The columns of a step on the device of the logits. On the CPU the table's own memory is read."""
     table.settle()
+    num_sequences, num_rows = len(rows.slots), len(rows.token_ids)
     first_rows = np.cumsum(rows.num_rows) - rows.num_rows
-    lines, depth = _chain_lines(rows) if rows.parents is None else _tree_lines(rows, rows.parents, first_rows)
+    sequence_of = np.repeat(np.arange(num_sequences), rows.num_rows)
+    offsets = np.arange(num_rows) - first_rows[sequence_of]
+    parents = offsets - 1 if rows.parents is None else rows.parents
+    depths = offsets if rows.parents is None else depths_of(parents, first_rows[sequence_of])
+    lines = np.empty((num_rows, len(RowColumn)), dtype=np.int64)
+    lines[:, RowColumn.SEQUENCE] = sequence_of
+    lines[:, RowColumn.POSITION] = rows.positions[sequence_of] + depths + 1
+    lines[:, RowColumn.TOKEN] = rows.token_ids
+    lines[:, RowColumn.PARENT] = np.where(parents < 0, -1, parents + first_rows[sequence_of])
     ints = table.ints[rows.slots]
     ints[:, IntColumn.FIRST_ROW], ints[:, IntColumn.NUM_ROWS] = first_rows, rows.num_rows
     ints[:, IntColumn.ROOT_POSITION], ints[:, IntColumn.FEATURE_ROW] = rows.positions, rows.feature_rows
@@ -97,7 +104,7 @@ def columns_of(rows: DrawRows, table: SamplingTable, device: torch.device) -> Pl
         ids, values = without_gaps(ints, ids, values)
     draft_ids, draft_probs = _no_ids().reshape(0, 0), _no_probs().reshape(0, 0)
     if needs & Need.REJECTION:
-        draft_ids, draft_probs = _drafts(rows, lines, first_rows)
+        draft_ids, draft_probs = _drafts(rows, lines, offsets, sequence_of)
 
     def move(array: NDArray[np.generic]) -> torch.Tensor:
         tensor = torch.from_numpy(array)
@@ -107,42 +114,17 @@ def columns_of(rows: DrawRows, table: SamplingTable, device: torch.device) -> Pl
         tensors=PlanTensors(move(lines), move(ints), move(table.floats[rows.slots]), move(ids), move(values)),
         draft_ids=move(draft_ids),
         draft_probs=move(draft_probs),
-        depth=depth,
+        depth=1 + int(depths.max(initial=0)),
         needs=needs,
         first_rows=first_rows,
         num_logprobs=table.num_logprobs[rows.slots],
     )
 
 
-def _chain_lines(rows: DrawRows) -> tuple[Ints, int]:
-    """The lines [R, 4] of chains, and the rows of the longest."""
-    compiled, depth = host_code.library(), int(rows.num_rows.max(initial=1))
-    if compiled is None:
-        parents = spans(np.full_like(rows.num_rows, -1), rows.num_rows)
-        return _tree_lines(rows, parents, np.cumsum(rows.num_rows) - rows.num_rows)
-    columns = [np.ascontiguousarray(column) for column in (rows.num_rows, rows.positions, rows.token_ids)]
-    assert rows.num_rows.sum() == len(rows.token_ids)
-    lines = np.empty((len(rows.token_ids), len(RowColumn)), dtype=np.int64)
-    compiled.chain_lines(*map(host_code.at, columns), len(rows.slots), host_code.at(lines))
-    return lines, depth
-
-
-def _tree_lines(rows: DrawRows, parents: Ints, first_rows: Ints) -> tuple[Ints, int]:
-    """The lines [R, 4] of rows that follow `parents`, and the rows on the longest path."""
-    sequence_of = np.repeat(np.arange(len(rows.slots)), rows.num_rows)
-    depths = depths_of(parents, first_rows[sequence_of])
-    lines = np.empty((len(rows.token_ids), len(RowColumn)), dtype=np.int64)
-    lines[:, RowColumn.SEQUENCE] = sequence_of
-    lines[:, RowColumn.POSITION] = rows.positions[sequence_of] + depths + 1
-    lines[:, RowColumn.TOKEN] = rows.token_ids
-    lines[:, RowColumn.PARENT] = np.where(parents < 0, -1, parents + first_rows[sequence_of])
-    return lines, 1 + int(depths.max(initial=0))
-
-
-def _drafts(rows: DrawRows, lines: Ints, first_rows: Ints) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+def _drafts(
+    rows: DrawRows, lines: Ints, offsets: Ints, sequence_of: Ints
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """draft_ids and draft_probs [R, K]."""
-    sequence_of = lines[:, RowColumn.SEQUENCE]
-    offsets = np.arange(len(lines)) - first_rows[sequence_of]
     # A chain: the child of row i is row i + 1, whose candidates are the i-th.
     has_drawn = len(rows.num_candidates) > 0
     counts = np.zeros(0, dtype=np.int64)

@@ -5,12 +5,14 @@ An accepted path of a tree lies among rows that are not kept: its rows move to w
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dflash_ray.core.arrays import spans
 from dflash_ray.sampling.verify import Verdict
 from dflash_ray.target_group.batch import Rows
 from dflash_ray.target_group.slots import SlotTable
@@ -93,3 +95,10 @@ def kept_features(table: SlotTable, rows: Rows, done: Commit, sequence_ids: Ids,
         rows=features,
         cache_rows=table.cache_rows(slot_of, positions),
     )
+
+
+def to_host(features: StepFeatures) -> StepFeatures:
+    """The kept rows alone, on the host: those of a device that were not kept need not come over."""
+    index = torch.from_numpy(spans(features.first_rows, features.num_rows))
+    rows = features.rows.index_select(0, index.to(features.rows.device)).cpu()
+    return replace(features, first_rows=np.cumsum(features.num_rows) - features.num_rows, rows=rows)

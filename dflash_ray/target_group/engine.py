@@ -23,7 +23,7 @@ from dflash_ray.sampling.parameters import NO_LOGPROBS
 from dflash_ray.sampling.verify import Verdict
 from dflash_ray.target_group.batch import Rows, StepBatch, build_batch
 from dflash_ray.target_group.colocated import ColocatedDrafter
-from dflash_ray.target_group.commits import Commit, accepted_drafts, commit, kept_features, rows_to_move
+from dflash_ray.target_group.commits import Commit, accepted_drafts, commit, kept_features, rows_to_move, to_host
 from dflash_ray.target_group.entries import Entries, drafts_of, find_entries, rows_of
 from dflash_ray.target_group.feature_store import FeatureStore
 from dflash_ray.target_group.model import StepHidden
@@ -272,10 +272,10 @@ class Engine:
 
     def _take_features(self, rows: Rows, done: Commit, sequence_ids: Ids, features: Tensor) -> StepFeatures | None:
         """Features [F, H] of a pass go to the colocated drafter, or leave with the output."""
+        kept = kept_features(self._table, rows, done, sequence_ids, features)
         if self._drafter is not None:
-            kept = kept_features(self._table, rows, done, sequence_ids, features)
             self._drafter.extend(self._table, kept)
             if self._features is not None:
                 self._features.put(kept)
             return None
-        return kept_features(self._table, rows, done, sequence_ids, features.cpu())
+        return kept if features.device.type == "cpu" else to_host(kept)

@@ -5,7 +5,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dflash_ray.core.ngram import MAX_NGRAM, MIN_NGRAM, WINDOW, IndexingRoom, NgramDraft, NgramIndex, NgramTable
-from tests.loops import both_kinds, loops
 
 ENDLESS = 10**9
 # Few distinct tokens, so that n-grams of all lengths repeat; and the largest that fit the wire.
@@ -38,12 +37,10 @@ def test_what_followed_the_latest_occurrence_is_proposed():
     assert index.propose(3) == NgramDraft([], match_len=0)
 
 
-@both_kinds
 @settings(max_examples=400)
 @given(parts=st.lists(TEXT, max_size=8), window=st.integers(6, 60), anchor=TOKENS, count=st.integers(1, 6))
-def test_lookups_equal_a_search_of_the_window(are_compiled, parts, window, anchor, count):
-    with loops(are_compiled):
-        index, text = NgramIndex(window), []
+def test_lookups_equal_a_search_of_the_window(parts, window, anchor, count):
+    index, text = NgramIndex(window), []
     for part in parts:
         index.extend(part)
         text += part
@@ -54,7 +51,6 @@ def test_lookups_equal_a_search_of_the_window(are_compiled, parts, window, ancho
         assert len(index) == len(text)
 
 
-@both_kinds
 @settings(max_examples=200)
 @given(
     rounds=st.lists(st.lists(TEXT, min_size=3, max_size=3), max_size=6),
@@ -62,10 +58,9 @@ def test_lookups_equal_a_search_of_the_window(are_compiled, parts, window, ancho
     counts=st.lists(st.integers(0, 6), min_size=3, max_size=3),
     renewed=st.integers(0, 5),
 )
-def test_rows_of_a_table_are_looked_up_side_by_side_and_start_anew(are_compiled, rounds, window, counts, renewed):
+def test_rows_of_a_table_are_looked_up_side_by_side_and_start_anew(rounds, window, counts, renewed):
     tokens = np.zeros((4, 300), np.uint32)
-    with loops(are_compiled):
-        table = NgramTable(tokens, window)
+    table = NgramTable(tokens, window)
     texts = {0: [], 1: [], 3: []}
     rows = np.array(list(texts))
     for number, parts in enumerate(rounds):
@@ -83,10 +78,8 @@ def test_rows_of_a_table_are_looked_up_side_by_side_and_start_anew(are_compiled,
             assert NgramDraft(drafts[i, : draft_lens[i]].tolist(), match_lens[i]) == search(seen, seen, counts[i])
 
 
-@both_kinds
-def test_a_long_text_is_indexed_when_there_is_room_and_what_comes_meanwhile_with_it(are_compiled):
-    with loops(are_compiled):
-        index = NgramIndex()
+def test_a_long_text_is_indexed_when_there_is_room_and_what_comes_meanwhile_with_it():
+    index = NgramIndex()
     index.extend([7, 8, 9, 5, *range(100, 5100), 7, 8, 9])
     room = IndexingRoom(0)
     index.catch_up(room)
@@ -100,14 +93,12 @@ def test_a_long_text_is_indexed_when_there_is_room_and_what_comes_meanwhile_with
     assert room.left < -5000, "who comes next waits"
 
 
-@both_kinds
-def test_memory_is_flat_and_the_latest_occurrence_is_found_once_the_window_is_full(are_compiled):
+def test_memory_is_flat_and_the_latest_occurrence_is_found_once_the_window_is_full():
     def kept(index: NgramIndex) -> int:
         table = index._table
         return sum(array.nbytes for array in (index._tokens, table._heads, table._earlier))
 
-    with loops(are_compiled):
-        index = index_of(list(range(3 * WINDOW)))
+    index = index_of(list(range(3 * WINDOW)))
     full = kept(index)
     for start in range(3 * WINDOW, 8 * WINDOW, 50):
         index.extend(range(start, start + 50))

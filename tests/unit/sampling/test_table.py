@@ -15,7 +15,6 @@ from dflash_ray.kernels.columns import IntColumn
 from dflash_ray.sampling.columns import DrawRows, PlanColumns, columns_of, without_gaps
 from dflash_ray.sampling.parameters import COUPLED, NO_LOGPROBS, REJECTION, SamplingParams
 from dflash_ray.sampling.table import RANGES, SamplingTable
-from tests.loops import InNumpy
 from tests.plans import SequencePlan, to_columns
 
 VOCAB = 50
@@ -194,14 +193,8 @@ class Slots(RuleBasedStateMachine):
             assert ids == sorted(ids) and dict(zip(ids, values, strict=True)) == sequence.history()
 
 
-class SlotsInNumpy(InNumpy, Slots):
-    """The same without the loops in C."""
-
-
 TestSlots = Slots.TestCase
 TestSlots.settings = settings(deadline=None, max_examples=60, stateful_step_count=25)
-TestSlotsInNumpy = SlotsInNumpy.TestCase
-TestSlotsInNumpy.settings = settings(deadline=None, max_examples=20, stateful_step_count=25)
 
 
 def test_trees_have_the_depths_and_first_children_of_columns_made_from_nothing():
