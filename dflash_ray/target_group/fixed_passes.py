@@ -17,12 +17,12 @@ from torch import Tensor
 
 from dflash_ray.config import DflashRayConfig
 from dflash_ray.kernels.columns import CommitColumn, PlanTensors
+from dflash_ray.kernels.graphs import Graphs
 from dflash_ray.sampling.columns import PlanColumns, without_gaps
 from dflash_ray.sampling.ranks import RankGroup
 from dflash_ray.sampling.table import RANGES, Need
 from dflash_ray.sampling.verify import Verdict, launch, to_verdict, verify
 from dflash_ray.target_group.batch import StepBatch
-from dflash_ray.target_group.graphs import Graphs
 from dflash_ray.target_group.model import RankModel, StepHidden
 from dflash_ray.target_group.pass_buffers import IDS_A_ROW, MOST_DEPTH, PassBuffers
 from dflash_ray.target_group.pass_cuts import PassRows, StepRows, within

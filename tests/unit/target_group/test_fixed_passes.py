@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from dflash_ray.kernels.graphs import Graphs
 from dflash_ray.sampling.parameters import REJECTION
 from dflash_ray.sampling.ranks import SingleRank
 from dflash_ray.target_group.engine import Engine
 from dflash_ray.target_group.fixed_passes import FixedPasses
-from dflash_ray.target_group.graphs import Graphs
 from dflash_ray.target_group.model import RankModel
 from dflash_ray.target_group.pass_buffers import PassBuffers
 from tests.steps import PROMPT, VOCAB, garbage, opening, oracle, plain, run, step_of, tokens_of, verify_step
