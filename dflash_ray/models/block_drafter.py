@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from dflash_ray.core.arrays import Ints, spans
 from dflash_ray.core.draft_trees import likeliest_trees
 from dflash_ray.core.memory import return_freed_memory
-from dflash_ray.kernels import ops
+from dflash_ray.kernels import build, ops
 from dflash_ray.models.context_pages import ContextPages
 from dflash_ray.models.dflash import apply_rope, rope_tables
 from dflash_ray.models.dflash2 import CandidateSelector, Draw, log_chances, walk
@@ -103,7 +103,7 @@ class BlockDrafter:
         cos, sin = rope_tables(self.config, longest + self.block_size)
         self._cos, self._sin = cos.to(device), sin.to(device)
         self._passes: DraftPasses | None = None
-        if isinstance(self._layers, DeviceLayers):
+        if isinstance(self._layers, DeviceLayers) and (device == "cpu" or build.is_loaded_for(device)):
             self._passes = DraftPasses(self._layers, self._embedding, self._cos, self._sin, self.block_size)
         self._sessions: dict[int, _Session] = {}
         self._waiting: list[_Waiting] = []
