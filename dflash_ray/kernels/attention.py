@@ -221,7 +221,8 @@ class PagedAttention:
         rows[:num_rows] = np.stack((contexts[of_entry] + depths, totals[of_entry], part_at, splits_of_row), axis=1)
         counts = -(-lens // TILE_ROWS)
         entry = np.repeat(np.arange(len(lens)), counts)
-        before = TILE_ROWS * (np.arange(len(entry)) - (np.cumsum(counts) - counts)[entry])  # rows of the entry
+        # Rows of the entry before each tile: the last ones, which see most, start first.
+        before = TILE_ROWS * (np.cumsum(counts)[entry] - 1 - np.arange(len(entry)))
         page_at = np.cumsum(page_counts) - page_counts
         own = np.minimum(lens[entry] - before, TILE_ROWS)
         columns = (firsts[entry], contexts[entry], page_at[entry], before, own, splits[entry], is_tree[entry])

@@ -40,6 +40,13 @@ def device(request):
     return "cpu", torch.ops.dflash_ray_emulated.attend_pages
 
 
+def in_type(dtype, arguments):
+    """Arguments of a step with all floats in a type."""
+    return tuple(
+        each.to(dtype) if isinstance(each, torch.Tensor) and each.is_floating_point() else each for each in arguments
+    )
+
+
 def attend(device, arguments, parents, **kind):
     """Arguments as `test_forward.step` makes them; returns what all rows attended to, and the caches."""
     name, operator = device
@@ -60,13 +67,9 @@ def attend(device, arguments, parents, **kind):
 @settings(deadline=None, max_examples=40)
 def test_rows_attend_to_what_they_see(device, forest, is_causal, dtype, kv_heads, group, size, window, softcap):
     entries = [(len(parents), context) for parents, context in forest]
-    arguments = [
-        each.to(dtype) if isinstance(each, torch.Tensor) and each.is_floating_point() else each
-        for each in step(entries, kv_heads * group, kv_heads, size)
-    ]
+    arguments = in_type(dtype, step(entries, kv_heads * group, kv_heads, size))
     parents = [parent for tree, _ in forest for parent in tree] if is_causal else []
-    exact = [each.double() if isinstance(each, torch.Tensor) and each.is_floating_point() else each
-             for each in arguments]  # fmt: skip
+    exact = in_type(torch.float64, arguments)
     kind = {"scale": size**-0.5, "window": window, "softcap": softcap, "is_causal": is_causal}
     want = reference.paged_attention(*exact, **kind, parents=torch.tensor(parents) if parents else None)
     got, caches = attend(device, arguments, parents, **kind)
@@ -74,14 +77,14 @@ def test_rows_attend_to_what_they_see(device, forest, is_causal, dtype, kv_heads
     assert torch.equal(caches[0].double(), exact[3]) and torch.equal(caches[1].double(), exact[4])
 
 
-@given(tree=trees(), context=CONTEXTS, neighbour=trees(), **SHAPES)
+@given(tree=trees(), context=CONTEXTS, neighbour=trees(), dtype=st.sampled_from(list(DTYPES)), **SHAPES)
 @settings(deadline=None, max_examples=20)
 def test_a_row_is_to_the_bit_the_row_of_a_chain_without_neighbours(
-    device, tree, context, neighbour, kv_heads, group, size, window, softcap
+    device, tree, context, neighbour, dtype, kv_heads, group, size, window, softcap
 ):
     entries = [(len(tree), context), (len(neighbour), 3)]
-    query, key, value, *caches, slots, lens, contexts, counts, pages, page_size = step(
-        entries, kv_heads * group, kv_heads, size
+    query, key, value, *caches, slots, lens, contexts, counts, pages, page_size = in_type(
+        dtype, step(entries, kv_heads * group, kv_heads, size)
     )
     kind = {"scale": size**-0.5, "window": window, "softcap": softcap}
     whole = (query, key, value, *caches, slots, lens, contexts, counts, pages, page_size)
@@ -114,14 +117,10 @@ def rows_of(arguments, entries, chosen, begin, end):
 )
 def test_rows_of_a_prompt_are_the_same_to_the_bit_however_it_is_cut(device, dtype, window, softcap, is_causal):
     entries = [(3, 20), (SPLIT + FEW_ROWS, 230), (1, 0)]
-    arguments = tuple(
-        each.to(dtype) if isinstance(each, torch.Tensor) and each.is_floating_point() else each
-        for each in step(entries, 4, 2, 16)
-    )
+    arguments = in_type(dtype, step(entries, 4, 2, 16))
     kind = {"scale": 0.25, "window": window, "softcap": softcap, "is_causal": is_causal}
     whole, caches = attend(device, arguments, [], **kind)
-    exact = [each.double() if isinstance(each, torch.Tensor) and each.is_floating_point() else each
-             for each in arguments]  # fmt: skip
+    exact = in_type(torch.float64, arguments)
     want = reference.paged_attention(*exact, *kind.values())
     assert torch.allclose(whole.double(), want, atol=DTYPES[dtype], rtol=DTYPES[dtype])
     num_rows = entries[1][0]
@@ -138,12 +137,8 @@ def test_rows_of_a_prompt_are_the_same_to_the_bit_however_it_is_cut(device, dtyp
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("group", "size"), [(1, 128), (5, 96), (12, 40), (2, 256), (9, 130)])
 def test_heads_of_all_sizes_and_numbers_attend(device, dtype, group, size):
-    arguments = [
-        each.to(dtype) if isinstance(each, torch.Tensor) and each.is_floating_point() else each
-        for each in step([(18, 40), (2, 300)], group, 1, size)
-    ]
-    exact = [each.double() if isinstance(each, torch.Tensor) and each.is_floating_point() else each
-             for each in arguments]  # fmt: skip
+    arguments = in_type(dtype, step([(18, 40), (2, 300)], group, 1, size))
+    exact = in_type(torch.float64, arguments)
     want = reference.paged_attention(*exact, size**-0.5, 0, 0.0, True)
     got, _ = attend(device, arguments, [], scale=size**-0.5)
     assert torch.allclose(got.double(), want, atol=DTYPES[dtype], rtol=DTYPES[dtype])

@@ -108,8 +108,8 @@ struct Pass {
 template <class T, int kSize>
 DFLASH_KERNEL attend_kernel(AttentionView view, int slice_heads, float* parts) {
   using U = Unit<T, kSize>;
-  DFLASH_SHARED(T, keys, U::kPlaces);
-  DFLASH_SHARED(T, values, U::kPlaces);
+  DFLASH_SHARED_ALIGNED(T, keys, U::kPlaces);
+  DFLASH_SHARED_ALIGNED(T, values, U::kPlaces);
   const Place place(view, slice_heads);
   if (place.num_rows == 0 || place.span.begin >= place.span.end) return;
   const int lane = lane_of_thread(), size = view.size, head = place.head < 0 ? 0 : place.head;
@@ -259,7 +259,8 @@ void attend_pages(const AttentionView& view, const void* key, const void* value,
   void *keys = const_cast<void*>(view.keys), *values = const_cast<void*>(view.values);
   if (key) {
     DFLASH_LAUNCH(store_kernel, view.num_rows, static_cast<const T*>(key), view.slots, width, static_cast<T*>(keys));
-    DFLASH_LAUNCH(store_kernel, view.num_rows, static_cast<const T*>(value), view.slots, width, static_cast<T*>(values));
+    DFLASH_LAUNCH(store_kernel, view.num_rows, static_cast<const T*>(value), view.slots, width,
+                  static_cast<T*>(values));
   }
   const auto memory = scratch_memory(view.num_parts * view.heads * (kPart + view.size) * sizeof(float));
   float* parts = reinterpret_cast<float*>(memory.get());
@@ -268,8 +269,8 @@ void attend_pages(const AttentionView& view, const void* key, const void* value,
     if (view.size > 64 && view.size <= 128) attend_tiles<T, 128>(view, parts);
     if (view.size > 128) attend_tiles<T, 256>(view, parts);
   }
-  DFLASH_LAUNCH_WITH(kWarp * kJoinWarps, join_kernel<T>, (view.num_rows * view.heads + kJoinWarps - 1) / kJoinWarps, view,
-                     parts, static_cast<T*>(out));
+  const int64_t join_blocks = (view.num_rows * view.heads + kJoinWarps - 1) / kJoinWarps;
+  DFLASH_LAUNCH_WITH(kWarp * kJoinWarps, join_kernel<T>, join_blocks, view, parts, static_cast<T*>(out));
 }
 
 }  // namespace

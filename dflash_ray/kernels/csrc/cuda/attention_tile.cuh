@@ -50,24 +50,18 @@ struct Unit {
   static_assert(kSplit % kKeys == 0 && kTileRows == 16);
 };
 
-// Sixteen queries of 16-bit values.
+// Sixteen queries of 16-bit values; long ones are read anew for each unit, because the sums fill the registers.
 template <class T, int kSize>
 class Queries {
   using U = Unit<T, kSize>;
+  static constexpr bool kIsKept = kSize <= 128;
 
  public:
   // Of this lane's two rows.
-  DFLASH_DEVICE Queries(const T* upper, const T* lower, int size) {
-    const int pair = lane_of_thread() % 4 * 2;
+  DFLASH_DEVICE Queries(const T* upper, const T* lower, int size) : upper_(upper), lower_(lower), size_(size) {
+    if constexpr (kIsKept) {
 #pragma unroll
-    for (int k = 0; k < kSize / 16; ++k) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const T* from = i % 2 ? lower : upper;
-        const int at = k * 16 + i / 2 * 8 + pair;
-        const uint32_t low = at < size ? from[at].bits : 0, high = at + 1 < size ? from[at + 1].bits : 0;
-        values_[k][i] = high << 16 | low;
-      }
+      for (int k = 0; k < kKept; ++k) load(k, kept_[k]);
     }
   }
 
@@ -76,14 +70,23 @@ class Queries {
   DFLASH_DEVICE void score(Array& keys, float (&scores)[U::kColumns][4]) const {
     const int lane = lane_of_thread();
     const int at = (lane / 16 * 8 + lane % 8) * U::kPitch + lane / 8 % 2 * 8;
-#pragma unroll
+    // Unrolled, the loads of a long query would move out of the loop over units and fill the registers after all.
+    [[maybe_unused]] constexpr int kUnrolled = kIsKept ? kSize / 16 : 1;
+#pragma unroll kUnrolled
     for (int k = 0; k < kSize / 16; ++k) {
+      uint32_t query[4];
+      if constexpr (kIsKept) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) query[i] = kept_[k][i];
+      } else {
+        load(k, query);
+      }
 #pragma unroll
       for (int n = 0; n < U::kColumns; n += 2) {
         uint32_t found[4];
         load_matrices<false>(keys, at + n * 8 * U::kPitch + k * 16, found);
-        multiply_add<T>(scores[n], values_[k], found[0], found[1]);
-        multiply_add<T>(scores[n + 1], values_[k], found[2], found[3]);
+        multiply_add<T>(scores[n], query, found[0], found[1]);
+        multiply_add<T>(scores[n + 1], query, found[2], found[3]);
       }
     }
   }
@@ -109,7 +112,22 @@ class Queries {
   }
 
  private:
-  uint32_t values_[kSize / 16][4];
+  static constexpr int kKept = kIsKept ? kSize / 16 : 1;
+
+  // The fragment of values 16 k ... 16 k + 15.
+  DFLASH_DEVICE void load(int k, uint32_t (&to)[4]) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int at = k * 16 + i / 2 * 8 + lane_of_thread() % 4 * 2;
+      const T* from = (i % 2 ? lower_ : upper_) + at;
+      to[i] = at < size_ ? from[0].bits : 0u;
+      if (at + 1 < size_) to[i] |= static_cast<uint32_t>(from[1].bits) << 16;
+    }
+  }
+
+  const T *upper_, *lower_;
+  int size_;
+  uint32_t kept_[kKept][4];
 };
 
 // Of float32: every output is one chain of multiply-adds.

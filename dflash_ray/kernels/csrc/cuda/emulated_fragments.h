@@ -1,5 +1,5 @@
-// Matrix products of a warp and copies into shared memory, under emulation. Fragments lie in the lanes as the PTX ISA has
-// them ("Matrix Fragments for mma.m16n8k16", "ldmatrix").
+// Matrix products of a warp and copies into shared memory, under emulation. Fragments lie in the lanes as the PTX ISA
+// has them ("Matrix Fragments for mma.m16n8k16", "ldmatrix").
 //
 // A tensor core's order of additions is not documented. Here the sixteen products of an output are summed in pairs,
 // then in pairs of these, and so on, and what was there before is added last: like a tensor core, and unlike a loop,

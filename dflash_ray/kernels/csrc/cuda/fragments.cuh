@@ -1,5 +1,5 @@
-// Tensor cores and asynchronous copies: mma.m16n8k16, ldmatrix and cp.async, sm_80 and later. A group of four lanes holds
-// rows lane / 4 and lane / 4 + 8 of an accumulator, columns lane % 4 * 2 and the next. Under g++ the same words mean
+// Tensor cores and asynchronous copies: mma.m16n8k16, ldmatrix and cp.async, sm_80 and later. A lane holds rows lane / 4
+// and lane / 4 + 8 of an accumulator, columns lane % 4 * 2 and the next. Under g++ the same words mean
 // emulated_fragments.h.
 #pragma once
 
@@ -19,14 +19,16 @@ DFLASH_DEVICE void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t 
 template <>
 DFLASH_DEVICE void multiply_add<Bfloat16>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 template <>
 DFLASH_DEVICE void multiply_add<Float16>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
