@@ -23,6 +23,7 @@ Ints = NDArray[np.int64]
 SPLIT = 256  # positions of a context that are summed apart
 TILE_ROWS = 16  # of an entry, that read keys and values together
 FEW_ROWS = 64  # of an entry whose splits are summed beside each other
+_COARSER = 4  # times as many rows from one reach to the next
 _ROW_COLUMNS, _TILE_COLUMNS = 4, 7  # in the order of csrc/attention_core.h
 
 
@@ -105,6 +106,14 @@ class StepAttention(Protocol):
         Raises:
             ValueError: the step is larger than the plan's room.
         """
+
+
+def reaches(max_len: int) -> list[int]:
+    """Rows of the longest entry for which plans are worth having, ascending: a grid is as large as they say."""
+    found = [max_len]
+    while found[0] > _COARSER * SPLIT:
+        found.insert(0, -(-found[0] // (_COARSER * SPLIT)) * SPLIT)
+    return found
 
 
 def plan(tables: StepTables, slots: Tensor, page_size: int) -> StepAttention:

@@ -19,13 +19,14 @@ from torch.nn import functional as F
 from dflash_ray.core.arrays import Ints, spans
 from dflash_ray.core.draft_trees import likeliest_trees
 from dflash_ray.core.memory import return_freed_memory
-from dflash_ray.kernels import ops
+from dflash_ray.kernels import build, ops
 from dflash_ray.models.context_pages import ContextPages
 from dflash_ray.models.dflash import apply_rope, rope_tables
 from dflash_ray.models.dflash2 import CandidateSelector, Draw, log_chances, walk
 from dflash_ray.models.draft_contexts import ContextRows
 from dflash_ray.models.draft_head import build_selector, load_draft_head
-from dflash_ray.models.draft_layers import draft_layers
+from dflash_ray.models.draft_layers import DeviceLayers, draft_layers
+from dflash_ray.models.draft_passes import DraftPasses
 from dflash_ray.models.draft_proposals import DraftProposal, DraftProposals
 from dflash_ray.models.drafter_checkpoint import DrafterCheckpoint
 from dflash_ray.models.packed_linear import PackedLinear, fuse
@@ -101,6 +102,9 @@ class BlockDrafter:
         longest = max(self.config.max_position_embeddings, target.config.max_position_embeddings)
         cos, sin = rope_tables(self.config, longest + self.block_size)
         self._cos, self._sin = cos.to(device), sin.to(device)
+        self._passes: DraftPasses | None = None
+        if isinstance(self._layers, DeviceLayers) and (device == "cpu" or build.is_loaded_for(device)):
+            self._passes = DraftPasses(self._layers, self._embedding, self._cos, self._sin, self.block_size)
         self._sessions: dict[int, _Session] = {}
         self._waiting: list[_Waiting] = []
         self._num_waiting = 0  # rows of it
@@ -206,11 +210,11 @@ class BlockDrafter:
         self._take_features()
         held = [self._sessions[session] for session in sessions]
         most = min(max(num_draft_tokens, default=0), self.max_draft_tokens)
-        size = 1 + most if all(self.config.is_causal) else self.block_size
-        inputs = torch.full((len(held), size), self.config.mask_token_id, device=self._device)
+        size = 1 + most if all(self.config.is_causal) and self._passes is None else self.block_size
+        inputs = np.full((len(held), size), self.config.mask_token_id)
+        inputs[:, 0] = anchor_ids
         anchors = torch.tensor(anchor_ids, device=self._device)
-        inputs[:, 0] = anchors
-        hidden = self._forward(held, F.embedding(inputs, self._embedding))
+        hidden = self._forward(held, inputs)
         hidden = hidden[:, 1 : 1 + most]
         logits = self._network.shape_logits(self._head(hidden).float())
         counts = np.array(num_draft_tokens)
@@ -270,12 +274,15 @@ class BlockDrafter:
         counts = np.minimum(counts, num_slots)
         return DraftProposals(np.take_along_axis(candidates, order, -1), logprobs, counts, num_kept, is_drawn)
 
-    def _forward(self, held: list[_Session], x: Tensor) -> Tensor:
-        """Block rows [N, B, H] through all layers and the final norm."""
+    def _forward(self, held: list[_Session], inputs: Ints) -> Tensor:
+        """Blocks of tokens [N, B] through all layers and the final norm: [N, B, H]."""
         sessions = np.array([one.number for one in held], dtype=np.int64)
         lens = np.array([one.length for one in held], dtype=np.int64)
-        size = x.shape[1]
+        size = inputs.shape[1]
+        if self._passes is not None:
+            return self._passes(inputs, sessions, lens, self._pages)
         places = self._pages.place_blocks(sessions, lens, size)
+        x = F.embedding(torch.from_numpy(inputs).to(self._device), self._embedding)
         cos, sin = self._turns(torch.from_numpy(spans(lens, np.full(len(held), size))))
         return self._layers(x, cos, sin, self._pages, places)
 

@@ -86,9 +86,13 @@ class ContextPages:
 
     def place_blocks(self, sessions: Ints, lens: Ints, size: int) -> BlockPlaces:
         """Rows for a block of `size` behind each session's context of lens[i] rows."""
+        slots, *tables = map(torch.from_numpy, self.reserve_blocks(sessions, lens, size))
+        return BlockPlaces(slots.to(self.keys.device), *tables)
+
+    def reserve_blocks(self, sessions: Ints, lens: Ints, size: int) -> tuple[Ints, Ints, Ints, Ints, Ints]:
+        """The same on the host."""
         sizes = np.full(len(sessions), size)
         self.reserve(sessions, lens + sizes)
         counts = self._counts[sessions]
         pages = self._table[np.repeat(sessions, counts), spans(np.zeros_like(counts), counts)]
-        slots, *tables = map(torch.from_numpy, (self.rows_of(sessions, lens, sizes), sizes, lens, counts, pages))
-        return BlockPlaces(slots.to(self.keys.device), *tables)
+        return self.rows_of(sessions, lens, sizes), sizes, lens, counts, pages

@@ -103,10 +103,15 @@ class DeviceLayers:
 
     def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, pages: ContextPages, places: BlockPlaces) -> Tensor:
         tables = StepTables(*(table.numpy() for table in places[1:]), np.empty(0, np.int64))
-        planned = plan(tables, places.slots, PAGE_SIZE)
+        return self.run(x, cos, sin, pages, places.slots, plan(tables, places.slots, PAGE_SIZE))
+
+    def run(
+        self, x: Tensor, cos: Tensor, sin: Tensor, pages: ContextPages, slots: Tensor, planned: StepAttention
+    ) -> Tensor:
+        """The same where attention is planned. Waits for nothing."""
         hidden, delta = x.flatten(0, 1).contiguous(), None
         for index, layer in enumerate(self._layers):
-            attention = partial(self._attention, index, layer, (cos, sin), pages, places.slots, planned)
+            attention = partial(self._attention, index, layer, (cos, sin), pages, slots, planned)
             normed = self._add_norm(hidden, delta, layer.input_norm)
             delta = layer.around_attention(normed.view_as(x), attention).flatten(0, 1)
             normed = self._add_norm(hidden, delta, layer.post_norm)

@@ -17,12 +17,12 @@ from torch import Tensor
 
 from dflash_ray.config import DflashRayConfig
 from dflash_ray.kernels.columns import CommitColumn, PlanTensors
+from dflash_ray.kernels.graphs import Graphs
 from dflash_ray.sampling.columns import PlanColumns, without_gaps
 from dflash_ray.sampling.ranks import RankGroup
 from dflash_ray.sampling.table import RANGES, Need
 from dflash_ray.sampling.verify import Verdict, launch, to_verdict, verify
 from dflash_ray.target_group.batch import StepBatch
-from dflash_ray.target_group.graphs import Graphs
 from dflash_ray.target_group.model import RankModel, StepHidden
 from dflash_ray.target_group.pass_buffers import IDS_A_ROW, MOST_DEPTH, PassBuffers
 from dflash_ray.target_group.pass_cuts import PassRows, StepRows, within
@@ -159,10 +159,10 @@ class FixedPasses(GroupRunner):
             self._graphs.launch((buffers.num_rows, kind), partial(self._verdict, buffers, kind))
         elif len(drawing):
             logits = _some(self._model.rank_logits(buffers.hidden), drawing)
-        # What is verified outside of the pass moves features where they were made.
-        leaves = self._returns_features and logits is None and _is_run(wanted)
+        # Verification outside of the passes moves features where they were made.
+        leaves = self._returns_features and (columns is None or kind != "")
         has_features = buffers.features is not None and len(wanted) > 0
-        num_fetched = int(wanted[-1]) + 1 if has_features and leaves else 0
+        num_fetched = int(wanted[-1]) + 1 if has_features and leaves and _is_run(wanted) else 0
         lines = features = None
         if num_sequences or num_fetched:
             lines, features = buffers.fetch(num_sequences, num_fetched)
@@ -170,7 +170,7 @@ class FixedPasses(GroupRunner):
             features = features[int(wanted[0]) :]
         elif has_features and buffers.features is not None:
             features = _some(buffers.features, wanted)
-            features = features.cpu() if self._returns_features and logits is None else features
+            features = features.cpu() if leaves else features
         return _PassLeft(
             lines=lines if num_sequences else None,
             logits=logits,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dflash_ray.config import DflashRayConfig
 from dflash_ray.core.memory import return_freed_memory
-from dflash_ray.kernels import ops
+from dflash_ray.kernels import build, ops
 from dflash_ray.models.context_length import context_length
 from dflash_ray.models.taps import tap_layers
 from dflash_ray.models.target_checkpoint import TargetCheckpoint
@@ -155,8 +155,10 @@ class RankModel:
 
     @property
     def has_fixed_passes(self) -> bool:
-        """Whether `run_rows` is there: not where a decoder, or its rotary embedding, looks at the batch."""
-        return isinstance(self._decoder, DeviceDecoder) and self._decoder.turns(1) is not None
+        """Whether `run_rows` is there: not where a decoder, its rotary embedding or an operator looks at the batch."""
+        if not isinstance(self._decoder, DeviceDecoder) or self._decoder.turns(1) is None:
+            return False
+        return self._device == "cpu" or build.is_loaded_for(self._device)
 
     def turns(self) -> tuple[Tensor, Tensor]:
         """Cosines and sines float32 [P, d] of all positions that a row may have."""

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dflash_ray.kernels.attention import SPLIT, PlanMemory, Room, StepAttention, StepTables, plan_within
+from dflash_ray.kernels.attention import PlanMemory, Room, StepAttention, StepTables, plan_within, reaches
 from dflash_ray.kernels.columns import CommitColumn, FloatColumn, IntColumn, OutcomeColumn, PlanTensors, RowColumn
 from dflash_ray.sampling.columns import PlanColumns, without_gaps
 from dflash_ray.target_group.model import RankModel
@@ -27,7 +27,6 @@ from dflash_ray.target_group.step import Ints
 IDS_A_ROW = 16  # of penalties, bias and stop tokens that a pass has room for
 MOST_DEPTH = 32  # rows on a path of drafts, the root among them
 VERDICT_WIDTH = len(CommitColumn) + OutcomeColumn.TOKENS + 2 * MOST_DEPTH
-_COARSER = 4  # times as many rows from one span to the next
 # int64 values a row of the inputs; what attention reads follows.
 _WIDTHS = {
     "token_ids": 1, "positions": 1, "slots": 1, "rows": len(RowColumn), "ints": len(IntColumn),
@@ -48,7 +47,7 @@ class PassBuffers:
     """Those of passes of N rows.
 
     Attributes:
-        spans: most rows of a sequence that kinds of passes have, ascending; their grids are no larger than it takes.
+        spans: most rows of a sequence that kinds of passes have, ascending.
         token_ids, positions: int64 [N] on the device.
         hidden: [N, H], normed rows.
         features: [N, feature_width], or None.
@@ -65,9 +64,7 @@ class PassBuffers:
         self._cache, self._scratch_row = model.cache, model.scratch_row
         self._is_cuda = device.type == "cuda"
         self._num_fixed = num_rows * sum(_WIDTHS.values())
-        self.spans = [model.max_model_len]
-        while self.spans[0] > _COARSER * SPLIT:
-            self.spans.insert(0, -(-self.spans[0] // (_COARSER * SPLIT)) * SPLIT)
+        self.spans = reaches(model.max_model_len)
         most_pages = num_rows * -(-model.max_model_len // model.cache.page_size)
         room = Room(num_rows, num_rows, most_pages, model.max_model_len, MOST_DEPTH)
         size = self._num_fixed + room.size

@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from dflash_ray.kernels.graphs import Graphs
 from dflash_ray.sampling.parameters import REJECTION
 from dflash_ray.sampling.ranks import SingleRank
 from dflash_ray.target_group.engine import Engine
 from dflash_ray.target_group.fixed_passes import FixedPasses
-from dflash_ray.target_group.graphs import Graphs
 from dflash_ray.target_group.model import RankModel
 from dflash_ray.target_group.pass_buffers import PassBuffers
 from tests.steps import PROMPT, VOCAB, garbage, opening, oracle, plain, run, step_of, tokens_of, verify_step
@@ -30,12 +30,14 @@ from tests.unit.target_group.test_trees import SAMPLINGS
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
-def passes(target, shapes=(16,), is_exact=True, dtype="float32", device="cpu", projector=None, **options):
+def passes(
+    target, shapes=(16,), is_exact=True, dtype="float32", device="cpu", projector=None, kv_tokens=2048, **options
+):
     """A runner on a device, with all that is to be captured captured."""
     config = CONFIG.model_copy(
         update={
             "model": CONFIG.model.model_copy(update={"dtype": dtype}),
-            "target": CONFIG.target.model_copy(update={"device": device}),
+            "target": CONFIG.target.model_copy(update={"device": device, "kv_cache_tokens": kv_tokens}),
         }
     )
     layers = LAYERS if projector is not None else ()
@@ -148,20 +150,24 @@ def test_drafts_change_tokens_where_products_depend_on_the_rows_of_a_step(
 def test_drafts_change_no_token_in_bfloat16_whatever_else_is_in_a_batch(
     process_group, tiny_target, device, shape_bound
 ):
-    count, max_new = (64, 256 - 40) if device == "cuda" else (6, 20)
-    runner = passes(tiny_target, (64,) if device == "cuda" else (16,), dtype="bfloat16", device=device)
+    count, max_new, shape, kv_tokens = (64, 216, 64, 1 << 15) if device == "cuda" else (6, 20, 16, 2048)
+    runner = passes(tiny_target, (shape,), dtype="bfloat16", device=device, kv_tokens=kv_tokens)
+
+    def engine():
+        return new_engine(runner, kv_tokens // CONFIG.target.page_size)
+
     for sampling in ({}, {"temperature": 0.8, "top_p": 0.95}):
         alone = {}
         for number in range(1, count + 1):
-            alone |= texts(new_engine(runner), [number], lambda *_: [], max_new, sampling)
+            alone |= texts(engine(), [number], lambda *_: [], max_new, sampling)
 
         def drafts(number, tokens, alone=alone):
             at, length = len(tokens) - len(prompt_of(number)), (len(tokens) + number) % 6
             truth = alone[number][at : at + length]
             return truth if len(tokens) % 3 else [*truth[:-1], (truth[-1] + 1) % VOCAB] if truth else []
 
-        assert texts(new_engine(runner), range(1, count + 1), drafts, max_new, sampling) == alone
-        assert texts(new_engine(runner), range(count, 0, -1), lambda *_: [], max_new, sampling) == alone
+        assert texts(engine(), range(1, count + 1), drafts, max_new, sampling) == alone
+        assert texts(engine(), range(count, 0, -1), lambda *_: [], max_new, sampling) == alone
 
 
 def test_every_product_has_one_number_of_rows_where_passes_are_exact(process_group, tiny_target, monkeypatch):

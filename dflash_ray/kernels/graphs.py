@@ -27,6 +27,9 @@ class Graphs:
     def __len__(self) -> int:
         return len(self._graphs)
 
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._graphs
+
     @torch.inference_mode()
     def capture(self, functions: dict[Hashable, Callable[[], None]], what: str) -> None:
         """Captures functions; on a CPU there is nothing to do. Collective where they are."""
