@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from statistics import median
 
@@ -20,8 +21,8 @@ from dflash_ray.models.block_drafter import BlockDrafter
 from dflash_ray.models.draft_contexts import ContextRows
 from dflash_ray.sampling.ranks import SingleRank
 from dflash_ray.target_group.engine import Engine
+from dflash_ray.target_group.fixed_passes import new_runner
 from dflash_ray.target_group.model import RankModel
-from dflash_ray.target_group.runner import GroupRunner
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class EngineBench:
 
     def __init__(self, scale: Scale) -> None:
         self._scale = scale
+        self._random = np.random.default_rng(0)
         self._dtype = getattr(torch, scale.dtype)
         self._target = gpu_models.RandomTarget(Path(), shape=scale.shape)
         self._drafter = gpu_models.random_drafter(scale.shape)
@@ -65,11 +67,18 @@ class EngineBench:
             }
         )
         projector = self._drafter.build_projector(self._dtype).to(scale.device)
-        model = RankModel(self._target, config, 0, 1, projector, self._drafter.config.target_layer_ids)
-        runner = GroupRunner(model, SingleRank(), scale.device)
-        engine = Engine(runner, config.target.num_pages, config.target.page_size, model.max_model_len)
-        self._sequences = Sequences(engine, model.vocab_size)
+        taps = self._drafter.config.target_layer_ids
+        model = RankModel(self._target, config, 0, 1, projector, taps, runs_as_device=True)
         self._vocab_size = model.vocab_size
+
+        def sequences(is_exact: bool) -> Sequences:
+            own = config.model_copy(update={"target": config.target.model_copy(update={"exact": is_exact})})
+            runner = new_runner(model, SingleRank(), own)
+            return Sequences(Engine(runner, own.target.num_pages, own.target.page_size, model.max_model_len), vocab)
+
+        vocab = model.vocab_size
+        # Over one cache, which is empty from part to part.
+        self._sequences = {"": sequences(True), ", not exact": sequences(False)}
 
     def floor(self) -> Iterator[tuple[str, float]]:
         source = torch.empty(self._scale.copy_bytes, dtype=torch.uint8, device=self._scale.device)
@@ -82,22 +91,21 @@ class EngineBench:
         yield "floor of a step, ms", weights / bandwidth / 1e9
 
     def steps(self) -> Iterator[tuple[str, float]]:
-        for count, rows in GRID:
-            ids = [self._sequences.open(self._scale.context, seed) for seed in range(count)]
-            random = np.random.default_rng(0)
+        for (count, rows), (kind, sequences) in product(GRID, self._sequences.items()):
+            ids = [sequences.open(self._scale.context, seed) for seed in range(count)]
+            yield f"step, {count} x {rows} rows{kind}, ms", self._median_ms(partial(self._step, sequences, ids, rows))
+            sequences.close(ids)
 
-            def step(ids: list[int] = ids, rows: int = rows, random: np.random.Generator = random) -> None:
-                drafts = random.integers(0, self._vocab_size, (len(ids), rows - 1)).tolist()
-                self._sequences.step(ids, drafts)
-
-            yield f"step, {count} x {rows} rows, ms", self._median_ms(step)
-            self._sequences.close(ids)
+    def _step(self, sequences: Sequences, ids: list[int], rows: int) -> None:
+        drafts = self._random.integers(0, self._vocab_size, (len(ids), rows - 1)).tolist()
+        sequences.step(ids, drafts)
 
     def prefill(self) -> Iterator[tuple[str, float]]:
-        def prompt() -> None:
-            self._sequences.close([self._sequences.open(self._scale.prefill)])
+        def prompt(sequences: Sequences) -> None:
+            sequences.close([sequences.open(self._scale.prefill)])
 
-        yield f"prefill of {self._scale.prefill} tokens, ms", self._median_ms(prompt, most=5)
+        for kind, sequences in self._sequences.items():
+            yield f"prefill of {self._scale.prefill} tokens{kind}, ms", self._median_ms(partial(prompt, sequences), 5)
 
     @torch.inference_mode()
     def drafts(self) -> Iterator[tuple[str, float]]:
@@ -144,8 +152,9 @@ class EngineBench:
 
     def equality(self) -> Iterator[tuple[str, float]]:
         prompts, tokens = self._scale.equality
-        different = differing(self._sequences, prompts, tokens, 24, _BATCHES)
-        yield f"texts with drafts that differ, of {prompts} of {tokens} tokens", different
+        for kind, sequences in self._sequences.items():
+            different = differing(sequences, prompts, tokens, 24, _BATCHES)
+            yield f"texts with drafts that differ, of {prompts} of {tokens} tokens{kind}", different
 
     def _median_ms(self, call: Callable[[], object], most: int | None = None) -> float:
         rounds = self._scale.rounds if most is None else min(most, self._scale.rounds)

@@ -61,7 +61,7 @@ class CannedRunner:
         self.is_starting = case.prompt_width != case.width
         self._features = torch.zeros(case.sequences * (DRAFTS + 1), case.width, dtype=getattr(torch, case.dtype))
 
-    def forward(self, batch: StepBatch) -> StepHidden:
+    def forward(self, batch: StepBatch, columns: PlanColumns | None) -> StepHidden:
         self._clock.to(None)
         num_rows = len(batch.feature_rows)
         if num_rows > len(self._features) or self.is_starting:

@@ -19,6 +19,7 @@ BUILTIN_MODEL = "builtin:smollm2"
 BUILTIN_DRAFTER = "builtin:smollm2-135m-dflash"
 _BYTES_PER_NUMBER = 4  # of a token id or log-probability in a message
 _DRAWN_CANDIDATES = 16  # a slot, of a draft distribution
+_PASS_ROWS = (16, 64, 128, 256, 512)
 _MESSAGE_BASE_BYTES = 320 * 1024  # a piece of context features, or what else comes along
 
 _Tree = TypeVar("_Tree", bound=BaseModel)
@@ -89,7 +90,13 @@ class TargetConfig(_Section):
     prefix_cache: bool = Field(
         True, description="prompts begin behind the pages that an earlier one with the same beginning has computed"
     )
-    max_batch_tokens: int = Field(512, ge=16, description="rows of one target pass")
+    max_batch_tokens: int = Field(512, ge=16, description="rows of a step")
+    exact: bool = Field(
+        True,
+        description="on a GPU every pass has exact_rows rows, so that no token depends on what else is in a batch; "
+        "false: a step is one pass of the smallest of 16, 64, 128, 256 or 512 rows that hold it. A CPU is exact anyway",
+    )
+    exact_rows: int = Field(256, ge=16, description="rows of a pass on a GPU, at most max_batch_tokens")
     init_timeout_s: float = Field(300.0, gt=0)
     step_timeout_s: float = Field(
         120.0, gt=0, description="a pass that takes longer, or a rank that is silent as long, ends the group"
@@ -99,6 +106,14 @@ class TargetConfig(_Section):
     def num_gpus(self) -> float:
         """GPUs of a rank, or the fraction of one."""
         return _num_gpus(self.placement, self.device)
+
+    @property
+    def pass_rows(self) -> tuple[int, ...]:
+        """Numbers of rows that a pass on a GPU may have, ascending."""
+        if self.exact:
+            return (min(self.exact_rows, self.max_batch_tokens),)
+        most = max(rows for rows in _PASS_ROWS if rows <= self.max_batch_tokens)
+        return tuple(rows for rows in _PASS_ROWS if rows <= most)
 
     @property
     def num_pages(self) -> int:

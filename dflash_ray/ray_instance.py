@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -17,7 +17,7 @@ from typing import Any
 
 import ray
 from ray._private import node as ray_node
-from ray._private import services
+from ray._private import ray_constants, services
 
 # What of Ray's own work has no reader here, or no reason to be done so often: each wakes every process.
 _QUIET = {
@@ -42,6 +42,10 @@ _QUIET = {
     "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "60000",
     "RAY_SERVE_EVENT_LOOP_MONITORING_INTERVAL_S": "60",
 }
+
+# Ray's switch for machines whose clusters never have a second node: it then takes the loopback address for its own, and
+# every port of it listens there.
+_ALONE = {ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0"}
 
 _AGENT = Path(__file__).with_name("ray_agent.py")
 _start_ray_process = services.start_ray_process
@@ -83,18 +87,36 @@ def _replaced(module: ModuleType, name: str, value: Any) -> Iterator[None]:
         setattr(module, name, original)
 
 
+@contextmanager
+def _inherited(variables: Mapping[str, str]) -> Iterator[None]:
+    """Processes that are started inside have these variables."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
 def start_instance(namespace: str, num_cpus: int) -> None:
-    """Starts Ray and connects to it; `ray.shutdown` ends both. Its own ports listen on all interfaces.
+    """Starts Ray and connects to it; `ray.shutdown` ends both. Its ports listen on the loopback interface alone.
 
     Every process inherits this one's environment, which is completed here with what keeps Ray quiet.
     """
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
-    with _replaced(ray_node, "Node", _Node):
+    with (
+        _replaced(ray_node, "Node", _Node),
+        _replaced(ray_constants, "ENABLE_RAY_CLUSTER", False),  # read when Ray was imported
+        _inherited(_ALONE),
+    ):
         ray.init(
             "local",  # whoever else runs a cluster on this machine
             namespace=namespace,
-            _node_ip_address="127.0.0.1",
             num_cpus=num_cpus,
             object_store_memory=80 * 1024 * 1024,
             logging_level=logging.WARNING,

@@ -59,13 +59,16 @@ def step_of(
     verify: Mapping[int, tuple[int, Sequence[int]]] | None = None,
     close: Sequence[int] = (),
     draft: Mapping[int, int] | None = None,
+    own: Mapping[int, int] | None = None,
+    options: Mapping[str, Any] | None = None,
     **drafts: Sequence[float],
 ) -> StepInput:
     """A step that was checked.
 
     Args:
         prefill: rows by sequence. verify: committed length and drafts by sequence. draft: how many tokens the colocated
-            drafter is to draft, by sequence. drafts: other columns of `Drafts`.
+            drafter is to draft, by sequence. own: how many own drafts to verify, by sequence. options: other fields of
+            the step. drafts: other columns of `Drafts`.
     """
     chunks = list(prefill.items()) if isinstance(prefill, Mapping) else list(prefill)
     verify, draft = verify or {}, draft or {}
@@ -89,6 +92,8 @@ def step_of(
         ),
         draft_ids=ids(draft),
         draft_counts=ints(draft.values()),
+        own_counts=ints(own.get(at, 0) for at in verify) if own else ints([]),
+        **(options or {}),
     )
     check_step(step, LIMITS)
     return step

@@ -61,6 +61,7 @@ class ToyTarget:
     Args:
         finds: how many pages of a sequence are found computed whenever it is prefilled; of entries but the first of a
             step, whether they wait.
+        draft: of a drafter of its own, what it drafts behind known tokens, at most so many; None where there is none.
     """
 
     def __init__(
@@ -69,9 +70,13 @@ class ToyTarget:
         page_size: int = 4,
         max_batch_tokens: int = 64,
         finds: Callable[[int], int] | None = None,
+        draft: Callable[[list[int], int], list[int]] | None = None,
     ) -> None:
-        self.finds = finds
-        self.limits = TargetLimits(1, 200, VOCAB, page_size, num_pages, max_batch_tokens, feature_fingerprint="toy")
+        self.finds, self.draft = finds, draft
+        self.limits = TargetLimits(
+            1, 200, VOCAB, page_size, num_pages, max_batch_tokens,
+            colocated_draft_tokens=4 if draft else 0, feature_fingerprint="toy",
+        )  # fmt: skip
         self.sequences: dict[int, dict] = {}
         self.step_id = 0  # the last one that was run
 
@@ -88,7 +93,8 @@ class ToyTarget:
         self.close(step.close)
         for message in step.open:
             self.sequences[message.sequence_id] = {
-                "tokens": list(message.token_ids), "kv": 0, "pages": 0, "cached": 0, "message": message
+                "tokens": list(message.token_ids), "kv": 0, "pages": 0, "cached": 0, "message": message,
+                "base": 0, "is_over": False, "block": None,
             }  # fmt: skip
         result = target_pb2.StepResult(step_id=step.step_id)
         self._waits = False
@@ -99,14 +105,54 @@ class ToyTarget:
             result.kv_lens.append(sequence["kv"])
             result.cached_lens.append(sequence["cached"])
         offset = 0
-        for sequence_id, base, count in zip(step.verify_ids, step.base_lens, step.num_drafts, strict=True):
+        own_parents: list[int] = []
+        nodes: list[int] = []
+        own_counts = step.num_own_drafts or [0] * len(step.verify_ids)
+        columns = (step.verify_ids, step.base_lens, step.num_drafts, own_counts)
+        for sequence_id, base, count, num_own in zip(*columns, strict=True):
             drafts = tokens_of(step.draft_token_ids)[offset : offset + count]
             parents = step.draft_parents[offset : offset + count] or range(count)
             offset += count
             assert all(parent <= node for node, parent in enumerate(parents)), "parents come before their children"
-            self._entry(result, sequence_id, base, list(zip(parents, drafts, strict=True)))
+            chosen = list(zip(parents, drafts, strict=True))
+            if step.num_own_drafts:
+                assert not (count and num_own)
+                own = self._own(sequence_id, num_own)
+                result.num_own_drafts.append(len(own))
+                own_parents += [parent for parent, _ in own]
+                chosen = chosen or own
+            nodes += self._entry(result, sequence_id, base, chosen, step.is_ahead)
+        if step.tree_width > 1:
+            result.own_parents = packed(np.array(own_parents))
+            result.accepted_drafts = packed(np.array(nodes))
+        result.own_log_probs = np.full(len(own_parents), -0.5, "<f4").tobytes()
+        for sequence_id, count in zip(step.colocated_draft_ids, step.colocated_num_drafts, strict=True):
+            self._draft(sequence_id, count, step.tree_width)
         result.free_pages = self.limits.num_pages - self.used_pages
         return result
+
+    def _own(self, sequence_id: int, count: int) -> list[tuple[int, int]]:
+        """Parents and tokens of own drafts that there are for the tokens that are known now."""
+        sequence = self.sequences.get(sequence_id)
+        if sequence is None or sequence["block"] is None or sequence["block"][0] != len(sequence["tokens"]):
+            return []
+        room = self._max_len(sequence) - len(sequence["tokens"]) - 1
+        return sequence["block"][1][: max(0, min(count, room))]
+
+    def _draft(self, sequence_id: int, count: int, tree_width: int) -> None:
+        sequence = self.sequences.get(sequence_id)
+        if sequence is None or sequence["is_over"] or sequence["kv"] != len(sequence["tokens"]) - 1:
+            return
+        assert self.draft is not None and sequence["message"].wants_features
+        tokens = np.array(self.draft(sequence["tokens"], count), np.uint32)[:, None]
+        block = DraftBlock(sequence_id, len(sequence["tokens"]), tokens, np.zeros(tokens.shape, np.float32))
+        block = branching(block) if tree_width > 1 else block
+        parents = range(len(tokens)) if block.parents is None else block.parents.tolist()
+        sequence["block"] = (block.committed_len, list(zip(parents, block.draft_ids, strict=True)))
+
+    def _max_len(self, sequence) -> int:
+        message = sequence["message"]
+        return min(self.limits.max_model_len, message.prompt_len + message.stopping.max_new_tokens)
 
     def _find(self, sequence_id: int, length: int) -> int:
         """Takes rows as found, and returns those that are left to compute of the `length` that were asked for."""
@@ -121,12 +167,15 @@ class ToyTarget:
         waits, self._waits = self._waits, True
         return 0 if waits and self.finds(sequence_id + 1) else length
 
-    def _entry(self, result, sequence_id, length, drafts) -> None:
+    def _entry(self, result, sequence_id, length, drafts, is_ahead=False) -> list[int]:
+        """Adds an entry to the result; returns the places of the drafts that were accepted."""
         sequence = self.sequences.get(sequence_id)
-        tokens, accepted, status = [], 0, target_pb2.ENTRY_STATUS_OK
+        tokens, nodes, status = [], [], target_pb2.ENTRY_STATUS_OK
         if sequence is None:
             status = target_pb2.ENTRY_STATUS_UNKNOWN
-        elif drafts is not None and length != len(sequence["tokens"]):
+        elif drafts is not None and sequence["is_over"]:
+            status = target_pb2.ENTRY_STATUS_ENDED
+        elif drafts is not None and length != (sequence["base"] if is_ahead else len(sequence["tokens"])):
             status = target_pb2.ENTRY_STATUS_STALE
         elif not self._reserve(sequence, length if drafts is None else 1 + len(drafts)):
             status = target_pb2.ENTRY_STATUS_NO_PAGES
@@ -140,16 +189,18 @@ class ToyTarget:
             while node is not None:
                 tokens.append(next_token(known + tokens))
                 node = drafts.index((node, tokens[-1])) + 1 if (node, tokens[-1]) in drafts else None
-                accepted += node is not None
-            sequence["kv"] += 1 + accepted
+                nodes += [] if node is None else [node]
+            sequence["kv"] += 1 + len(nodes)
         kept, reason = self._cut(sequence, tokens)
+        del nodes[len(kept) :]
         result.sequence_ids.append(sequence_id)
         result.statuses.append(status)
-        result.num_accepted_drafts.append(min(accepted, len(kept)))
+        result.num_accepted_drafts.append(len(nodes))
         result.num_tokens.append(len(kept))
         result.token_ids += packed(np.array(kept, np.uint32))
         result.finish_reasons.append(reason)
         result.committed_lens.append(len(sequence["tokens"]) if sequence else 0)
+        return nodes
 
     def _reserve(self, sequence, rows) -> bool:
         needed = -(-(sequence["kv"] + rows) // self.limits.page_size) - sequence["pages"]
@@ -161,14 +212,18 @@ class ToyTarget:
     def _cut(self, sequence, tokens):
         reason = common_pb2.FINISH_REASON_UNSPECIFIED
         kept = []
+        if tokens:
+            sequence["base"] = len(sequence["tokens"])
         for token in tokens:
             kept.append(token)
             sequence["tokens"].append(token)
-            message = sequence["message"]
             if token == STOP_TOKEN:
-                return kept, common_pb2.FINISH_REASON_STOP
-            if len(sequence["tokens"]) >= message.prompt_len + message.stopping.max_new_tokens:
-                return kept, common_pb2.FINISH_REASON_LENGTH
+                reason = common_pb2.FINISH_REASON_STOP
+            elif len(sequence["tokens"]) >= self._max_len(sequence):
+                reason = common_pb2.FINISH_REASON_LENGTH
+            if reason:
+                sequence["is_over"] = True
+                break
         return kept, reason
 
 

@@ -21,6 +21,7 @@ from dflash_ray.rpc.directory import DirectoryClient, Entry, keep_registered, le
 from dflash_ray.rpc.metrics import SERVICE_NAME as METRICS_SERVICE_NAME
 from dflash_ray.rpc.metrics import add_metrics_service
 from dflash_ray.rpc.node import bind_host, see_own_gpu
+from dflash_ray.rpc.serve_port import bind_serve_port
 
 logger = logging.getLogger(__name__)
 _SERVICE_NAME = drafter_pb2.DESCRIPTOR.services_by_name["Drafter"].full_name
@@ -32,6 +33,7 @@ class DrafterReplica:
     async def __init__(self, config: DflashRayConfig) -> None:
         self._closing = AsyncExitStack()
         configure_logging("drafter", config.observability.log_level, config.observability.log_format)
+        bind_serve_port()
         if config.drafter.device == "cuda":
             see_own_gpu()
         # Whoever deploys this class imports it, and has no use for torch.

@@ -21,6 +21,7 @@ from dflash_ray.rpc.malformed import RefuseMalformed
 from dflash_ray.rpc.metrics import SERVICE_NAME as METRICS_SERVICE_NAME
 from dflash_ray.rpc.metrics import add_metrics_service
 from dflash_ray.rpc.node import bind_host
+from dflash_ray.rpc.serve_port import bind_serve_port
 
 logger = logging.getLogger(__name__)
 _SERVICE_NAME = generation_pb2.DESCRIPTOR.services_by_name["Generation"].full_name
@@ -44,6 +45,7 @@ class GatewayReplica:
     async def __init__(self, config: DflashRayConfig, *peers: Any) -> None:  # type: ignore[misc]
         self._closing = AsyncExitStack()
         configure_logging("gateway", config.observability.log_level, config.observability.log_format)
+        bind_serve_port()
         # Whoever deploys this class imports it, and has no use for tokenizers and templates.
         from dflash_ray.gateway.parts import GatewayParts
 

@@ -54,7 +54,9 @@ def _parse(text: str) -> dict[str, dict[str, int]]:
         mangled = part.split("'")[0]
         name = re.findall(r"\d([a-z_]+_kernel)", mangled)[0]
         kind = next((kind for kind in ("Bfloat16", "Float16") if kind in mangled), "float" if "If" in mangled else "")
-        kernels[f"{name}<{kind.lower()}>" if kind else name] = {
+        arguments = [kind.lower()] if kind else []
+        arguments += re.findall(r"Li(\d+)E", mangled)
+        kernels[f"{name}<{', '.join(arguments)}>" if arguments else name] = {
             "registers": sum(map(int, re.findall(r"Used (\d+) registers", part))),
             "spill_bytes": sum(map(int, re.findall(r"(\d+) bytes spill", part))),
             "shared_bytes": sum(map(int, re.findall(r"(\d+) bytes smem", part))),

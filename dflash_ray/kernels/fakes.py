@@ -66,9 +66,6 @@ def register_forward_fakes() -> None:
     torch.library.register_fake("dflash_ray::packed_linear", _packed_linear)
     torch.library.register_fake("dflash_ray::count_history", lambda *_: None)
     torch.library.register_fake("dflash_ray::rms_norm", lambda x, weight, eps: torch.empty_like(x))
-    torch.library.register_fake(
-        "dflash_ray::silu_and_mul", lambda gate_up: gate_up.new_empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2))
-    )
     torch.library.register_fake("dflash_ray::paged_attention", lambda query, *_: torch.empty_like(query))
     torch.library.register_fake("dflash_ray::move_rows", lambda *_: None)
     torch.library.register_fake("dflash_ray::decoder_layers", lambda hidden, *_: None)

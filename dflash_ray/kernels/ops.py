@@ -27,13 +27,6 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return reference.rms_norm(x, weight, eps)
 
 
-def silu_and_mul(gate_up: Tensor) -> Tensor:
-    """[..., 2n] to [..., n]: silu of the first half times the second."""
-    if is_compiled_for(gate_up):
-        return torch.ops.dflash_ray.silu_and_mul(gate_up)
-    return reference.silu_and_mul(gate_up)
-
-
 def paged_attention(
     query: Tensor,
     key: Tensor,

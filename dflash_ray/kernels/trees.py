@@ -31,15 +31,3 @@ def paths_of(parents: Ints, first_rows: Ints, depths: Ints) -> Ints:
         at = np.where(is_on, parents[np.where(is_on, at + first_rows, 0)], -1)
         is_on = at >= 0
     return paths
-
-
-def lineages(parents: Ints) -> NDArray[np.bool_]:
-    """Bool [E, N, N]: whether row n of entry e is row m or follows it, for parents [E, N] of entries of N rows."""
-    num_entries, num_rows = parents.shape
-    follows = np.zeros((num_entries, num_rows, num_rows), dtype=np.bool_)
-    entries = np.arange(num_entries)
-    for row in range(num_rows):
-        has_parent = parents[:, row] >= 0
-        follows[:, row] = follows[entries, parents[:, row]] & has_parent[:, None]
-        follows[:, row, row] = True
-    return follows

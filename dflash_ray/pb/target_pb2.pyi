@@ -16,6 +16,7 @@ class EntryStatus(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ENTRY_STATUS_UNKNOWN: _ClassVar[EntryStatus]
     ENTRY_STATUS_NO_PAGES: _ClassVar[EntryStatus]
     ENTRY_STATUS_FAILED: _ClassVar[EntryStatus]
+    ENTRY_STATUS_ENDED: _ClassVar[EntryStatus]
 
 class DataType(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -35,6 +36,7 @@ ENTRY_STATUS_STALE: EntryStatus
 ENTRY_STATUS_UNKNOWN: EntryStatus
 ENTRY_STATUS_NO_PAGES: EntryStatus
 ENTRY_STATUS_FAILED: EntryStatus
+ENTRY_STATUS_ENDED: EntryStatus
 DATA_TYPE_UNSPECIFIED: DataType
 DATA_TYPE_FLOAT32: DataType
 DATA_TYPE_BFLOAT16: DataType
@@ -118,7 +120,7 @@ class OpenSequence(_message.Message):
     def __init__(self, sequence_id: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., prompt_len: _Optional[int] = ..., sampling: _Optional[_Union[_common_pb2.SamplingParams, _Mapping]] = ..., stopping: _Optional[_Union[_common_pb2.StoppingParams, _Mapping]] = ..., wants_features: _Optional[bool] = ..., cache_salt: _Optional[bytes] = ...) -> None: ...
 
 class Step(_message.Message):
-    __slots__ = ("step_id", "epoch", "open", "close", "prefill_ids", "prefill_lens", "verify_ids", "base_lens", "num_drafts", "draft_token_ids", "draft_parents", "colocated_draft_ids", "colocated_num_drafts", "tree_width", "num_draft_candidates", "draft_candidate_ids", "draft_log_probs")
+    __slots__ = ("step_id", "epoch", "open", "close", "prefill_ids", "prefill_lens", "verify_ids", "base_lens", "num_drafts", "draft_token_ids", "draft_parents", "colocated_draft_ids", "colocated_num_drafts", "tree_width", "num_draft_candidates", "draft_candidate_ids", "draft_log_probs", "num_own_drafts", "least_own_log_prob", "is_ahead")
     STEP_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     OPEN_FIELD_NUMBER: _ClassVar[int]
@@ -136,6 +138,9 @@ class Step(_message.Message):
     NUM_DRAFT_CANDIDATES_FIELD_NUMBER: _ClassVar[int]
     DRAFT_CANDIDATE_IDS_FIELD_NUMBER: _ClassVar[int]
     DRAFT_LOG_PROBS_FIELD_NUMBER: _ClassVar[int]
+    NUM_OWN_DRAFTS_FIELD_NUMBER: _ClassVar[int]
+    LEAST_OWN_LOG_PROB_FIELD_NUMBER: _ClassVar[int]
+    IS_AHEAD_FIELD_NUMBER: _ClassVar[int]
     step_id: int
     epoch: int
     open: _containers.RepeatedCompositeFieldContainer[OpenSequence]
@@ -153,7 +158,10 @@ class Step(_message.Message):
     num_draft_candidates: _containers.RepeatedScalarFieldContainer[int]
     draft_candidate_ids: _containers.RepeatedScalarFieldContainer[int]
     draft_log_probs: _containers.RepeatedScalarFieldContainer[float]
-    def __init__(self, step_id: _Optional[int] = ..., epoch: _Optional[int] = ..., open: _Optional[_Iterable[_Union[OpenSequence, _Mapping]]] = ..., close: _Optional[_Iterable[int]] = ..., prefill_ids: _Optional[_Iterable[int]] = ..., prefill_lens: _Optional[_Iterable[int]] = ..., verify_ids: _Optional[_Iterable[int]] = ..., base_lens: _Optional[_Iterable[int]] = ..., num_drafts: _Optional[_Iterable[int]] = ..., draft_token_ids: _Optional[bytes] = ..., draft_parents: _Optional[_Iterable[int]] = ..., colocated_draft_ids: _Optional[_Iterable[int]] = ..., colocated_num_drafts: _Optional[_Iterable[int]] = ..., tree_width: _Optional[int] = ..., num_draft_candidates: _Optional[_Iterable[int]] = ..., draft_candidate_ids: _Optional[_Iterable[int]] = ..., draft_log_probs: _Optional[_Iterable[float]] = ...) -> None: ...
+    num_own_drafts: _containers.RepeatedScalarFieldContainer[int]
+    least_own_log_prob: float
+    is_ahead: bool
+    def __init__(self, step_id: _Optional[int] = ..., epoch: _Optional[int] = ..., open: _Optional[_Iterable[_Union[OpenSequence, _Mapping]]] = ..., close: _Optional[_Iterable[int]] = ..., prefill_ids: _Optional[_Iterable[int]] = ..., prefill_lens: _Optional[_Iterable[int]] = ..., verify_ids: _Optional[_Iterable[int]] = ..., base_lens: _Optional[_Iterable[int]] = ..., num_drafts: _Optional[_Iterable[int]] = ..., draft_token_ids: _Optional[bytes] = ..., draft_parents: _Optional[_Iterable[int]] = ..., colocated_draft_ids: _Optional[_Iterable[int]] = ..., colocated_num_drafts: _Optional[_Iterable[int]] = ..., tree_width: _Optional[int] = ..., num_draft_candidates: _Optional[_Iterable[int]] = ..., draft_candidate_ids: _Optional[_Iterable[int]] = ..., draft_log_probs: _Optional[_Iterable[float]] = ..., num_own_drafts: _Optional[_Iterable[int]] = ..., least_own_log_prob: _Optional[float] = ..., is_ahead: _Optional[bool] = ...) -> None: ...
 
 class CloseSequences(_message.Message):
     __slots__ = ("sequence_ids",)
@@ -162,7 +170,7 @@ class CloseSequences(_message.Message):
     def __init__(self, sequence_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class StepResult(_message.Message):
-    __slots__ = ("step_id", "sequence_ids", "statuses", "committed_lens", "num_accepted_drafts", "num_tokens", "token_ids", "finish_reasons", "logprobs", "colocated_drafts", "free_pages", "timings", "errors", "prompt_logprobs", "kv_lens", "cached_lens")
+    __slots__ = ("step_id", "sequence_ids", "statuses", "committed_lens", "num_accepted_drafts", "num_tokens", "token_ids", "finish_reasons", "logprobs", "free_pages", "timings", "errors", "prompt_logprobs", "kv_lens", "cached_lens", "num_own_drafts", "own_log_probs", "own_parents", "accepted_drafts")
     STEP_ID_FIELD_NUMBER: _ClassVar[int]
     SEQUENCE_IDS_FIELD_NUMBER: _ClassVar[int]
     STATUSES_FIELD_NUMBER: _ClassVar[int]
@@ -172,13 +180,16 @@ class StepResult(_message.Message):
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     FINISH_REASONS_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
-    COLOCATED_DRAFTS_FIELD_NUMBER: _ClassVar[int]
     FREE_PAGES_FIELD_NUMBER: _ClassVar[int]
     TIMINGS_FIELD_NUMBER: _ClassVar[int]
     ERRORS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     KV_LENS_FIELD_NUMBER: _ClassVar[int]
     CACHED_LENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_OWN_DRAFTS_FIELD_NUMBER: _ClassVar[int]
+    OWN_LOG_PROBS_FIELD_NUMBER: _ClassVar[int]
+    OWN_PARENTS_FIELD_NUMBER: _ClassVar[int]
+    ACCEPTED_DRAFTS_FIELD_NUMBER: _ClassVar[int]
     step_id: int
     sequence_ids: _containers.RepeatedScalarFieldContainer[int]
     statuses: _containers.RepeatedScalarFieldContainer[EntryStatus]
@@ -188,14 +199,17 @@ class StepResult(_message.Message):
     token_ids: bytes
     finish_reasons: _containers.RepeatedScalarFieldContainer[_common_pb2.FinishReason]
     logprobs: _containers.RepeatedCompositeFieldContainer[_common_pb2.TokenLogprobs]
-    colocated_drafts: _common_pb2.DraftBlocks
     free_pages: int
     timings: StepTimings
     errors: _containers.RepeatedScalarFieldContainer[str]
     prompt_logprobs: _containers.RepeatedCompositeFieldContainer[_common_pb2.PromptLogprobs]
     kv_lens: _containers.RepeatedScalarFieldContainer[int]
     cached_lens: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, step_id: _Optional[int] = ..., sequence_ids: _Optional[_Iterable[int]] = ..., statuses: _Optional[_Iterable[_Union[EntryStatus, str]]] = ..., committed_lens: _Optional[_Iterable[int]] = ..., num_accepted_drafts: _Optional[_Iterable[int]] = ..., num_tokens: _Optional[_Iterable[int]] = ..., token_ids: _Optional[bytes] = ..., finish_reasons: _Optional[_Iterable[_Union[_common_pb2.FinishReason, str]]] = ..., logprobs: _Optional[_Iterable[_Union[_common_pb2.TokenLogprobs, _Mapping]]] = ..., colocated_drafts: _Optional[_Union[_common_pb2.DraftBlocks, _Mapping]] = ..., free_pages: _Optional[int] = ..., timings: _Optional[_Union[StepTimings, _Mapping]] = ..., errors: _Optional[_Iterable[str]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[_common_pb2.PromptLogprobs, _Mapping]]] = ..., kv_lens: _Optional[_Iterable[int]] = ..., cached_lens: _Optional[_Iterable[int]] = ...) -> None: ...
+    num_own_drafts: _containers.RepeatedScalarFieldContainer[int]
+    own_log_probs: bytes
+    own_parents: bytes
+    accepted_drafts: bytes
+    def __init__(self, step_id: _Optional[int] = ..., sequence_ids: _Optional[_Iterable[int]] = ..., statuses: _Optional[_Iterable[_Union[EntryStatus, str]]] = ..., committed_lens: _Optional[_Iterable[int]] = ..., num_accepted_drafts: _Optional[_Iterable[int]] = ..., num_tokens: _Optional[_Iterable[int]] = ..., token_ids: _Optional[bytes] = ..., finish_reasons: _Optional[_Iterable[_Union[_common_pb2.FinishReason, str]]] = ..., logprobs: _Optional[_Iterable[_Union[_common_pb2.TokenLogprobs, _Mapping]]] = ..., free_pages: _Optional[int] = ..., timings: _Optional[_Union[StepTimings, _Mapping]] = ..., errors: _Optional[_Iterable[str]] = ..., prompt_logprobs: _Optional[_Iterable[_Union[_common_pb2.PromptLogprobs, _Mapping]]] = ..., kv_lens: _Optional[_Iterable[int]] = ..., cached_lens: _Optional[_Iterable[int]] = ..., num_own_drafts: _Optional[_Iterable[int]] = ..., own_log_probs: _Optional[bytes] = ..., own_parents: _Optional[bytes] = ..., accepted_drafts: _Optional[bytes] = ...) -> None: ...
 
 class StepTimings(_message.Message):
     __slots__ = ("queue_ns", "forward_ns", "verify_ns", "draft_ns", "total_ns")

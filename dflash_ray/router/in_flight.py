@@ -104,11 +104,12 @@ class Cohorts:
 def choose_ahead(table: SlotTable, step: StepInFlight) -> tuple[Ints, Ints] | None:
     """Slots to decode and slots to prefill behind a step in flight, while it runs; or None.
 
-    What it decodes plainly gets one token from it, whatever that is: who does not end at that length goes on. Where
-    others decode as well or are about to, or a suspect waits, the step's result is waited for.
+    What it decodes gets at least one token from it, whatever that is: who does not end at that length goes on. Where
+    others decode as well or are about to, or a suspect waits, the step's result is waited for; so it is where the step
+    brings drafts from elsewhere than the target, as those to come would.
     """
     chains, chunks = step.slots[step.num_chunks :], step.slots[: step.num_chunks]
-    if step.num_rows_of_drafts or len(chains) != table.num_in_phase[DECODE] or not step.is_current(table).all():
+    if step.brings_drafts or len(chains) != table.num_in_phase[DECODE] or not step.is_current(table).all():
         return None
     if (table.num_prefilled[chunks] + step.rows[: step.num_chunks] >= table.committed_lens[chunks]).any():
         return None

@@ -20,6 +20,7 @@ from dflash_ray.rpc.directory import DirectoryClient, Entry, keep_registered, le
 from dflash_ray.rpc.metrics import SERVICE_NAME as METRICS_SERVICE_NAME
 from dflash_ray.rpc.metrics import add_metrics_service
 from dflash_ray.rpc.node import bind_host
+from dflash_ray.rpc.serve_port import bind_serve_port
 
 logger = logging.getLogger(__name__)
 _POLL_S = 0.25
@@ -32,6 +33,7 @@ class RouterReplica:
     async def __init__(self, config: DflashRayConfig) -> None:  # type: ignore[misc]
         self._closing = AsyncExitStack()
         configure_logging("router", config.observability.log_level, config.observability.log_format)
+        bind_serve_port()
         self._config = config
         self._router_id = uuid.uuid4().hex[:12]
         self._directory = DirectoryClient()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from dflash_ray.core.arrays import Flags, Ints, Tokens, column, spans, unpacked
 from dflash_ray.pb import common_pb2, target_pb2
@@ -20,6 +21,10 @@ class StepOutcome:
         token_ids: what each entry committed, one after the other.
         logprobs: of entries that asked and got tokens.
         errors: of entries that FAILED.
+        num_drafts: that were to be verified; of own drafts, as many as there were.
+        own_log_probs: of own drafts, one entry after the other.
+        own_parents: as in the contract; None where all own drafts are chains.
+        accepted_drafts: places of the accepted drafts in their entries, one after the other; None where all are chains.
         kv_lens, cached_lens: of prompts' chunks, rows that the target has and those that it found computed.
     """
 
@@ -33,6 +38,10 @@ class StepOutcome:
     errors: dict[int, str]
     kv_lens: Ints
     cached_lens: Ints
+    num_drafts: Ints
+    own_log_probs: npt.NDArray[np.float32]
+    own_parents: Tokens | None
+    accepted_drafts: Tokens | None
 
     def tokens_of(self, entries: Ints) -> Tokens:
         """What these entries committed; `entries` is rising."""
@@ -77,4 +86,30 @@ def read_result(result: target_pb2.StepResult, step: StepInFlight) -> StepOutcom
         dict(zip(failed, result.errors, strict=True)),
         kv_lens,
         cached_lens,
+        *_read_drafts(result, step, num_accepted),
     )
+
+
+def _read_drafts(
+    result: target_pb2.StepResult, step: StepInFlight, num_accepted: Ints
+) -> tuple[Ints, npt.NDArray[np.float32], Tokens | None, Tokens | None]:
+    """The outcome's columns from num_drafts on."""
+    num_drafts = step.num_drafts
+    log_probs = np.frombuffer(result.own_log_probs, dtype="<f4")
+    if np.count_nonzero(step.is_own):
+        own = column(result.num_own_drafts)
+        if len(own) != len(step.ids) - step.num_chunks:
+            raise ValueError(f"num_own_drafts has {len(own)} elements, not one a verify entry")
+        own = np.concatenate((np.zeros(step.num_chunks, np.int64), own))
+        num_drafts = np.where(step.is_own, own, num_drafts)
+        if np.count_nonzero(num_drafts > step.num_drafts) or len(log_probs) != int(num_drafts[step.is_own].sum()):
+            raise ValueError("num_own_drafts and own_log_probs are not about the drafts that were asked for")
+    parents, accepted = (
+        unpacked(name, data) if data else None
+        for name, data in (("own_parents", result.own_parents), ("accepted_drafts", result.accepted_drafts))
+    )
+    if parents is not None and len(parents) != len(log_probs):
+        raise ValueError(f"own_parents has {len(parents)} elements for {len(log_probs)} drafts")
+    if accepted is not None and len(accepted) != int(num_accepted[step.num_chunks :].sum()):
+        raise ValueError(f"accepted_drafts has {len(accepted)} elements, not one for each that was accepted")
+    return num_drafts, log_probs, parents, accepted

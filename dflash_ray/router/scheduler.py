@@ -22,7 +22,6 @@ import numpy as np
 
 from dflash_ray.config import DflashRayConfig
 from dflash_ray.core.arrays import Ints, Tokens
-from dflash_ray.core.draft_blocks import BlockColumns
 from dflash_ray.core.errors import RequestError
 from dflash_ray.pb import common_pb2, drafter_pb2, router_pb2, target_pb2
 from dflash_ray.router.actions import Action, CloseSequences, DropTarget, Emit, RunStep
@@ -32,7 +31,7 @@ from dflash_ray.router.limits import TargetLimits
 from dflash_ray.router.requests import Requests
 from dflash_ray.router.results import StepOutcome, read_result
 from dflash_ray.router.sequence import RouterSequence
-from dflash_ray.router.slot_table import COLOCATED, DECODE, DRAFT_SOURCES, MAX_DRAFTS, NEVER, SlotTable
+from dflash_ray.router.slot_table import DECODE, DRAFT_SOURCES, MAX_DRAFTS, NEVER, SlotTable
 from dflash_ray.router.speculating import Speculating
 from dflash_ray.router.steps import StepInFlight, add_colocated, build_step
 
@@ -116,6 +115,7 @@ class Scheduler:
                 self._actions.append(Emit.one(self._requests.by_id[part.sequence_id], prompt_logprobs=part))
         is_current = step.is_current(self._table)
         is_known = is_current & outcome.is_ok
+        self.num_draft_tokens += int(outcome.num_drafts.sum())
         self.speculating.done(step, outcome, is_known, now, result.timings)
         self._table.end_step(step.slots[is_current], outcome.is_ok[is_current])
         self._advance(step, outcome, is_known.nonzero()[0])
@@ -130,8 +130,6 @@ class Scheduler:
                 self._requests.requeue(sequence)
         if lacks_pages:
             self._free_pages(step)
-        if result.colocated_drafts.sequence_ids:
-            self._take_colocated(BlockColumns.of(result.colocated_drafts))
 
     def _advance(self, step: StepInFlight, outcome: StepOutcome, entries: Ints) -> None:
         """Takes what these entries have computed and committed."""
@@ -185,7 +183,7 @@ class Scheduler:
                 token_ids,
                 reasons,
                 told >= step.num_chunks,
-                step.num_drafts[told],
+                outcome.num_drafts[told],
                 outcome.num_accepted[told],
                 table.draft_tokens[slots],
                 logprobs,
@@ -194,14 +192,6 @@ class Scheduler:
         )
         for slot in slots[reasons > 0].tolist():
             self._requests.remove(table.sequence(slot))
-
-    def _take_colocated(self, blocks: BlockColumns) -> None:
-        """Drafts that the group's own drafter made after the pass."""
-        assert self.limits is not None
-        sequences = [self._requests.by_id.get(sequence_id) for sequence_id in blocks.sequence_ids.tolist()]
-        slots = np.array([-1 if s is None or s.slot is None else s.slot for s in sequences], np.int64)
-        is_right = (slots >= 0) & (self._table.committed_lens[slots] == blocks.committed_lens)
-        self._table.take_blocks(slots, blocks, is_right, COLOCATED, self.limits.vocab_size)
 
     def _free_pages(self, step: StepInFlight) -> None:
         """Entries found no pages: the youngest sequence is put back, one a step; a lone one has filled the cache."""
@@ -282,12 +272,20 @@ class Scheduler:
         if chosen is None:
             return False
         decoding, prefilling, is_alone = chosen
-        counts = self.speculating.cut(decoding, limits)
+        counts, least_log_prob = self.speculating.cut(decoding, limits)
         message, step = build_step(
-            self._steps.last_id + 1, limits, self._router, self._table, decoding, prefilling, counts, is_alone=is_alone
+            self._steps.last_id + 1,
+            limits,
+            self._router,
+            self._table,
+            decoding,
+            prefilling,
+            counts,
+            is_alone=is_alone,
+            least_own_log_prob=least_log_prob,
         )
         message.close.extend(self._requests.take_closes())
-        num_asked = self.speculating.ask_inside(step, limits, now)
+        num_asked = self.speculating.ask_inside(step, message.is_ahead, limits, now)
         add_colocated(message, self._table, step.slots, num_asked)
         self.speculating.sent(decoding, step, now, num_asked)
         self._steps.add(step, now)
@@ -304,7 +302,7 @@ class Scheduler:
         before = self._steps.only
         if before is not None and self._router.runs_ahead:
             ahead = choose_ahead(self._table, before)
-            if ahead is not None and self.speculating.stays_plain(ahead[0], self.drafting.reach, limits, now):
+            if ahead is not None and self.speculating.is_known(ahead[0], self.drafting.reach, limits, now):
                 return (*ahead, False)
         if not self._steps.has_room:
             return None
@@ -315,4 +313,3 @@ class Scheduler:
         for source, count in enumerate(np.bincount(self._table.draft_sources[chains]).tolist()):
             if count:
                 self.num_drafts_by_source[DRAFT_SOURCES[source]] += count
-        self.num_draft_tokens += step.num_rows_of_drafts

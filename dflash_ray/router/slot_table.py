@@ -44,7 +44,7 @@ class SlotTable:
         streams, call_ids: where they came from.
         phases: WAITING (a free slot), PREFILL or DECODE.
         step_ids: the step in flight with this sequence in it, 0 when none is.
-        ahead_ids: the step in flight behind that one with it, which counts on one token from it; 0 when none is.
+        ahead_ids: the step in flight behind that one with it, which counts on its tokens; 0 when none is.
         last_steps: the last step with it, in flight or done; who waited longest comes first.
         turns: order of admission, among sequences with the same last step.
         tokens: [num_slots, max_len] prompt and emitted tokens, the router's copy of the committed truth.
@@ -64,6 +64,7 @@ class SlotTable:
         has_trees: not all drafts that came were chains.
         draft_sources: place in DRAFT_SOURCES.
         num_asked: drafts that its drafter is asked for in this step; 0 when it is not asked.
+        num_own: drafts that the group's own drafter was asked for behind the last step that had it.
         draft_deadlines: when the next step goes on without a drafter's draft; NEVER when none is waited for.
         is_draft_missed: the next step goes on without a drafter's draft.
         drawn: the block a draft comes from, by slot, when it was drawn from its probabilities.
@@ -104,6 +105,7 @@ class SlotTable:
         self.has_trees = False
         self.draft_sources = np.zeros(num_slots, np.int64)
         self.num_asked = np.zeros(num_slots, np.int64)
+        self.num_own = np.zeros(num_slots, np.int64)
         self.draft_deadlines = np.full(num_slots, NEVER)
         self.is_draft_missed = np.zeros(num_slots, np.bool_)
         self.drafters = np.full(num_slots, NO_DRAFTER, np.int64)
@@ -141,6 +143,7 @@ class SlotTable:
         self.max_lens[slot] = max_len
         self.num_prefilled[slot] = self.num_cached[slot] = 0
         self.is_open[slot] = False
+        self.num_own[slot] = 0
         self.cohorts[slot] = cohort
         self.is_suspect[slot] = is_suspect
         self.draft_tokens[slot] = sequence.draft_tokens
@@ -219,9 +222,12 @@ class SlotTable:
         """The last token of each."""
         return self.tokens[slots, self.committed_lens[slots] - 1]
 
-    def most_drafts(self, slots: Ints) -> Ints:
-        """Drafts that can be of use in a step: one with k drafts can emit k + 1 tokens."""
-        left = self.max_lens[slots] - self.committed_lens[slots] - 1
+    def most_drafts(self, slots: Ints, num_coming: int = 0) -> Ints:
+        """Drafts that can be of use in a step: one with k drafts can emit k + 1 tokens.
+
+        `num_coming` tokens at least are committed before it.
+        """
+        left = self.max_lens[slots] - self.committed_lens[slots] - num_coming - 1
         most: Ints = np.maximum(0, np.minimum(self.draft_tokens[slots], left))
         return most
 

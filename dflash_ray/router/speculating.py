@@ -13,11 +13,11 @@ from dflash_ray.pb import router_pb2, target_pb2
 from dflash_ray.router.limits import TargetLimits
 from dflash_ray.router.ngram_drafts import NgramDrafts
 from dflash_ray.router.results import StepOutcome
-from dflash_ray.router.slot_table import DECODE, MAX_DRAFTS, PLAIN, PREFILL, SlotTable
+from dflash_ray.router.slot_table import CHAIN, COLOCATED, DECODE, MAX_DRAFTS, PLAIN, PREFILL, SlotTable
 from dflash_ray.router.speculation.controller import SpeculationController
 from dflash_ray.router.speculation.cost_model import Batch
+from dflash_ray.router.speculation.outlook import Verified
 from dflash_ray.router.speculation.records import MOST_DRAFTS, Candidates, Policy
-from dflash_ray.router.speculation.trees import accepted_nodes
 from dflash_ray.router.steps import StepInFlight
 
 _POLICIES = {
@@ -94,12 +94,13 @@ class Speculating:
     ) -> Ints:
         """The controller's plan for slots of a cohort: drafts that each one's drafter is to be asked for."""
         table = self.table
-        candidates = self._candidates(slots, reach(slots, now), self.controller.wants_ngrams(slots))
+        candidates = self._candidates(
+            slots, table.most_drafts(slots), reach(slots, now), self.controller.wants_ngrams(slots)
+        )
         batch = self._batch(table.decoding(cohort), self._rows_of_prompts(limits))
         return self.controller.plan(candidates, batch, limits.max_batch_tokens - batch.num_rows, now, cohort)
 
-    def _candidates(self, slots: Ints, draft_room: Ints, wants_ngram: Flags) -> Candidates:
-        room = self.table.most_drafts(slots)
+    def _candidates(self, slots: Ints, room: Ints, draft_room: Ints, wants_ngram: Flags) -> Candidates:
         match_lens, lens = np.zeros(len(slots), np.int64), np.zeros(len(slots), np.int64)
         if self._uses_ngrams and np.count_nonzero(wants_ngram):
             match_lens[wants_ngram], lens[wants_ngram] = self.ngrams.look_up(slots[wants_ngram], room[wants_ngram])
@@ -119,8 +120,11 @@ class Speculating:
         chunks = int(np.minimum(left, self._router.prefill_chunk_tokens).sum())
         return min(chunks, max(0, limits.max_batch_tokens - table.num_in_phase[DECODE]))
 
-    def ask_inside(self, step: StepInFlight, limits: TargetLimits, now: float) -> Ints:
-        """Drafts that the colocated drafter is asked for behind the pass, by entry of the step that is to be sent."""
+    def ask_inside(self, step: StepInFlight, is_ahead: bool, limits: TargetLimits, now: float) -> Ints:
+        """Drafts that the colocated drafter is asked for behind the pass, by entry of the step that is to be sent.
+
+        `is_ahead`: another step is to bring tokens before it.
+        """
         num_asked = np.zeros(len(step.slots), np.int64)
         if limits.colocated_draft_tokens:
             left = self.table.committed_lens[step.slots] - self.table.num_prefilled[step.slots]
@@ -130,24 +134,31 @@ class Speculating:
             most = limits.colocated_draft_tokens if self._router.tree_width == 1 else MAX_DRAFTS
             reach = most * self.table.may_be_drafted[slots]
             if len(slots) and not self.controller.passes_over(slots, now):
-                candidates = Candidates(slots, self.table.most_drafts(slots), reach, zeros, zeros)
+                room = self.table.most_drafts(slots, 1 + is_ahead)
+                candidates = Candidates(slots, room, np.minimum(reach, room), zeros, zeros)
                 batch = self._batch(slots, 0)
                 num_asked[entries] = self.controller.plan(candidates, batch, limits.max_batch_tokens - len(slots), now)
         return num_asked
 
-    def cut(self, slots: Ints, limits: TargetLimits) -> Ints:
-        """How many drafts each of these verifies in the next step; n-grams are put in place where they are chosen."""
+    def cut(self, slots: Ints, limits: TargetLimits) -> tuple[Ints, float]:
+        """How many drafts each of these verifies in the next step, and where the target cuts own ones.
+
+        N-grams are put in place where they are chosen; of a step that is sent ahead nothing is known that they follow.
+        """
         table = self.table
         if not len(slots):
-            return np.zeros(0, np.int64)
+            return np.zeros(0, np.int64), 0.0
+        is_ahead = bool(table.step_ids[slots[0]])
         cohort = int(table.cohorts[slots[0]])
         batch = self._batch(slots, self._rows_of_prompts(limits))
         if self.controller.cuts_plainly(slots, batch, cohort):
             table.draft_sources[slots] = PLAIN
-            return np.zeros(len(slots), np.int64)
-        draft_lens = np.maximum(0, table.draft_lens[slots])
-        wants_ngram = self.controller.wants_ngrams(slots, draft_lens > 0, cohort)
-        candidates = self._candidates(slots, np.zeros(len(slots), np.int64), wants_ngram)
+            return np.zeros(len(slots), np.int64), 0.0
+        has_own = limits.colocated_draft_tokens > 0
+        draft_lens = np.maximum(0, (table.num_own if has_own else table.draft_lens)[slots])
+        wants_ngram = self.controller.wants_ngrams(slots, draft_lens > 0, cohort) & (not is_ahead)
+        room = table.most_drafts(slots, int(is_ahead))
+        candidates = self._candidates(slots, room, np.zeros(len(slots), np.int64), wants_ngram)
         if table.has_trees:
             candidates = replace(candidates, parents=table.draft_parents[slots, :MOST_DRAFTS])
         log_probs = table.draft_log_probs[slots, :MOST_DRAFTS].astype(float)
@@ -160,11 +171,15 @@ class Speculating:
             batch,
             limits.max_batch_tokens - batch.num_rows,
             cohort,
+            ~table.wants_distributions[slots] if has_own else None,
         )
         if np.count_nonzero(from_ngram):
             self.ngrams.take(slots[from_ngram], counts[from_ngram])
+        if has_own:
+            own = (counts > 0) & ~from_ngram
+            table.draft_lens[slots[own]], table.draft_sources[slots[own]] = counts[own], COLOCATED
         table.draft_sources[slots[counts == 0]] = PLAIN
-        return counts
+        return counts, self.controller.least_own_log_prob
 
     def sent(self, decoding: Ints, step: StepInFlight, now: float, num_asked: Ints) -> None:
         """The step of the last `cut` was sent.
@@ -181,18 +196,34 @@ class Speculating:
         inside = int(np.count_nonzero(num_asked)), int(num_asked.sum())
         self.controller.step_started(batch, is_in[decoding], counts[decoding], now, inside)
 
-    def stays_plain(self, slots: Ints, reach: Callable[[Ints, float], Ints], limits: TargetLimits, now: float) -> bool:
-        """Whether the next step of these is to be a plain one, as is known while the present one runs."""
+    def is_known(self, slots: Ints, reach: Callable[[Ints, float], Ints], limits: TargetLimits, now: float) -> bool:
+        """Whether it is known, while the present step runs, what the next one of these is to be.
+
+        That is so of a plain one, and of one with the drafts that the group's own drafter makes behind the present one,
+        unless n-grams promise more than not waiting does.
+        """
         if not np.count_nonzero(self.table.draft_tokens[slots]):
             return True
+        if limits.colocated_draft_tokens:
+            is_plain = self.controller.is_plain_next() and not self.controller.has_fixed(slots)
+            return is_plain or not self._waits_for_ngrams(slots)
         if self.controller.has_fixed(slots):
             return False  # an n-gram may be found then
-        if limits.colocated_draft_tokens:
-            return self.controller.is_plain_next()  # as the step in flight was sent
         if self.controller.passes_over(slots, now):
             return True
         self._plan(slots, reach, 0, limits, now)
         return self.controller.planned_plainly()
+
+    def _waits_for_ngrams(self, slots: Ints) -> bool:
+        """Whether the next step is to be made of the present one's tokens, with n-grams that follow them."""
+        if not self._uses_ngrams:
+            return False
+        num_own, room = self.table.num_own[slots], self.table.most_drafts(slots, 1)
+        if self.controller.lacks_own(slots, np.minimum(num_own, room), room):
+            return True
+        wanted = self.controller.wants_ngrams(slots, num_own > 0)
+        candidates = self._candidates(slots, room, np.minimum(num_own, room), wanted)
+        return self.controller.waits_for_ngrams(candidates, self._batch(slots, 0))
 
     def judge_ngrams(self, slots: Ints, first_tokens: Tokens) -> None:
         """The slots' next tokens have come, and pass judgement on n-grams that were not verified."""
@@ -207,32 +238,48 @@ class Speculating:
         chains = slice(step.num_chunks, None)
         accepted = np.full(self.table.num_slots, -1)
         accepted[step.slots[chains]] = np.where(is_known[chains], outcome.num_accepted[chains], -1)
-        has_trees = self.table.has_trees and step.num_rows_of_drafts > 0
+        has_trees = (self.table.has_trees or outcome.own_parents is not None) and step.num_rows_of_drafts > 0
         self.controller.step_done(
             accepted,
             now,
             timings.draft_ns / 1e9,
             self._rows_spared(step, outcome, is_known),
             (timings.forward_ns + timings.verify_ns) / 1e9,
-            self._accepted_in_trees(step, outcome, accepted) if has_trees else None,
+            self._accepted_in_trees(step, outcome) if has_trees else None,
+            self._verified(step, outcome) if np.count_nonzero(step.is_own) else None,
         )
 
-    def _accepted_in_trees(self, step: StepInFlight, outcome: StepOutcome, accepted: Ints) -> Flags:
+    def _verified(self, step: StepInFlight, outcome: StepOutcome) -> Verified:
+        """The own drafts of a step that is over."""
+        counts = np.zeros(self.table.num_slots, np.int64)
+        slots, own = step.slots[step.is_own], outcome.num_drafts[step.is_own]
+        counts[slots] = own
+        is_there = own[:, None] > CHAIN
+        log_probs = np.full((self.table.num_slots, MAX_DRAFTS), np.nan)
+        of_slots = np.full(is_there.shape, np.nan)
+        of_slots[is_there] = outcome.own_log_probs
+        of_slots[self.table.wants_distributions[slots]] = np.nan
+        log_probs[slots] = of_slots
+        parents = None
+        if outcome.own_parents is not None:
+            parents = np.tile(CHAIN, (self.table.num_slots, 1))
+            of_parents = parents[slots]
+            of_parents[is_there] = np.minimum(outcome.own_parents, np.broadcast_to(CHAIN, is_there.shape)[is_there])
+            parents[slots] = of_parents
+            parents = parents[:, :MOST_DRAFTS]
+        return Verified(counts, log_probs[:, :MOST_DRAFTS], parents)
+
+    def _accepted_in_trees(self, step: StepInFlight, outcome: StepOutcome) -> Flags:
         """[num_slots, MOST_DRAFTS]: which drafts were kept."""
-        table = self.table
-        entries = np.arange(step.num_chunks, len(step.slots))
-        slots, counts = step.slots[entries], outcome.num_tokens[entries]
-        tokens = np.zeros((len(slots), max(1, int(counts.max(initial=0)))), np.uint32)
-        tokens[np.arange(tokens.shape[1]) < counts[:, None]] = outcome.tokens_of(entries)
-        is_accepted = np.zeros((table.num_slots, MOST_DRAFTS), np.bool_)
-        is_accepted[slots] = accepted_nodes(
-            table.draft_parents[slots, :MOST_DRAFTS],
-            table.drafts[slots, :MOST_DRAFTS],
-            step.num_drafts[entries],
-            tokens,
-            np.minimum(np.maximum(accepted[slots], 0), counts),
-        )
-        return is_accepted
+        is_accepted = np.zeros((self.table.num_slots, MAX_DRAFTS), np.bool_)
+        entries = slice(step.num_chunks, None)
+        slots, counts = step.slots[entries], outcome.num_accepted[entries]
+        if outcome.accepted_drafts is None:
+            is_accepted[slots] = counts[:, None] > CHAIN
+        else:
+            nodes = np.clip(outcome.accepted_drafts.astype(np.int64) - 1, 0, MAX_DRAFTS - 1)
+            is_accepted[np.repeat(slots, counts), nodes] = True
+        return is_accepted[:, :MOST_DRAFTS]
 
     def _rows_spared(self, step: StepInFlight, outcome: StepOutcome, is_known: Flags) -> int:
         """Rows of prompts that the step need not compute, as they were there already or another prompt's came first."""

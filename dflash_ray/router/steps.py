@@ -10,7 +10,7 @@ from dflash_ray.config import RouterConfig
 from dflash_ray.core.arrays import Flags, Ints, packed
 from dflash_ray.pb import target_pb2
 from dflash_ray.router.limits import TargetLimits
-from dflash_ray.router.slot_table import CHAIN, SlotTable
+from dflash_ray.router.slot_table import CHAIN, COLOCATED, SlotTable
 
 _PREFILL_SHARE = 4  # one row in so many is prompts' where prompts wait
 
@@ -23,7 +23,8 @@ class StepInFlight:
         slots, ids: of the entries; a slot may be another sequence's by now.
         num_chunks: how many entries are prompts' chunks.
         rows: of a chunk; 0 for chains.
-        num_drafts: of a chain; 0 for chunks.
+        num_drafts: of a chain, of own ones at most; 0 for chunks.
+        is_own: the drafts are the group's own drafter's.
         num_rows_of_drafts, num_rows_of_chunks: of all together.
         asks_logprobs: whether log-probabilities come with an entry's tokens.
         is_alone: it has a suspect, and no other step may be in flight with it.
@@ -35,10 +36,16 @@ class StepInFlight:
     num_chunks: int
     rows: Ints
     num_drafts: Ints
+    is_own: Flags
     num_rows_of_drafts: int
     num_rows_of_chunks: int
     asks_logprobs: Flags
     is_alone: bool
+
+    @property
+    def brings_drafts(self) -> bool:
+        """Whether some of its drafts are not own ones."""
+        return bool(np.count_nonzero(self.num_drafts[~self.is_own]))
 
     @property
     def num_rows(self) -> int:
@@ -61,13 +68,16 @@ def build_step(
     most_drafts: Ints,
     *,
     is_alone: bool,
+    least_own_log_prob: float = 0.0,
 ) -> tuple[target_pb2.Step, StepInFlight]:
     """A step of chains and prompts' chunks; who was left out of the last ones comes first.
 
     `most_drafts` [len(decoding)] is how many of their drafts are to be verified. Drafts that find no room are cut off.
-    The entries count as sent. Those in a step already count on one token from it.
+    The entries count as sent. Those in a step already count on what that one brings.
     """
-    step = target_pb2.Step(step_id=step_id, epoch=limits.epoch, tree_width=config.tree_width)
+    step = target_pb2.Step(
+        step_id=step_id, epoch=limits.epoch, tree_width=config.tree_width, least_own_log_prob=least_own_log_prob
+    )
     reserved = min(config.prefill_chunk_tokens, limits.max_batch_tokens // _PREFILL_SHARE) if len(prefilling) else 0
     chains, counts = decoding, np.minimum(np.maximum(table.draft_lens[decoding], 0), most_drafts)
     num_drafts = int(counts.sum())
@@ -76,7 +86,9 @@ def build_step(
         counts = draft_rows(counts[first], limits.max_batch_tokens - reserved)
         chains, num_drafts = decoding[first][: len(counts)], int(counts.sum())
     is_ahead = table.step_ids[chains] != 0
-    _add_chains(step, table, chains, counts, is_ahead)
+    step.is_ahead = bool(np.count_nonzero(is_ahead))
+    is_own = (table.draft_sources[chains] == COLOCATED) & (counts > 0)
+    _add_chains(step, table, chains, counts, is_own)
     slots, rows = chains, np.zeros(len(chains), np.int64)
     num_chunks = 0
     if len(prefilling):
@@ -84,6 +96,7 @@ def build_step(
         _add_chunks(step, limits, table, chunks, chunk_rows)
         slots, rows, num_chunks = np.concatenate((chunks, chains)), np.concatenate((chunk_rows, rows)), len(chunks)
         counts = np.concatenate((np.zeros(num_chunks, np.int64), counts))
+        is_own = np.concatenate((np.zeros(num_chunks, np.bool_), is_own))
     in_flight = StepInFlight(
         step_id,
         slots,
@@ -91,6 +104,7 @@ def build_step(
         num_chunks,
         rows,
         counts,
+        is_own,
         num_drafts,
         int(rows.sum()),
         table.asks_logprobs[slots],
@@ -107,6 +121,7 @@ def build_step(
 
 def add_colocated(step: target_pb2.Step, table: SlotTable, slots: Ints, num_drafts: Ints) -> None:
     """Asks the colocated drafter for num_drafts[i] drafts of slots[i] behind the pass."""
+    table.num_own[slots] = num_drafts
     is_asked = num_drafts > 0
     if not np.count_nonzero(is_asked):
         return
@@ -121,13 +136,16 @@ def draft_rows(wanted: Ints, room: int) -> Ints:
     return np.clip(room - len(chains) - before, 0, chains)
 
 
-def _add_chains(step: target_pb2.Step, table: SlotTable, slots: Ints, counts: Ints, is_ahead: Flags) -> None:
-    """Adds verify entries with counts[i] of the drafts of slots[i]; is_ahead[i]: it counts on a token to come."""
-    is_sent = counts[:, None] > CHAIN
+def _add_chains(step: target_pb2.Step, table: SlotTable, slots: Ints, counts: Ints, is_own: Flags) -> None:
+    """Adds verify entries with counts[i] of the drafts of slots[i]; is_own[i]: the target has them."""
     table.draft_lens[slots] = counts
     step.verify_ids.extend(table.ids[slots].tolist())
-    step.base_lens.extend((table.committed_lens[slots] + is_ahead).tolist())
+    step.base_lens.extend(table.committed_lens[slots].tolist())
+    if np.count_nonzero(is_own):
+        step.num_own_drafts.extend(np.where(is_own, counts, 0).tolist())
+        counts = np.where(is_own, 0, counts)
     step.num_drafts.extend(counts.tolist())
+    is_sent = counts[:, None] > CHAIN
     step.draft_token_ids = packed(table.drafts[slots][is_sent])
     if table.has_trees:
         parents = table.draft_parents[slots]

@@ -70,7 +70,9 @@ def verify(
     """
     # A copy of the raw logits where log-probabilities are wanted: verification may write into them.
     raw = logits.clone() if columns.needs & Need.LOGPROBS else None
-    verdict = _to_verdict(*launch(logits, vocab_start, columns, group, features), columns.depth)
+    # The one place where the host waits for the device.
+    outcome, commits = (result.cpu().numpy() for result in launch(logits, vocab_start, columns, group, features))
+    verdict = to_verdict(outcome, commits, columns.depth)
     if raw is not None:
         _add_logprobs(verdict, raw, vocab_start, columns, group)
     return verdict
@@ -119,17 +121,16 @@ def _threshold(logits: Tensor, vocab_start: int, columns: PlanColumns, maxima: T
     return state
 
 
-def _to_verdict(outcome: Tensor, commits: Tensor, depth: int) -> Verdict:
-    """The one place where the host waits for the device."""
-    outcomes, cuts = outcome.cpu().numpy(), commits.cpu().numpy()
+def to_verdict(outcome: Ints, commits: Ints, depth: int) -> Verdict:
+    """Results of `launch` on the host, of a plan of this depth."""
     return Verdict(
-        tokens=outcomes[:, OutcomeColumn.TOKENS : OutcomeColumn.TOKENS + depth],
-        accepted_rows=outcomes[:, OutcomeColumn.TOKENS + depth :],
-        num_tokens=cuts[:, CommitColumn.NUM_TOKENS],
-        num_accepted=outcomes[:, OutcomeColumn.NUM_ACCEPTED],
-        finishes=cuts[:, CommitColumn.FINISH],
-        kv_lens=cuts[:, CommitColumn.KV_LEN],
-        is_flagged=outcomes[:, OutcomeColumn.IS_FLAGGED] != 0,
+        tokens=outcome[:, OutcomeColumn.TOKENS : OutcomeColumn.TOKENS + depth],
+        accepted_rows=outcome[:, OutcomeColumn.TOKENS + depth :],
+        num_tokens=commits[:, CommitColumn.NUM_TOKENS],
+        num_accepted=outcome[:, OutcomeColumn.NUM_ACCEPTED],
+        finishes=commits[:, CommitColumn.FINISH],
+        kv_lens=commits[:, CommitColumn.KV_LEN],
+        is_flagged=outcome[:, OutcomeColumn.IS_FLAGGED] != 0,
     )
 
 

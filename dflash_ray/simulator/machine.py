@@ -41,6 +41,9 @@ class _Sequence:
     length: int  # committed tokens
     computed: int = 0
     has_features: bool = False
+    base: int = 0  # committed tokens before the last ones
+    is_over: bool = False
+    block: DraftBlock | None = None  # of the colocated drafter
 
 
 def draft(request: Request, sequence_id: int, length: int, count: int) -> DraftBlock:
@@ -107,11 +110,21 @@ class VirtualTarget:
             result.cached_lens.append(0)
             self._commit(result, sequence_id, sequence, int(sequence.computed == sequence.length), 0)
         drafts = unpacked("draft_token_ids", step.draft_token_ids).tolist()
-        at = 0
-        for sequence_id, count in zip(step.verify_ids, step.num_drafts, strict=True):
+        at = num_own = num_ended = 0
+        own_counts = step.num_own_drafts or [0] * len(step.verify_ids)
+        columns = (step.verify_ids, step.base_lens, step.num_drafts, own_counts)
+        for sequence_id, base, count, most_own in zip(*columns, strict=True):
             sequence = self._sequences[sequence_id]
+            assert base == (sequence.base if step.is_ahead else sequence.length) or sequence.is_over
+            own = self._own(step, sequence, most_own, result)
+            num_own += len(own)
+            if sequence.is_over:
+                self._commit(result, sequence_id, sequence, 0, 0)
+                result.statuses[-1] = target_pb2.ENTRY_STATUS_ENDED
+                num_ended += 1
+                continue
             accepted = 0
-            for token in drafts[at : at + count]:
+            for token in own or drafts[at : at + count]:
                 if token != token_at(sequence.request.number, sequence.length + accepted):
                     break
                 accepted += 1
@@ -119,11 +132,11 @@ class VirtualTarget:
             context += sequence.length
             sequence.computed = sequence.length + accepted
             self._commit(result, sequence_id, sequence, 1 + accepted, accepted)
-        rows = len(step.verify_ids) + len(drafts)
+        count = len(step.verify_ids) - num_ended
+        rows = count + len(drafts) + num_own
         prefill_rows = sum(step.prefill_lens)
-        seconds = self.profile.pass_seconds(len(step.verify_ids), rows, context, prefill_rows) * self.slowdown()
+        seconds = self.profile.pass_seconds(count, rows, context, prefill_rows) * self.slowdown()
         drafting = self._draft(step, result)
-        count = len(step.verify_ids)
         self.plain_seconds += self.profile.pass_seconds(count, count, context, prefill_rows)
         if accepted := sum(result.num_accepted_drafts):
             self.plain_seconds += self.profile.pass_seconds(count, count, context, 0) * accepted / count
@@ -137,6 +150,7 @@ class VirtualTarget:
     def _commit(
         self, result: target_pb2.StepResult, sequence_id: int, sequence: _Sequence, count: int, accepted: int
     ) -> None:
+        sequence.base = sequence.length if count else sequence.base
         request = sequence.request
         left = request.prompt_tokens + request.output_tokens - sequence.length
         count = min(count, left)
@@ -148,10 +162,24 @@ class VirtualTarget:
         result.num_accepted_drafts.append(min(accepted, count))
         result.num_tokens.append(count)
         result.token_ids += packed(np.array(tokens, np.int64))
-        is_over = count > 0 and count == left
+        is_over = sequence.is_over = sequence.is_over or (count > 0 and count == left)
         result.finish_reasons.append(
-            common_pb2.FINISH_REASON_LENGTH if is_over else common_pb2.FINISH_REASON_UNSPECIFIED
+            common_pb2.FINISH_REASON_LENGTH if is_over and count else common_pb2.FINISH_REASON_UNSPECIFIED
         )
+
+    def _own(self, step: target_pb2.Step, sequence: _Sequence, most: int, result: target_pb2.StepResult) -> list[int]:
+        """The colocated drafter's drafts that an entry verifies."""
+        own: list[int] = []
+        if step.num_own_drafts:
+            block, room = sequence.block, sequence.request.prompt_tokens + sequence.request.output_tokens
+            if block is not None and block.committed_len == sequence.length and not sequence.is_over:
+                most = max(0, min(most, room - sequence.length - 1))
+                if step.least_own_log_prob < 0:
+                    most = min(most, int(np.count_nonzero(block.log_probs[:, 0].cumsum() >= step.least_own_log_prob)))
+                own = block.draft_ids[:most]
+                result.own_log_probs += block.log_probs[:most, 0].astype("<f4").tobytes()
+            result.num_own_drafts.append(len(own))
+        return own
 
     def _draft(self, step: target_pb2.Step, result: target_pb2.StepResult) -> float:
         """The colocated drafter behind the pass."""
@@ -159,9 +187,9 @@ class VirtualTarget:
         for sequence_id, count in zip(step.colocated_draft_ids, step.colocated_num_drafts, strict=True):
             sequence = self._sequences[sequence_id]
             assert sequence.has_features
-            if sequence.computed == sequence.length - 1:
-                blocks.append(draft(sequence.request, sequence_id, sequence.length, min(count, self.draft_len)))
-        result.colocated_drafts.CopyFrom(to_message(1, blocks))
+            if sequence.computed == sequence.length - 1 and not sequence.is_over:
+                sequence.block = draft(sequence.request, sequence_id, sequence.length, min(count, self.draft_len))
+                blocks.append(sequence.block)
         slots = sum(len(block.candidate_ids) for block in blocks)
         new_rows = sum(result.num_tokens) if self.draft_len else 0
         return self.profile.draft_seconds(len(blocks), slots, new_rows) if self.draft_len else 0.0

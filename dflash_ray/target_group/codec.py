@@ -28,13 +28,15 @@ def decode_step(step: target_pb2.Step) -> StepInput:
             probs = np.exp(np.array(step.draft_log_probs, dtype=np.float64)).astype(np.float32)
     return StepInput(
         step_id=step.step_id,
-        epoch=step.epoch,
         close=to_ids(step.close),
         open=[_decode_opening(message) for message in step.open],
         prefill_ids=to_ids(step.prefill_ids),
         prefill_lens=_ints(step.prefill_lens),
         verify_ids=to_ids(step.verify_ids),
         base_lens=_ints(step.base_lens),
+        is_ahead=step.is_ahead,
+        own_counts=_ints(step.num_own_drafts),
+        least_own_log_prob=step.least_own_log_prob,
         drafts=Drafts(
             counts=_ints(step.num_drafts),
             token_ids=unpacked("step: draft_token_ids", step.draft_token_ids).astype(np.int64),
@@ -95,7 +97,10 @@ def encode_result(output: StepOutput) -> target_pb2.StepResult:
         token_ids=packed(output.token_ids),
         finish_reasons=output.finishes.tolist(),
         logprobs=map(_encode_logprobs, output.logprobs),
-        colocated_drafts=output.colocated_drafts.message(output.epoch) if len(output.colocated_drafts) else None,
+        num_own_drafts=output.own_counts.tolist(),
+        own_log_probs=output.own_log_probs.astype("<f4", copy=False).tobytes(),
+        own_parents=packed(output.own_parents),
+        accepted_drafts=packed(output.accepted_drafts),
         free_pages=output.free_pages,
         timings=target_pb2.StepTimings(
             forward_ns=output.forward_ns, verify_ns=output.verify_ns, draft_ns=output.draft_ns

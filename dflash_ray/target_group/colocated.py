@@ -12,6 +12,7 @@ from dflash_ray.core.arrays import spans
 from dflash_ray.core.draft_blocks import BlockColumns
 from dflash_ray.models.context_features import select_rows
 from dflash_ray.models.draft_contexts import ContextRows, DraftContexts, DraftMethod
+from dflash_ray.target_group.own_drafts import OwnDrafts
 from dflash_ray.target_group.slots import NO_SLOT, SlotTable
 from dflash_ray.target_group.step import Ids, Ints, StepFeatures
 
@@ -27,12 +28,16 @@ class ColocatedDrafter:
     Args:
         max_context_tokens: context rows held over all sequences.
         raises: whether faults end the step, as a job wants that measures drafts.
+
+    Attributes:
+        own: what was drafted last, for the step that verifies it.
     """
 
     def __init__(self, method: DraftMethod, max_context_tokens: int, raises: bool = False) -> None:
         self._method = method
         self._contexts: DraftContexts = DraftContexts(method, max_context_tokens)
         self._raises = raises
+        self.own = OwnDrafts()
         self.max_draft_tokens = method.max_draft_tokens
 
     def __len__(self) -> int:
@@ -59,6 +64,7 @@ class ColocatedDrafter:
 
     def close(self, slots: list[int]) -> None:
         """Forgets sequences, before others get their slots; unknown ones are ignored."""
+        self.own.forget(slots)
         with self._as_advice("the colocated drafter failed to close a session"):
             self._contexts.close(slots)
 
@@ -75,9 +81,13 @@ class ColocatedDrafter:
     def draft(
         self, table: SlotTable, sequence_ids: Ids, counts: Ints, num_candidates: int, tree_width: int = 1
     ) -> BlockColumns:
-        """At most so many tokens for each sequence that only lacks the anchor's row and whose context is whole."""
+        """At most so many tokens for each sequence that only lacks the anchor's row and whose context is whole.
+
+        They are kept as well, for the step that verifies them.
+        """
         slots = table.slots(sequence_ids)
         is_ready = (slots != NO_SLOT) & (counts > 0) & (table.kv_lens[slots] == table.committed_lens[slots] - 1)
+        is_ready &= ~table.is_over[slots]
         is_ready[is_ready] &= self._contexts.context_lens(slots[is_ready]) == table.kv_lens[slots[is_ready]]
         if not is_ready.any():
             return BlockColumns.none()
@@ -91,5 +101,7 @@ class ColocatedDrafter:
                 table.draws(slots.tolist()),
                 tree_width,
             )
-            return proposals.blocks(sequence_ids[is_ready].astype(np.int64), lens)
+            blocks = proposals.blocks(sequence_ids[is_ready].astype(np.int64), lens)
+            self.own.keep(slots, blocks)
+            return blocks
         return BlockColumns.none()

@@ -55,6 +55,7 @@ def commit(table: SlotTable, rows: Rows, verdict: Verdict | None) -> Commit:
         num_kept[draws] = np.where(verdict.is_flagged, 0, verdict.kv_lens - rows.starts[draws])
         token_ids = verdict.tokens[np.arange(verdict.tokens.shape[1]) < kept[:, None]]
         table.commit(rows.slots[draws], kept, token_ids)
+        table.is_over[rows.slots[draws]] = finishes[draws] > 0
     table.kv_lens[rows.slots] += num_kept
     return Commit(is_flagged, num_kept, num_accepted, num_tokens, finishes, token_ids)
 
@@ -72,6 +73,12 @@ def rows_to_move(table: SlotTable, rows: Rows, verdict: Verdict) -> tuple[Ints, 
     slots, starts = slots[entries], starts[entries]
     source = table.cache_rows(slots, starts + verdict.accepted_rows[entries, columns])
     return source, table.cache_rows(slots, starts + in_place[columns])
+
+
+def accepted_drafts(rows: Rows, verdict: Verdict, done: Commit) -> Ints:
+    """Places of accepted drafts in their entries, the anchor's being 0, of the verify entries one after the other."""
+    accepted: Ints = verdict.accepted_rows[rows.is_verify[rows.draws]]
+    return accepted[np.arange(accepted.shape[1]) < done.num_accepted[rows.is_verify][:, None]]
 
 
 def kept_features(table: SlotTable, rows: Rows, done: Commit, sequence_ids: Ids, features: Tensor) -> StepFeatures:

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers.activations import GELUTanh, SiLUActivation
@@ -161,6 +162,13 @@ class RotaryTable:
             return torch.from_numpy(self._cos.numpy()[positions]), torch.from_numpy(self._sin.numpy()[positions])
         at = torch.from_numpy(positions).to(self._device, non_blocking=True)
         return self._cos[at], self._sin[at]
+
+    def whole(self, num_positions: int) -> tuple[Tensor, Tensor] | None:
+        """float32 [P, d] each on the device, of all positions below P; None where turns look at the batch."""
+        if not self._lasts:
+            return None
+        self(np.arange(num_positions))
+        return self._cos[:num_positions], self._sin[:num_positions]
 
     def _turn(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         cos, sin = self._rotary(torch.empty(0), positions[None])

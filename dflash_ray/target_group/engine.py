@@ -23,10 +23,11 @@ from dflash_ray.sampling.parameters import NO_LOGPROBS
 from dflash_ray.sampling.verify import Verdict
 from dflash_ray.target_group.batch import Rows, StepBatch, build_batch
 from dflash_ray.target_group.colocated import ColocatedDrafter
-from dflash_ray.target_group.commits import Commit, commit, kept_features, rows_to_move, to_host
+from dflash_ray.target_group.commits import Commit, accepted_drafts, commit, kept_features, rows_to_move, to_host
 from dflash_ray.target_group.entries import Entries, drafts_of, find_entries, rows_of
 from dflash_ray.target_group.feature_store import FeatureStore
 from dflash_ray.target_group.model import StepHidden
+from dflash_ray.target_group.own_drafts import OwnVerified
 from dflash_ray.target_group.page_allocator import PageAllocator
 from dflash_ray.target_group.prefix_cache import PrefixCache
 from dflash_ray.target_group.slots import NO_SLOT, SlotTable
@@ -34,11 +35,16 @@ from dflash_ray.target_group.step import Ids, Ints, PromptLogprobs, StepFeatures
 
 
 class StepRunner(Protocol):
-    """This rank's part of a pass and of its verdict. Collective over the ranks."""
+    """This rank's part of a pass and of its verdict. Collective over the ranks.
+
+    Attributes:
+        device: where it takes a plan's columns.
+    """
 
     device: torch.device
 
-    def forward(self, batch: StepBatch) -> StepHidden: ...
+    def forward(self, batch: StepBatch, columns: PlanColumns | None) -> StepHidden:
+        """Begins a pass; `columns` are those of its rows that draw."""
 
     def verify(self, hidden: StepHidden, columns: PlanColumns) -> Verdict: ...
 
@@ -116,23 +122,25 @@ class Engine:
         if self._lead is not None:
             step.close = np.concatenate((np.array(self._closed, dtype=np.uint64), step.close))
             self._closed = []
-            self._lead.send(step)
         self._change(step)
+        own = self._resolve_own(step) if len(step.own_counts) else OwnVerified()
+        if self._lead is not None:
+            self._lead.send(step)
         entries = find_entries(self._table, self.allocator, step, self.prefixes)
         if self._drafter is not None:
             self._extend_by_found(self._drafter, entries)
         running = entries.running()
         rows = rows_of(self._table, entries, running)
-        hidden = verdict = None
+        hidden = columns = verdict = None
         scores = Logprobs()
         if len(running):
             batch, drawing = build_batch(self._table, rows, drafts_of(step.drafts, running - entries.num_prefills))
-            hidden = self._runner.forward(batch)
+            if len(drawing.slots):
+                columns = columns_of(drawing, self._table.sampling, self._runner.device)
+            hidden = self._runner.forward(batch, columns)
         forwarded = time.perf_counter_ns()
         if hidden is not None:
-            if len(drawing.slots):
-                # Made while a device is at the pass.
-                columns = columns_of(drawing, self._table.sampling, self._runner.device)
+            if columns is not None:
                 verdict = self._runner.verify(hidden, columns)
             scores = self._runner.score(hidden, batch)
         verified = time.perf_counter_ns()
@@ -146,6 +154,9 @@ class Engine:
             entries.fail(index, "the target's logits are not finite")
         output = self._output(step, entries, running, done)
         output.prompt_logprobs = prompt_logprobs
+        output.own_counts, output.own_log_probs, output.own_parents = own.counts, own.log_probs, own.parents
+        if verdict is not None and len(batch.parents):
+            output.accepted_drafts = accepted_drafts(rows, verdict, done)
         if verdict is not None and verdict.logprobs is not None:
             output.logprobs = self._logprobs(rows, verdict, verdict.logprobs)
         self.is_in_pass = False
@@ -195,6 +206,12 @@ class Engine:
                 if self.prefixes is not None:
                     self.prefixes.open(slot, opening.cache_salt)
 
+    def _resolve_own(self, step: StepInput) -> OwnVerified:
+        """Puts own drafts into the step, on the rank that has them."""
+        if self._drafter is None:
+            return OwnVerified(np.zeros_like(step.own_counts))
+        return self._drafter.own.resolve(self._table, step)
+
     def _extend_by_found(self, drafter: ColocatedDrafter, entries: Entries) -> None:
         """Gives a colocated drafter the features of rows that were found computed."""
         for index, count in entries.found.items():
@@ -238,7 +255,6 @@ class Engine:
         committed_lens, prefilled = self._table.committed_lens[slots], slots[: entries.num_prefills]
         return StepOutput(
             step_id=step.step_id,
-            epoch=step.epoch,
             sequence_ids=entries.sequence_ids,
             statuses=entries.statuses,
             committed_lens=np.where(entries.slots == NO_SLOT, 0, committed_lens),

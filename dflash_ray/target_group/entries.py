@@ -56,9 +56,11 @@ def find_entries(
     starts, committed_lens = table.kv_lens[places], table.committed_lens[places]
     counts = np.concatenate((step.prefill_lens, 1 + step.drafts.counts))
     counts[:num_prefills] = np.minimum(step.prefill_lens, (committed_lens - starts)[:num_prefills])
-    is_stale = (step.base_lens != committed_lens[verifies]) | (starts + 1 != committed_lens)[verifies]
+    base_lens = table.base_lens[places] if step.is_ahead else committed_lens
+    is_stale = (step.base_lens != base_lens[verifies]) | (starts + 1 != committed_lens)[verifies]
     statuses = np.where(is_known, EntryStatus.OK, EntryStatus.UNKNOWN)
     statuses[verifies][is_stale & is_known[verifies]] = EntryStatus.STALE
+    statuses[verifies][(table.is_over[places] & is_known)[verifies]] = EntryStatus.ENDED
     entries = Entries(sequence_ids, slots, statuses, starts, counts, num_prefills, {}, found)
     for index, fault in step.faults_of_drafts.items():
         if statuses[num_prefills + index] == EntryStatus.OK:

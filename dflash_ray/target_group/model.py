@@ -19,7 +19,7 @@ from dflash_ray.models.target_checkpoint import TargetCheckpoint
 from dflash_ray.target_group.attention import PagedStep
 from dflash_ray.target_group.batch import StepBatch
 from dflash_ray.target_group.decoder_parts import obstacle
-from dflash_ray.target_group.device_decoder import DeviceDecoder
+from dflash_ray.target_group.device_decoder import DeviceDecoder, Layout
 from dflash_ray.target_group.lean_decoder import LeanDecoder
 from dflash_ray.target_group.linears import pack_linears
 from dflash_ray.target_group.loading import load_rank
@@ -67,15 +67,19 @@ class _TransformersDecoder:
 
 
 def _decoder(
-    base: Any, device: str, tp_size: int, tap_layer_ids: tuple[int, ...]
+    base: Any, device: str, is_lean: bool, tp_size: int, tap_layer_ids: tuple[int, ...]
 ) -> LeanDecoder | DeviceDecoder | _TransformersDecoder:
-    """What computes this decoder soonest; says so in the log where that is what transformers has."""
-    if device == "cpu" and not ops.is_compiled_for(base.embed_tokens.weight):
+    """What computes this decoder soonest; says so in the log where that is what transformers has.
+
+    Args:
+        is_lean: the layers are to be the CPU's one operator, where that is compiled.
+    """
+    if is_lean and not ops.is_compiled_for(base.embed_tokens.weight):
         return _TransformersDecoder(base, device, tap_layer_ids)
     if reason := obstacle(base):
         logger.info("decoder layers run as transformers has them, which is slower: %s", reason)
         return _TransformersDecoder(base, device, tap_layer_ids)
-    if device == "cpu":
+    if is_lean:
         return LeanDecoder(base, tp_size, tap_layer_ids)
     return DeviceDecoder(base, device, tap_layer_ids)
 
@@ -87,6 +91,12 @@ class RankModel:
         config: where its `target.kv_cache_tokens` is auto, `allocate_cache` is called before the first pass.
         projector: what makes features of the taps of `tap_layer_ids` (the drafter's fc and norm), on the rank that
             makes them; None on others.
+        runs_as_device: layers are a device's operators, which a CPU has in plain torch; by default where there is one.
+
+    Attributes:
+        feature_width: of a context feature; 0 where none are made.
+        vocab_start: first token of this rank's part of the head.
+        scratch_row: row of the cache that no sequence has, for rows that only fill a pass up.
     """
 
     def __init__(
@@ -97,9 +107,11 @@ class RankModel:
         tp_size: int,
         projector: torch.nn.Module | None = None,
         tap_layer_ids: tuple[int, ...] = (),
+        runs_as_device: bool | None = None,
     ) -> None:
         self._device = config.target.device
-        dtype = getattr(torch, config.model.dtype)
+        self._runs_as_device = self._device != "cpu" if runs_as_device is None else runs_as_device
+        self.dtype = dtype = getattr(torch, config.model.dtype)
         weights = load_rank(checkpoint, dtype, tp_rank, tp_size, self._device)
         base, text_config = weights.base, weights.text_config
         self.vocab_size: int = text_config.vocab_size
@@ -118,14 +130,50 @@ class RankModel:
             pack_linears(projector)
         self._projector = projector
         tap_layer_ids = tap_layer_ids if projector is not None else ()
-        self._decoder = _decoder(base, self._device, tp_size, tap_layer_ids)
+        self.feature_width = self._feature_width(len(tap_layer_ids))
+        self._decoder = _decoder(base, self._device, not self._runs_as_device, tp_size, tap_layer_ids)
         del weights, base
         return_freed_memory()
+
+    @torch.inference_mode()
+    def _feature_width(self, num_taps: int) -> int:
+        if self._projector is None:
+            return 0
+        taps = torch.zeros(1, num_taps * self.hidden_size, dtype=self.dtype, device=self._device)
+        return int(self._projector(taps).shape[-1])
 
     def allocate_cache(self, num_pages: int, page_size: int) -> None:
         """Makes the cache, which a configuration that says how large it is has made already."""
         self.max_model_len = min(self.max_model_len, num_pages * page_size)
-        self._cache = self._new_cache(num_pages=num_pages, page_size=page_size)
+        pages_of_all = num_pages + 1 if self._runs_as_device else num_pages
+        self._cache = self._new_cache(num_pages=pages_of_all, page_size=page_size)
+        self.scratch_row = num_pages * page_size
+
+    @property
+    def cache(self) -> PagedCache:
+        return self._cache
+
+    @property
+    def has_fixed_passes(self) -> bool:
+        """Whether `run_rows` is there: not where a decoder, or its rotary embedding, looks at the batch."""
+        return isinstance(self._decoder, DeviceDecoder) and self._decoder.turns(1) is not None
+
+    def turns(self) -> tuple[Tensor, Tensor]:
+        """Cosines and sines float32 [P, d] of all positions that a row may have."""
+        assert isinstance(self._decoder, DeviceDecoder)
+        turns = self._decoder.turns(self.max_model_len + 1)
+        assert turns is not None
+        return turns
+
+    @torch.inference_mode()
+    def run_rows(self, token_ids: Tensor, cos: Tensor, sin: Tensor, layout: Layout) -> tuple[Tensor, Tensor | None]:
+        """A pass over what is on the device: normed rows [T, H], and the features [T, F] of all rows if there are any.
+
+        Waits for nothing, and launches the same whatever the values are.
+        """
+        assert isinstance(self._decoder, DeviceDecoder)
+        hidden, taps = self._decoder.run(token_ids, cos, sin, layout, slice(None))
+        return hidden, None if self._projector is None or taps is None else self._projector(taps)
 
     @torch.inference_mode()
     def forward(self, batch: StepBatch) -> StepHidden:

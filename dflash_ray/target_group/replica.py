@@ -16,6 +16,7 @@ from typing import Any
 from dflash_ray.config import DflashRayConfig
 from dflash_ray.observability.logs import configure_logging
 from dflash_ray.rpc.directory import DirectoryClient, Entry, keep_registered, leave
+from dflash_ray.rpc.serve_port import bind_serve_port
 from dflash_ray.target_group.group import GroupStartError, TargetGroup
 
 logger = logging.getLogger(__name__)
@@ -28,6 +29,7 @@ class TargetReplica:
     async def __init__(self, config: DflashRayConfig) -> None:
         self._closing = ExitStack()
         configure_logging("target", config.observability.log_level, config.observability.log_format)
+        bind_serve_port()
         self._config = config
         self._directory = DirectoryClient()
         self._failure: str | None = None

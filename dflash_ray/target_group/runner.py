@@ -17,14 +17,19 @@ _SCORED_AT_ONCE = 128  # rows of logits, each as long as the vocabulary
 
 
 class GroupRunner:
-    """The model's part on this rank, and what crosses between ranks."""
+    """The model's part on this rank, and what crosses between ranks.
+
+    Attributes:
+        device: where it takes a plan's columns.
+    """
 
     def __init__(self, model: RankModel, ranks: RankGroup, device: str = "cpu") -> None:
         self._model = model
         self._ranks = ranks
         self.device = torch.device(device)
 
-    def forward(self, batch: StepBatch) -> StepHidden:
+    def forward(self, batch: StepBatch, columns: PlanColumns | None = None) -> StepHidden:
+        """Runs a pass. What draws may be verified along with it, by its columns; `verify` has the verdict."""
         return self._model.forward(batch)
 
     def verify(self, hidden: StepHidden, columns: PlanColumns) -> Verdict:

@@ -26,7 +26,8 @@ from dflash_ray.target_group.step import Ids, Ints, Opening
 NO_SLOT = -1
 _FIRST_SLOTS = 64
 _GROWING = (
-    "kv_lens", "committed_lens", "prompt_lens", "page_counts", "cached_lens", "named_counts", "wants_features",
+    "kv_lens", "committed_lens", "base_lens", "prompt_lens", "page_counts", "cached_lens", "named_counts",
+    "wants_features", "is_over",
 )  # fmt: skip
 
 
@@ -36,6 +37,8 @@ class SlotTable:
     Attributes:
         slot_of: slots by sequence id.
         kv_lens, committed_lens, prompt_lens: [N].
+        base_lens: [N] committed_lens before the last tokens were committed; 0 where none were.
+        is_over: [N] the sequence has its last token.
         tokens: [N, L + 1] the committed ones; a sequence ends with the token that follows the L-th.
         pages: [N, L / page_size] the first `page_counts` of them; page_counts: [N].
         cached_lens: [N] rows that were found computed; named_counts: [N] pages that the prefix cache has looked at.
@@ -50,6 +53,8 @@ class SlotTable:
         self.slot_of: dict[int, int] = {}
         self.kv_lens = np.zeros(num_slots, dtype=np.int64)
         self.committed_lens = np.zeros(num_slots, dtype=np.int64)
+        self.base_lens = np.zeros(num_slots, dtype=np.int64)
+        self.is_over = np.zeros(num_slots, dtype=np.bool_)
         self.prompt_lens = np.zeros(num_slots, dtype=np.int64)
         self.tokens = np.zeros((num_slots, max_model_len + 1), dtype=np.int32)
         self.page_counts = np.zeros(num_slots, dtype=np.int64)
@@ -78,6 +83,7 @@ class SlotTable:
         self.slot_of[opening.sequence_id] = slot
         self.kv_lens[slot] = self.page_counts[slot] = self.cached_lens[slot] = self.named_counts[slot] = 0
         self.committed_lens[slot], self.prompt_lens[slot] = length, opening.prompt_len
+        self.base_lens[slot], self.is_over[slot] = 0, False
         self.tokens[slot, :length] = opening.token_ids
         self.wants_features[slot] = opening.wants_features
         self.num_prompt_logprobs[slot] = opening.sampling.num_prompt_logprobs
@@ -119,6 +125,7 @@ class SlotTable:
         firsts = np.cumsum(num_tokens) - num_tokens
         positions = np.arange(len(token_ids)) + np.repeat(self.committed_lens[slots] - firsts, num_tokens)
         self.tokens[slot_of, positions] = token_ids
+        self.base_lens[slots] = np.where(num_tokens > 0, self.committed_lens[slots], self.base_lens[slots])
         self.committed_lens[slots] += num_tokens
         self.sampling.commit(slots, num_tokens, token_ids)
 

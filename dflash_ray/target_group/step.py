@@ -41,6 +41,7 @@ class EntryStatus(IntEnum):
     UNKNOWN = 3
     NO_PAGES = 4
     FAILED = 5
+    ENDED = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,22 +101,27 @@ class StepInput:
     Attributes:
         close, open: done before the pass, in this order.
         prefill_ids, prefill_lens: [P] the next so many tokens of these sequences.
-        verify_ids, base_lens: [V] sequences and how many committed tokens their drafts follow.
+        verify_ids, base_lens: [V] sequences and how many committed tokens their drafts follow; ahead, how many there
+            were before the last ones.
+        is_ahead: the step counts on what the one before it commits; see target.proto.
+        own_counts: [V] drafts of the group's own drafter that each entry may verify, or empty when none does.
+        least_own_log_prob: of such a draft and all that it follows; 0 for any.
         draft_ids, draft_counts: sequences for which the colocated drafter is to draft after the pass, and how many.
         num_candidates: of each slot of a colocated draft.
         tree_width: of colocated drafts; above 1 they are trees, in which so many follow the same one at most.
-        epoch: of the lease under which the router leads, for those drafts.
         faults_of_open, faults_of_drafts: what `step_check` found, by index in `open` and among the verify entries.
     """
 
     step_id: int = 0
-    epoch: int = 0
     close: Ids = field(default_factory=no_ids)
     open: list[Opening] = field(default_factory=list)
     prefill_ids: Ids = field(default_factory=no_ids)
     prefill_lens: Ints = field(default_factory=no_ints)
     verify_ids: Ids = field(default_factory=no_ids)
     base_lens: Ints = field(default_factory=no_ints)
+    is_ahead: bool = False
+    own_counts: Ints = field(default_factory=no_ints)
+    least_own_log_prob: float = 0.0
     drafts: Drafts = field(default_factory=Drafts)
     draft_ids: Ids = field(default_factory=no_ids)
     draft_counts: Ints = field(default_factory=no_ints)
@@ -163,12 +169,13 @@ class StepOutput:
         token_ids: committed, one entry after the other.
         errors: one text for each FAILED entry, in order.
         logprobs: one for each entry that asked and got tokens, in order.
+        colocated_drafts: what was drafted after the pass.
+        own_counts, own_log_probs, own_parents, accepted_drafts: see StepResult.
         forward_ns, verify_ns, draft_ns: of the pass with all that the host does before it, of the verdict, of what
             comes after it.
     """
 
     step_id: int
-    epoch: int
     sequence_ids: Ids
     statuses: Ints
     committed_lens: Ints
@@ -184,6 +191,10 @@ class StepOutput:
     free_pages: int
     features: StepFeatures | None = None
     colocated_drafts: BlockColumns = field(default_factory=BlockColumns.none)
+    own_counts: Ints = field(default_factory=no_ints)
+    own_log_probs: Floats = field(default_factory=no_floats)
+    own_parents: Ints = field(default_factory=no_ints)
+    accepted_drafts: Ints = field(default_factory=no_ints)
     forward_ns: int = 0
     verify_ns: int = 0
     draft_ns: int = 0

@@ -42,6 +42,8 @@ def check_step(step: StepInput, limits: StepLimits) -> None:
         "draft_token_ids": (drafts.token_ids, num_drafts),
         "colocated_num_drafts": (step.draft_counts, len(step.draft_ids)),
     }
+    if len(step.own_counts):
+        wanted["num_own_drafts"] = (step.own_counts, num_verify)
     if len(drafts.parents):
         wanted["draft_parents"] = (drafts.parents, num_drafts)
     if len(drafts.num_candidates):
@@ -54,7 +56,11 @@ def check_step(step: StepInput, limits: StepLimits) -> None:
         _check_length("draft_log_probs", drafts.candidate_probs, num_candidates)
     if (step.prefill_lens < 1).any():
         raise ValueError("step: prefill_lens must be at least 1")
-    num_rows = int(step.prefill_lens.sum()) + num_verify + num_drafts
+    if len(step.own_counts) and ((step.own_counts > 0) & (drafts.counts > 0)).any():
+        raise ValueError("step: an entry has either num_drafts or num_own_drafts")
+    if not step.least_own_log_prob <= 0:
+        raise ValueError("step: least_own_log_prob must be at most 0")
+    num_rows = int(step.prefill_lens.sum()) + num_verify + num_drafts + int(step.own_counts.sum())
     if num_rows > limits.max_batch_tokens:
         raise ValueError(f"step: {num_rows} rows are more than the group's max_batch_tokens, {limits.max_batch_tokens}")
     for index, opening in enumerate(step.open):

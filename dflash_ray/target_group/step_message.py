@@ -25,16 +25,20 @@ _SAMPLING_INTS = ("top_k", "seed", "mode", "num_logprobs", "num_prompt_logprobs"
 _SAMPLING_FLOATS = (
     "temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty",
 )  # fmt: skip
-_OF_STEP = [*_STEP.values(), *_DRAFTS.values(), *(np.int64 for _ in _FAULTS)]
+_OF_STEP = [*_STEP.values(), *_DRAFTS.values(), *(np.int64 for _ in _FAULTS), np.bool_]
 _OF_OPENING = [np.int64, np.float64, np.uint8, *_OPENING.values(), *_BIAS.values()]
 _64_BITS = (1 << 64) - 1
 
 
 def pack_step(step: StepInput) -> Ints:
-    """What the other ranks need of a step that was checked: nothing of what is reported, or drafted after the pass."""
+    """What the other ranks need of a step that was checked: nothing of what is reported, or drafted after the pass.
+
+    Own drafts have become drafts like any others by then.
+    """
     arrays: list[NDArray[Any]] = [getattr(step, name) for name in _STEP]
     arrays += [getattr(step.drafts, name) for name in _DRAFTS]
     arrays += [np.array(list(getattr(step, name)), dtype=np.int64) for name in _FAULTS]
+    arrays.append(np.array([step.is_ahead]))
     for opening in step.open:
         arrays += _pack_opening(opening)
     return pack_arrays(arrays)
@@ -47,7 +51,9 @@ def unpack_step(flat: Ints) -> StepInput:
     columns = {name: next(arrays) for name in _STEP}
     drafts = Drafts(**{name: next(arrays) for name in _DRAFTS})
     faults = {name: dict.fromkeys(next(arrays).tolist(), _FAULT) for name in _FAULTS}
-    return StepInput(**columns, drafts=drafts, **faults, open=[_unpack_opening(arrays) for _ in range(num_openings)])
+    is_ahead = bool(next(arrays)[0])
+    openings = [_unpack_opening(arrays) for _ in range(num_openings)]
+    return StepInput(**columns, drafts=drafts, is_ahead=is_ahead, **faults, open=openings)
 
 
 def _pack_opening(opening: Opening) -> Iterator[NDArray[Any]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,9 +26,19 @@ IDLE_TIMEOUT = timedelta(days=365)  # ranks wait for the next step as long as th
 
 
 def create_store(host: str, tp_size: int, timeout_s: float) -> distributed.TCPStore:
-    """Rank 0's rendezvous on a free port of `host`, which stays bound: nobody can take it in between."""
+    """Rank 0's rendezvous on a free port of `host`, which stays bound: nobody can take it in between.
+
+    The socket is ours, as the store's own would listen on all interfaces.
+    """
+    listening = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     return distributed.TCPStore(
-        host, 0, tp_size, is_master=True, timeout=timedelta(seconds=timeout_s), wait_for_workers=False
+        host,
+        listening.getsockname()[1],
+        tp_size,
+        is_master=True,
+        timeout=timedelta(seconds=timeout_s),
+        wait_for_workers=False,
+        master_listen_fd=listening.detach(),
     )
 
 

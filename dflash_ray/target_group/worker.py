@@ -39,9 +39,9 @@ from dflash_ray.target_group.colocated import ColocatedDrafter
 from dflash_ray.target_group.engine import Engine
 from dflash_ray.target_group.feature_store import FeatureStore
 from dflash_ray.target_group.feature_streams import FeatureStreams, SharedRows
+from dflash_ray.target_group.fixed_passes import new_runner
 from dflash_ray.target_group.model import RankModel
 from dflash_ray.target_group.rank import RankPlace, Rendezvous
-from dflash_ray.target_group.runner import GroupRunner
 from dflash_ray.target_group.servicer import TargetInfo, TargetServicer
 from dflash_ray.target_group.step_channel import StepChannel, follow
 from dflash_ray.target_group.tensor_parallel import (
@@ -148,7 +148,7 @@ class TargetRank:
                 shared = FeaturePages.create(config.target.num_pages, config.target.page_size, width, dtype)
             features = FeatureStore(config.target.kv_cache_rows, width, dtype, home, shared)
         self._engine = Engine(
-            GroupRunner(model, ranks, device),
+            new_runner(model, ranks, config, returns_features=drafter is not None and colocated is None),
             config.target.num_pages,
             config.target.page_size,
             model.max_model_len,

@@ -30,6 +30,12 @@ def started_by(pid: int) -> list[psutil.Process]:
     return psutil.Process(pid).children(recursive=True)
 
 
+def hosts_listened_on(processes: list[psutil.Process]) -> set[str]:
+    """The interfaces on which any of them takes connections, whoever opened the port."""
+    connections = [connection for process in processes for connection in process.net_connections("inet")]
+    return {connection.laddr.ip for connection in connections if connection.status == psutil.CONN_LISTEN}
+
+
 def assert_all_end(processes: list[psutil.Process]) -> None:
     _, alive = psutil.wait_procs(processes, timeout=30)
     assert not alive
@@ -77,6 +83,7 @@ def test_serve_says_ready_with_its_addresses_and_ends_cleanly(stop, tmp_path):
     assert httpx.get(f"{url}/health").status_code == 200
     processes = started_by(terminal.pid)
     assert len(processes) > 6
+    assert hosts_listened_on(processes) <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
     if stop == "Ctrl-C":
         terminal.press("\x03")
     else:

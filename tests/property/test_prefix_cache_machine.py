@@ -44,7 +44,7 @@ class RememberingRunner:
         self.rows: list[tuple] = [()] * (PAGE * PAGES)
         self.entries: list[tuple[bytes, list[int], bool]] = []  # of the next pass: salt, tokens, wants features
 
-    def forward(self, batch) -> StepHidden:
+    def forward(self, batch, columns) -> StepHidden:
         at = page_at = 0
         for (salt, tokens, wants_features), count, context, num_pages in zip(
             self.entries, batch.entry_lens, batch.context_lens, batch.page_counts, strict=True

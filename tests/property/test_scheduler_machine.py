@@ -27,6 +27,20 @@ PLAIN_ARRIVALS = st.tuples(PROMPTS, st.integers(1, 25), st.just(0), POLICIES)
 MAX_BATCH_TOKENS = 24
 
 
+def draft_inside(kind: str | None):
+    """What a toy target's own drafter drafts behind known tokens; now and then nothing."""
+    if kind is None:
+        return None
+
+    def draft(tokens: list[int], count: int) -> list[int]:
+        is_right = kind == "right" or (kind == "mixed" and len(tokens) % 2)
+        if len(tokens) % 5 == 0:
+            return []
+        return answer(tokens, count) if is_right else [(tokens[-1] * 7 + k) % VOCAB for k in range(count)]
+
+    return draft
+
+
 class SchedulerMachine(RuleBasedStateMachine):
     """Target and drafters answer late, wrongly or never; requests come and go."""
 
@@ -36,8 +50,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         num_pages=st.sampled_from([14, 18, 24, 200]),
         finds=st.sampled_from([None, lambda sequence_id: sequence_id % 4]),
         tree_width=st.sampled_from([1, 2]),
+        drafts_inside=st.sampled_from([None, None, "right", "garbage", "mixed"]),
     )
-    def start(self, cohorts, depth, num_pages, finds, tree_width):
+    def start(self, cohorts, depth, num_pages, finds, tree_width, drafts_inside):
         overrides = [
             f"router.tree_width={tree_width}",
             f"router.cohorts={cohorts}",
@@ -48,7 +63,10 @@ class SchedulerMachine(RuleBasedStateMachine):
             f"target.max_batch_tokens={MAX_BATCH_TOKENS}",
         ]
         self.scheduler = Scheduler(load_config(None, overrides))
-        self.target = ToyTarget(num_pages=num_pages, max_batch_tokens=MAX_BATCH_TOKENS, finds=finds)
+        self.new_target = lambda: ToyTarget(
+            num_pages=num_pages, max_batch_tokens=MAX_BATCH_TOKENS, finds=finds, draft=draft_inside(drafts_inside)
+        )
+        self.target = self.new_target()
         self.now = 0.0
         self.runs_ahead = cohorts == 1 and depth != 1
         self.depth = 2 if self.runs_ahead else depth or cohorts
@@ -75,7 +93,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         match action:
             case RunStep(step):
                 assert len(self.steps) < self.depth
-                rows = sum(step.prefill_lens) + len(step.verify_ids) + sum(step.num_drafts)
+                rows = sum(step.prefill_lens) + len(step.verify_ids) + sum(step.num_drafts) + sum(step.num_own_drafts)
                 assert 0 < rows <= MAX_BATCH_TOKENS
                 self.sent.append(step)
                 self.check_overlap()
@@ -97,15 +115,16 @@ class SchedulerMachine(RuleBasedStateMachine):
                 del self.alive[sequence.sequence_id]
 
     def check_overlap(self):
-        """A sequence is in two steps only as a plain chain of both."""
+        """A sequence is in two steps only as a chain of both, with no drafts but the target's own."""
         ids = [i for step in self.steps for i in (*step.prefill_ids, *step.verify_ids) if i in self.alive]
         if self.has_preempted or len(set(ids)) == len(ids):
             return
         assert self.runs_ahead
         both = {i for i in ids if ids.count(i) == 2}
         for step in self.steps:
-            plain = {i for i, count in zip(step.verify_ids, step.num_drafts, strict=True) if not count}
-            assert both <= plain
+            without = {i for i, count in zip(step.verify_ids, step.num_drafts, strict=True) if not count}
+            assert both <= without
+        assert not both or (self.steps[1].is_ahead and both <= set(self.steps[1].verify_ids))
 
     def emitted(self, sequence_id, tokens, reason):
         _, prompt, max_new, so_far = self.alive[sequence_id]
@@ -214,9 +233,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.sent.clear()
         self.scheduler.target_lost(self.now)
         self.pump()
-        self.target = ToyTarget(
-            num_pages=self.target.limits.num_pages, max_batch_tokens=MAX_BATCH_TOKENS, finds=self.target.finds
-        )
+        self.target = self.new_target()
         self.now += 1.0
         self.scheduler.target_ready(self.target.limits, self.now)
 

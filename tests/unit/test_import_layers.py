@@ -56,7 +56,7 @@ def imports_serve(file: Path) -> bool:
 
 def test_serve_is_imported_in_services_and_the_application_only():
     users = {str(file.relative_to(PACKAGE)) for file in PACKAGE.rglob("*.py") if imports_serve(file)}
-    assert users <= {"app.py", *(f"{process}/replica.py" for process in PROCESSES)}
+    assert users <= {"app.py", "rpc/serve_port.py", *(f"{process}/replica.py" for process in PROCESSES)}
 
 
 @pytest.mark.parametrize(

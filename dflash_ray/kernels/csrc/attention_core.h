@@ -5,12 +5,15 @@
 
 namespace dflash_ray {
 
-constexpr int kSplit = 256;         // positions of a context that are summed apart
+constexpr int kSplit = 256;    // positions of a context that are summed apart
+constexpr int kTileRows = 16;  // of an entry, that read keys and values together
 constexpr int kMostHeadSize = 256;
 
-// Columns of a plan, which has a line for each row that attends; the order is that of kernels/attention.py.
-enum AttentionColumn { kAttentionRow, kAttentionContext, kAttentionPosition, kAttentionTotal, kAttentionFirstRow,
-                       kAttentionPageAt, kAttentionColumns };
+// Columns of a plan's tables; the order is that of kernels/attention.py. A row's splits are summed into as many parts,
+// from its first part on; a row of no part attends to nothing. An entry of one part sums all splits into it.
+enum RowAttention { kRowPlace, kRowTotal, kRowPartAt, kRowParts, kRowAttentionColumns };
+enum TileAttention { kTileEntryRow, kTileContext, kTilePageAt, kTileBefore, kTileNumRows, kTileParts, kTileIsTree,
+                     kTileColumns };
 
 // Keys and values in pages, and which of them the rows of a step see. Everything is on the device.
 struct AttentionView {
@@ -18,35 +21,37 @@ struct AttentionView {
   const void* keys;        // [cache rows, kv_heads, size]
   const void* values;      // the same
   const int64_t* slots;    // [T] cache rows of the step's own rows
-  const int64_t* plan;     // [N, kAttentionColumns]
+  const int64_t* rows;     // [T, kRowAttentionColumns]
+  const int64_t* tiles;    // [N, kTileColumns]; those of no rows are empty
   const int64_t* pages;    // page tables of all entries in a row
-  const int64_t* paths;    // [N, depth] own rows on the way to a row, from the entry's first on; null for chains
-  int64_t query_stride, num_rows, num_lines, depth, page_size, num_splits;
+  const int64_t* paths;    // [T, depth] own rows on the way to a row, from the entry's first on; null for chains
+  int64_t query_stride, num_rows, num_tiles, depth, page_size, num_splits, num_parts;
   int heads, kv_heads, size, window;
   bool is_causal;
   float scale, softcap;
   Kind kind;
 
-  DFLASH_FN int64_t row(int64_t line) const { return plan[line * kAttentionColumns + kAttentionRow]; }
+  // Positions from begin on, below end.
+  struct Span {
+    int begin = 0, end = 0;
+  };
 
-  // Positions that a line's row sees: from begin on, below end.
-  DFLASH_FN int64_t begin(int64_t line) const {
-    const int64_t first = plan[line * kAttentionColumns + kAttentionPosition] - window + 1;
-    return window > 0 && first > 0 ? first : 0;
+  // What a row sees.
+  DFLASH_FN Span seen(int64_t row) const {
+    const int64_t* mine = rows + row * kRowAttentionColumns;
+    const int position = static_cast<int>(mine[kRowPlace]), total = static_cast<int>(mine[kRowTotal]);
+    Span span;
+    if (mine[kRowParts] == 0) return span;
+    if (window > 0 && position - window + 1 > 0) span.begin = position - window + 1;
+    span.end = is_causal ? position + 1 : window > 0 && position + window < total ? position + window : total;
+    return span;
   }
-  DFLASH_FN int64_t end(int64_t line) const {
-    const int64_t* mine = plan + line * kAttentionColumns;
-    if (is_causal) return mine[kAttentionPosition] + 1;
-    const int64_t last = mine[kAttentionPosition] + window;
-    return window > 0 && last < mine[kAttentionTotal] ? last : mine[kAttentionTotal];
+
+  DFLASH_FN int64_t first_part(int64_t row, int64_t head) const {
+    const int64_t* mine = rows + row * kRowAttentionColumns;
+    return mine[kRowPartAt] * heads + head * mine[kRowParts];
   }
-  // The cache row of what it sees at a position.
-  DFLASH_FN int64_t cache_row(int64_t line, int64_t position) const {
-    const int64_t* mine = plan + line * kAttentionColumns;
-    const int64_t own = position - mine[kAttentionContext];
-    if (own < 0) return pages[mine[kAttentionPageAt] + position / page_size] * page_size + position % page_size;
-    return slots[mine[kAttentionFirstRow] + (paths ? paths[line * depth + own] : own)];
-  }
+  DFLASH_FN int64_t parts_of(int64_t row) const { return rows[row * kRowAttentionColumns + kRowParts]; }
 };
 
 }  // namespace dflash_ray

@@ -11,7 +11,6 @@ TORCH_LIBRARY(dflash_ray, library) {
   library.def("pack_linear(Tensor weight) -> Tensor");
   library.def("packed_linear(Tensor x, Tensor packed, Tensor? bias, int out_features) -> Tensor");
   library.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
-  library.def("silu_and_mul(Tensor gate_up) -> Tensor");
   library.def(
       "paged_attention(Tensor query, Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, "
       "Tensor slots, Tensor entry_lens, Tensor context_lens, Tensor page_counts, Tensor pages, int page_size, "
@@ -33,7 +32,6 @@ TORCH_LIBRARY_IMPL(dflash_ray, CPU, library) {
   library.impl("pack_linear", &dflash_ray::pack_linear_cpu);
   library.impl("packed_linear", &dflash_ray::packed_linear_cpu);
   library.impl("rms_norm", &dflash_ray::rms_norm_cpu);
-  library.impl("silu_and_mul", &dflash_ray::silu_and_mul_cpu);
   library.impl("paged_attention", &dflash_ray::paged_attention_cpu);
   library.impl("move_rows", &dflash_ray::move_rows_cpu);
   library.impl("decoder_layers", &dflash_ray::decoder_layers_cpu);

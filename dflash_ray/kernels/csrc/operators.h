@@ -15,7 +15,6 @@ at::Tensor packed_linear_cpu(const at::Tensor& x, const at::Tensor& packed, cons
 
 at::Tensor rms_norm_cpu(const at::Tensor& x, const at::Tensor& weight, double eps);
 
-at::Tensor silu_and_mul_cpu(const at::Tensor& gate_up);
 
 at::Tensor paged_attention_cpu(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                                at::Tensor& key_cache, at::Tensor& value_cache, const at::Tensor& slots,

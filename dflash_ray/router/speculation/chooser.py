@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
 from dflash_ray.core.arrays import Ints
 from dflash_ray.router.speculation.choice import best_rows, is_drafted, share, until, worths
 from dflash_ray.router.speculation.cost_model import Batch, CostModel
 from dflash_ray.router.speculation.ledger import Ledger
-from dflash_ray.router.speculation.outlook import Outlook
+from dflash_ray.router.speculation.outlook import Outlook, SpeculativeStep
 from dflash_ray.router.speculation.pauses import Pauses
 from dflash_ray.router.speculation.records import MOST_DRAFTS, Floats, Reason
 
@@ -17,10 +19,27 @@ _DOUBT = 1.0  # and so many standard errors of the plain time;
 _KEPT_GAIN = 1.0  # and while drafts have been paying
 _TRIAL_RATE = 0.7  # acceptance that a trial hopes for
 _TRIAL_ROOM = 0.5  # of the loss that is allowed
+_AT_RISK = 0.5  # of what a step may lose, before its result is there
 _SPARE_SLOTS = 2  # asked for beyond what is expected to be verified, where slots cost time
 _SLOT_PRICE = 0.02  # of a step's time
 _NONE = np.zeros(1, np.int64)
 _HOPE = np.cumprod(np.full(MOST_DRAFTS, _TRIAL_RATE))
+
+
+class Rows(NamedTuple):
+    """Rows of drafts in a step.
+
+    Attributes:
+        best: how many promise most.
+        tokens: of the step then, in expectation.
+        most: how many the plan allows.
+        price: of a row, in tokens: what is worth less makes the step dearer than it gives.
+    """
+
+    best: int
+    tokens: float
+    most: int
+    price: float
 
 
 class Chooser:
@@ -38,6 +57,7 @@ class Chooser:
         max_rows: int,
         fixed: Ints,
         is_colocated: bool,
+        at_risk: float = 0.0,
     ) -> tuple[Reason, Ints | None, float]:
         """Why, what to ask of drafters, and how long the step may take.
 
@@ -47,6 +67,7 @@ class Chooser:
             batch: the step without any drafts that are chosen here.
             max_rows: of those.
             fixed: [n] drafts that are asked for whatever they promise.
+            at_risk: seconds that steps in flight may lose, which the account does not know of yet.
         """
         reason = self._plain_reason(batch)
         if reason is not None:
@@ -58,7 +79,7 @@ class Chooser:
         plain_rate = batch.num_sequences / (plain - prompts)
         least = _KEPT_GAIN if self._pauses.is_gaining else _LEAST_GAIN + _DOUBT * self._costs.plain_error(batch)
         promised = least * plain_rate
-        room = self._ledger.room(plain - prompts)
+        room = self._ledger.room(plain - prompts) - at_risk
         most_slots = int(draft_room.max(initial=0))
 
         def best(drafts: Floats, most: float) -> tuple[float, float, Ints]:
@@ -89,11 +110,13 @@ class Chooser:
             if hoped < promised:
                 self._pauses.no_hope()
             elif rate < promised or not asks.any():
-                self._pauses.rest()
+                if not at_risk:
+                    self._pauses.rest()
             elif self._may_draft(is_colocated):
                 return Reason.TRIAL, asks, plain + room
         if unbound >= promised:
-            self._pauses.rest()
+            if not at_risk:  # else it may be allowed as soon as a result is there
+                self._pauses.rest()
             return Reason.REST, None, np.inf
         return Reason.NO_GAIN, None, np.inf
 
@@ -105,15 +128,25 @@ class Chooser:
         wanted = share(drafts * (asks > 0)[:, None], num_rows) + _SPARE_SLOTS
         return np.minimum(asks, wanted)
 
-    def rows(self, survival: Floats, batch: Batch, max_rows: int, outlook: Outlook) -> tuple[int, float]:
-        """How many rows, and the tokens of the step; the wait for the drafts is part of it whatever is chosen."""
+    def rows(self, survival: Floats, batch: Batch, max_rows: int, outlook: Outlook) -> Rows:
+        """How many rows promise most; the wait for the drafts is part of it whatever is chosen."""
         rows, gains = best_rows(survival, max(0, max_rows))
         passes = self._costs.pass_seconds(batch, rows)
         seconds = passes + self._wait(outlook.num_asked, outlook.num_slots, batch, float(passes[0]))
         rates = (batch.num_sequences + gains) / (seconds - self._costs.prompt_seconds(batch))
         rates[1:][seconds[1:] > outlook.max_seconds] = 0.0
         best = int(np.argmax(rates))
-        return int(rows[best]), batch.num_sequences + float(gains[best])
+        most = int(np.max(rows, where=seconds <= outlook.max_seconds, initial=0))
+        price = float(passes[-1] - passes[0]) / max(1, int(rows[-1]))
+        return Rows(int(rows[best]), batch.num_sequences + float(gains[best]), most, float(rates[best]) * price)
+
+    def at_risk(self, step: SpeculativeStep) -> float:
+        """Seconds that a step is thought to lose which takes longer than a plain one: all if no draft is accepted."""
+        if not step.is_drafted:
+            return 0.0
+        passes = self._costs.pass_seconds(step.batch, np.array([0, step.num_likely]))
+        wait = self._wait(*step.asked_inside, step.batch, float(passes[0])) - self._costs.host_seconds
+        return _AT_RISK * (float(passes[1] - passes[0]) + max(0.0, wait))
 
     def _may_draft(self, is_colocated: bool) -> bool:
         return is_colocated or self._pauses.may_draft()

@@ -22,9 +22,11 @@ from dflash_ray.router.speculation.outlook import (
     PLAIN,
     Outlook,
     SpeculativeStep,
+    Verified,
     merged,
     plain_step,
 )
+from dflash_ray.router.speculation.own_cut import OwnCut
 from dflash_ray.router.speculation.pauses import Pauses
 from dflash_ray.router.speculation.records import MOST_DRAFTS, Candidates, Floats, Policy, Reason, SpeculationCounts
 
@@ -42,7 +44,8 @@ class SpeculationController:
     Attributes:
         prefers_ngram: whether n-grams may take a drafter's place.
         is_colocated: the drafter drafts behind a step's pass, inside the step.
-        runs_ahead: a plain step that is known to be one is sent while the step before it runs.
+        runs_ahead: a step of which it is known what it is to be is sent while the step before it runs.
+        least_own_log_prob: where the target is to cut the own drafts of the last `cut`; 0 where it is not.
     """
 
     def __init__(self, num_slots: int, prefers_ngram: bool = True, is_colocated: bool = False) -> None:
@@ -61,7 +64,12 @@ class SpeculationController:
         self._steps: deque[SpeculativeStep] = deque()
         self._last_result = 0.0
         self._has_drafted = False  # the step before
-        self._hand_over = 0.0  # what a step ahead takes beyond its pass
+        self._hand_over = 0.0  # what a step ahead takes beyond its pass,
+        self._waiting = 0.0  # and one that is not, beyond that
+        self._waits = False  # the next step is not sent ahead, for the sake of its drafts
+        self.least_own_log_prob = 0.0
+        self._own_cut = OwnCut()
+        self._cuts_trials = True
         self._pauses = Pauses()
         self._chooser = Chooser(self.costs, self.ledger, self._pauses)
         self._lesson: Lesson | None = None
@@ -75,6 +83,14 @@ class SpeculationController:
         self.acceptance.open(slot)
         if self._is_free[slot]:
             self._pauses.opened()
+
+    @property
+    def _at_risk(self) -> float:
+        """What steps before the one that is planned may lose, whose results are not known."""
+        if not self.is_colocated or not self.costs.is_known:
+            return 0.0
+        steps = (*self._steps, self._cut) if self._cut is not None else self._steps
+        return float(sum(map(self._chooser.at_risk, steps)))
 
     @property
     def has_lesson(self) -> bool:
@@ -148,7 +164,7 @@ class SpeculationController:
         fixed_rows = int(room[is_fixed].sum())
         around = replace(batch, num_rows=batch.num_rows + min(fixed_rows, max_rows))
         reason, drafted, most = self._chooser.choose(
-            drafts, ngrams, draft_room, around, max_rows - fixed_rows, asks, self.is_colocated
+            drafts, ngrams, draft_room, around, max_rows - fixed_rows, asks, self.is_colocated, self._at_risk
         )
         asks = np.where(is_free, 0 if drafted is None else drafted, asks)
         self._look_out(cohort, Outlook(reason, int(np.count_nonzero(asks)), int(asks.sum()), most, now))
@@ -157,6 +173,26 @@ class SpeculationController:
     def has_fixed(self, slots: Ints) -> bool:
         """Whether some of these want a fixed number of drafts."""
         return bool(np.count_nonzero(self._is_fixed[slots]))
+
+    def lacks_own(self, slots: Ints, num_own: Ints, room: Ints) -> bool:
+        """Whether some of these want a fixed number of drafts, have room for some, and are to get no own ones."""
+        self._waits = bool(np.count_nonzero(self._is_fixed[slots] & (num_own == 0) & (room > 0)))
+        return self._waits
+
+    def waits_for_ngrams(self, candidates: Candidates, batch: Batch) -> bool:
+        """Whether n-grams promise more tokens than the time brings that a step saves which does not wait for them.
+
+        Of the candidates `draft_room` is how many own drafts are to come.
+        """
+        slots = candidates.slots
+        if not np.count_nonzero(candidates.ngram_lens):
+            return False
+        ngrams = self.acceptance.ngram_survival(candidates.match_lens, candidates.ngram_lens).sum(axis=1)
+        drafts = until(self.acceptance.survival(slots), candidates.draft_room).sum(axis=1)
+        gain = float(np.maximum(0.0, ngrams - drafts)[self._is_free[slots]].sum())
+        pass_seconds = float(self.costs.pass_seconds(batch, np.zeros(1, np.int64))[0])
+        self._waits = gain / batch.num_sequences * pass_seconds > self._waiting
+        return self._waits
 
     def is_plain_next(self, cohort: int = 0) -> bool:
         """Whether the last plan is a plain step that asks for nothing."""
@@ -194,13 +230,15 @@ class SpeculationController:
         batch: Batch,
         max_rows: int,
         cohort: int = 0,
+        may_cut: Flags | None = None,
     ) -> tuple[Ints, Flags]:
         """How many drafts each sequence verifies in the step that is about to be sent, and whether its n-gram's.
 
         Args:
-            draft_lens: drafts that came from drafters.
+            draft_lens: drafts that came from drafters, or are to come from the group's own.
             log_probs: [n, MOST_DRAFTS] of them; nan where there is none.
             batch: the step without any drafts.
+            may_cut: of own drafts, whether the target may leave some out by what their drafter says of them.
         """
         slots = candidates.slots
         is_free = self._is_free[slots]
@@ -209,21 +247,27 @@ class SpeculationController:
         from_ngram = draft_lens == 0
         counts = np.where(self._is_fixed[slots], np.where(from_ngram, ngram_lens, draft_lens), 0)
         outlook = self._outlooks.pop(cohort, NO_OUTLOOK)
-        tokens = float(batch.num_sequences)
+        tokens, num_likely, self.least_own_log_prob = float(batch.num_sequences), 0, 0.0
         if np.count_nonzero(is_free) and outlook.reason not in PLAIN and self.costs.is_known:
             batch = replace(batch, num_rows=batch.num_rows + min(int(counts.sum()), max_rows))
             drafts = until(self.acceptance.survival_of(slots, log_probs, candidates.parents), draft_lens)
             ngrams = self.acceptance.ngram_survival(candidates.match_lens, ngram_lens)
             is_better = ngrams.sum(axis=1) > drafts.sum(axis=1)
             survival = np.where((is_better & is_free)[:, None], ngrams, drafts * is_free[:, None])
-            num_rows, tokens = self._chooser.rows(survival, batch, max_rows - int(counts.sum()), outlook)
+            rows = self._chooser.rows(survival, batch, max_rows - int(counts.sum()), outlook)
+            num_rows, num_likely, tokens = rows.best, rows.best, rows.tokens
             if outlook.reason == Reason.TRIAL:  # that something is learnt of drafts, whatever they promise
                 num_rows = max(num_rows, -(-len(slots) // _TRIAL_EACH))
-            counts = np.where(is_free, share(survival, num_rows), counts)
+            shares = share(survival, num_rows)
+            is_cut = outlook.reason == Reason.GAIN or (outlook.reason == Reason.TRIAL and self._cuts_trials)
+            if may_cut is not None and num_rows and is_cut and not counts.any():
+                self.least_own_log_prob = self._own_cut.least_log_prob(rows.price)
+                shares = np.where(may_cut & ~is_better, share(survival, rows.most), shares)
+            counts = np.where(is_free, shares, counts)
             from_ngram = np.where(is_free, is_better, from_ngram)
         self._cut = SpeculativeStep(
             batch, outlook, slots, counts, from_ngram, is_free, log_probs, candidates.match_lens, tokens,
-            parents=candidates.parents,
+            parents=candidates.parents, num_likely=num_likely,
         )  # fmt: skip
         return counts, from_ngram
 
@@ -245,7 +289,9 @@ class SpeculationController:
         if np.count_nonzero(is_in) < len(is_in):
             step.keep(is_in)
         step.sent_at = now
-        step.wait = max(0.0, now - max(self._last_result, step.outlook.planned_at))
+        is_ahead = self.runs_ahead and len(self._steps) > 0
+        step.wait = 0.0 if is_ahead else max(0.0, now - max(self._last_result, step.outlook.planned_at))
+        step.waits, self._waits = self._waits, False
         self._steps.append(step)
 
     def step_done(
@@ -256,6 +302,7 @@ class SpeculationController:
         rows_spared: int = 0,
         pass_seconds: float = 0.0,
         is_accepted: Flags | None = None,
+        own: Verified | None = None,
     ) -> None:
         """The oldest step in flight was answered.
 
@@ -265,9 +312,14 @@ class SpeculationController:
             rows_spared: of prompts, that were not computed.
             pass_seconds: of the target alone, as it says; 0 where it does not.
             is_accepted: [num_slots, MOST_DRAFTS] of a step with trees, which drafts were kept.
+            own: of a step with own drafts.
         """
         self.learn()
         step = self._steps.popleft()
+        if own is not None:
+            step.take(own)
+            if step.outlook.reason == Reason.TRIAL:  # one in which nothing was left to verify taught nothing
+                self._cuts_trials = bool(np.count_nonzero(step.counts))
         if rows_spared:
             batch = step.batch
             step.batch = replace(
@@ -276,10 +328,12 @@ class SpeculationController:
         accepted = accepted[step.slots]
         busy = max(1e-6, now - max(step.sent_at, self._last_result) - draft_seconds)
         late = 0.0
-        if self.runs_ahead and pass_seconds and not step.is_drafted:
+        if self.runs_ahead and pass_seconds and (self.is_colocated or not step.is_drafted):
             ahead = self._as_if_ahead(step, busy, pass_seconds)
-            late = step.wait + busy - ahead if self._has_drafted else 0.0
+            late = step.wait + busy - ahead if (step.waits if self.is_colocated else self._has_drafted) else 0.0
             busy = ahead
+            if step.is_drafted:
+                step.wait, late = late, 0.0
         self._last_result, self._has_drafted = now, step.is_drafted
         has_choice = bool(np.count_nonzero(step.is_free))
         if len(step.slots) and not has_choice:
@@ -293,11 +347,13 @@ class SpeculationController:
             self.learn()
 
     def _as_if_ahead(self, step: SpeculativeStep, busy: float, pass_seconds: float) -> float:
-        """What a plain step takes where all are plain: those that were not sent ahead waited for the router as well."""
+        """What a step takes where all are sent ahead: those that were not waited for the router as well."""
         if step.sent_at < self._last_result:
             self._hand_over += _HAND_OVER_RATE * (max(0.0, busy - pass_seconds) - self._hand_over)
             return busy
-        return min(busy, pass_seconds + self._hand_over)
+        ahead = min(busy, pass_seconds + self._hand_over)
+        self._waiting += _HAND_OVER_RATE * (step.wait + busy - ahead - self._waiting)
+        return ahead
 
     def learn(self) -> None:
         """Takes in the last step, where that was left for when there is time: it was a plain one."""
@@ -309,6 +365,9 @@ class SpeculationController:
         if not step.is_free.any() and not step.counts.any():
             return
         saved = keep_account(self.costs, self.acceptance, self.ledger, self.counts, lesson)
+        if step.has_own and step.parents is None:
+            survival = self.acceptance.survival_of(step.slots, step.log_probs)
+            self._own_cut.saw(step.log_probs, survival, np.where(step.from_ngram, 0, step.counts))
         learn_acceptance(self.acceptance, step, lesson.accepted, lesson.is_accepted)
         has_hit = bool((lesson.accepted[step.is_free] > 0).any())
         self._pauses.step_done(step.outlook.reason, step.outlook.num_asked > 0, has_hit, saved)

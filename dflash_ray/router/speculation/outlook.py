@@ -29,6 +29,21 @@ class Outlook:
     planned_at: float
 
 
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """The own drafts of a step, as its result tells of them.
+
+    Attributes:
+        counts: [num_slots] drafts that there were.
+        log_probs: [num_slots, MOST_DRAFTS] their drafter's own; nan where there is none.
+        parents: [num_slots, MOST_DRAFTS] as in `trees`; None where all are chains.
+    """
+
+    counts: Ints
+    log_probs: Floats
+    parents: Ints | None
+
+
 @dataclass(slots=True)
 class SpeculativeStep:
     """What will be verified, or is."""
@@ -44,13 +59,25 @@ class SpeculativeStep:
     tokens: float  # expected
     sent_at: float = 0.0
     wait: float = 0.0
+    waits: bool = False  # it was not sent ahead, for the sake of its drafts
     asked_inside: tuple[int, int] = (0, 0)  # sequences and slots that the colocated drafter drafts for after the pass
     parents: Ints | None = None  # of drafters' drafts, where not all are chains
+    num_likely: int = 0  # rows of drafts chosen here, in expectation; of own ones the target may leave more, or fewer
+    has_own: bool = False  # its own drafts were told of
 
     @property
     def is_drafted(self) -> bool:
         """Whether drafts were asked for, or verified."""
         return bool(self.outlook.num_asked or self.asked_inside[0] or self.counts.any())
+
+    def take(self, own: Verified) -> None:
+        """Which own drafts there were is known now; until then it was how many there might be."""
+        counts = np.where(self.from_ngram, self.counts, np.minimum(self.counts, own.counts[self.slots]))
+        num_missing = int((self.counts - counts)[~self.is_free].sum())
+        self.batch = replace(self.batch, num_rows=self.batch.num_rows - num_missing)
+        self.has_own = True
+        self.counts, self.log_probs = counts, own.log_probs[self.slots]
+        self.parents = None if own.parents is None else own.parents[self.slots]
 
     def keep(self, is_in: Flags) -> None:
         """Leaves out the other sequences."""

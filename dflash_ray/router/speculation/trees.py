@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from dflash_ray.core.arrays import Flags, Ints, Tokens
+from dflash_ray.core.arrays import Flags, Ints
 from dflash_ray.router.speculation.records import Floats
 
 
@@ -32,26 +32,6 @@ def survival_in_trees(rates: Floats, parents: Ints) -> Floats:
         chances[:, node + 1] = chances[rows, parents[:, node]] * rates[:, node]
     survival: Floats = np.minimum.accumulate(chances[:, 1:], axis=1)
     return survival
-
-
-def accepted_nodes(parents: Ints, drafts: Tokens, counts: Ints, tokens: Tokens, accepted: Ints) -> Flags:
-    """Which drafts [n, k] were accepted.
-
-    Args:
-        drafts: [n, k] of which the first `counts` were verified.
-        tokens: [n, d] that were committed, of which the first `accepted` are drafts.
-    """
-    rows, places = np.arange(len(parents)), np.arange(parents.shape[1])
-    is_accepted = np.zeros(parents.shape, np.bool_)
-    at = np.zeros(len(parents), np.int64)
-    for depth in range(int(accepted.max(initial=0))):
-        is_next = (parents == at[:, None]) & (drafts == tokens[:, depth, None]) & (places < counts[:, None])
-        is_next[depth >= accepted] = False
-        node = is_next.argmax(axis=1)
-        found = is_next[rows, node]
-        is_accepted[rows[found], node[found]] = True
-        at = np.where(found, node + 1, -1)
-    return is_accepted
 
 
 def judged_nodes(parents: Ints, counts: Ints, is_accepted: Flags) -> Flags:

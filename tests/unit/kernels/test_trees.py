@@ -7,9 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dflash_ray.kernels import build, ops, reference
-from dflash_ray.kernels.padded import PaddedStep
-from dflash_ray.kernels.trees import depths_of, lineages
-from tests.unit.kernels.test_forward import PAGE_SIZE, normal, step
+from dflash_ray.kernels.trees import depths_of
+from tests.unit.kernels.test_forward import normal, step
 
 needs_compiler = pytest.mark.skipif(
     not build.is_loaded_for("cpu"), reason="no C++ compiler: operators run in plain torch here"
@@ -38,19 +37,15 @@ SHAPES = {
 @needs_compiler
 @given(forest=st.lists(st.tuples(trees(), st.integers(0, 40)), min_size=1, max_size=4), **SHAPES)
 @settings(deadline=None, max_examples=100)
-def test_attention_in_trees_equals_torch_compiled_and_padded(forest, kv_heads, group, size, window, softcap):
+def test_attention_in_trees_equals_torch(forest, kv_heads, group, size, window, softcap):
     arguments = step([(len(parents), context) for parents, context in forest], kv_heads * group, kv_heads, size)
     parents = torch.tensor([parent for tree, _ in forest for parent in tree])
-    copies, padded_copies = (
-        [each.clone() if isinstance(each, torch.Tensor) else each for each in arguments] for _ in range(2)
-    )
+    copies = [each.clone() if isinstance(each, torch.Tensor) else each for each in arguments]
     kind = {"scale": size**-0.5, "window": window, "softcap": softcap, "is_causal": True}
     got = ops.paged_attention(*arguments, **kind, parents=parents)
     want = reference.paged_attention(*copies, **kind, parents=parents)
     assert torch.allclose(got, want, atol=1e-5)
     assert all(torch.equal(arguments[cache], copies[cache]) for cache in (3, 4)), "the caches hold the new rows"
-    padded = PaddedStep(*(table.numpy() for table in arguments[6:10]), parents.numpy(), arguments[5], PAGE_SIZE)
-    assert torch.allclose(padded.attend(*padded_copies[:5], **kind), want, atol=1e-5)
 
 
 @needs_compiler
@@ -78,13 +73,11 @@ def test_a_row_of_a_tree_is_to_the_bit_the_row_of_the_chain_that_it_follows(
 
 
 @given(trees(max_rows=12))
-def test_depths_and_lineages_are_those_of_the_paths(parents):
+def test_depths_are_those_of_the_paths(parents):
     column = np.array(parents)
     assert depths_of(column, np.zeros_like(column)).tolist() == [
         len(path_of(parents, row)) - 1 for row in range(len(parents))
     ]
-    for row, follows in enumerate(lineages(column[None])[0]):
-        assert np.flatnonzero(follows).tolist() == sorted(path_of(parents, row))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

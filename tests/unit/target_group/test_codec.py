@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from dflash_ray.core.arrays import packed, unpacked
-from dflash_ray.core.draft_blocks import BlockColumns, DraftBlock, to_message
 from dflash_ray.kernels.columns import Finish
 from dflash_ray.pb import common_pb2, target_pb2
 from dflash_ray.sampling.logprobs import Logprobs
@@ -34,9 +33,10 @@ def test_a_steps_columns_arrive_with_ids_of_all_64_bits_and_probabilities_of_dra
         base_lens=[12, 13], num_drafts=[2, 0], draft_token_ids=packed(ints([5, 6])), draft_parents=[0, 1],
         num_draft_candidates=[1, 0], draft_candidate_ids=[5, 6], draft_log_probs=[-0.5, -math.inf],
         colocated_draft_ids=[7], colocated_num_drafts=[3],
+        num_own_drafts=[0, 5], least_own_log_prob=-1.5, is_ahead=True,
     )  # fmt: skip
     step = decode_step(message)
-    assert (step.step_id, step.epoch, step.tree_width) == (3, LARGEST, 1)
+    assert (step.step_id, step.tree_width) == (3, 1)
     assert (step.close.tolist(), step.prefill_ids.tolist(), step.verify_ids.tolist()) == (
         [LARGEST], [4], [LARGEST - 1, 7]
     )  # fmt: skip
@@ -46,6 +46,7 @@ def test_a_steps_columns_arrive_with_ids_of_all_64_bits_and_probabilities_of_dra
     assert (drafts.num_candidates.tolist(), drafts.candidate_ids.tolist()) == ([1, 0], [5, 6])
     assert drafts.candidate_probs.tolist() == [np.float32(math.exp(-0.5)), 0.0]
     assert (step.draft_ids.tolist(), step.draft_counts.tolist()) == ([7], [3])
+    assert (step.own_counts.tolist(), step.least_own_log_prob, step.is_ahead) == ([0, 5], -1.5, True)
 
 
 def test_a_log_probability_beyond_all_numbers_is_decoded_without_a_warning():
@@ -86,13 +87,13 @@ def test_a_sequence_arrives_as_it_was_opened(fields, expected):
 
 def test_a_results_columns_leave_as_they_are():
     scores = Logprobs(np.array([-0.5, -1.5]), np.array([[1, 2], [3, 4]]), np.array([[-0.25, -0.5], [-1.0, -1.25]]))
-    block = DraftBlock(4, 9, np.array([[5], [6]], dtype=np.uint32), np.zeros((2, 1), dtype=np.float32))
     output = StepOutput(
-        step_id=8, epoch=2, sequence_ids=ids([LARGEST, 4]), statuses=ints([1, 5]), committed_lens=ints([9, 3]),
+        step_id=8, sequence_ids=ids([LARGEST, 4]), statuses=ints([1, 5]), committed_lens=ints([9, 3]),
         num_accepted=ints([1, 0]), num_tokens=ints([2, 0]), token_ids=ints([7, 8]), finishes=ints([2, 0]),
         errors=["why"], logprobs=[scores], prompt_logprobs=[PromptLogprobs(4, 1, scores.part(0, 1, 0))],
         free_pages=11, kv_lens=ints([8]), cached_lens=ints([4]),
-        colocated_drafts=BlockColumns.of(to_message(2, [block])), forward_ns=1, verify_ns=2, draft_ns=3,
+        own_counts=ints([2]), own_log_probs=np.array([-0.5, -2.0], np.float32), own_parents=ints([0, 0]),
+        accepted_drafts=ints([2]), forward_ns=1, verify_ns=2, draft_ns=3,
     )  # fmt: skip
     result = target_pb2.StepResult.FromString(encode_result(output).SerializeToString())
     assert (result.step_id, list(result.sequence_ids), list(result.statuses)) == (8, [LARGEST, 4], [1, 5])
@@ -109,8 +110,8 @@ def test_a_results_columns_leave_as_they_are():
     assert list(told.top_logprobs) == [-0.25, -0.5, -1.0, -1.25]
     (part,) = result.prompt_logprobs
     assert (part.sequence_id, part.start, list(part.logprobs.chosen), part.logprobs.num_top) == (4, 1, [-0.5], 0)
-    drafted = BlockColumns.of(result.colocated_drafts).block(0)
-    assert (drafted.sequence_id, drafted.committed_len, drafted.draft_ids) == (4, 9, [5, 6])
-    assert result.colocated_drafts.epoch == 2
+    assert list(result.num_own_drafts) == [2] and np.frombuffer(result.own_log_probs, "<f4").tolist() == [-0.5, -2.0]
+    assert unpacked("own_parents", result.own_parents).tolist() == [0, 0]
+    assert unpacked("accepted_drafts", result.accepted_drafts).tolist() == [2]
     timings = result.timings
     assert (timings.forward_ns, timings.verify_ns, timings.draft_ns) == (1, 2, 3)

@@ -15,6 +15,7 @@ from dflash_ray.target_group.feature_store import FeatureStore
 from dflash_ray.target_group.model import RankModel
 from dflash_ray.target_group.runner import GroupRunner
 from tests.drafter.published import changed, random_weights
+from tests.own_drafter import run_ahead
 from tests.steps import PROMPT, opening, step_of, tokens_of, verify_step
 from tests.unit.target_group.conftest import CONFIG
 from tests.unit.target_group.test_engine import OK
@@ -189,3 +190,13 @@ def test_a_session_lost_to_a_fault_is_not_begun_anew_with_rows_that_are_found(bu
     for _ in range(3):
         assert {at: generate(engine, (at,))[0][at] for at in truth} == truth
     assert method.num_failed
+
+
+@pytest.mark.parametrize(
+    "breaks", [{}, {"breaks": ("propose",), "after": 3}, {"breaks": ("extend",), "after": 5}], ids=str
+)
+def test_steps_ahead_give_the_same_tokens_whatever_becomes_of_the_drafter(build, truth, breaks):
+    engine, drafter, _ = build(**breaks)
+    tokens = {at: [*PROMPT, at] for at in truth}
+    opened = [opening(at, tokens[at], max_new=NUM_NEW, temperature=0.8, wants_features=True) for at in truth]
+    assert run_ahead(engine, opened)[0] == truth and len(drafter) == 0

@@ -78,7 +78,8 @@ def test_a_layer_is_nine_operators(tmp_path, monkeypatch):
     paged = PagedStep(step, cache, "cpu")
     expected = run(decoder, cache, TOKENS[9:12], 9)[0]
     tables = StepTables(*(table.numpy() for table in paged.tables))
-    paged.attention = PagedAttention(tables, paged.slots, PAGE, torch.ops.dflash_ray_emulated.attend_pages)
+    operator = torch.ops.dflash_ray_emulated.attend_pages
+    paged.attention = PagedAttention.of_step(tables, paged.slots, PAGE, operator)
     count = _Count()
     with torch.inference_mode(), count:
         hidden, _ = decoder(step, paged)

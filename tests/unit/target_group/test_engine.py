@@ -9,7 +9,7 @@ from dflash_ray.target_group.step import EntryStatus
 from tests.steps import PROMPT, VOCAB, garbage, opening, oracle, plain, run, step_of, tokens_of, verify_step
 from tests.unit.target_group.conftest import CONFIG
 
-OK, STALE, UNKNOWN, NO_PAGES, FAILED = EntryStatus
+OK, STALE, UNKNOWN, NO_PAGES, FAILED, ENDED = EntryStatus
 PENALISED = {"temperature": 1.0, "frequency_penalty": 0.5, "repetition_penalty": 1.2}
 
 

@@ -180,8 +180,8 @@ class Watched:
         self._runner, self.device = runner, runner.device
         self._arrays: list[weakref.ref] = []
 
-    def forward(self, batch) -> StepHidden:
-        hidden = self._runner.forward(batch)
+    def forward(self, batch, columns) -> StepHidden:
+        hidden = self._runner.forward(batch, columns)
         if hidden.features is None:
             return hidden
         array = hidden.features.numpy().copy()

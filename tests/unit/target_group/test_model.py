@@ -4,9 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from dflash_ray.kernels.padded import PaddedStep
 from dflash_ray.models.target_checkpoint import resolve_target
-from dflash_ray.target_group.attention import PagedStep
 from dflash_ray.target_group.batch import StepBatch
 from dflash_ray.target_group.model import RankModel
 from tests.tiny import save_tiny_target
@@ -60,19 +58,6 @@ def test_scattered_pages_equal_contiguous_ones(rank_model, tokens, expected):
 
 def test_neighbours_in_a_ragged_batch_do_not_see_each_other(rank_model, tokens, expected):
     first, second = list(range(10)), list(range(20, 30))
-    logits(rank_model, (tokens[:20], 0, first), (tokens[:7], 0, second))
-    got = logits(rank_model, (tokens[20:25], 20, first), (tokens[7:8], 7, second))
-    assert torch.allclose(got, torch.cat([expected[20:25], expected[7:8]]), atol=1e-4)
-
-
-def test_attention_in_padded_products_equals_transformers(rank_model, tokens, expected, monkeypatch):
-    class Padded(PagedStep):
-        def __init__(self, batch, cache, device):
-            super().__init__(batch, cache, device)
-            self.attention = PaddedStep(*(table.numpy() for table in self.tables), self.slots, PAGE)
-
-    monkeypatch.setattr("dflash_ray.target_group.model.PagedStep", Padded)
-    first, second = [37, 3, 200, 11, 90, 4, 55, 56, 1, 0], list(range(20, 30))
     logits(rank_model, (tokens[:20], 0, first), (tokens[:7], 0, second))
     got = logits(rank_model, (tokens[20:25], 20, first), (tokens[7:8], 7, second))
     assert torch.allclose(got, torch.cat([expected[20:25], expected[7:8]]), atol=1e-4)

@@ -1,4 +1,4 @@
-// Norm, activation and attention of a forward pass on CPU as operators of their own, float32.
+// Norm and attention of a forward pass on CPU as operators of their own, float32.
 
 #include <ATen/ATen.h>
 
@@ -21,23 +21,6 @@ at::Tensor rms_norm_cpu(const at::Tensor& x, const at::Tensor& weight, double ep
   float* to = out.mutable_data_ptr<float>();
   in_ranges(count, std::max<int64_t>(1, 32768 / std::max<int64_t>(size, 1)), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) rms_norm_row(from + i * size, by, eps, size, to + i * size);
-  });
-  return out;
-}
-
-at::Tensor silu_and_mul_cpu(const at::Tensor& gate_up) {
-  const at::Tensor rows = gate_up.contiguous();
-  const int64_t size = rows.size(-1) / 2, count = size ? rows.numel() / (2 * size) : 0;
-  auto shape = rows.sizes().vec();
-  shape.back() = size;
-  at::Tensor out = at::empty(shape, rows.options());
-  const float* from = rows.const_data_ptr<float>();
-  float* to = out.mutable_data_ptr<float>();
-  in_ranges(count, std::max<int64_t>(1, 16384 / std::max<int64_t>(size, 1)), [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      const float* gate = from + 2 * row * size;
-      activate_and_multiply(Activation::kSilu, gate, gate + size, size, to + row * size);
-    }
   });
   return out;
 }

@@ -59,8 +59,13 @@ class Block {
 
   void barrier() { wait(Fiber::kAtBarrier); }
 
-  // Every lane of the warp gives eight bytes and gets those of all lanes, until its next exchange but one.
-  const uint64_t* exchange(uint64_t value) {
+  // What a lane gives at once.
+  struct Words {
+    uint64_t word[3] = {};
+  };
+
+  // Every lane of the warp gives its words and gets those of all lanes, until its next exchange but one.
+  const Words* exchange(const Words& value) {
     Shuffle& shuffle = shuffles_[current_ / kWarpSize];
     const unsigned turn = shuffle.turn;  // lanes that are behind still read the other half
     shuffle.values[turn][lane()] = value;
@@ -89,7 +94,7 @@ class Block {
 
  private:
   struct Shuffle {
-    uint64_t values[2][kWarpSize];
+    Words values[2][kWarpSize];
     unsigned turn = 0;
   };
 
@@ -186,6 +191,8 @@ inline Block& block() {
 template <class T, size_t kSize>
 class Shared : public SharedBase {
  public:
+  using Value = T;
+
   explicit Shared(const char* name) : name_(name) {}
 
   class Place {
@@ -296,26 +303,26 @@ uint64_t bits_of_value(T value) {
 template <class T>
 T __shfl_down_sync(unsigned, T value, int delta) {
   const unsigned from = simt::block().lane() + delta;
-  const uint64_t* all = simt::block().exchange(simt::bits_of_value(value));
-  return simt::value_of_bits<T>(all[from < simt::kWarpSize ? from : simt::block().lane()]);
+  const auto* all = simt::block().exchange({{simt::bits_of_value(value)}});
+  return simt::value_of_bits<T>(all[from < simt::kWarpSize ? from : simt::block().lane()].word[0]);
 }
 
 template <class T>
 T __shfl_sync(unsigned, T value, int from) {
-  return simt::value_of_bits<T>(simt::block().exchange(simt::bits_of_value(value))[from]);
+  return simt::value_of_bits<T>(simt::block().exchange({{simt::bits_of_value(value)}})[from].word[0]);
 }
 
 inline unsigned __ballot_sync(unsigned, bool vote) {
-  const uint64_t* all = simt::block().exchange(vote);
+  const auto* all = simt::block().exchange({{vote}});
   unsigned votes = 0;
-  for (unsigned lane = 0; lane < simt::kWarpSize; ++lane) votes |= static_cast<unsigned>(all[lane]) << lane;
+  for (unsigned lane = 0; lane < simt::kWarpSize; ++lane) votes |= static_cast<unsigned>(all[lane].word[0]) << lane;
   return votes;
 }
 
 inline unsigned __reduce_add_sync(unsigned, unsigned value) {
-  const uint64_t* all = simt::block().exchange(value);
+  const auto* all = simt::block().exchange({{value}});
   unsigned sum = 0;
-  for (unsigned lane = 0; lane < simt::kWarpSize; ++lane) sum += static_cast<unsigned>(all[lane]);
+  for (unsigned lane = 0; lane < simt::kWarpSize; ++lane) sum += static_cast<unsigned>(all[lane].word[0]);
   return sum;
 }
 

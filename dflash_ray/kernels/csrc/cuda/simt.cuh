@@ -10,7 +10,7 @@
 #define DFLASH_KERNEL __global__ void __launch_bounds__(kThreads)
 // So many blocks are to fit on a multiprocessor at least, which bounds the registers of a thread.
 #define DFLASH_KERNEL_FITTING(blocks) __global__ void __launch_bounds__(kThreads, blocks)
-#define DFLASH_SHARED(type, name, size) __shared__ type name[size]
+#define DFLASH_SHARED(type, name, size) __shared__ alignas(16) type name[size]
 #define DFLASH_SHARED_ADD(array, index, value) atomicAdd(&(array)[index], value)
 #define DFLASH_LAUNCH_WITH(threads, kernel, blocks, ...) \
   kernel<<<static_cast<unsigned>(blocks), threads, 0, static_cast<cudaStream_t>(current_stream())>>>(__VA_ARGS__)

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from dflash_ray.router.speculation.acceptance import Acceptance
 from dflash_ray.router.speculation.trees import (
-    accepted_nodes,
     by_depth,
     depths_of,
     judged_nodes,
@@ -39,12 +38,9 @@ def test_a_draft_is_worth_the_product_of_its_path_and_never_more_than_one_before
     assert depths_of(np.array([parents]))[0].tolist() == [len(path) - 1 for path in paths]
 
 
-def test_the_path_of_the_tokens_is_accepted_and_what_hangs_on_it_is_judged():
+def test_what_hangs_on_the_accepted_path_is_judged():
     parents = np.array([[0, 0, 2, 2, 4], [0, 1, 2, 3, 4]])
-    drafts = np.array([[7, 8, 1, 2, 3], [5, 6, 7, 8, 9]], np.uint32)
-    tokens = np.array([[8, 2, 9], [5, 0, 0]], np.uint32)
-    kept = accepted_nodes(parents, drafts, np.array([5, 3]), tokens, np.array([2, 1]))
-    assert kept.tolist() == [[False, True, False, True, False], [True, False, False, False, False]]
+    kept = np.array([[False, True, False, True, False], [True, False, False, False, False]])
     judged = judged_nodes(parents, np.array([5, 3]), kept)
     assert judged.tolist() == [[True] * 5, [True, True, False, False, False]]
     assert by_depth(judged, depths_of(parents)).tolist()[0] == [True, True, True, False, False]
