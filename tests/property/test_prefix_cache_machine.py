@@ -117,7 +117,7 @@ class PrefixCacheMachine(RuleBasedStateMachine):
         }
         kept: dict[int, tuple[list[int], bool]] = {}
 
-        def forward(batch) -> StepHidden:
+        def forward(batch, columns) -> StepHidden:
             """What is known of the entries, and the verdict on those that draw, once the engine says which run."""
             running = self._running(batch)
             self.runner.entries = [
@@ -133,7 +133,7 @@ class PrefixCacheMachine(RuleBasedStateMachine):
                     kept[at] = ([*drafts[:num_accepted], data.draw(st.integers(0, 1))], is_flagged)
                     starts.append(len(self.known[at].tokens) - 1)
             self.runner.verdict = verdict_of(list(kept.values()), starts)
-            return RememberingRunner.forward(self.runner, batch)
+            return RememberingRunner.forward(self.runner, batch, columns)
 
         self.runner.forward = forward
         output = self.engine.step(step_of(new, prefill, verify))
