@@ -72,6 +72,8 @@ class Chooser:
         reason = self._plain_reason(batch)
         if reason is not None:
             return reason, None, np.inf
+        if at_risk and not self._costs.knows_wait(batch.is_split):  # nor what the drafts under way will have cost
+            return Reason.NO_GAIN, None, np.inf
         num_fixed, fixed_slots = int(np.count_nonzero(fixed)), int(fixed.sum())
         usual = float(self._costs.pass_seconds(batch, _NONE)[0])
         plain = usual + self._wait(num_fixed, fixed_slots, batch, usual)

@@ -62,6 +62,10 @@ class CostModel:
         """Whether anything can be said of the target's passes."""
         return self._passes.is_known
 
+    def knows_wait(self, is_split: bool) -> bool:
+        """Whether a draft was ever waited for."""
+        return self._waits[is_split].is_known
+
     def num_plain(self, batch: Batch) -> int:
         """How many passes of such a batch without drafts were timed lately."""
         return self._passes.num_seen(_group(batch), batch.num_rows)
