@@ -101,6 +101,7 @@ def test_random_workloads_lose_at_most_2_percent_against_plain_decoding(random_w
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_many_random_workloads_lose_at_most_2_percent_against_plain_decoding(random_workloads):
     most = random_workloads.MOST_LOSS
     assert [seed for seed in range(4, 64) if random_workloads.run(seed)["stepwise"] > most] == []
