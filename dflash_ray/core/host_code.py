@@ -12,7 +12,6 @@ import hashlib
 import logging
 import os
 import platform
-import shutil
 import subprocess
 import tempfile
 from functools import cache
@@ -20,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock
 from numpy.typing import NDArray
 
+from dflash_ray.core.libraries import cache_dir, compiled_once, compiler
+
 logger = logging.getLogger(__name__)
-CACHE_ENV = "DFLASH_RAY_KERNEL_CACHE"
 SOURCE = Path(__file__).parent / "csrc" / "host.c"
 _FLAGS = ("-O3", "-std=c11", "-shared", "-fPIC", "-Wall")  # for any processor of its kind
 _Values = ctypes.c_char * 0
@@ -32,34 +31,18 @@ _Values = ctypes.c_char * 0
 _FUNCTIONS = {"copy_runs": 6, "gather_rows": 14, "page_tables": 6}
 
 
-def cache_dir() -> Path:
-    """Where libraries are kept: $DFLASH_RAY_KERNEL_CACHE, else dflash_ray/kernels in the user's cache."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get(CACHE_ENV) or Path(home) / "dflash_ray" / "kernels")
-
-
 def build() -> Path:
     """Compiles the library unless it is there. Raises RuntimeError with the compiler's text when that fails."""
     source = SOURCE.read_bytes()
     digest = hashlib.sha256(f"{platform.machine()} {_FLAGS}".encode() + source).hexdigest()[:16]
-    path = cache_dir() / f"host-{digest}.so"
-    if path.exists():  # it may lie in an image, where nothing can be written
-        return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_suffix(".lock")):
-        if not path.exists():
-            _compile(path)
-    return path
+    return compiled_once(cache_dir() / f"host-{digest}.so", _compile)
 
 
 def _compile(path: Path) -> None:
-    compiler = os.environ.get("CXX", "g++")
-    if shutil.which(compiler) is None:
-        raise RuntimeError("no C++ compiler: install g++ or set CXX")
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made = Path(folder) / path.name
         done = subprocess.run(
-            [compiler, "-x", "c", *_FLAGS, str(SOURCE), "-o", str(made)], capture_output=True, text=True
+            [compiler(), "-x", "c", *_FLAGS, str(SOURCE), "-o", str(made)], capture_output=True, text=True
         )
         if done.returncode:
             raise RuntimeError(f"{SOURCE.name} could not be compiled: {done.stderr}")

@@ -10,16 +10,15 @@ import hashlib
 import logging
 import os
 import platform
-import shutil
 import tempfile
 from functools import cache
 from pathlib import Path
 
 import torch
-from filelock import FileLock
 
-from dflash_ray.core.host_code import CACHE_ENV as CACHE_ENV
-from dflash_ray.core.host_code import cache_dir as cache_dir
+from dflash_ray.core.libraries import CACHE_ENV as CACHE_ENV
+from dflash_ray.core.libraries import cache_dir as cache_dir
+from dflash_ray.core.libraries import compiled_once, compiler
 from dflash_ray.kernels.fakes import (
     register_attention_fake,
     register_forward_fakes,
@@ -56,14 +55,7 @@ def library_path(with_cuda: bool) -> Path:
 
 def build() -> Path:
     """Compiles the library unless it is there. Raises RuntimeError with the compiler's text when that fails."""
-    path = library_path(_has_cuda())
-    if path.exists():  # it may lie in an image, where nothing can be written
-        return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_suffix(".lock")):
-        if not path.exists():
-            _compile(path)
-    return path
+    return compiled_once(library_path(_has_cuda()), _compile)
 
 
 def is_loaded_for(device_type: str) -> bool:
@@ -87,8 +79,7 @@ def _loaded_devices() -> tuple[str, ...]:
 
 
 def _compile(path: Path) -> None:
-    if shutil.which(os.environ.get("CXX", "g++")) is None:
-        raise RuntimeError("no C++ compiler: install g++ or set CXX")
+    compiler()
     logger.info("compiling the operators into %s; this takes a minute or two, once", path.parent)
     sources = _CPU_SOURCES + (_CUDA_SOURCES if _has_cuda() else ())
     from torch.utils import cpp_extension

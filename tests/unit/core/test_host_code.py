@@ -5,12 +5,12 @@ import logging
 import numpy as np
 import pytest
 
-from dflash_ray.core import host_code
+from dflash_ray.core import host_code, libraries
 
 
 @pytest.fixture
 def empty_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv(host_code.CACHE_ENV, str(tmp_path))
+    monkeypatch.setenv(libraries.CACHE_ENV, str(tmp_path))
     host_code.library.cache_clear()
     yield tmp_path
     host_code.library.cache_clear()
