@@ -1,7 +1,9 @@
 """The chance that drafts are accepted: by sequence and slot, by what the drafter says of them, and of n-grams.
 
 A chance is always that of draft k given that the drafts before it were accepted; `survival` multiplies them up. Only
-drafts on which a pass gave judgement count: the accepted ones and the first that was not.
+drafts on which a pass gave judgement count: the accepted ones and the first that was not. A draft that was left out for
+what its drafter said, behind accepted ones only, counts for its slot as it was thought to be worth: else a slot would be
+known by its best drafts alone.
 """
 
 from __future__ import annotations
@@ -123,16 +125,20 @@ class Acceptance:
         self._saw_bins(slots, judged & ~np.isnan(log_probs), is_accepted, log_probs, depths)
 
     def saw_drafts(self, slots: Ints, counts: Ints, accepted: Ints, log_probs: Floats) -> None:
-        """Takes verdicts on drafters' drafts: `counts` verified and the first `accepted` kept; log_probs [n, k]."""
+        """Takes verdicts on drafters' drafts: `counts` verified and the first `accepted` kept; log_probs [n, k].
+
+        Of drafts that were not verified the log-probabilities may be there too.
+        """
         width = log_probs.shape[1]
         judged, right = _verdicts(counts, accepted, width)
         expected = self._rates_of(slots, log_probs)
         self._judge_forecast(judged, right, expected)
-        self._saw_slots(slots, judged, right)
+        left_out = (np.arange(width) == counts[:, None]) & (accepted == counts)[:, None] & ~np.isnan(log_probs)
+        self._saw_slots(slots, judged | left_out, np.where(left_out, expected, right))
         depths = np.broadcast_to(np.arange(width), judged.shape)
         self._saw_bins(slots, judged & ~np.isnan(log_probs), right, log_probs, depths)
 
-    def _saw_slots(self, slots: Ints, judged: Flags, right: Flags) -> None:
+    def _saw_slots(self, slots: Ints, judged: Flags, right: Flags | Floats) -> None:
         width = judged.shape[1]
         fade = np.where(judged, _FADE, 1.0)
         self._right[slots, :width] = self._right[slots, :width] * fade + right

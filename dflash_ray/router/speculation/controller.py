@@ -267,7 +267,7 @@ class SpeculationController:
             from_ngram = np.where(is_free, is_better, from_ngram)
         self._cut = SpeculativeStep(
             batch, outlook, slots, counts, from_ngram, is_free, log_probs, candidates.match_lens, tokens,
-            parents=candidates.parents, num_likely=num_likely,
+            parents=candidates.parents, num_likely=num_likely, least_log_prob=self.least_own_log_prob,
         )  # fmt: skip
         return counts, from_ngram
 
@@ -366,8 +366,7 @@ class SpeculationController:
             return
         saved = keep_account(self.costs, self.acceptance, self.ledger, self.counts, lesson)
         if step.has_own and step.parents is None:
-            survival = self.acceptance.survival_of(step.slots, step.log_probs)
-            self._own_cut.saw(step.log_probs, survival, np.where(step.from_ngram, 0, step.counts))
+            self._own_cut.saw(step.log_probs, np.where(step.from_ngram, 0, step.counts), lesson.accepted)
         learn_acceptance(self.acceptance, step, lesson.accepted, lesson.is_accepted)
         has_hit = bool((lesson.accepted[step.is_free] > 0).any())
         self._pauses.step_done(step.outlook.reason, step.outlook.num_asked > 0, has_hit, saved)

@@ -92,7 +92,7 @@ class CostModel:
                 usual = self._usual_wait(np.array([num_drafted]), np.array([num_slots]), is_split)[0]
                 late = seconds / float(usual)
                 self._lateness += _LATENESS_WEIGHT * (min(_MOST_LATENESS, late) - self._lateness)
-            self._waits[is_split].saw(0, num_drafted, [1.0, num_drafted, num_slots], max(seconds, 1e-5))
+            self._waits[is_split].saw(0, num_slots, [1.0, num_drafted, num_slots], max(seconds, 1e-5))
 
     def pass_seconds(self, batch: Batch, draft_rows: Ints) -> Floats:
         """Of passes with so many rows of drafts, which rise."""
@@ -113,7 +113,7 @@ class CostModel:
         return median(self._host) if self._host else 0.0
 
     def wait_seconds(self, num_drafted: Ints, num_slots: Ints, is_split: bool, usual_pass: float) -> Floats:
-        """Between two passes, for rising numbers of sequences drafted for, or falling ones; where no draft was ever
+        """Between two passes, for numbers of sequences drafted for and slots of all of them; where no draft was ever
         waited for, a third of a pass."""
         if self._waits[is_split].is_known:
             late = self._lateness if self._lateness > _LATE else 1.0
@@ -125,7 +125,7 @@ class CostModel:
     def _usual_wait(self, num_drafted: Ints, num_slots: Ints, is_split: bool) -> Floats:
         terms = np.ones((len(num_drafted), 3))
         terms[:, 1], terms[:, 2] = num_drafted, num_slots
-        return self._waits[is_split].steady(0, num_drafted.astype(float), terms) * self._waits[is_split].drift
+        return self._waits[is_split].steady(0, num_slots.astype(float), terms) * self._waits[is_split].drift
 
     def slot_seconds(self, is_split: bool) -> float:
         """What one more slot of a draft adds to the wait."""
@@ -133,7 +133,7 @@ class CostModel:
 
 
 def _unknown_waits() -> dict[bool, PassTimes]:
-    return {is_split: PassTimes([1.0, 0.1, 0.01], [1.0, 1.0, 4.0]) for is_split in (False, True)}
+    return {is_split: PassTimes([1.0, 0.1, 0.03], [1.0, 1.0, 4.0]) for is_split in (False, True)}
 
 
 def _group(batch: Batch) -> int:

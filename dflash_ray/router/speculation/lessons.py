@@ -42,12 +42,12 @@ def learn_acceptance(
     acceptance: Acceptance, step: SpeculativeStep, accepted: Ints, is_accepted: Flags | None = None
 ) -> None:
     """Takes the verdicts; -1 where there is none. Of trees `is_accepted` [n, k] says which drafts were kept."""
-    has_verdict = (accepted >= 0) & (step.counts > 0)
+    has_verdict = (accepted >= 0) & ((step.counts > 0) | ~np.isnan(step.log_probs[:, 0]))
     remote = np.flatnonzero(has_verdict & ~step.from_ngram)
     if len(remote) > _SAMPLED and not step.is_free.any():
         remote = remote[:: len(remote) // _SAMPLED]
     if len(remote):
-        width = min(MOST_DRAFTS, int(step.counts[remote].max()))
+        width = min(MOST_DRAFTS, int(step.counts[remote].max()) + 1)  # one was left out, perhaps
         slots, counts, log_probs = step.slots[remote], step.counts[remote], step.log_probs[remote, :width]
         if step.parents is None or is_accepted is None:
             acceptance.saw_drafts(slots, counts, accepted[remote], log_probs)

@@ -10,6 +10,7 @@ from dflash_ray.core.arrays import Flags, Ints
 from dflash_ray.router.speculation.cost_model import Batch
 from dflash_ray.router.speculation.records import MOST_DRAFTS, Floats, Reason
 
+_LOG_2 = float(np.log(2.0))
 PLAIN = frozenset({Reason.COLD, Reason.PROBE, Reason.REST, Reason.NO_GAIN})
 
 
@@ -64,6 +65,7 @@ class SpeculativeStep:
     parents: Ints | None = None  # of drafters' drafts, where not all are chains
     num_likely: int = 0  # rows of drafts chosen here, in expectation; of own ones the target may leave more, or fewer
     has_own: bool = False  # its own drafts were told of
+    least_log_prob: float = 0.0  # below which they were cut; 0 where they were not
 
     @property
     def is_drafted(self) -> bool:
@@ -76,7 +78,10 @@ class SpeculativeStep:
         num_missing = int((self.counts - counts)[~self.is_free].sum())
         self.batch = replace(self.batch, num_rows=self.batch.num_rows - num_missing)
         self.has_own = True
-        self.counts, self.log_probs = counts, own.log_probs[self.slots]
+        log_probs = own.log_probs[self.slots]
+        if self.least_log_prob < 0.0:
+            _guess_next(log_probs, counts, np.flatnonzero((counts < self.counts) & ~self.from_ngram), self.least_log_prob)
+        self.counts, self.log_probs = counts, log_probs
         self.parents = None if own.parents is None else own.parents[self.slots]
 
     def keep(self, is_in: Flags) -> None:
@@ -85,6 +90,17 @@ class SpeculativeStep:
         self.is_free, self.log_probs = self.is_free[is_in], self.log_probs[is_in]
         self.match_lens = self.match_lens[is_in]
         self.parents = None if self.parents is None else self.parents[is_in]
+
+
+def _guess_next(log_probs: Floats, counts: Ints, entries: Ints, least: float) -> None:
+    """Of drafts that were cut nothing is known but that they are worth less than `least`: half as much, say.
+
+    Args:
+        log_probs: [n, k] of the drafts that were not; the next one's is put behind them.
+    """
+    entries = entries[counts[entries] < log_probs.shape[1]]
+    sums = np.nansum(log_probs[entries], axis=1)
+    log_probs[entries, counts[entries]] = np.minimum(0.0, least - sums) - _LOG_2
 
 
 NO_OUTLOOK = Outlook(Reason.FIXED, 0, 0, np.inf, 0.0)

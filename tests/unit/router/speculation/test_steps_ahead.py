@@ -134,12 +134,27 @@ def test_ngrams_are_waited_for_where_they_promise_more_than_the_wait_costs():
 
 
 def test_what_a_row_must_be_worth_is_told_in_the_drafters_own_terms():
-    cut, one = OwnCut(), np.ones(1, np.int64)
-    assert cut.least_log_prob(0.1) == pytest.approx(np.log(0.1)) and cut.least_log_prob(0.0) == 0.0
-    assert cut.least_log_prob(2.0) == 0.0
-    for _ in range(4000):  # it says 0.5 of what is accepted half of the times that it says
-        cut.saw(np.log([[0.5, 0.5]]), np.array([[0.25, 0.0625]]), 2 * one)
-    assert cut.least_log_prob(0.1) == pytest.approx(np.log(0.1) / 2, rel=0.05)
+    cut, draw = OwnCut(), np.random.default_rng(0)
+    assert cut.least_log_prob(0.09) == pytest.approx(np.log(0.1), abs=0.1) and cut.least_log_prob(0.0) == 0.0
+    assert -0.001 < cut.least_log_prob(2.0) < 0.0, "only what is certain"
+    for _ in range(3000):  # of what it says half comes true
+        said = draw.uniform(0.3, 1.0, (1, 5))
+        accepted = np.count_nonzero(draw.random() < said.cumprod() / 2)
+        cut.saw(np.log(said), np.array([5]), np.array([accepted]))
+    for worth in (0.15, 0.2, 0.3):
+        assert cut.least_log_prob(worth) == pytest.approx(np.log(2 * worth), abs=0.3)
+
+
+def test_what_was_always_cut_is_looked_at_again():
+    cut = OwnCut()
+    before = cut.least_log_prob(0.2)
+    unlike, alike = np.log([[0.25]]), np.log([[0.99]])
+    for _ in range(300):
+        cut.saw(unlike, np.array([1]), np.array([0]))
+    assert cut.least_log_prob(0.2) > before + 0.1
+    for _ in range(3000):
+        cut.saw(alike, np.array([1]), np.array([1]))
+    assert cut.least_log_prob(0.2) == pytest.approx(before, abs=0.05)
 
 
 def test_a_controller_without_steps_ahead_is_at_no_risk():
