@@ -6,7 +6,8 @@
 Every load is a closed loop: so many clients send one request after the other. In each round the policies take turns at
 the same requests, so that a slow minute is nobody's alone; ratios are those of a round, and the table has their median.
 No turn finds another's prompts in the prefix cache (each has a `cache_salt` of its own). Answers are greedy and must be
-equal, token for token. Prints figures; asserts nothing.
+equal, token for token. They are not all of one length (`--spread`): clients whose requests all end at once would send all
+their prompts at once, which no client's decoding would ever have to wait for. Prints figures; asserts nothing.
 """
 
 from __future__ import annotations
@@ -35,6 +36,9 @@ _POLICIES = {
     "adaptive": router_pb2.SPECULATION_POLICY_ADAPTIVE,
     "fixed": router_pb2.SPECULATION_POLICY_FIXED,
 }
+
+
+_GOLDEN = 0.618033988749895  # its multiples, less the whole numbers in them, are spread evenly however many there are
 
 
 @dataclass
@@ -106,14 +110,21 @@ async def ask(stub, prompt: Prompt, policy: str, max_tokens: int, salt: str) -> 
     return answer
 
 
-async def take_turn(stub, prompts: Sequence[Prompt], policy: str, num_clients: int, max_tokens: int, salt: str) -> Turn:
+def length(number: int, max_tokens: int, spread: float) -> int:
+    """Tokens of a request's answer: `max_tokens`, more or less that part of it."""
+    return round(max_tokens * (1 + spread * (2 * (number * _GOLDEN % 1) - 1)))
+
+
+async def take_turn(
+    stub, prompts: Sequence[Prompt], policy: str, num_clients: int, max_tokens: int, salt: str, spread: float = 0.0
+) -> Turn:
     """All prompts, so many at a time."""
     answers: dict[int, Answer] = {}
     waiting = iter(enumerate(prompts))
 
     async def client() -> None:
         for number, prompt in waiting:
-            answers[number] = await ask(stub, prompt, policy, max_tokens, salt)
+            answers[number] = await ask(stub, prompt, policy, length(number, max_tokens, spread), salt)
 
     began = time.perf_counter()
     await asyncio.gather(*(client() for _ in range(num_clients)))
@@ -132,7 +143,14 @@ def interleaved(path: Path) -> list[Prompt]:
 
 
 async def measure(
-    address: str, prompts: list[Prompt], policies: list[str], loads: list[int], rounds: int, turns: int, max_tokens: int
+    address: str,
+    prompts: list[Prompt],
+    policies: list[str],
+    loads: list[int],
+    rounds: int,
+    turns: int,
+    max_tokens: int,
+    spread: float,
 ) -> None:
     typer.echo(
         "| clients | policy | tokens/s | ratio (rounds) | τ | TTFT ms | ITL ms p50 | p99 | answers that differ |"
@@ -150,7 +168,7 @@ async def measure(
                 order = policies[number % len(policies) :] + policies[: number % len(policies)]
                 for policy in order:
                     salt = f"{num_clients} {number} {policy}"
-                    turn = await take_turn(stub, members, policy, num_clients, max_tokens, salt)
+                    turn = await take_turn(stub, members, policy, num_clients, max_tokens, salt, spread)
                     taken[policy].append(turn)
                     for prompt, answer in zip(members, turn.answers, strict=True):
                         by_source[prompt.source, policy].append(answer)
@@ -200,10 +218,11 @@ def main(
     clients: Annotated[str, typer.Option(help="closed loops of so many clients")] = "1,2,4,8,16",
     rounds: int = 3,
     turns: Annotated[int, typer.Option(help="requests of each client in a turn")] = 2,
-    max_tokens: int = 64,
+    max_tokens: Annotated[int, typer.Option(help="of an answer, in the middle")] = 64,
+    spread: Annotated[float, typer.Option(help="by which part of it answers are longer and shorter")] = 0.5,
 ) -> None:
     loads = [int(count) for count in clients.split(",")]
-    asyncio.run(measure(address, interleaved(prompts), policies.split(","), loads, rounds, turns, max_tokens))
+    asyncio.run(measure(address, interleaved(prompts), policies.split(","), loads, rounds, turns, max_tokens, spread))
 
 
 if __name__ == "__main__":
