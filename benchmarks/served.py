@@ -6,8 +6,8 @@
 Every load is a closed loop: so many clients send one request after the other. In each round the policies take turns at
 the same requests, so that a slow minute is nobody's alone; ratios are those of a round, and the table has their median.
 No turn finds another's prompts in the prefix cache (each has a `cache_salt` of its own). Answers are greedy and must be
-equal, token for token. They are not all of one length (`--spread`): clients whose requests all end at once would send all
-their prompts at once, which no client's decoding would ever have to wait for. Prints figures; asserts nothing.
+equal, token for token. They are not all of one length (`--spread`): clients whose requests all end at once would send
+their prompts at once too, and no client's decoding would ever wait for one. Prints figures; asserts nothing.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The chance that drafts are accepted: by sequence and slot, by what the drafter says of them, and of n-grams.
 
 A chance is always that of draft k given that the drafts before it were accepted; `survival` multiplies them up. Only
-drafts on which a pass gave judgement count: the accepted ones and the first that was not. A draft that was left out for
-what its drafter said, behind accepted ones only, counts for its slot as it was thought to be worth: else a slot would be
-known by its best drafts alone.
+drafts on which a pass gave judgement count: the accepted ones and the first that was not. The first that was left out
+for what its drafter said, behind accepted ones only, counts for its slot with the chance that it had: else a slot would
+be known by its best drafts alone.
 """
 
 from __future__ import annotations

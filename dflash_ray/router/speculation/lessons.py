@@ -42,7 +42,8 @@ def learn_acceptance(
     acceptance: Acceptance, step: SpeculativeStep, accepted: Ints, is_accepted: Flags | None = None
 ) -> None:
     """Takes the verdicts; -1 where there is none. Of trees `is_accepted` [n, k] says which drafts were kept."""
-    has_verdict = (accepted >= 0) & ((step.counts > 0) | ~np.isnan(step.log_probs[:, 0]))
+    has_drafts = (step.counts > 0) | ~np.isnan(step.log_probs[:, 0])
+    has_verdict = (accepted >= 0) & has_drafts
     remote = np.flatnonzero(has_verdict & ~step.from_ngram)
     if len(remote) > _SAMPLED and not step.is_free.any():
         remote = remote[:: len(remote) // _SAMPLED]
@@ -54,10 +55,10 @@ def learn_acceptance(
         else:
             kept, parents = is_accepted[remote, :width], step.parents[remote, :width]
             acceptance.saw_trees(slots, counts, kept, log_probs, parents)
-    ngram = np.flatnonzero(has_verdict & step.from_ngram)
+    ngram = np.flatnonzero(has_verdict & step.from_ngram & (step.counts > 0))
     if len(ngram):
         acceptance.saw_ngrams(step.match_lens[ngram], step.counts[ngram], accepted[ngram])
-    rested = step.slots[step.is_free & (step.from_ngram | (step.counts == 0))]
+    rested = step.slots[step.is_free & (step.from_ngram | ~has_drafts)]
     if len(rested):
         acceptance.rested(rested)
 

@@ -80,7 +80,9 @@ class SpeculativeStep:
         self.has_own = True
         log_probs = own.log_probs[self.slots]
         if self.least_log_prob < 0.0:
-            _guess_next(log_probs, counts, np.flatnonzero((counts < self.counts) & ~self.from_ngram), self.least_log_prob)
+            _guess_next(
+                log_probs, counts, np.flatnonzero((counts < self.counts) & ~self.from_ngram), self.least_log_prob
+            )
         self.counts, self.log_probs = counts, log_probs
         self.parents = None if own.parents is None else own.parents[self.slots]
 
@@ -99,7 +101,8 @@ def _guess_next(log_probs: Floats, counts: Ints, entries: Ints, least: float) ->
         log_probs: [n, k] of the drafts that were not; the next one's is put behind them.
     """
     entries = entries[counts[entries] < log_probs.shape[1]]
-    sums = np.nansum(log_probs[entries], axis=1)
+    is_known = np.arange(log_probs.shape[1]) < counts[entries, None]
+    sums = np.where(is_known, log_probs[entries], 0.0).sum(axis=1)
     log_probs[entries, counts[entries]] = np.minimum(0.0, least - sums) - _LOG_2
 
 

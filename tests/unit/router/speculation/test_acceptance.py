@@ -60,6 +60,18 @@ def test_drafts_behind_the_first_wrong_one_say_nothing():
     assert after[1] / after[0] == pytest.approx(before[1] / before[0])
 
 
+def test_a_slot_is_not_known_by_its_best_drafts_alone():
+    model, random = Acceptance(1, 4), np.random.default_rng(0)
+    for _ in range(600):  # half of the drafts are poor, and are left out
+        sure = random.random(2) < 0.5
+        count = int(np.cumprod(sure).sum())
+        accepted = int(np.cumprod(random.random(count) < 0.9).sum())
+        said = np.log(np.where(sure, 0.9, 0.12))
+        model.saw_drafts(np.array([0]), np.array([count]), np.array([accepted]), said[None])
+    assert model.survival(np.array([0]))[0, 0] == pytest.approx(0.5, abs=0.2)
+    assert model.survival_of(np.array([0]), np.log([[0.9]]))[0, 0] == pytest.approx(0.9, abs=0.05)
+
+
 def test_what_is_known_of_a_sequence_fades_while_nothing_is_drafted_for_it():
     model = Acceptance(2, 4)
     for _ in range(30):
