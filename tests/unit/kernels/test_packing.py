@@ -1,5 +1,6 @@
 """Packed weights: small where the floats allow it, the same floats to the bit, the same products in any form."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -70,6 +71,27 @@ def test_a_product_is_the_same_bit_for_bit_in_every_form(form, rows, outputs, bl
     weight, x = FORMS[form][0](outputs, 32 * blocks), normal(rows, 32 * blocks, seed=3)
     beside_others = torch.cat([weight, normal(1, 32 * blocks, seed=4)])  # which only float32 holds
     assert torch.equal(product(x, weight), product(x, beside_others)[:, :outputs])
+
+
+def chains(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """x W^T [rows, outputs], each one chain of fused multiply-adds in float32 over the inputs in their order."""
+    sums = np.zeros((len(x), len(weight)), dtype=np.float32)
+    for k in range(x.shape[1]):
+        products = np.outer(x[:, k].astype(np.float64), weight[:, k].astype(np.float64))  # exact
+        total = products + sums
+        lost = (products - (total - (total - products))) + (sums - (total - products))
+        # Rounded to odd where it is not exact, so that rounding it once more rounds the exact sum.
+        is_even = (total.view(np.int64) & 1) == 0
+        total = np.where(is_even & (lost != 0), np.nextafter(total, np.copysign(np.inf, lost)), total)
+        sums = total.astype(np.float32)
+    return sums
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("rows", [*range(1, 18), 97, 109])
+def test_every_output_is_one_chain_of_fused_multiply_adds_whatever_the_rows(form, rows):
+    weight, x = FORMS[form][0](83, 160), normal(rows, 160, seed=3)
+    assert np.array_equal(product(x, weight).numpy(), chains(x.numpy(), weight.numpy()))
 
 
 @pytest.mark.parametrize("form", ["int4", "int8"])

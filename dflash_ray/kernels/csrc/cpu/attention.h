@@ -248,8 +248,8 @@ struct AttentionWork {
 
   int64_t num_pieces() const { return (items + items_a_piece - 1) / items_a_piece; }
 
-  // Queries of row i begin at queries + i * query_stride; out [rows, heads, size].
-  void run(int64_t piece, const float* queries, int64_t query_stride, float* out) const {
+  // Queries [heads, size] of row i begin at queries + i * query_stride, its results at out + i * out_stride.
+  void run(int64_t piece, const float* queries, int64_t query_stride, float* out, int64_t out_stride) const {
     static thread_local std::vector<float> scores;
     const int64_t group = shape.heads / shape.kv_heads;
     for (int64_t item = piece * items_a_piece; item < std::min(items, (piece + 1) * items_a_piece); ++item) {
@@ -258,7 +258,7 @@ struct AttentionWork {
       const auto [first, count] = view.seen(row, window, is_causal);
       attend(queries + row * query_stride + kv_head * group * shape.size, keys + kv_head * shape.size,
              values + kv_head * shape.size, shape, first, count, scores,
-             out + (row * shape.heads + kv_head * group) * shape.size);
+             out + row * out_stride + kv_head * group * shape.size);
     }
   }
 };

@@ -91,7 +91,7 @@ class Walk {
   Walk(const at::Tensor& hidden, const DecoderShape& shape)
       : shape_(shape), hidden_(static_cast<float*>(hidden.data_ptr())), rows_(hidden.size(0)), width_(hidden.size(1)) {
     TORCH_CHECK(hidden.is_contiguous() && hidden.scalar_type() == at::kFloat, "rows are contiguous float32");
-    normed_ = room(hidden, width_);
+    normed_ = input_rows(hidden, width_);
   }
 
   // Adds the attention of a layer to the rows, or leaves it in `partial` [T, H].
@@ -99,7 +99,7 @@ class Walk {
                  bool is_causal, const DecoderStep& step, float* partial) {
     const int64_t head = shape_.head_dim, stride = shape_.kv_heads * head;
     const int64_t q_size = shape_.heads * head, qkv_size = q_size + 2 * stride;
-    if (!qkv_) qkv_ = room(like, qkv_size), attended_ = room(like, q_size);
+    if (!qkv_) qkv_ = room(like, qkv_size), attended_ = input_rows(like, q_size);
     norm(hidden_, weights[kInputNorm]);
     const auto around = convolution(like, weights[kAttentionConv], weights[kAttentionConvBase]);
     product(Weight(weights[kQkv]), input(like, around), [this, qkv_size, bias = floats(weights[kQkvBias])](
@@ -118,7 +118,9 @@ class Walk {
     });
     const HeadShape heads{shape_.heads, shape_.kv_heads, head, shape_.scale, shape_.softcap};
     const AttentionWork work(step.view, heads, window, is_causal, keys, values);
-    phases_.push_back({work.num_pieces(), [=, this](int64_t piece) { work.run(piece, qkv_, qkv_size, attended_); }});
+    phases_.push_back({work.num_pieces(), [=, this](int64_t piece) {
+      work.run(piece, qkv_, qkv_size, attended_.data, attended_.stride);
+    }});
     add(Weight(weights[kOutput]), attended_, weights[kOutputBias], weights[kAfterAttentionNorm], around, like, partial);
   }
 
@@ -126,23 +128,22 @@ class Walk {
   void mlp(const at::Tensor& like, at::TensorList weights, float* partial) {
     const Weight gate(weights[kGate]), up(weights[kUp]);
     const int64_t size = gate.out();
-    if (!activated_) activated_ = room(like, size);
+    if (!activated_.data) activated_ = input_rows(like, size);
     norm(hidden_, weights[kMlpNorm]);
     const auto around = convolution(like, weights[kMlpConv], weights[kMlpConvBase]);
-    const float* read = input(like, around);
+    const InputRows read = input(like, around);
     const Cut cut(rows_, gate);
     phases_.push_back({cut.num_pieces(), [=, this](int64_t piece) {
       alignas(64) float gates[kRowsAPiece * kPanel], ups[kRowsAPiece * kPanel];
-      cut.each(piece, [&](int64_t panel, int64_t first, int64_t count) {
-        const float* x = read + first * width_;
-        multiply_panel(gate, panel, x, width_, count, gates);
-        multiply_panel(up, panel, x, width_, count, ups);
-        const int64_t column = panel * kPanel, width = std::min(kPanel, size - column);
-        for (int64_t row = 0; row < count; ++row) {
-          float* activated = gates + row * kPanel;
+      cut.each(piece, [&](int64_t panel, int64_t panels, int64_t first, int64_t count) {
+        multiply_panels(gate, panel, panels, read.at(first), read.stride, count, gates);
+        multiply_panels(up, panel, panels, read.at(first), read.stride, count, ups);
+        for (int64_t i = 0; i < panels * count; ++i) {
+          float* activated = gates + i * kPanel;
           // Whole panels are activated, so that a value does not depend on where its panel ends.
-          activate_and_multiply(shape_.activation, activated, ups + row * kPanel, kPanel, activated);
-          std::copy_n(activated, width, activated_ + (first + row) * size + column);
+          activate_and_multiply(shape_.activation, activated, ups + i * kPanel, kPanel, activated);
+          const int64_t column = (panel + i / count) * kPanel;
+          std::copy_n(activated, std::min(kPanel, size - column), activated_.at(first + i % count) + column);
         }
       });
     }});
@@ -158,6 +159,11 @@ class Walk {
     return rooms_.back().mutable_data_ptr<float>();
   }
 
+  InputRows input_rows(const at::Tensor& like, int64_t columns) {
+    const int64_t stride = InputRows::stride_of(columns);
+    return {room(like, stride), stride};
+  }
+
   template <class Work>
   void by_rows(const Work& work) {
     phases_.push_back({(rows_ + kRowsAtOnce - 1) / kRowsAtOnce, [work, rows = rows_](int64_t piece) {
@@ -167,7 +173,7 @@ class Walk {
 
   void norm(const float* x, const at::Tensor& weight) {
     by_rows([=, this, by = floats(weight)](int64_t row) {
-      rms_norm_row(x + row * width_, by, shape_.eps, width_, normed_ + row * width_);
+      rms_norm_row(x + row * width_, by, shape_.eps, width_, normed_.at(row));
     });
   }
 
@@ -188,24 +194,24 @@ class Walk {
   }
 
   // The normed rows as the sublayer reads them.
-  const float* input(const at::Tensor& like, const std::optional<Convolution>& around) {
+  InputRows input(const at::Tensor& like, const std::optional<Convolution>& around) {
     if (!around) return normed_;
-    if (!convolved_) convolved_ = room(like, width_);
+    if (!convolved_.data) convolved_ = input_rows(like, width_);
     by_rows([=, this, conv = *around](int64_t row) {
-      conv.run(Side::kBefore, row, normed_, convolved_ + row * width_);
+      conv.run(Side::kBefore, row, normed_.data, normed_.stride, convolved_.at(row));
     });
     return convolved_;
   }
 
   template <class Put>
-  void product(const Weight& weight, const float* x, const Put& put) {
+  void product(const Weight& weight, const InputRows& x, const Put& put) {
     const Cut cut(rows_, weight);
     phases_.push_back({cut.num_pieces(), [=](int64_t piece) { cut.multiply(piece, weight, x, put); }});
   }
 
   // The product that ends a sublayer: to `partial` where other ranks have the rest of the sum, else normed or convolved if
   // the family does so, and added to the rows.
-  void add(const Weight& weight, const float* x, const at::Tensor& bias, const at::Tensor& after,
+  void add(const Weight& weight, const InputRows& x, const at::Tensor& bias, const at::Tensor& after,
            const std::optional<Convolution>& around, const at::Tensor& like, float* partial) {
     const float* added = bias.defined() && !partial ? floats(bias) : nullptr;
     const float* by = partial ? nullptr : floats(after);
@@ -225,8 +231,8 @@ class Walk {
     }
     if (around) {
       by_rows([=, this, conv = *around](int64_t row) {
-        float *line = convolved_ + row * width_, *to = hidden_ + row * width_;
-        conv.run(Side::kAfter, row, sublayer_, line);
+        float *line = convolved_.at(row), *to = hidden_ + row * width_;
+        conv.run(Side::kAfter, row, sublayer_, width_, line);
         for (int64_t i = 0; i < width_; ++i) to[i] += shape_.residual_scale * line[i];
       });
     }
@@ -254,8 +260,8 @@ class Walk {
   const int64_t rows_, width_;
   std::vector<Phase> phases_;
   std::vector<at::Tensor> rooms_;
-  float *normed_ = nullptr, *qkv_ = nullptr, *attended_ = nullptr, *activated_ = nullptr, *sublayer_ = nullptr;
-  float *coefficients_ = nullptr, *convolved_ = nullptr;
+  InputRows normed_, attended_, activated_, convolved_;
+  float *qkv_ = nullptr, *sublayer_ = nullptr, *coefficients_ = nullptr;
 };
 
 }  // namespace

@@ -49,7 +49,8 @@ at::Tensor paged_attention_cpu(const at::Tensor& query, const at::Tensor& key, c
   float* to = out.mutable_data_ptr<float>();
   const float* from = queries.const_data_ptr<float>();
   const AttentionWork work(view, shape, window, is_causal, keys, values);
-  for_pieces(work.num_pieces(), [&](int64_t piece) { work.run(piece, from, shape.heads * shape.size, to); });
+  const int64_t width = shape.heads * shape.size;
+  for_pieces(work.num_pieces(), [&](int64_t piece) { work.run(piece, from, width, to, width); });
   return out;
 }
 

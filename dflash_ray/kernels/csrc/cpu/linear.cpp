@@ -2,6 +2,8 @@
 
 #include <ATen/ATen.h>
 
+#include <algorithm>
+
 #include "../operators.h"
 #include "products.h"
 #include "team.h"
@@ -18,7 +20,10 @@ at::Tensor packed_linear_cpu(const at::Tensor& x, const at::Tensor& packed, cons
   auto shape = input.sizes().vec();
   shape.back() = out_features;
   at::Tensor output = at::empty(shape, input.options());
-  const float* from = input.const_data_ptr<float>();
+  const int64_t stride = InputRows::stride_of(in);
+  const at::Tensor lines = at::empty({rows, stride}, input.options());
+  const InputRows from{lines.mutable_data_ptr<float>(), stride};
+  for (int64_t row = 0; row < rows; ++row) std::copy_n(input.const_data_ptr<float>() + row * in, in, from.at(row));
   const float* added = bias ? bias->const_data_ptr<float>() : nullptr;
   float* to = output.mutable_data_ptr<float>();
   const Cut cut(rows, weight);

@@ -22,6 +22,14 @@ typedef int32_t LaneBits __attribute__((vector_size(kLanes * sizeof(int32_t))));
 inline Lanes load(const float* at) { return *reinterpret_cast<const Lanes*>(at); }
 inline void store(float* at, const Lanes& lanes) { *reinterpret_cast<Lanes*>(at) = lanes; }
 
+// The same value, which the compiler must not load once more for every use.
+[[gnu::always_inline]] inline Lanes in_register(Lanes lanes) {
+#if defined(__x86_64__)
+  asm("" : "+v"(lanes));
+#endif
+  return lanes;
+}
+
 // Doubles in as many bytes as Lanes have, and the halves of Lanes as such.
 typedef double WideLanes __attribute__((vector_size(kLanes * sizeof(float))));
 

@@ -57,23 +57,23 @@ class Weight {
   Form form() const { return form_; }
   int64_t panel_bytes() const { return panel_bytes_; }
 
-  // Calls use(i, left, right) for inputs begin + i, i < count, of a panel with the halves of its kPanel weights. `begin` is
-  // a multiple of kBlockDepth, and so is `count` but at the weight's end.
-  template <Form kForm, class Use>
+  // Calls use(i, halves) for inputs begin + i, i < count, with the halves of kPanel weights for each of kPanels panels that
+  // follow each other. `begin` is a multiple of kBlockDepth, and so is `count` but at the weight's end.
+  template <Form kForm, int kPanels, class Use>
   [[gnu::always_inline]] void each(int64_t panel, int64_t begin, int64_t count, const Use& use) const {
     const std::byte* from = bytes_ + panel * panel_bytes_;
     if constexpr (kForm == Form::kFloat32) {
-      each_of_float32(from + begin * kPanel * 4, count, use);
+      each_of_float32<kPanels>(from, begin * kPanel * 4, count, use);
     } else if constexpr (kForm == Form::kBfloat16) {
-      each_of_bfloat16(from + begin / 2 * kPanel * 4, count, use);
+      each_of_bfloat16<kPanels>(from, begin / 2 * kPanel * 4, count, use);
     } else {
       constexpr int64_t kBytes = (kForm == Form::kInt8 ? kBlockDepth + 4 : kBlockDepth / 2 + 8) * kPanel;
       for (int64_t k = 0; k < count; k += kBlockDepth) {
-        const std::byte* block = from + (begin + k) / kBlockDepth * kBytes;
-        fetch_ahead<kBytes>(block);
-        const auto put = [&use, k](int64_t i, const Lanes& left, const Lanes& right) { use(k + i, left, right); };
-        if constexpr (kForm == Form::kInt8) each_of_int8(block, put);
-        else each_of_int4(block, put);
+        const int64_t at = (begin + k) / kBlockDepth * kBytes;
+        fetch_ahead<kPanels, kBytes>(from, at);
+        const auto put = [&use, k](int64_t i, const auto& halves) { use(k + i, halves); };
+        if constexpr (kForm == Form::kInt8) each_of_int8<kPanels>(from + at, put);
+        else each_of_int4<kPanels>(from + at, put);
       }
     }
   }
@@ -95,87 +95,119 @@ class Weight {
       return reinterpret_cast<const float*>(bytes_ + panel * panel_bytes_) + begin * kPanel;
     }
     with_form([&](auto form) {
-      each<form.value>(panel, begin, count, [buffer](int64_t i, const Lanes& left, const Lanes& right) {
-        store(buffer + i * kPanel, left);
-        store(buffer + i * kPanel + kLanes, right);
+      each<form.value, 1>(panel, begin, count, [buffer](int64_t i, const Lanes (&halves)[2]) {
+        store(buffer + i * kPanel, halves[0]);
+        store(buffer + i * kPanel + kLanes, halves[1]);
       });
     });
     return buffer;
   }
 
  private:
-  static LaneBits load_bits(const std::byte* at) {
+  // A value for each half of kPanels panels.
+  template <int kPanels, class Make>
+  [[gnu::always_inline]] static void make_halves(Lanes (&halves)[2 * kPanels], const Make& make) {
+#pragma GCC unroll 4
+    for (int half = 0; half < 2 * kPanels; ++half) halves[half] = make(half);
+  }
+
+  // Where a half's part of what begins at `at` in the first panel lies.
+  [[gnu::always_inline]] const std::byte* of_half(const std::byte* at, int half) const {
+    return at + half / 2 * panel_bytes_ + half % 2 * sizeof(Lanes);
+  }
+
+  [[gnu::always_inline]] LaneBits load_bits(const std::byte* at, int half) const {
     LaneBits bits;
-    __builtin_memcpy(&bits, at, sizeof bits);
+    __builtin_memcpy(&bits, of_half(at, half), sizeof bits);
     return bits;
   }
 
-  static Lanes load_lanes(const std::byte* at) { return load(reinterpret_cast<const float*>(at)); }
+  [[gnu::always_inline]] Lanes load_lanes(const std::byte* at, int half) const {
+    return load(reinterpret_cast<const float*>(of_half(at, half)));
+  }
 
   static Lanes as_floats(const LaneBits& bits) { return (Lanes)bits; }
 
-  // Asks for what lies some blocks ahead: a panel is too short for the processor to foresee its stream.
-  template <int64_t kBytes>
-  static void fetch_ahead(const std::byte* block) {
-    for (int64_t at = 0; at < kBytes; at += 64) __builtin_prefetch(block + kBytesAhead + at);
-  }
-
-  template <class Use>
-  [[gnu::always_inline]] static void each_of_float32(const std::byte* from, int64_t count, const Use& use) {
-    for (int64_t k = 0; k < count; ++k) {
-      const std::byte* line = from + k * kPanel * 4;
-      fetch_ahead<kPanel * 4>(line);
-      use(k, load_lanes(line), load_lanes(line + sizeof(Lanes)));
+  // Asks for what lies some blocks ahead: a panel is too short for the processor to foresee its stream. Behind the ends of
+  // kPanels panels the next ones begin.
+  template <int kPanels, int64_t kBytes>
+  [[gnu::always_inline]] void fetch_ahead(const std::byte* from, int64_t at) const {
+    int64_t ahead = at + kBytesAhead / kPanels;
+    if (kPanels > 1 && ahead >= panel_bytes_) ahead += (kPanels - 1) * panel_bytes_;
+#pragma GCC unroll 2
+    for (int panel = 0; panel < kPanels; ++panel) {
+      for (int64_t line = 0; line < kBytes; line += 64) __builtin_prefetch(from + panel * panel_bytes_ + ahead + line);
     }
   }
 
-  template <class Use>
-  [[gnu::always_inline]] static void each_of_bfloat16(const std::byte* from, int64_t count, const Use& use) {
+  template <int kPanels, class Use>
+  [[gnu::always_inline]] void each_of_float32(const std::byte* from, int64_t at, int64_t count, const Use& use) const {
+    Lanes halves[2 * kPanels];
+    for (int64_t k = 0; k < count; ++k, at += kPanel * 4) {
+      fetch_ahead<kPanels, kPanel * 4>(from, at);
+      make_halves<kPanels>(halves, [&](int half) { return load_lanes(from + at, half); });
+      use(k, halves);
+    }
+  }
+
+  template <int kPanels, class Use>
+  [[gnu::always_inline]] void each_of_bfloat16(const std::byte* from, int64_t at, int64_t count, const Use& use) const {
     constexpr int32_t kUpper = static_cast<int32_t>(0xffff0000u);
-    for (int64_t k = 0; k < count; k += 2) {
-      const std::byte* pair = from + k / 2 * kPanel * 4;
-      fetch_ahead<kPanel * 4>(pair);
-      const LaneBits left = load_bits(pair), right = load_bits(pair + sizeof(Lanes));
-      use(k, as_floats(left << 16), as_floats(right << 16));
-      if (k + 1 < count) use(k + 1, as_floats(left & kUpper), as_floats(right & kUpper));
+    Lanes halves[2 * kPanels];
+    for (int64_t k = 0; k < count; k += 2, at += kPanel * 4) {
+      fetch_ahead<kPanels, kPanel * 4>(from, at);
+      make_halves<kPanels>(halves, [&](int half) { return as_floats(load_bits(from + at, half) << 16); });
+      use(k, halves);
+      if (k + 1 == count) break;
+      make_halves<kPanels>(halves, [&](int half) { return as_floats(load_bits(from + at, half) & kUpper); });
+      use(k + 1, halves);
     }
   }
 
-  // Small integers times their scale: exact, and so is whatever `fits` (packing.cpp) has found to be.
+  // Small integers times their scale: exact, and so is whatever `fits` (packing.cpp) has found to be. An integer that lies
+  // higher in its word is taken where it is, with a power of two in its scale.
   static Lanes times(const LaneBits& bits, const Lanes& scale, const Lanes& offset) {
     return __builtin_convertvector(bits, Lanes) * scale + offset;
   }
 
-  template <class Use>
-  [[gnu::always_inline]] static void each_of_int8(const std::byte* block, const Use& use) {
-    const Lanes scale[2] = {load_lanes(block), load_lanes(block + sizeof(Lanes))};
-    const Lanes offset[2] = {scale[0] * -128.0f, scale[1] * -128.0f};  // all but a word's last are stored from 0 on
+  template <int kPanels, class Use>
+  [[gnu::always_inline]] void each_of_int8(const std::byte* block, const Use& use) const {
+    constexpr int kHalves = 2 * kPanels;
+    Lanes scale[kHalves], offset[kHalves], halves[kHalves];
+    make_halves<kPanels>(scale, [&](int half) { return load_lanes(block, half); });
+    // All but a word's last are stored from 0 on.
+    make_halves<kPanels>(offset, [&](int half) { return scale[half] * -128.0f; });
     const Lanes none{};
 #pragma GCC unroll 1
     for (int64_t word = 0; word < kBlockDepth / 4; ++word) {
       const std::byte* at = block + (word + 1) * kPanel * 4;
-      const LaneBits left = load_bits(at), right = load_bits(at + sizeof(Lanes));
 #pragma GCC unroll 3
       for (int i = 0; i < 3; ++i) {
-        use(4 * word + i, times(left >> 8 * i & 0xff, scale[0], offset[0]),
-            times(right >> 8 * i & 0xff, scale[1], offset[1]));
+        make_halves<kPanels>(halves, [&](int half) {
+          return times(load_bits(at, half) >> 8 * i & 0xff, scale[half], offset[half]);
+        });
+        use(4 * word + i, halves);
       }
-      use(4 * word + 3, times(left >> 24, scale[0], none), times(right >> 24, scale[1], none));
+      make_halves<kPanels>(halves, [&](int half) { return times(load_bits(at, half) >> 24, scale[half], none); });
+      use(4 * word + 3, halves);
     }
   }
 
-  template <class Use>
-  [[gnu::always_inline]] static void each_of_int4(const std::byte* block, const Use& use) {
-    const Lanes scale[2] = {load_lanes(block), load_lanes(block + sizeof(Lanes))};
-    const Lanes offset[2] = {load_lanes(block + kPanel * 4), load_lanes(block + kPanel * 4 + sizeof(Lanes))};
+  template <int kPanels, class Use>
+  [[gnu::always_inline]] void each_of_int4(const std::byte* block, const Use& use) const {
+    constexpr int kHalves = 2 * kPanels;
+    Lanes scale[kHalves], offset[kHalves], halves[kHalves];
+    make_halves<kPanels>(scale, [&](int half) { return load_lanes(block, half); });
+    make_halves<kPanels>(offset, [&](int half) { return load_lanes(block + kPanel * 4, half); });
 #pragma GCC unroll 1
     for (int64_t word = 0; word < kBlockDepth / 8; ++word) {
       const std::byte* at = block + (word + 2) * kPanel * 4;
-      const LaneBits left = load_bits(at), right = load_bits(at + sizeof(Lanes));
 #pragma GCC unroll 8
       for (int i = 0; i < 8; ++i) {
-        use(8 * word + i, times(left >> 4 * i & 15, scale[0], offset[0]),
-            times(right >> 4 * i & 15, scale[1], offset[1]));
+        make_halves<kPanels>(halves, [&](int half) {
+          return times(load_bits(at, half) >> 4 * i & 15, scale[half], offset[half]);
+        });
+        use(8 * word + i, halves);
       }
     }
   }
