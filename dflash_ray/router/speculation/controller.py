@@ -190,8 +190,7 @@ class SpeculationController:
         ngrams = self.acceptance.ngram_survival(candidates.match_lens, candidates.ngram_lens).sum(axis=1)
         drafts = until(self.acceptance.survival(slots), candidates.draft_room).sum(axis=1)
         gain = float(np.maximum(0.0, ngrams - drafts)[self._is_free[slots]].sum())
-        pass_seconds = float(self.costs.pass_seconds(batch, np.zeros(1, np.int64))[0])
-        self._waits = gain / batch.num_sequences * pass_seconds > self._waiting
+        self._waits = gain / batch.num_sequences * self.costs.one_pass(batch) > self._waiting
         return self._waits
 
     def is_plain_next(self, cohort: int = 0) -> bool:

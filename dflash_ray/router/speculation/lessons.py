@@ -97,8 +97,8 @@ def keep_account(
     if not num_free:
         return 0.0
     counts.steps[outlook.reason] += 1
-    expected = costs.pass_seconds(batch, np.array([0, _free_rows(step)]))
-    plain = float(expected[0]) + costs.host_seconds
+    usual = costs.one_pass(batch)
+    plain = usual + costs.host_seconds
     if not step.is_drafted:
         late = min(lesson.late, (_SPIKE - 1) * plain)
         ledger.add(plain + late, plain)
@@ -106,7 +106,8 @@ def keep_account(
     kept = float(np.maximum(accepted, 0)[step.is_free].sum())
     worth, variance = _worth(acceptance, step)
     # What prompts take varies more than drafts cost: beside them those cost what is expected.
-    busy = float(expected[1]) if batch.prefill_rows else min(lesson.busy, _SPIKE * float(expected[1]))
+    expected = max(usual, costs.one_pass(batch, _free_rows(step)))
+    busy = expected if batch.prefill_rows else min(lesson.busy, _SPIKE * expected)
     seconds = busy + step.wait + lesson.draft_seconds
     tokens = ledger.luck.counted(worth, variance, kept)
     decoding = plain - costs.prompt_seconds(batch)
