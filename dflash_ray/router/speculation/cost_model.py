@@ -39,6 +39,10 @@ class Batch:
     prefill_rows: int = 0
     is_split: bool = False
 
+    def with_rows(self, more: int) -> Batch:
+        """With so many more rows of drafts that are not chosen here."""
+        return replace(self, num_rows=self.num_rows + more) if more else self
+
 
 class CostModel:
     """Seconds of a step: the target's pass, and what drafting adds to the time between two passes.
