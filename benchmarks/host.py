@@ -256,15 +256,24 @@ def show(results: list[Figures]) -> None:
 
 
 def selected(names: list[str]) -> list[Case]:
-    """Cases by names such as 256x1k, 256x16k-penalties, 256x1k-messages or 256x1k-tp4; all without names."""
+    """Cases by names such as 256x1k, 256x16k-penalties, 256x1k-tp4 or 1x1k-colocated-adaptive-cold; all without names.
+
+    `off` and `adaptive` are policies, `fixed3` one with so many drafts.
+    """
     cases = []
     for name in names:
         size, *options = name.split("-")
         sequences, context = size.split("x")
         case = Case(int(sequences), int(context.removesuffix("k")) * 1024)
         tp = next((int(option.removeprefix("tp")) for option in options if option.startswith("tp")), 1)
-        chosen = {"penalties": "penalties", "is_colocated": "colocated", "sends_rows": "messages"}
-        cases.append(replace(case, tp=tp, **{name: option in options for name, option in chosen.items()}))
+        chosen = {"penalties": "penalties", "is_colocated": "colocated", "sends_rows": "messages", "is_cold": "cold"}
+        case = replace(case, tp=tp, **{name: option in options for name, option in chosen.items()})
+        for option in options:
+            if option in ("off", "adaptive"):
+                case = replace(case, policy=option)
+            elif option.startswith("fixed"):
+                case = replace(case, drafts=int(option.removeprefix("fixed")))
+        cases.append(case)
     return cases or list(CASES)
 
 

@@ -23,6 +23,7 @@ from dflash_ray.target_group.feature_store import FeatureStore
 from dflash_ray.target_group.model import StepHidden
 from dflash_ray.target_group.step import StepFeatures
 
+COLD_BYTES = 64 << 20
 PAGES_AHEAD = 6  # of each sequence, whose memory is there before anything is counted
 
 
@@ -60,9 +61,11 @@ class CannedRunner:
         self._prompt_width = case.prompt_width
         self.is_starting = case.prompt_width != case.width
         self._features = torch.zeros(case.sequences * (DRAFTS + 1), case.width, dtype=getattr(torch, case.dtype))
+        self._weights = np.ones(COLD_BYTES // 8 if case.is_cold else 0)
 
     def forward(self, batch: StepBatch, columns: PlanColumns | None) -> StepHidden:
         self._clock.to(None)
+        np.negative(self._weights, out=self._weights)
         num_rows = len(batch.feature_rows)
         if num_rows > len(self._features) or self.is_starting:
             features = self._features[:1, : self._prompt_width].expand(num_rows, -1)

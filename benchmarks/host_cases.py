@@ -30,6 +30,8 @@ class Case:
     Attributes:
         is_colocated: the drafter is in the target, whose features go to nobody.
         sends_rows: features travel in messages, as they do to drafters on other machines.
+        policy: of the router; `drafts` a step where it is fixed.
+        is_cold: what a pass reads is larger than the caches, as weights are: all around it finds its memory cold.
         prompt_width: of the prompts' features; narrow ones make the start, which is not counted, short.
         room: tokens that a text may grow by.
     """
@@ -40,6 +42,9 @@ class Case:
     tp: int = 1
     is_colocated: bool = False
     sends_rows: bool = False
+    policy: str = "fixed"
+    drafts: int = DRAFTS
+    is_cold: bool = False
     width: int = 4096
     dtype: str = "bfloat16"
     prompt_width: int = 1
@@ -48,7 +53,8 @@ class Case:
     @property
     def name(self) -> str:
         context = f"{self.context // 1024}k" if self.context >= 1024 else str(self.context)
-        parts = [f"{self.sequences} x {DRAFTS + 1}", context]
+        parts = [f"{self.sequences} x {self.drafts + 1}", context]
+        parts += [self.policy] * (self.policy != "fixed") + ["cold"] * self.is_cold
         parts += ["penalties"] * self.penalties + [f"TP {self.tp}"] * (self.tp > 1)
         return ", ".join(parts + ["colocated"] * self.is_colocated + ["in messages"] * self.sends_rows)
 
@@ -69,8 +75,8 @@ class Case:
                 "router": {
                     "max_running": self.sequences,
                     "max_waiting": self.sequences,
-                    "policy": "fixed",
-                    "draft_tokens": DRAFTS,
+                    "policy": self.policy,
+                    "draft_tokens": self.drafts,
                     "draft_timeout_ms": 1e9,
                     "prefill_chunk_tokens": CHUNK,
                 },

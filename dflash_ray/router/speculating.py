@@ -161,9 +161,13 @@ class Speculating:
         candidates = self._candidates(slots, room, np.zeros(len(slots), np.int64), wants_ngram)
         if table.has_trees:
             candidates = replace(candidates, parents=table.draft_parents[slots, :MOST_DRAFTS])
-        log_probs = table.draft_log_probs[slots, :MOST_DRAFTS].astype(float)
-        # The law of rejection sampling bears no cut that looks at what was drawn.
-        log_probs[table.wants_distributions[slots]] = np.nan
+        wants_distributions = table.wants_distributions[slots]
+        if has_own:  # what their drafter says of them the target knows
+            log_probs = np.full((len(slots), MOST_DRAFTS), np.nan)
+        else:
+            log_probs = table.draft_log_probs[slots, :MOST_DRAFTS].astype(float)
+            # The law of rejection sampling bears no cut that looks at what was drawn.
+            log_probs[wants_distributions] = np.nan
         counts, from_ngram = self.controller.cut(
             candidates,
             draft_lens,
@@ -171,7 +175,7 @@ class Speculating:
             batch,
             limits.max_batch_tokens - batch.num_rows,
             cohort,
-            ~table.wants_distributions[slots] if has_own else None,
+            ~wants_distributions if has_own else None,
         )
         if np.count_nonzero(from_ngram):
             self.ngrams.take(slots[from_ngram], counts[from_ngram])
@@ -255,11 +259,11 @@ class Speculating:
         slots, own = step.slots[step.is_own], outcome.num_drafts[step.is_own]
         counts[slots] = own
         is_there = own[:, None] > CHAIN
-        log_probs = np.full((self.table.num_slots, MAX_DRAFTS), np.nan)
         of_slots = np.full(is_there.shape, np.nan)
         of_slots[is_there] = outcome.own_log_probs
         of_slots[self.table.wants_distributions[slots]] = np.nan
-        log_probs[slots] = of_slots
+        log_probs = np.full((self.table.num_slots, MOST_DRAFTS), np.nan)
+        log_probs[slots] = of_slots[:, :MOST_DRAFTS]
         parents = None
         if outcome.own_parents is not None:
             parents = np.tile(CHAIN, (self.table.num_slots, 1))
@@ -267,7 +271,7 @@ class Speculating:
             of_parents[is_there] = np.minimum(outcome.own_parents, np.broadcast_to(CHAIN, is_there.shape)[is_there])
             parents[slots] = of_parents
             parents = parents[:, :MOST_DRAFTS]
-        return Verified(counts, log_probs[:, :MOST_DRAFTS], parents)
+        return Verified(counts, log_probs, parents)
 
     def _accepted_in_trees(self, step: StepInFlight, outcome: StepOutcome) -> Flags:
         """[num_slots, MOST_DRAFTS]: which drafts were kept."""

@@ -13,7 +13,7 @@ import numpy as np
 from dflash_ray.core.arrays import Flags, Ints
 from dflash_ray.core.ngram import MAX_NGRAM, MIN_NGRAM
 from dflash_ray.router.speculation.records import Floats
-from dflash_ray.router.speculation.trees import by_depth, depths_of, judged_nodes, survival_in_trees
+from dflash_ray.router.speculation.trees import by_depth, depths_of, judged_nodes, survival_from
 
 _FADE = 0.85  # of a sequence's older observations, with each newer one of that slot
 _SHARED_FADE = 0.99  # of all sequences together
@@ -35,6 +35,7 @@ _NGRAM_START = np.array([0.0, 0.3, 0.5, 0.69, 0.74, 0.88])
 _NGRAM_WEIGHT = 16.0
 _SURELY_NOT = 0.003
 _RELIABILITY_BINS = 10
+_INDEX = np.arange(64)  # of drafts, as many as one ever has
 
 
 class Acceptance:
@@ -61,43 +62,61 @@ class Acceptance:
         self._ngram_seen = np.full((MAX_NGRAM + 1, max_drafts), _NGRAM_WEIGHT)
         self._ngram_right = self._ngram_seen * _NGRAM_START[matches]
         self._reliability = np.zeros((3, _RELIABILITY_BINS))  # judged, expected, accepted
+        # What was asked since the last change, by the slots; a step asks the same several times.
+        self._known_rates: dict[bytes, Floats] = {}
+        self._known_survival: dict[bytes, Floats] = {}
+        self._said_by_bins = self._certain_bins()
 
     def open(self, slot: int) -> None:
         """Another sequence has the slot."""
+        self._forget_known()
         for rates in (self._right, self._seen, self._said, self._held, self._judged):
             rates[slot] = 0.0
         self._prior[slot] = _SHARED_WEIGHT
 
     def survival(self, slots: Ints) -> Floats:
         """[n, max_drafts]: the chance that a drafter's drafts up to each are accepted, before they are drafted."""
-        survival: Floats = np.cumprod(self._rates(slots), axis=1)
+        key = slots.tobytes()
+        survival = self._known_survival.get(key)
+        if survival is None:
+            survival = self._known_survival[key] = np.multiply.accumulate(self._rates(slots), axis=1)
         return survival
 
     def _rates(self, slots: Ints) -> Floats:
-        shared = self._shared_right / self._shared_seen
-        prior = self._prior[slots]
-        rates: Floats = (self._right[slots] + prior * shared) / (self._seen[slots] + prior)
+        key = slots.tobytes()
+        rates = self._known_rates.get(key)
+        if rates is None:
+            shared, prior = self._shared_right / self._shared_seen, self._prior[slots]
+            rates = (self._right[slots] + prior * shared) / (self._seen[slots] + prior)
+            self._known_rates[key] = rates
         return rates
+
+    def _forget_known(self) -> None:
+        self._known_rates.clear()
+        self._known_survival.clear()
 
     def survival_of(self, slots: Ints, log_probs: Floats, parents: Ints | None = None) -> Floats:
         """[n, k]: the same for drafts whose log-probabilities [n, k] the drafter gave; nan where it gave none.
 
         With `parents` [n, k] they are trees.
         """
-        if parents is not None:
-            return survival_in_trees(self._rates_of(slots, log_probs, depths_of(parents)), parents)
-        survival: Floats = np.cumprod(self._rates_of(slots, log_probs), axis=1)
-        return survival
+        return survival_from(self.rates_of(slots, log_probs, parents), parents)
 
-    def _rates_of(self, slots: Ints, log_probs: Floats, depths: Ints | None = None) -> Floats:
+    def rates_of(self, slots: Ints, log_probs: Floats, parents: Ints | None = None) -> Floats:
+        """[n, k]: the same chances, given that the drafts before each were accepted."""
         count = log_probs.shape[1]
-        bins = np.searchsorted(_BIN_EDGES, log_probs)
-        depths = np.minimum(np.arange(count) if depths is None else depths, _DEPTHS - 1)
-        said = self._said_by_bins()[depths, np.minimum(bins, len(_BIN_START) - 1)]
+        usual, is_unknown = self._rates(slots)[:, :count], np.isnan(log_probs)
+        num_unknown = np.count_nonzero(is_unknown)
+        if num_unknown == log_probs.size:
+            return usual
+        bins = _BIN_EDGES.searchsorted(log_probs)  # nan lies behind all of them
+        depths = np.minimum(_INDEX[:count] if parents is None else depths_of(parents), _DEPTHS - 1)
+        said = self._said_by_bins[depths, np.minimum(bins, len(_BIN_START) - 1)]
         odds = said / (1.0 - said) * self._bias(slots)[:, None]
-        return np.where(np.isnan(log_probs), self._rates(slots)[:, :count], odds / (1.0 + odds))
+        rates: Floats = odds / (1.0 + odds)
+        return np.where(is_unknown, usual, rates) if num_unknown else rates
 
-    def _said_by_bins(self) -> Floats:
+    def _certain_bins(self) -> Floats:
         said: Floats = np.clip(self._bin_right / self._bin_seen, _SURELY_NOT, 1 - _SURELY_NOT)
         return said
 
@@ -111,52 +130,68 @@ class Acceptance:
     def ngram_survival(self, match_lens: Ints, counts: Ints) -> Floats:
         """[n, max_drafts]: the chance of `counts` drafts after matches of such lengths; 0 behind them."""
         rates: Floats = (self._ngram_right / self._ngram_seen)[match_lens]
-        chances = np.where(np.arange(self.max_drafts) < counts[:, None], rates, 0.0)
+        chances = np.where(_INDEX[: self.max_drafts] < counts[:, None], rates, 0.0)
         survival: Floats = np.multiply.accumulate(chances, axis=1)
         return survival
 
-    def saw_trees(self, slots: Ints, counts: Ints, is_accepted: Flags, log_probs: Floats, parents: Ints) -> None:
-        """Takes verdicts on trees: the first `counts` drafts were verified, those of `is_accepted` [n, k] kept."""
+    def saw_trees(
+        self,
+        slots: Ints,
+        counts: Ints,
+        is_accepted: Flags,
+        log_probs: Floats,
+        parents: Ints,
+        rates: Floats | None = None,
+    ) -> None:
+        """Takes verdicts on trees: the first `counts` drafts were verified, those of `is_accepted` [n, k] kept.
+
+        `rates` are those that were expected, of `rates_of`, where they are known already.
+        """
         depths = depths_of(parents)
         judged = judged_nodes(parents, counts, is_accepted)
-        self._judge_forecast(judged, is_accepted, self._rates_of(slots, log_probs, depths))
+        rates = self.rates_of(slots, log_probs, parents) if rates is None else rates
+        self._judge_forecast(judged, is_accepted, rates)
         # What a sequence is known for is how deep its drafts are right.
         self._saw_slots(slots, by_depth(judged, depths), by_depth(is_accepted, depths))
         self._saw_bins(slots, judged & ~np.isnan(log_probs), is_accepted, log_probs, depths)
 
-    def saw_drafts(self, slots: Ints, counts: Ints, accepted: Ints, log_probs: Floats) -> None:
+    def saw_drafts(
+        self, slots: Ints, counts: Ints, accepted: Ints, log_probs: Floats, rates: Floats | None = None
+    ) -> None:
         """Takes verdicts on drafters' drafts: `counts` verified and the first `accepted` kept; log_probs [n, k].
 
-        Of drafts that were not verified the log-probabilities may be there too.
+        Of drafts that were not verified the log-probabilities may be there too. `rates` are those that were
+        expected, of `rates_of`, where they are known already.
         """
         width = log_probs.shape[1]
         judged, right = _verdicts(counts, accepted, width)
-        expected = self._rates_of(slots, log_probs)
-        self._judge_forecast(judged, right, expected)
-        left_out = (np.arange(width) == counts[:, None]) & (accepted == counts)[:, None] & ~np.isnan(log_probs)
-        self._saw_slots(slots, judged | left_out, np.where(left_out, expected, right))
-        depths = np.broadcast_to(np.arange(width), judged.shape)
-        self._saw_bins(slots, judged & ~np.isnan(log_probs), right, log_probs, depths)
+        rates = self.rates_of(slots, log_probs) if rates is None else rates
+        self._judge_forecast(judged, right, rates)
+        left_out = (_INDEX[:width] == counts[:, None]) & (accepted == counts)[:, None] & ~np.isnan(log_probs)
+        self._saw_slots(slots, judged | left_out, np.where(left_out, rates, right))
+        self._saw_bins(slots, judged & ~np.isnan(log_probs), right, log_probs, _INDEX[None, :width])
 
     def _saw_slots(self, slots: Ints, judged: Flags, right: Flags | Floats) -> None:
+        self._forget_known()
         width = judged.shape[1]
         fade = np.where(judged, _FADE, 1.0)
         self._right[slots, :width] = self._right[slots, :width] * fade + right
         self._seen[slots, :width] = self._seen[slots, :width] * fade + judged
         fade = np.where(judged, _SHARED_WEIGHT_FADE, 1.0)
         self._prior[slots, :width] = np.maximum(_LEAST_SHARED_WEIGHT, self._prior[slots, :width] * fade)
-        num_judged = judged.sum(axis=0)
+        num_judged = np.add.reduce(judged, axis=0)
         fade = _SHARED_FADE**num_judged
-        self._shared_right[:width] = self._shared_right[:width] * fade + right.sum(axis=0)
+        self._shared_right[:width] = self._shared_right[:width] * fade + np.add.reduce(right, axis=0)
         self._shared_seen[:width] = self._shared_seen[:width] * fade + num_judged
 
     def _saw_bins(self, slots: Ints, judged: Flags, right: Flags, log_probs: Floats, depths: Ints) -> None:
         rows, columns = np.nonzero(judged)
         if not len(rows):
             return
-        depths = np.minimum(depths[rows, columns], _DEPTHS - 1)
-        bins = np.searchsorted(_BIN_EDGES, log_probs[rows, columns])
-        said = self._said_by_bins()[depths, bins]
+        of_rows = 0 if len(depths) == 1 else rows  # one line stands for all where they are chains
+        depths = np.minimum(depths[of_rows, columns], _DEPTHS - 1)
+        bins = _BIN_EDGES.searchsorted(log_probs[rows, columns])
+        said = self._said_by_bins[depths, bins]
         held = right[rows, columns]
         cells = depths * len(_BIN_START) + bins
         seen = np.bincount(cells, minlength=self._bin_seen.size).reshape(self._bin_seen.shape)
@@ -164,6 +199,7 @@ class Acceptance:
         fade = _SHARED_FADE**seen
         self._bin_seen[:] = self._bin_seen * fade + seen
         self._bin_right[:] = self._bin_right * fade + kept
+        self._said_by_bins = self._certain_bins()
         for totals, values in ((self._said, said), (self._held, held), (self._judged, np.ones(len(rows)))):
             totals[slots] = totals[slots] * _BIAS_FADE + np.bincount(rows, values, minlength=len(slots))
 
@@ -182,6 +218,7 @@ class Acceptance:
 
     def rested(self, slots: Ints) -> None:
         """Nothing was drafted for these: what is known of them fades into what is known of all."""
+        self._forget_known()
         self._right[slots] *= _FORGET
         self._seen[slots] *= _FORGET
         self._prior[slots] += (1.0 - _FORGET) * (_SHARED_WEIGHT - self._prior[slots])
@@ -204,7 +241,7 @@ class Acceptance:
 
 def _verdicts(counts: Ints, accepted: Ints, width: int) -> tuple[Flags, Flags]:
     """Which drafts [n, width] were judged, and which of them were right."""
-    index = np.arange(width)
+    index = _INDEX[:width]
     right = index < np.minimum(accepted, counts)[:, None]
     judged = (index <= accepted[:, None]) & (index < counts[:, None])
     return judged, right

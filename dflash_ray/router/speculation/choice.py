@@ -20,6 +20,7 @@ _BINS_PER_E = 10.0
 LEAST_WORTH = float(np.exp(-(_BINS - 1) / _BINS_PER_E))  # less is worth no row
 _HALVINGS = 6
 _EVEN = 32  # numbers of rows up to which each is looked at
+_NOTHING = np.zeros(1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,17 +56,13 @@ def worths(drafted: Floats, others: Floats, max_rows: int) -> Worths:
         others: [n, k] survival of what is there without a drafter.
         max_rows: of drafts.
     """
-    gain = drafted.sum(axis=1) - others.sum(axis=1)
+    gain = np.add.reduce(drafted, axis=1) - np.add.reduce(others, axis=1)
     num_drafted = _halves(int(np.count_nonzero(gain > 0)))
     rank = np.empty(len(gain), np.int64)
     rank[np.argsort(-gain)] = np.arange(len(gain))
     # In how many levels a sequence is drafted for, from the first on: levels shrink, and so does who is in them.
-    in_levels = np.searchsorted(-num_drafted, -rank, side="left")
-    num_levels = len(num_drafted)
-    counts, sums = _histograms(drafted, in_levels, num_levels)
-    other_counts, other_sums = _histograms(others, in_levels, num_levels)
-    slots = _by_level(counts, other_counts)
-    tokens = _by_level(sums, other_sums)
+    in_levels = (-num_drafted).searchsorted(-rank, side="left")
+    slots, tokens = _by_level(_histograms(drafted, others, in_levels, len(num_drafted)))
     rows = row_grid(_rounded(min(max_rows, int(slots[:, -1].max()))))
     # Slots of a bin count as worth the same.
     gains = np.array([np.interp(rows, *columns) for columns in zip(slots, tokens, strict=True)])
@@ -83,24 +80,27 @@ def _rounded(rows: int) -> int:
     return rows if rows <= _EVEN else -(-rows // _EVEN) * _EVEN
 
 
-def _histograms(survival: Floats, in_levels: Ints, num_levels: int) -> tuple[Floats, Floats]:
-    """Slots and their worth in every bin, [num_levels + 1, bins]."""
-    sequences, slots = np.nonzero(survival > LEAST_WORTH)
-    worth = survival[sequences, slots]
-    bins = (np.log(worth) * -_BINS_PER_E).astype(np.int64)
-    cells = in_levels[sequences] * _BINS + bins
-    size = (num_levels + 1) * _BINS
-    counts = np.bincount(cells, minlength=size).astype(float)
-    sums = np.bincount(cells, worth, minlength=size).astype(float)
-    return counts.reshape(-1, _BINS), sums.reshape(-1, _BINS)
+def _histograms(drafted: Floats, others: Floats, in_levels: Ints, num_levels: int) -> Floats:
+    """Slots and their worth in every bin, [2, 2, num_levels + 1, bins]: of drafters' drafts and of others."""
+    survival = np.concatenate((drafted, others))
+    lines, slots = (survival > LEAST_WORTH).nonzero()
+    worth = survival[lines, slots]
+    first_cells = np.concatenate((in_levels, in_levels + num_levels + 1)) * _BINS
+    cells = first_cells[lines] + (np.log(worth) * -_BINS_PER_E).astype(np.int64)
+    size = 2 * (num_levels + 1) * _BINS
+    both: Floats = np.empty((2, 2, num_levels + 1, _BINS))  # slots and worths
+    both[0].reshape(-1)[:] = np.bincount(cells, minlength=size)
+    both[1].reshape(-1)[:] = np.bincount(cells, worth, minlength=size)
+    return both
 
 
-def _by_level(drafted: Floats, others: Floats) -> Floats:
-    """[L, bins + 1]: sums over bins from the best on, with drafters' drafts for who is in a level and others' else."""
-    of_levels = np.zeros((len(drafted) - 1, _BINS + 1))
-    from_end = np.cumsum(drafted[::-1], axis=0)[::-1]
-    of_levels[:, 1:] = from_end[1:] + np.cumsum(others, axis=0)[:-1]
-    return np.cumsum(of_levels, axis=1)
+def _by_level(histograms: Floats) -> Floats:
+    """[2, L, bins + 1]: sums over bins from the best on, with drafters' drafts for who is in a level, others' else."""
+    drafted, others = histograms[:, 0], histograms[:, 1]
+    of_levels = np.zeros((2, drafted.shape[1] - 1, _BINS + 1))
+    from_end = np.add.accumulate(drafted[:, ::-1], axis=1)[:, ::-1]
+    of_levels[:, :, 1:] = from_end[:, 1:] + np.add.accumulate(others, axis=1)[:, :-1]
+    return np.add.accumulate(of_levels, axis=2)
 
 
 def best_rows(survival: Floats, max_rows: int) -> tuple[Ints, Floats]:
@@ -108,7 +108,7 @@ def best_rows(survival: Floats, max_rows: int) -> tuple[Ints, Floats]:
     worth = np.sort(survival, axis=None)[::-1]
     most = min(max_rows, int(np.count_nonzero(worth > LEAST_WORTH)))
     rows = row_grid(_rounded(most))
-    gains = np.concatenate([[0.0], np.cumsum(worth[:most])])
+    gains = np.add.accumulate(np.concatenate((_NOTHING, worth[:most])))
     return rows, gains[np.minimum(rows, most)]
 
 

@@ -22,7 +22,6 @@ _TRIAL_ROOM = 0.5  # of the loss that is allowed
 _AT_RISK = 0.5  # of what a step may lose, before its result is there
 _SPARE_SLOTS = 2  # asked for beyond what is expected to be verified, where slots cost time
 _SLOT_PRICE = 0.02  # of a step's time
-_NONE = np.zeros(1, np.int64)
 _HOPE = np.cumprod(np.full(MOST_DRAFTS, _TRIAL_RATE))
 
 
@@ -75,8 +74,8 @@ class Chooser:
         if at_risk and not self._costs.knows_wait(batch.is_split):  # nor what the drafts under way will have cost
             return Reason.NO_GAIN, None, np.inf
         num_fixed, fixed_slots = int(np.count_nonzero(fixed)), int(fixed.sum())
-        usual = float(self._costs.pass_seconds(batch, _NONE)[0])
-        plain = usual + self._wait(num_fixed, fixed_slots, batch, usual)
+        usual = self._costs.one_pass(batch)
+        plain = usual + self._costs.one_wait(num_fixed, fixed_slots, batch.is_split, usual)
         prompts = self._costs.prompt_seconds(batch)
         plain_rate = batch.num_sequences / (plain - prompts)
         least = _KEPT_GAIN if self._pauses.is_gaining else _LEAST_GAIN + _DOUBT * self._costs.plain_error(batch)
@@ -137,7 +136,8 @@ class Chooser:
         """How many rows promise most; the wait for the drafts is part of it whatever is chosen."""
         rows, gains = best_rows(survival, max(0, max_rows))
         passes = self._costs.pass_seconds(batch, rows)
-        seconds = passes + self._wait(outlook.num_asked, outlook.num_slots, batch, float(passes[0]))
+        wait = self._costs.one_wait(outlook.num_asked, outlook.num_slots, batch.is_split, float(passes[0]))
+        seconds = passes + wait
         rates = (batch.num_sequences + gains) / (seconds - self._costs.prompt_seconds(batch))
         rates[1:][seconds[1:] > outlook.max_seconds] = 0.0
         best = int(np.argmax(rates))
@@ -149,9 +149,10 @@ class Chooser:
         """Seconds that a step is thought to lose which takes longer than a plain one: all if no draft is accepted."""
         if not step.is_drafted:
             return 0.0
-        passes = self._costs.pass_seconds(step.batch, np.array([0, step.num_likely]))
-        wait = self._wait(*step.asked_inside, step.batch, float(passes[0])) - self._costs.host_seconds
-        return _AT_RISK * (float(passes[1] - passes[0]) + max(0.0, wait))
+        usual = self._costs.one_pass(step.batch)
+        rows = self._costs.one_pass(step.batch, step.num_likely) - usual if step.num_likely else 0.0
+        wait = self._costs.one_wait(*step.asked_inside, step.batch.is_split, usual) - self._costs.host_seconds
+        return _AT_RISK * (max(0.0, rows) + max(0.0, wait))
 
     def _may_draft(self, is_colocated: bool) -> bool:
         return is_colocated or self._pauses.may_draft()
@@ -163,7 +164,3 @@ class Chooser:
         if not batch.prefill_rows and self._pauses.is_cold(self._costs.num_plain(batch)):
             return Reason.COLD
         return Reason.REST if self._pauses.is_resting else None
-
-    def _wait(self, num_asked: int, num_slots: int, batch: Batch, usual: float) -> float:
-        asked, slots = np.array([num_asked]), np.array([num_slots])
-        return float(self._costs.wait_seconds(asked, slots, batch.is_split, usual)[0])

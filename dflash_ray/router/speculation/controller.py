@@ -29,6 +29,7 @@ from dflash_ray.router.speculation.outlook import (
 from dflash_ray.router.speculation.own_cut import OwnCut
 from dflash_ray.router.speculation.pauses import Pauses
 from dflash_ray.router.speculation.records import MOST_DRAFTS, Candidates, Floats, Policy, Reason, SpeculationCounts
+from dflash_ray.router.speculation.trees import survival_from
 
 _TRIAL_EACH = 4  # a trial verifies one draft for so many sequences at least
 _HAND_OVER_RATE = 0.1  # of the newest step in what is known of steps ahead
@@ -53,6 +54,7 @@ class SpeculationController:
         self.is_colocated = is_colocated
         self.runs_ahead = False
         self._is_fixed = np.zeros(num_slots, np.bool_)
+        self._has_fixed = False  # some slot wants a fixed number, or did when it was in use
         self._is_free = np.zeros(num_slots, np.bool_)  # whose drafts are chosen here
         self._limits = np.zeros(num_slots, np.int64)
         self.acceptance = Acceptance(num_slots, MOST_DRAFTS)
@@ -78,6 +80,7 @@ class SpeculationController:
     def open(self, slot: int, policy: Policy, draft_tokens: int) -> None:
         """A sequence has the slot, with at most so many drafts a step."""
         self._is_fixed[slot] = policy == Policy.FIXED and draft_tokens > 0
+        self._has_fixed = bool(np.count_nonzero(self._is_fixed))
         self._is_free[slot] = policy == Policy.ADAPTIVE and draft_tokens > 0
         self._limits[slot] = draft_tokens
         self.acceptance.open(slot)
@@ -159,10 +162,12 @@ class SpeculationController:
         if not has_free:
             self._look_out(cohort, Outlook(Reason.FIXED, int(np.count_nonzero(asks)), int(asks.sum()), np.inf, now))
             return asks
-        drafts[~is_free] = 0.0
-        ngrams[~is_free] = 0.0
-        fixed_rows = int(room[is_fixed].sum())
-        around = replace(batch, num_rows=batch.num_rows + min(fixed_rows, max_rows))
+        fixed_rows = 0
+        if has_free < len(slots):
+            drafts[~is_free] = 0.0
+            ngrams[~is_free] = 0.0
+            fixed_rows = int(room[is_fixed].sum())
+        around = batch.with_rows(min(fixed_rows, max_rows))
         reason, drafted, most = self._chooser.choose(
             drafts, ngrams, draft_room, around, max_rows - fixed_rows, asks, self.is_colocated, self._at_risk
         )
@@ -172,11 +177,11 @@ class SpeculationController:
 
     def has_fixed(self, slots: Ints) -> bool:
         """Whether some of these want a fixed number of drafts."""
-        return bool(np.count_nonzero(self._is_fixed[slots]))
+        return self._has_fixed and bool(np.count_nonzero(self._is_fixed[slots]))
 
     def lacks_own(self, slots: Ints, num_own: Ints, room: Ints) -> bool:
         """Whether some of these want a fixed number of drafts, have room for some, and are to get no own ones."""
-        self._waits = bool(np.count_nonzero(self._is_fixed[slots] & (num_own == 0) & (room > 0)))
+        self._waits = self._has_fixed and bool(np.count_nonzero(self._is_fixed[slots] & (num_own == 0) & (room > 0)))
         return self._waits
 
     def waits_for_ngrams(self, candidates: Candidates, batch: Batch) -> bool:
@@ -190,8 +195,7 @@ class SpeculationController:
         ngrams = self.acceptance.ngram_survival(candidates.match_lens, candidates.ngram_lens).sum(axis=1)
         drafts = until(self.acceptance.survival(slots), candidates.draft_room).sum(axis=1)
         gain = float(np.maximum(0.0, ngrams - drafts)[self._is_free[slots]].sum())
-        pass_seconds = float(self.costs.pass_seconds(batch, np.zeros(1, np.int64))[0])
-        self._waits = gain / batch.num_sequences * pass_seconds > self._waiting
+        self._waits = gain / batch.num_sequences * self.costs.one_pass(batch) > self._waiting
         return self._waits
 
     def is_plain_next(self, cohort: int = 0) -> bool:
@@ -249,20 +253,24 @@ class SpeculationController:
         outlook = self._outlooks.pop(cohort, NO_OUTLOOK)
         tokens, num_likely, self.least_own_log_prob = float(batch.num_sequences), 0, 0.0
         if np.count_nonzero(is_free) and outlook.reason not in PLAIN and self.costs.is_known:
-            batch = replace(batch, num_rows=batch.num_rows + min(int(counts.sum()), max_rows))
+            num_fixed = int(counts.sum())
+            batch = batch.with_rows(min(num_fixed, max_rows))
             drafts = until(self.acceptance.survival_of(slots, log_probs, candidates.parents), draft_lens)
             ngrams = self.acceptance.ngram_survival(candidates.match_lens, ngram_lens)
             is_better = ngrams.sum(axis=1) > drafts.sum(axis=1)
             survival = np.where((is_better & is_free)[:, None], ngrams, drafts * is_free[:, None])
-            rows = self._chooser.rows(survival, batch, max_rows - int(counts.sum()), outlook)
+            rows = self._chooser.rows(survival, batch, max_rows - num_fixed, outlook)
             num_rows, num_likely, tokens = rows.best, rows.best, rows.tokens
             if outlook.reason == Reason.TRIAL:  # that something is learnt of drafts, whatever they promise
                 num_rows = max(num_rows, -(-len(slots) // _TRIAL_EACH))
-            shares = share(survival, num_rows)
             is_cut = outlook.reason == Reason.GAIN or (outlook.reason == Reason.TRIAL and self._cuts_trials)
-            if may_cut is not None and num_rows and is_cut and not counts.any():
+            if may_cut is not None and num_rows and is_cut and not num_fixed:
                 self.least_own_log_prob = self._own_cut.least_log_prob(rows.price)
-                shares = np.where(may_cut & ~is_better, share(survival, rows.most), shares)
+                shares, leaves = share(survival, rows.most), may_cut & ~is_better
+                if np.count_nonzero(leaves) < len(slots):
+                    shares = np.where(leaves, shares, share(survival, num_rows))
+            else:
+                shares = share(survival, num_rows)
             counts = np.where(is_free, shares, counts)
             from_ngram = np.where(is_free, is_better, from_ngram)
         self._cut = SpeculativeStep(
@@ -283,8 +291,7 @@ class SpeculationController:
             asked_inside: sequences and slots that a colocated drafter drafts for behind the pass.
         """
         step, self._cut = self._cut or plain_step(batch, NO_OUTLOOK, _NO_SLOTS, _NO_FLAGS), None
-        fixed_rows = int(counts[~step.is_free].sum())
-        step.batch = replace(batch, num_rows=batch.num_rows + fixed_rows)
+        step.batch = batch.with_rows(int(counts.sum()) - int(counts[step.is_free].sum()))
         step.counts, step.asked_inside = counts, asked_inside
         if np.count_nonzero(is_in) < len(is_in):
             step.keep(is_in)
@@ -364,10 +371,12 @@ class SpeculationController:
         learn_costs(self.costs, lesson, self.is_colocated)
         if not step.is_free.any() and not step.counts.any():
             return
-        saved = keep_account(self.costs, self.acceptance, self.ledger, self.counts, lesson)
+        rates = self.acceptance.rates_of(step.slots, step.log_probs, step.parents)
+        survival = survival_from(rates, step.parents)
+        saved = keep_account(self.costs, self.acceptance, self.ledger, self.counts, lesson, survival)
         if step.has_own and step.parents is None:
             self._own_cut.saw(step.log_probs, np.where(step.from_ngram, 0, step.counts), lesson.accepted)
-        learn_acceptance(self.acceptance, step, lesson.accepted, lesson.is_accepted)
+        learn_acceptance(self.acceptance, step, lesson.accepted, rates, lesson.is_accepted)
         has_hit = bool((lesson.accepted[step.is_free] > 0).any())
         self._pauses.step_done(step.outlook.reason, step.outlook.num_asked > 0, has_hit, saved)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, replace
 from statistics import median
+from typing import Any
 
 import numpy as np
 
@@ -37,6 +38,10 @@ class Batch:
     context_tokens: int
     prefill_rows: int = 0
     is_split: bool = False
+
+    def with_rows(self, more: int) -> Batch:
+        """With so many more rows of drafts that are not chosen here."""
+        return replace(self, num_rows=self.num_rows + more) if more else self
 
 
 class CostModel:
@@ -76,7 +81,7 @@ class CostModel:
 
     def saw_pass(self, batch: Batch, draft_rows: int, seconds: float) -> None:
         rows = batch.num_rows + draft_rows
-        self._passes.saw(_group(batch), rows, _pass_terms(batch, np.array([rows], float))[0].tolist(), seconds)
+        self._passes.saw(_group(batch), rows, _pass_terms(batch, rows), seconds)
 
     def saw_wait(self, num_drafted: int, num_slots: int, is_split: bool, seconds: float) -> None:
         """The time from a result to the next pass, in which drafts were made for so many sequences."""
@@ -89,23 +94,27 @@ class CostModel:
         else:
             self._undrafted = 0
             if self._waits[is_split].is_known:
-                usual = self._usual_wait(np.array([num_drafted]), np.array([num_slots]), is_split)[0]
-                late = seconds / float(usual)
+                late = seconds / self._usual_wait(num_drafted, num_slots, is_split)
                 self._lateness += _LATENESS_WEIGHT * (min(_MOST_LATENESS, late) - self._lateness)
             self._waits[is_split].saw(0, num_slots, [1.0, num_drafted, num_slots], max(seconds, 1e-5))
 
     def pass_seconds(self, batch: Batch, draft_rows: Ints) -> Floats:
-        """Of passes with so many rows of drafts, which rise."""
+        """Of passes with so many rows of drafts [n], which rise."""
         rows = batch.num_rows + draft_rows.astype(float)
         return np.maximum(_LEAST_PASS_S, self._passes.seconds(_group(batch), rows, _pass_terms(batch, rows)))
+
+    def one_pass(self, batch: Batch, draft_rows: int = 0) -> float:
+        """As `pass_seconds`, of one pass that is thought of alone."""
+        rows = batch.num_rows + draft_rows
+        seconds = self._passes.steady(_group(batch), rows, _pass_terms(batch, rows)) * self._passes.drift
+        return max(_LEAST_PASS_S, float(seconds))
 
     def prompt_seconds(self, batch: Batch) -> float:
         """What the rows of prompts add to a pass. They are computed once, whatever is drafted: no draft spares them."""
         if not batch.prefill_rows:
             return 0.0
         alone = replace(batch, num_rows=batch.num_rows - batch.prefill_rows, prefill_rows=0)
-        none = np.zeros(1, np.int64)
-        return max(0.0, float(self.pass_seconds(batch, none)[0] - self.pass_seconds(alone, none)[0]))
+        return max(0.0, self.one_pass(batch) - self.one_pass(alone))
 
     @property
     def host_seconds(self) -> float:
@@ -115,17 +124,21 @@ class CostModel:
     def wait_seconds(self, num_drafted: Ints, num_slots: Ints, is_split: bool, usual_pass: float) -> Floats:
         """Between two passes, for numbers of sequences drafted for and slots of all of them; where no draft was ever
         waited for, a third of a pass."""
-        if self._waits[is_split].is_known:
-            late = self._lateness if self._lateness > _LATE else 1.0
-            waits = late * self._usual_wait(num_drafted, num_slots, is_split)
-        else:
-            waits = np.full(len(num_drafted), self.host_seconds + usual_pass / 3)
-        return np.where(num_drafted > 0, waits, self.host_seconds)
+        return np.where(num_drafted > 0, self._wait(num_drafted, num_slots, is_split, usual_pass), self.host_seconds)
 
-    def _usual_wait(self, num_drafted: Ints, num_slots: Ints, is_split: bool) -> Floats:
-        terms = np.ones((len(num_drafted), 3))
-        terms[:, 1], terms[:, 2] = num_drafted, num_slots
-        return self._waits[is_split].steady(0, num_slots.astype(float), terms) * self._waits[is_split].drift
+    def one_wait(self, num_drafted: int, num_slots: int, is_split: bool, usual_pass: float) -> float:
+        """As `wait_seconds`, of one wait."""
+        return float(self._wait(num_drafted, num_slots, is_split, usual_pass)) if num_drafted else self.host_seconds
+
+    def _wait(self, num_drafted: Any, num_slots: Any, is_split: bool, usual_pass: float) -> Any:
+        if not self._waits[is_split].is_known:
+            return self.host_seconds + usual_pass / 3
+        late = self._lateness if self._lateness > _LATE else 1.0
+        return late * self._usual_wait(num_drafted, num_slots, is_split)
+
+    def _usual_wait(self, num_drafted: Any, num_slots: Any, is_split: bool) -> Any:
+        waits = self._waits[is_split]
+        return waits.steady(0, num_slots, (1.0, num_drafted, num_slots)) * waits.drift
 
     def slot_seconds(self, is_split: bool) -> float:
         """What one more slot of a draft adds to the wait."""
@@ -141,11 +154,5 @@ def _group(batch: Batch) -> int:
     return 4 * bucket(batch.num_sequences) + 2 * (batch.prefill_rows > 0) + batch.is_split
 
 
-def _pass_terms(batch: Batch, rows: Floats) -> Floats:
-    terms = np.empty((len(rows), 5))
-    terms[:, 0] = 1.0
-    terms[:, 1] = rows
-    terms[:, 2] = batch.num_sequences
-    terms[:, 3] = batch.context_tokens / 1000
-    terms[:, 4] = batch.prefill_rows
-    return terms
+def _pass_terms(batch: Batch, rows: Any) -> tuple[Any, ...]:
+    return 1.0, rows, batch.num_sequences, batch.context_tokens / 1000, batch.prefill_rows

@@ -11,7 +11,7 @@ from dflash_ray.router.speculation.acceptance import Acceptance
 from dflash_ray.router.speculation.cost_model import CostModel
 from dflash_ray.router.speculation.ledger import Ledger
 from dflash_ray.router.speculation.outlook import SpeculativeStep
-from dflash_ray.router.speculation.records import MOST_DRAFTS, SpeculationCounts
+from dflash_ray.router.speculation.records import MOST_DRAFTS, Floats, SpeculationCounts
 from dflash_ray.router.speculation.trees import depths_of
 
 _SAMPLED = 32  # sequences that acceptance is learnt from in a step that leaves nothing to choose
@@ -39,9 +39,14 @@ class Lesson:
 
 
 def learn_acceptance(
-    acceptance: Acceptance, step: SpeculativeStep, accepted: Ints, is_accepted: Flags | None = None
+    acceptance: Acceptance, step: SpeculativeStep, accepted: Ints, rates: Floats, is_accepted: Flags | None = None
 ) -> None:
-    """Takes the verdicts; -1 where there is none. Of trees `is_accepted` [n, k] says which drafts were kept."""
+    """Takes the verdicts; -1 where there is none.
+
+    Args:
+        rates: [n, MOST_DRAFTS] chances that drafters' drafts had, of `Acceptance.rates_of`.
+        is_accepted: [n, MOST_DRAFTS] of trees, which drafts were kept.
+    """
     has_drafts = (step.counts > 0) | ~np.isnan(step.log_probs[:, 0])
     has_verdict = (accepted >= 0) & has_drafts
     remote = np.flatnonzero(has_verdict & ~step.from_ngram)
@@ -50,11 +55,12 @@ def learn_acceptance(
     if len(remote):
         width = min(MOST_DRAFTS, int(step.counts[remote].max()) + 1)  # one was left out, perhaps
         slots, counts, log_probs = step.slots[remote], step.counts[remote], step.log_probs[remote, :width]
+        rates = rates[remote, :width]
         if step.parents is None or is_accepted is None:
-            acceptance.saw_drafts(slots, counts, accepted[remote], log_probs)
+            acceptance.saw_drafts(slots, counts, accepted[remote], log_probs, rates)
         else:
             kept, parents = is_accepted[remote, :width], step.parents[remote, :width]
-            acceptance.saw_trees(slots, counts, kept, log_probs, parents)
+            acceptance.saw_trees(slots, counts, kept, log_probs, parents, rates)
     ngram = np.flatnonzero(has_verdict & step.from_ngram & (step.counts > 0))
     if len(ngram):
         acceptance.saw_ngrams(step.match_lens[ngram], step.counts[ngram], accepted[ngram])
@@ -84,10 +90,12 @@ def keep_account(
     ledger: Ledger,
     counts: SpeculationCounts,
     lesson: Lesson,
+    survival: Floats,
 ) -> float:
     """Compares the step with what plain decoding takes for the same tokens.
 
-    Returns plain steps' time that was saved, with all luck in it.
+    `survival` [n, MOST_DRAFTS] is what was expected of drafters' drafts. Returns plain steps' time that was saved, with
+    all luck in it.
 
     Must be called before acceptance is learnt from the step: its drafts count as they were worth when they were sent,
     as far as chance explains what came of them.
@@ -98,16 +106,17 @@ def keep_account(
     if not num_free:
         return 0.0
     counts.steps[outlook.reason] += 1
-    expected = costs.pass_seconds(batch, np.array([0, _free_rows(step)]))
-    plain = float(expected[0]) + costs.host_seconds
+    usual = costs.one_pass(batch)
+    plain = usual + costs.host_seconds
     if not step.is_drafted:
         late = min(lesson.late, (_SPIKE - 1) * plain)
         ledger.add(plain + late, plain)
         return -late / plain
     kept = float(np.maximum(accepted, 0)[step.is_free].sum())
-    worth, variance = _worth(acceptance, step)
+    worth, variance = _worth(acceptance, step, survival)
     # What prompts take varies more than drafts cost: beside them those cost what is expected.
-    busy = float(expected[1]) if batch.prefill_rows else min(lesson.busy, _SPIKE * float(expected[1]))
+    expected = max(usual, costs.one_pass(batch, _free_rows(step)))
+    busy = expected if batch.prefill_rows else min(lesson.busy, _SPIKE * expected)
     seconds = busy + step.wait + lesson.draft_seconds
     tokens = ledger.luck.counted(worth, variance, kept)
     decoding = plain - costs.prompt_seconds(batch)
@@ -117,14 +126,16 @@ def keep_account(
     return (plain + decoding * kept / num_free - seconds) / decoding
 
 
-def _worth(acceptance: Acceptance, step: SpeculativeStep) -> tuple[float, float]:
+def _worth(acceptance: Acceptance, step: SpeculativeStep, survival: Floats) -> tuple[float, float]:
     """Drafts chosen here that are accepted in expectation, and their variance."""
-    survival = acceptance.survival_of(step.slots, step.log_probs, step.parents)
-    ngrams = acceptance.ngram_survival(step.match_lens, step.counts)
-    survival = np.where(step.from_ngram[:, None], ngrams, survival)
+    if not np.count_nonzero(step.counts):
+        return 0.0, 0.0
+    if np.count_nonzero(step.from_ngram):
+        ngrams = acceptance.ngram_survival(step.match_lens, step.counts)
+        survival = np.where(step.from_ngram[:, None], ngrams, survival)
     index = np.arange(survival.shape[1])
     survival = np.where((index < step.counts[:, None]) & step.is_free[:, None], survival, 0.0)
-    worths = survival.sum(axis=1)
+    worths = np.add.reduce(survival, axis=1)
     depths = index if step.parents is None else np.where(step.from_ngram[:, None], index, depths_of(step.parents))
-    squares = (survival * (2 * depths + 1)).sum(axis=1)
+    squares = np.add.reduce(survival * (2 * depths + 1), axis=1)
     return float(worths.sum()), float((squares - worths**2).sum())

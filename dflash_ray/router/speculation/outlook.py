@@ -75,8 +75,9 @@ class SpeculativeStep:
     def take(self, own: Verified) -> None:
         """Which own drafts there were is known now; until then it was how many there might be."""
         counts = np.where(self.from_ngram, self.counts, np.minimum(self.counts, own.counts[self.slots]))
-        num_missing = int((self.counts - counts)[~self.is_free].sum())
-        self.batch = replace(self.batch, num_rows=self.batch.num_rows - num_missing)
+        is_fixed = ~self.is_free
+        num_missing = int((self.counts - counts)[is_fixed].sum()) if np.count_nonzero(is_fixed) else 0
+        self.batch = self.batch.with_rows(-num_missing)
         self.has_own = True
         log_probs = own.log_probs[self.slots]
         if self.least_log_prob < 0.0:
@@ -124,5 +125,5 @@ def plain_step(batch: Batch, outlook: Outlook, slots: Ints, is_free: Flags) -> S
     """A step without drafts; of nothing that decodes, where there are no slots."""
     count = len(slots)
     zeros, flags = np.zeros(count, np.int64), np.zeros(count, np.bool_)
-    log_probs = np.broadcast_to(np.nan, (count, MOST_DRAFTS))
+    log_probs = np.full((count, MOST_DRAFTS), np.nan)
     return SpeculativeStep(batch, outlook, slots, zeros, flags, is_free, log_probs, zeros, float(batch.num_sequences))

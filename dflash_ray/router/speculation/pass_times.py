@@ -12,7 +12,9 @@ import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from operator import mul
 from statistics import median
+from typing import Any
 
 import numpy as np
 
@@ -43,16 +45,23 @@ class _Bucket:
     Attributes:
         terms: of the law, their moving average over the passes.
         seconds: of the last passes, at the machine's usual speed.
+        ratio: what they take over what the law says.
     """
 
-    terms: Floats
+    terms: list[float]
     row: int
     seconds: deque[float] = field(default_factory=lambda: deque(maxlen=KEPT))
     seen_at: int = 0
+    ratio: float = 1.0
 
     @property
     def median(self) -> float:
         return median(self.seconds)
+
+    def compare(self, law: Sequence[float]) -> None:
+        """Its times or the law are others now."""
+        trust = 1.0 - 0.5 ** len(self.seconds) if len(self.seconds) < 3 else 1.0
+        self.ratio = float(self.median / max(_weighed(law, self.terms), 1e-12)) ** trust
 
 
 class PassTimes:
@@ -60,6 +69,9 @@ class PassTimes:
 
     A pass has terms, what the linear law weighs, and a place (group, row): times of one group are interpolated over its
     rows. `prior` is the law's shape where nothing is known, in units of the first time that is seen.
+
+    What is asked most is the time of one pass. Numbers stay Python's, which take a tenth of the time of arrays of one;
+    where many passes are asked for, those of the terms that differ are arrays, and so are the seconds.
 
     Args:
         prior: weight of every term, relative to the time of a pass whose terms are `unit`.
@@ -69,7 +81,7 @@ class PassTimes:
     def __init__(self, prior: Sequence[float], unit: Sequence[float]) -> None:
         self._prior = np.array(prior, float) / float(np.dot(prior, unit))
         self._unit = np.array(unit, float)
-        self._law: Floats = self._prior.copy()
+        self._law: list[float] = self._prior.tolist()
         self._groups: dict[int, dict[int, _Bucket]] = {}
         self._ratios: dict[int, tuple[Floats, Floats]] = {}
         self._log_drift = 0.0
@@ -88,7 +100,7 @@ class PassTimes:
 
     def weight(self, term: int) -> float:
         """Seconds that the law gives one more of a term."""
-        return float(self._law[term]) * self.drift if self.is_known else 0.0
+        return self._law[term] * self.drift if self.is_known else 0.0
 
     def num_seen(self, group: int, row: int) -> int:
         """Times kept of a bucket."""
@@ -101,50 +113,47 @@ class PassTimes:
 
     def saw(self, group: int, row: int, terms: Sequence[float], seconds: float) -> None:
         """Takes the time of a pass."""
-        values = np.array(terms, float)
         if not self._groups:
-            self._law = self._prior * seconds * float(np.dot(self._prior, self._unit)) / float(self._prior @ values)
-        expected = self.steady(group, np.array([row], float), values[None])[0]
-        cell = self._cell(group, row, values)
+            scale = seconds * float(np.dot(self._prior, self._unit)) / _weighed(self._prior.tolist(), terms)
+            self._law = (self._prior * scale).tolist()
+        expected = self.steady(group, row, terms)
+        cell = self._cell(group, row, terms)
         if len(cell.seconds) >= _TRUSTED:
             surprise = math.log(max(seconds, 1e-9) / max(expected, 1e-9)) - self._log_drift
             surprise = min(_MOST_DRIFT, max(-_MOST_DRIFT, surprise))
             self._log_drift += _DRIFT_WEIGHT * surprise
             self._spread += _SPREAD_WEIGHT * (abs(surprise) - self._spread)
         cell.seconds.append(seconds / self.drift)
-        cell.terms += 0.25 * (values - cell.terms)
+        cell.terms = [term + 0.25 * (value - term) for term, value in zip(cell.terms, terms, strict=True)]
+        cell.compare(self._law)
         cell.seen_at = self._num_seen
         self._num_seen += 1
         self._ratios.pop(group, None)
         if self._num_seen % _REFIT_EVERY == 0 or self._num_seen < 8 or self._num_seen in (12, 16, 24, 32, 48):
             self._fit()
 
-    def seconds(self, group: int, rows: Floats, terms: Floats) -> Floats:
-        """Expected now, for passes of one group with rising `rows`; terms [n, num_terms]. Never falls with the rows."""
-        return np.maximum.accumulate(self.steady(group, rows, terms)) * self.drift
+    def seconds(self, group: int, rows: Floats, terms: Sequence[float | Floats]) -> Floats:
+        """Expected now, for passes of one group with rising `rows` [n]. Never falls with the rows."""
+        seconds: Floats = np.maximum.accumulate(self.steady(group, rows, terms)) * self.drift
+        return seconds
 
-    def steady(self, group: int, rows: Floats, terms: Floats) -> Floats:
-        """At the machine's usual speed."""
-        law: Floats = terms @ self._law
-        at, ratios = self._ratios_of(group)
-        return law * np.interp(rows, at, ratios) if len(at) else law
+    def steady(self, group: int, row: Any, terms: Sequence[Any]) -> Any:
+        """At the machine's usual speed: of one pass, or of those whose rows and terms are arrays [n]."""
+        law, (at, ratios) = _weighed(self._law, terms), self._ratios_of(group)
+        return law * np.interp(row, at, ratios) if len(at) else law
 
     def _ratios_of(self, group: int) -> tuple[Floats, Floats]:
         """What a group's buckets take over what the law says, at their rows."""
         if group not in self._ratios:
             cells = sorted(self._groups.get(group, {}).values(), key=lambda cell: cell.row)
-            at = np.array([cell.row for cell in cells], float)
-            law = np.array([cell.terms @ self._law for cell in cells])
-            seen = np.array([cell.median for cell in cells])
-            trust = np.array([1.0 - 0.5 ** len(cell.seconds) if len(cell.seconds) < 3 else 1.0 for cell in cells])
-            self._ratios[group] = at, (seen / np.maximum(law, 1e-12)) ** trust
+            self._ratios[group] = np.array([cell.row for cell in cells], float), np.array([c.ratio for c in cells])
         return self._ratios[group]
 
-    def _cell(self, group: int, row: int, terms: Floats) -> _Bucket:
+    def _cell(self, group: int, row: int, terms: Sequence[float]) -> _Bucket:
         cells = self._groups.setdefault(group, {})
         key = bucket(row)
         if key not in cells:
-            cells[key] = _Bucket(terms.copy(), row)
+            cells[key] = _Bucket(list(terms), row)
         return cells[key]
 
     def _fit(self) -> None:
@@ -159,8 +168,15 @@ class PassTimes:
         lean = 0.3 * np.maximum(1.0, np.max(terms, axis=0)) / float(np.median(seconds))
         rows = np.vstack([terms * weight[:, None], np.diag(lean)])
         wanted = np.concatenate([seconds * weight, lean * self._prior * scale])
-        self._law = _non_negative(rows, wanted)
+        self._law = _non_negative(rows, wanted).tolist()
+        for cell in cells:
+            cell.compare(self._law)
         self._ratios.clear()
+
+
+def _weighed(law: Sequence[float], terms: Sequence[Any]) -> Any:
+    """The terms' sum under the law's weights."""
+    return sum(map(mul, law, terms))
 
 
 def _non_negative(rows: Floats, wanted: Floats) -> Floats:

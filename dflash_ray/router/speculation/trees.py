@@ -21,6 +21,17 @@ def depths_of(parents: Ints) -> Ints:
     return depths[:, 1:] - 1
 
 
+def survival_from(rates: Floats, parents: Ints | None = None) -> Floats:
+    """The chance [n, k] that each draft and all that it follows are accepted, from those given that these were.
+
+    Without `parents` they are chains.
+    """
+    if parents is not None:
+        return survival_in_trees(rates, parents)
+    survival: Floats = np.multiply.accumulate(rates, axis=1)
+    return survival
+
+
 def survival_in_trees(rates: Floats, parents: Ints) -> Floats:
     """The chance [n, k] that drafts are accepted, from those given that their parents were.
 
