@@ -21,6 +21,7 @@ from dflash_ray.core.libraries import cache_dir as cache_dir
 from dflash_ray.core.libraries import compiled_once, compiler
 from dflash_ray.kernels.fakes import (
     register_attention_fake,
+    register_draft_fakes,
     register_forward_fakes,
     register_layer_fakes,
     register_verify_fakes,
@@ -33,6 +34,7 @@ SOURCES = Path(__file__).parent / "csrc"
 _CPU_SOURCES = (
     "binding.cpp",
     "cpu/decoder.cpp",
+    "cpu/drafts.cpp",
     "cpu/forward.cpp",
     "cpu/history.cpp",
     "cpu/linear.cpp",
@@ -40,7 +42,7 @@ _CPU_SOURCES = (
     "cpu/team.cpp",
     "cpu/verify.cpp",
 )
-_CUDA_SOURCES = ("cuda/attention.cu", "cuda/cuda_binding.cpp", "cuda/layer.cu", "cuda/verify.cu")
+_CUDA_SOURCES = ("cuda/attention.cu", "cuda/cuda_binding.cpp", "cuda/drafts.cu", "cuda/layer.cu", "cuda/verify.cu")
 _NAME = "dflash_ray_kernels"
 _FLAGS = ("-O3", "-std=c++20", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-Wall")
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100")
@@ -73,6 +75,7 @@ def _loaded_devices() -> tuple[str, ...]:
         return ()
     register_verify_fakes("dflash_ray")
     register_layer_fakes("dflash_ray")
+    register_draft_fakes("dflash_ray")
     register_forward_fakes()
     register_attention_fake("dflash_ray")
     return ("cpu", "cuda") if _has_cuda() else ("cpu",)

@@ -56,6 +56,19 @@ def register_layer_fakes(namespace: str) -> None:
     register(f"{namespace}::activate", lambda gate_up, *_: gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2))
 
 
+def register_draft_fakes(namespace: str) -> None:
+    """For the operators that choose a drafter's candidates in a torch.ops namespace."""
+    register = torch.library.register_fake
+    register(
+        f"{namespace}::top_candidates",
+        lambda logits, count: logits.new_empty((len(logits), count), dtype=torch.int64),
+    )
+    register(
+        f"{namespace}::walk_candidates",
+        lambda scores, ids, *_: (torch.empty_like(ids), scores.new_empty(ids.shape)),
+    )
+
+
 def register_attention_fake(namespace: str) -> None:
     """For attention over pages in a torch.ops namespace."""
     torch.library.register_fake(f"{namespace}::attend_pages", lambda query, *_: query.new_empty(query.shape))

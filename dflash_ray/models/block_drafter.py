@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,11 +22,12 @@ from dflash_ray.core.memory import return_freed_memory
 from dflash_ray.kernels import build, ops
 from dflash_ray.models.context_pages import ContextPages
 from dflash_ray.models.dflash import apply_rope, rope_tables
-from dflash_ray.models.dflash2 import CandidateSelector, Draw, log_chances, walk
+from dflash_ray.models.dflash2 import Draw, log_chances
+from dflash_ray.models.draft_choice import DraftChooser, DrawColumns, draw_values
 from dflash_ray.models.draft_contexts import ContextRows
 from dflash_ray.models.draft_head import build_selector, load_draft_head
 from dflash_ray.models.draft_layers import DeviceLayers, draft_layers
-from dflash_ray.models.draft_passes import DraftPasses
+from dflash_ray.models.draft_passes import Blocks, DraftPasses, HostChoice
 from dflash_ray.models.draft_proposals import DraftProposal, DraftProposals
 from dflash_ray.models.drafter_checkpoint import DrafterCheckpoint
 from dflash_ray.models.packed_linear import PackedLinear, fuse
@@ -84,7 +85,6 @@ class BlockDrafter:
         self.max_draft_tokens = self.block_size - 1
         self._device, self._dtype = device, dtype
         network = checkpoint.build_network(dtype).to(device)
-        self._network = network
         self._layers = draft_layers(network)
         self._pages = ContextPages(
             self.config.num_hidden_layers, self.config.num_key_value_heads, self.config.head_dim, dtype, device
@@ -95,16 +95,19 @@ class BlockDrafter:
         self._key_norms = torch.stack([attention.k_norm.weight.detach() for attention in attentions])[:, None]
         embedding = target.load_embedding(dtype) if checkpoint.embedding is None else checkpoint.embedding.to(dtype)
         self._embedding = embedding.to(device) * self.config.input_embedding_scale
-        self._ids, head = load_draft_head(checkpoint, target, dtype, device)
-        self._head = PackedLinear(head)
-        self._selector = build_selector(network, self._embedding, self._ids, head)
+        ids, head = load_draft_head(checkpoint, target, dtype, device)
+        selector = build_selector(network, self._embedding, ids, head)
+        self._chooser = DraftChooser(network, PackedLinear(head), selector, ids)
         # The target may serve longer texts than the drafter was trained on; its last block reaches past them.
         longest = max(self.config.max_position_embeddings, target.config.max_position_embeddings)
         cos, sin = rope_tables(self.config, longest + self.block_size)
         self._cos, self._sin = cos.to(device), sin.to(device)
         self._passes: DraftPasses | None = None
         if isinstance(self._layers, DeviceLayers) and (device == "cpu" or build.is_loaded_for(device)):
-            self._passes = DraftPasses(self._layers, self._embedding, self._cos, self._sin, self.block_size)
+            self._passes = DraftPasses(
+                self._layers, self._chooser, self._embedding, (self._cos, self._sin), self.block_size,
+                self.config.mask_token_id,
+            )  # fmt: skip
         self._sessions: dict[int, _Session] = {}
         self._waiting: list[_Waiting] = []
         self._num_waiting = 0  # rows of it
@@ -208,83 +211,58 @@ class BlockDrafter:
                 most. Drafts whose distribution is wanted are chains all the same.
         """
         self._take_features()
-        held = [self._sessions[session] for session in sessions]
-        most = min(max(num_draft_tokens, default=0), self.max_draft_tokens)
-        size = 1 + most if all(self.config.is_causal) and self._passes is None else self.block_size
-        inputs = np.full((len(held), size), self.config.mask_token_id)
-        inputs[:, 0] = anchor_ids
-        anchors = torch.tensor(anchor_ids, device=self._device)
-        hidden = self._forward(held, inputs)
-        hidden = hidden[:, 1 : 1 + most]
-        logits = self._network.shape_logits(self._head(hidden).float())
+        lens = np.array([self._sessions[session].length for session in sessions], dtype=np.int64)
         counts = np.array(num_draft_tokens)
-        if self._selector is not None:
-            draws = draws or [Draw()] * len(held)
-            return self._select(
-                self._selector, hidden, logits, anchors, draws, held, counts, num_candidates, tree_width
-            )
-        best, at = logits.topk(min(max(num_candidates, tree_width), logits.shape[-1]), dim=-1)
-        scores = (best - logits.logsumexp(dim=-1, keepdim=True)).cpu().numpy()
-        chosen = (self._ids[at] if self._ids is not None else at).cpu().numpy()
-        if tree_width > 1:
-            return _as_trees(chosen, scores[:, :, None].astype(np.float64), counts, tree_width)
-        is_drawn = np.zeros(len(held), dtype=np.bool_)
-        num_kept = np.full(len(held), chosen.shape[2])
-        return DraftProposals(chosen, scores, np.minimum(counts, most), num_kept, is_drawn)
-
-    def _numbers(self, anchors: Tensor) -> Tensor:
-        """Anchors as the selector numbers tokens, like the head; one without a row counts as the row before it."""
-        if self._ids is None:
-            return anchors
-        return (torch.searchsorted(self._ids, anchors, right=True) - 1).clamp(min=0)
-
-    def _select(
-        self,
-        selector: CandidateSelector,
-        hidden: Tensor,
-        logits: Tensor,
-        anchors: Tensor,
-        draws: Sequence[Draw],
-        held: list[_Session],
-        counts: Ints,
-        num_candidates: int,
-        tree_width: int,
-    ) -> DraftProposals:
-        """Chains of candidates that were chosen one after the other, or the likeliest trees over them."""
-        rows, found = selector(hidden, logits, self._numbers(anchors))
-        candidates: Ints = (self._ids[rows] if self._ids is not None else rows).cpu().numpy()
-        scores = found.cpu().numpy()
-        firsts = [session.length + 1 for session in held]
+        most = min(int(counts.max(initial=0)), self.max_draft_tokens)
+        draws = draws or [Draw()] * len(sessions)
+        blocks = Blocks(np.array(sessions), np.array(anchor_ids), lens, most)
+        wanted = self._chooser.num_candidates(max(num_candidates, tree_width))
+        choice = self._choose(blocks, draws, wanted, tree_width > 1)
+        if not self._chooser.draws:
+            if tree_width > 1:
+                return _as_trees(choice.ids, choice.log_probs[:, :, None].astype(np.float64), counts, tree_width)
+            num_kept = np.full(len(counts), choice.ids.shape[2])
+            is_drawn = np.zeros(len(counts), dtype=np.bool_)
+            return DraftProposals(choice.ids, choice.log_probs, np.minimum(counts, most), num_kept, is_drawn)
         is_drawn = np.array([draw.wants_distribution and draw.temperature > 0 for draw in draws], dtype=np.bool_)
         if tree_width > 1:
-            chances = log_chances(scores, candidates, draws, firsts)
-            trees = _as_trees(candidates, chances, counts, tree_width)
+            chances = log_chances(choice.scores, choice.candidates, draws, (lens + 1).tolist())
+            trees = _as_trees(choice.candidates, chances, counts, tree_width)
             if not is_drawn.any():
                 return trees
             proposals = list(trees)
-            order, logprobs = walk(scores, candidates, draws, firsts)
-            chains = torch.from_numpy(np.take_along_axis(candidates, order, -1))
             for at in np.flatnonzero(is_drawn).tolist():
-                kept = slice(0, int(counts[at]))
-                proposals[at] = DraftProposal(chains[at, kept], torch.from_numpy(logprobs[at, kept]), True)
+                kept = at, slice(0, int(counts[at]))
+                chain = torch.from_numpy(choice.ids[kept]), torch.from_numpy(choice.log_probs[kept])
+                proposals[at] = DraftProposal(*chain, True)
             return DraftProposals.of(proposals)
-        order, logprobs = walk(scores, candidates, draws, firsts)
-        _, num_slots, most = candidates.shape
-        num_kept = np.where(is_drawn, most, min(num_candidates, most))
-        counts = np.minimum(counts, num_slots)
-        return DraftProposals(np.take_along_axis(candidates, order, -1), logprobs, counts, num_kept, is_drawn)
+        num_kept = np.where(is_drawn, choice.ids.shape[2], min(num_candidates, choice.ids.shape[2]))
+        return DraftProposals(choice.ids, choice.log_probs, np.minimum(counts, most), num_kept, is_drawn)
 
-    def _forward(self, held: list[_Session], inputs: Ints) -> Tensor:
-        """Blocks of tokens [N, B] through all layers and the final norm: [N, B, H]."""
-        sessions = np.array([one.number for one in held], dtype=np.int64)
-        lens = np.array([one.length for one in held], dtype=np.int64)
-        size = inputs.shape[1]
+    def _choose(self, blocks: Blocks, draws: Sequence[Draw], num_candidates: int, wants_scores: bool) -> HostChoice:
+        """Blocks through the layers, and what is chosen for their slots."""
         if self._passes is not None:
-            return self._passes(inputs, sessions, lens, self._pages)
-        places = self._pages.place_blocks(sessions, lens, size)
-        x = F.embedding(torch.from_numpy(inputs).to(self._device), self._embedding)
-        cos, sin = self._turns(torch.from_numpy(spans(lens, np.full(len(held), size))))
+            return self._passes(blocks, draws, num_candidates, wants_scores, self._pages)
+        size = 1 + blocks.num_slots if all(self.config.is_causal) else self.block_size
+        columns = None
+        if self._chooser.draws:
+            temperatures, seeds = draw_values(draws)
+            columns = DrawColumns(*map(self._on_device, (temperatures, seeds, blocks.lens + 1)))
+        hidden = self._forward(blocks, size)[:, 1 : 1 + blocks.num_slots]
+        choice = self._chooser(hidden, self._on_device(blocks.anchor_ids), columns, num_candidates)
+        return HostChoice(*(part.cpu().numpy() for part in choice))
+
+    def _forward(self, blocks: Blocks, size: int) -> Tensor:
+        """Blocks of `size` tokens through all layers and the final norm: [N, size, H]."""
+        token_ids = blocks.token_ids(size, self.config.mask_token_id)
+        places = self._pages.place_blocks(blocks.sessions, blocks.lens, size)
+        x = F.embedding(self._on_device(token_ids), self._embedding)
+        positions = (blocks.lens[:, None] + np.arange(size)).reshape(-1)
+        cos, sin = self._turns(torch.from_numpy(positions))
         return self._layers(x, cos, sin, self._pages, places)
+
+    def _on_device(self, values: NDArray[Any]) -> Tensor:
+        return torch.from_numpy(values).to(self._device)
 
 
 def _as_trees(ids: Ints, chances: NDArray[np.float64], num_nodes: Ints, width: int) -> DraftProposals:

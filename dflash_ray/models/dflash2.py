@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dflash_ray.kernels import draft_ops
 from dflash_ray.sampling.noise import gumbel
 
 # Seen of the drafter that comes along, greedy and at temperature 1: of all tokens that the target chose, so many are
@@ -177,46 +178,8 @@ def build_selector(num_tokens: int, hidden_size: int, config: Dflash2Config) -> 
 
 def top_candidates(logits: Tensor, count: int) -> Tensor:
     """Ids of the `count` largest logits in each row [..., vocabulary], ascending; of equal logits the lower ids."""
-    values, ids = logits.topk(min(count + 1, logits.shape[-1]), dim=-1)
-    if logits.shape[-1] > count and (values[..., count - 1] == values[..., count]).any():
-        last = values[..., count - 1 : count]
-        is_above, is_equal = logits > last, logits == last
-        room = count - is_above.sum(dim=-1, keepdim=True)
-        is_chosen = is_above | (is_equal & (is_equal.cumsum(dim=-1) <= room))
-        return is_chosen.nonzero()[:, -1].view(*logits.shape[:-1], count)
-    return ids[..., :count].sort(dim=-1).values
-
-
-def walk(
-    scores: NDArray[np.float32], ids: NDArray[np.int64], draws: Sequence[Draw], first_positions: Sequence[int]
-) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Chooses a token for each slot in turn, given the choice before it.
-
-    The greedy choice is the best score. Above temperature 0 it is a draw from softmax(score / temperature), made with
-    the noise that the target will draw this position's token with, so that both mostly choose the same token.
-
-    Args:
-        scores: [N, S, k, k] as CandidateSelector returns them.
-        ids: [N, S, k], ascending ids of the target's vocabulary.
-        first_positions: [N] position of the first slot's token.
-
-    Returns:
-        For each slot the candidates' indexes, int64 [N, S, k], the chosen one first and the others by falling score,
-        and their log-probabilities, float32 [N, S, k]. Of equal scores the lower id comes first.
-    """
-    tempered = _tempered(scores, draws)
-    noise = _noise(ids, draws, first_positions)
-    blocks = np.arange(len(ids))
-    after = np.empty_like(tempered[:, :, 0])  # what the candidates of a slot scored after the choice before it
-    choices = np.empty(ids.shape[:2], dtype=np.int64)
-    chosen = np.zeros(len(ids), dtype=np.int64)
-    for slot in range(ids.shape[1]):
-        after[:, slot] = tempered[blocks, slot, chosen]
-        choices[:, slot] = chosen = (after[:, slot] + noise[:, slot]).argmax(axis=-1)
-    ranked = np.argsort(-after, axis=-1, kind="stable")
-    order = np.take_along_axis(ranked, np.argsort(ranked != choices[:, :, None], axis=-1, kind="stable"), axis=-1)
-    shifted = np.take_along_axis(after - after.max(axis=-1, keepdims=True), order, axis=-1)
-    return order, (shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))).astype(np.float32)
+    found = draft_ops.top_candidates(logits.flatten(0, -2).float(), min(count, logits.shape[-1]))
+    return found.view(*logits.shape[:-1], -1)
 
 
 def _tempered(scores: NDArray[np.float32], draws: Sequence[Draw]) -> NDArray[np.float64]:
@@ -244,7 +207,12 @@ def log_chances(
     """Log-probabilities [N, S, k, k] that the target chooses a candidate, after each candidate of the slot before it.
 
     Above temperature 0 the noise that the target will draw with is known: chances are of score / temperature + noise,
-    in which what is uncertain is how far the target's scores are from these. Arguments are those of `walk`.
+    in which what is uncertain is how far the target's scores are from these.
+
+    Args:
+        scores: [N, S, k, k] as CandidateSelector returns them.
+        ids: [N, S, k], ascending ids of the target's vocabulary.
+        first_positions: [N] position of the first slot's token.
     """
     chances = _tempered(scores, draws) + _noise(ids, draws, first_positions)[:, :, None]
     chances -= chances.max(axis=-1, keepdims=True)

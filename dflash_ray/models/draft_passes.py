@@ -1,15 +1,21 @@
-"""Blocks through a drafter's layers in fixed numbers, over memory that stays: a graph for each on a GPU.
+"""Blocks through a drafter in fixed numbers, over memory that stays, from inputs to drafts: a graph for each on a GPU.
 
-A pass's inputs go to the device in one copy. Blocks that only fill a pass up repeat its first one, and so write what it
-writes. The pool of context pages may move when it grows: then graphs are captured anew, each when it is wanted next.
+A pass's inputs go to the device in one copy, and what was chosen comes back in one. Blocks that only fill a pass up
+repeat its first one, and so write what it writes. The pool of context pages may move when it grows: then graphs are
+captured anew, each when it is wanted next.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
+from collections.abc import Sequence
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -17,91 +23,183 @@ from dflash_ray.core.arrays import Ints, spans
 from dflash_ray.kernels.attention import PlanMemory, Room, StepTables, plan_within, reaches
 from dflash_ray.kernels.graphs import Graphs
 from dflash_ray.models.context_pages import PAGE_SIZE, ContextPages
+from dflash_ray.models.dflash2 import Draw
+from dflash_ray.models.draft_choice import Choice, DraftChooser, DrawColumns, draw_values
 from dflash_ray.models.draft_layers import DeviceLayers
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 64)  # blocks of a pass
+_DTYPES = torch.int64, torch.float32, torch.int64, torch.float32  # of a Choice
+_WIDTHS = tuple(dtype.itemsize for dtype in _DTYPES)
+
+
+class Blocks(NamedTuple):
+    """N blocks behind the contexts of sessions [N], which have lens [N] rows, and how many slots each has."""
+
+    sessions: Ints
+    anchor_ids: Ints
+    lens: Ints
+    num_slots: int
+
+    def token_ids(self, size: int, mask: int) -> Ints:
+        """[N, size]: anchors and masks."""
+        token_ids = np.full((len(self.lens), size), mask)
+        token_ids[:, 0] = self.anchor_ids
+        return token_ids
+
+
+class HostChoice(NamedTuple):
+    """A `Choice` on the host; candidates and scores where they are wanted."""
+
+    ids: Ints
+    log_probs: NDArray[np.float32]
+    candidates: Ints
+    scores: NDArray[np.float32]
 
 
 class DraftPasses:
     """Passes of blocks of one size.
 
     Args:
-        embedding: [V, H]; cos, sin: [P, d] of all positions.
+        embedding: [V, H]; turns: cos and sin [P, d] of all positions.
         block: rows of a block.
+        mask: token that stands in the slots.
     """
 
-    def __init__(self, layers: DeviceLayers, embedding: Tensor, cos: Tensor, sin: Tensor, block: int) -> None:
-        self._layers, self._embedding, self._cos, self._sin = layers, embedding, cos, sin
-        self._block = block
-        self._buffers: dict[int, _Buffers] = {}
+    def __init__(
+        self,
+        layers: DeviceLayers,
+        chooser: DraftChooser,
+        embedding: Tensor,
+        turns: tuple[Tensor, Tensor],
+        block: int,
+        mask: int,
+    ) -> None:
+        self._layers, self._chooser, self._embedding, self._turns = layers, chooser, embedding, turns
+        self._block, self._mask = block, mask
+        self._buffers: dict[tuple[int, int], _Buffers] = {}
         self._graphs = Graphs(embedding.device)
         self._pool = 0  # where the pages of the graphs are
 
     @torch.inference_mode()
-    def __call__(self, token_ids: Ints, sessions: Ints, lens: Ints, pages: ContextPages) -> Tensor:
-        """Rows [N, block, H] of blocks token_ids [N, block] behind the sessions' contexts of lens [N] rows."""
+    def __call__(
+        self, blocks: Blocks, draws: Sequence[Draw], num_candidates: int, wants_scores: bool, pages: ContextPages
+    ) -> HostChoice:
+        """What is chosen for the slots of any number of blocks; without `wants_scores` no candidates and scores."""
+        if len(blocks.lens) <= BUCKETS[-1]:
+            return self._run(blocks, draws, num_candidates, wants_scores, pages)
         parts = []
-        for first in range(0, len(token_ids), BUCKETS[-1]):
-            blocks = slice(first, first + BUCKETS[-1])
-            parts.append(self._run(token_ids[blocks], sessions[blocks], lens[blocks], pages))
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        for first in range(0, len(blocks.lens), BUCKETS[-1]):
+            cut = slice(first, first + BUCKETS[-1])
+            part = Blocks(blocks.sessions[cut], blocks.anchor_ids[cut], blocks.lens[cut], blocks.num_slots)
+            parts.append(self._run(part, draws[cut], num_candidates, wants_scores, pages))
+        return HostChoice(*map(np.concatenate, zip(*parts, strict=True)))
 
-    def _run(self, token_ids: Ints, sessions: Ints, lens: Ints, pages: ContextPages) -> Tensor:
-        count, places = len(token_ids), pages.reserve_blocks(sessions, lens, self._block)
+    def _run(
+        self, blocks: Blocks, draws: Sequence[Draw], num_candidates: int, wants_scores: bool, pages: ContextPages
+    ) -> HostChoice:
+        count, places = len(blocks.lens), pages.reserve_blocks(blocks.sessions, blocks.lens, self._block)
         bucket = next(bucket for bucket in BUCKETS if bucket >= count)
-        if bucket not in self._buffers:
-            self._buffers[bucket] = _Buffers(bucket, self._block, self._embedding, len(self._cos))
+        shape = bucket, num_candidates
+        if shape not in self._buffers:
+            self._buffers[shape] = _Buffers(
+                bucket, self._block, num_candidates, self._chooser.draws, self._embedding, len(self._turns[0])
+            )
         if pages.keys.data_ptr() != self._pool:
             self._graphs, self._pool = Graphs(self._embedding.device), pages.keys.data_ptr()
-        buffers = self._buffers[bucket]
-        reach = buffers.fill(token_ids, lens, places)
-        run = partial(self._pass, buffers, reach, pages)
-        if (bucket, reach) not in self._graphs:
-            self._graphs.capture({(bucket, reach): run}, "drafts")
-        self._graphs.launch((bucket, reach), run)
-        return buffers.hidden[:count].clone()
+        buffers = self._buffers[shape]
+        values = draw_values(draws) if self._chooser.draws else None
+        reach = buffers.fill(blocks.token_ids(self._block, self._mask), blocks.lens, values, places)
+        run, key = partial(self._pass, buffers, reach, pages), (*shape, reach)
+        if key not in self._graphs:
+            self._graphs.capture({key: run}, "drafts")
+        self._graphs.launch(key, run)
+        return buffers.fetch(count, blocks.num_slots, wants_scores)
 
     def _pass(self, buffers: _Buffers, reach: int, pages: ContextPages) -> None:
-        x = F.embedding(buffers.token_ids, self._embedding).view_as(buffers.hidden)
-        turns = self._cos[buffers.positions], self._sin[buffers.positions]
-        buffers.hidden.copy_(self._layers.run(x, *turns, pages, buffers.slots, buffers.attention[reach]))
+        blocks = buffers.token_ids.view(-1, self._block)
+        x = F.embedding(blocks, self._embedding)
+        cos, sin = (table[buffers.positions] for table in self._turns)
+        hidden = self._layers.run(x, cos, sin, pages, buffers.slots, buffers.attention[reach])
+        firsts = buffers.positions.view_as(blocks)[:, 0] + 1
+        draws = DrawColumns(buffers.temperatures, buffers.seeds, firsts) if self._chooser.draws else None
+        buffers.keep(self._chooser(hidden[:, 1:], blocks[:, 0].contiguous(), draws, buffers.num_candidates))
 
 
 class _Buffers:
-    """Those of passes of N blocks. Attributes: token_ids, positions, slots int64 [N * block]; hidden [N, block, H]."""
+    """Those of passes of N blocks.
 
-    def __init__(self, num_blocks: int, block: int, embedding: Tensor, num_positions: int) -> None:
-        self._num_blocks, self._block = num_blocks, block
+    Attributes:
+        token_ids, positions, slots: int64 [N * block].
+        temperatures, seeds: float64 and int64 [N].
+        attention: plans by their reach.
+    """
+
+    def __init__(
+        self,
+        num_blocks: int,
+        block: int,
+        num_candidates: int,
+        has_scores: bool,
+        embedding: Tensor,
+        num_positions: int,
+    ) -> None:
+        self._num_blocks, self._block, self.num_candidates = num_blocks, block, num_candidates
         rows, device = num_blocks * block, embedding.device
         most_pages = num_blocks * -(-num_positions // PAGE_SIZE)
         room = Room(rows, num_blocks, most_pages, num_positions)
         is_cuda = device.type == "cuda"
-        self._memory = torch.zeros(3 * rows + room.size, dtype=torch.int64, device=device)
+        self._num_columns = 3 * rows + 2 * num_blocks
+        self._memory = torch.zeros(self._num_columns + room.size, dtype=torch.int64, device=device)
         self._host = torch.zeros(len(self._memory), dtype=torch.int64, pin_memory=is_cuda)
-        self._copied = torch.cuda.Event() if is_cuda else None
+        self._event = torch.cuda.Event() if is_cuda else None
         self.token_ids, self.positions, self.slots = self._memory[: 3 * rows].view(3, rows)
-        memory = PlanMemory(self._host.numpy()[3 * rows :], self._memory[3 * rows :])
+        draws = self._memory[3 * rows : self._num_columns].view(2, num_blocks)
+        self.temperatures, self.seeds = draws[0].view(torch.float64), draws[1]
+        memory = PlanMemory(self._host.numpy()[self._num_columns :], self._memory[self._num_columns :])
         self.attention = {
             reach: plan_within(room._replace(max_len=reach), self.slots, PAGE_SIZE, memory)
             for reach in reaches(num_positions)
         }
-        self.hidden = torch.zeros(num_blocks, block, embedding.shape[1], dtype=embedding.dtype, device=device)
+        slots = (num_blocks, block - 1, num_candidates)
+        edges = (*slots, num_candidates) if has_scores else (0,)
+        shapes = (slots, slots, slots if has_scores else (0,), edges)
+        sizes = [-(-math.prod(shape) * width // 8) * 8 for shape, width in zip(shapes, _WIDTHS, strict=True)]
+        ends = list(itertools.accumulate(sizes, initial=0))
+        self._num_plain = ends[2]
+        places = list(zip(itertools.pairwise(ends), _DTYPES, shapes, strict=True))
+        self._chosen = torch.zeros(ends[-1], dtype=torch.uint8, device=device)
+        self._fetched = torch.zeros(ends[-1], dtype=torch.uint8, pin_memory=is_cuda)
+        self._choice, self._fetched_choice = (
+            [
+                memory[begin:end][: math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
+                for (begin, end), dtype, shape in places
+            ]
+            for memory in (self._chosen, self._fetched)
+        )
 
-    def fill(self, token_ids: Ints, lens: Ints, places: tuple[Ints, Ints, Ints, Ints, Ints]) -> int:
+    def fill(
+        self,
+        token_ids: Ints,
+        lens: Ints,
+        draws: tuple[NDArray[np.float64], Ints] | None,
+        places: tuple[Ints, Ints, Ints, Ints, Ints],
+    ) -> int:
         """Takes a pass's blocks to the device in one copy. Returns the reach of the plan that they fit.
 
         Args:
+            draws: temperatures and seeds, for a chooser that looks at them.
             places: as `ContextPages.reserve_blocks` has them.
         """
-        if self._copied is not None:
-            self._copied.synchronize()
         at = np.zeros(self._num_blocks, dtype=np.int64)  # the block that each is
         at[: len(lens)] = np.arange(len(lens))
         slots, _, _, page_counts, pages = places
-        rows = 3 * len(self.slots)
-        head = self._host.numpy()[:rows].reshape(3, self._num_blocks, self._block)
+        host, rows = self._host.numpy(), 3 * len(self.slots)
+        head = host[:rows].reshape(3, self._num_blocks, self._block)
         head[0], head[1] = token_ids[at], lens[at, None] + np.arange(self._block)
         head[2] = slots.reshape(-1, self._block)[at]
+        if draws is not None:
+            drawn = host[rows : self._num_columns].reshape(2, self._num_blocks)
+            drawn[0], drawn[1] = draws[0].view(np.int64)[at], draws[1][at]
         counts = page_counts[at]
         tables = StepTables(
             entry_lens=np.full(self._num_blocks, self._block),
@@ -111,8 +209,23 @@ class _Buffers:
             parents=np.zeros(0, dtype=np.int64),
         )
         reach = next(reach for reach in self.attention if reach >= int(lens.max()) + self._block)
-        end = rows + self.attention[reach].refill(tables)
+        end = self._num_columns + self.attention[reach].refill(tables)
         self._memory[:end].copy_(self._host[:end], non_blocking=True)
-        if self._copied is not None:
-            self._copied.record()
         return reach
+
+    def keep(self, choice: Choice) -> None:
+        """Puts what was chosen where it is fetched from."""
+        for mine, chosen in zip(self._choice, choice, strict=True):
+            mine.copy_(chosen)
+
+    def fetch(self, count: int, num_slots: int, wants_scores: bool) -> HostChoice:
+        """What was chosen for the first slots of the first blocks, in one copy, when it is there."""
+        end = len(self._chosen) if wants_scores else self._num_plain
+        self._fetched[:end].copy_(self._chosen[:end], non_blocking=True)
+        if self._event is not None:
+            self._event.record()
+            self._event.synchronize()  # what was filled has been read then as well
+        ids, log_probs, *edges = (part.numpy() for part in self._fetched_choice)
+        kept = slice(count), slice(num_slots)
+        candidates, scores = (part[kept].copy() if wants_scores and part.ndim > 1 else part[:0] for part in edges)
+        return HostChoice(ids[kept].copy(), log_probs[kept].copy(), candidates, scores)

@@ -42,7 +42,7 @@ def drafts_and_rows(checkpoint, target, count, monkeypatch):
     drafter = BlockDrafter(checkpoint, target)
     rows = []
     forward = drafter._forward
-    monkeypatch.setattr(drafter, "_forward", lambda held, x: rows.append(x.shape[1]) or forward(held, x))
+    monkeypatch.setattr(drafter, "_forward", lambda blocks, size: rows.append(size) or forward(blocks, size))
     for session, length in ((1, 5), (2, 19)):
         drafter.open(session)
         drafter.extend_one(session, 0, torch.randn(length, HIDDEN, generator=torch.Generator().manual_seed(session)))

@@ -41,7 +41,7 @@ def test_a_pass_is_of_the_smallest_number_of_blocks_that_hold_it_and_stays_where
     run = DraftPasses._pass
 
     def counted(self, buffers, reach, pages):
-        passes.append((len(buffers.hidden), buffers.hidden.data_ptr(), buffers.slots.data_ptr()))
+        passes.append((len(buffers.seeds), buffers._chosen.data_ptr(), buffers.slots.data_ptr()))
         run(self, buffers, reach, pages)
 
     monkeypatch.setattr(DraftPasses, "_pass", counted)

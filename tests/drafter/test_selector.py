@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from dflash_ray.kernels.draft_ops import walk_candidates
 from dflash_ray.models.dflash2 import (
     CodebookSelector,
     Dflash2Config,
@@ -11,13 +12,22 @@ from dflash_ray.models.dflash2 import (
     FactorisedSelector,
     build_selector,
     top_candidates,
-    walk,
 )
+from dflash_ray.models.draft_choice import draw_values
 from dflash_ray.sampling.noise import gumbel
 
 
 def noise_of(seed: int, position: int, ids: np.ndarray) -> np.ndarray:
     return gumbel([seed], [position], torch.from_numpy(ids)[None])[0].numpy()
+
+
+def walk(scores: np.ndarray, ids: np.ndarray, draws: list[Draw], firsts: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Where the candidates of each slot were, in the order in which they are proposed, and their log-probabilities."""
+    temperatures, seeds = draw_values(draws)
+    columns = (torch.from_numpy(np.ascontiguousarray(one)) for one in (scores, ids, temperatures, seeds))
+    ordered, logprobs = walk_candidates(*columns, torch.tensor(firsts))
+    order = (ordered.numpy()[..., None] == ids[..., None, :]).argmax(axis=-1)
+    return order, logprobs.numpy()
 
 
 def walk_one(scores: np.ndarray, ids: np.ndarray, draw: Draw, position: int) -> tuple[np.ndarray, np.ndarray]:

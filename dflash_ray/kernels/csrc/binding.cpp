@@ -3,6 +3,7 @@
 #include <torch/library.h>
 
 #include "attention_ops.h"
+#include "draft_ops.h"
 #include "layer_ops.h"
 #include "operators.h"
 #include "verify_ops.h"
@@ -26,6 +27,7 @@ TORCH_LIBRARY(dflash_ray, library) {
   dflash_ray::define_layer_ops(library);
   dflash_ray::define_verify_ops(library);
   dflash_ray::define_attention_ops(library);
+  dflash_ray::define_draft_ops(library);
 }
 
 TORCH_LIBRARY_IMPL(dflash_ray, CPU, library) {
@@ -38,4 +40,5 @@ TORCH_LIBRARY_IMPL(dflash_ray, CPU, library) {
   library.impl("decoder_attention", &dflash_ray::decoder_attention_cpu);
   library.impl("decoder_mlp", &dflash_ray::decoder_mlp_cpu);
   dflash_ray::register_verify_cpu(library);
+  dflash_ray::register_drafts_cpu(library);
 }

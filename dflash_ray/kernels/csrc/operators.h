@@ -39,4 +39,7 @@ at::Tensor decoder_mlp_cpu(const at::Tensor& hidden, at::TensorList weights, at:
 // Implements the operators of verify_ops.h for the library's device.
 void register_verify_cpu(torch::Library& library);
 
+// The same for those of draft_ops.h.
+void register_drafts_cpu(torch::Library& library);
+
 }  // namespace dflash_ray

@@ -12,10 +12,21 @@ from filelock import FileLock
 from torch.utils import cpp_extension
 
 from dflash_ray.kernels import build
-from dflash_ray.kernels.fakes import register_attention_fake, register_layer_fakes, register_verify_fakes
+from dflash_ray.kernels.fakes import (
+    register_attention_fake,
+    register_draft_fakes,
+    register_layer_fakes,
+    register_verify_fakes,
+)
 
 CUDA = build.SOURCES / "cuda"
-EMULATED = (CUDA / "attention.cu", CUDA / "layer.cu", CUDA / "verify.cu", CUDA / "emulated_binding.cpp")
+EMULATED = (
+    CUDA / "attention.cu",
+    CUDA / "drafts.cu",
+    CUDA / "layer.cu",
+    CUDA / "verify.cu",
+    CUDA / "emulated_binding.cpp",
+)
 
 
 def compile_shared(name: str, sources: tuple[Path, ...], flags: tuple[str, ...]) -> Path:
@@ -43,4 +54,5 @@ def load_emulated() -> None:
     torch.ops.load_library(compile_shared("dflash_ray_emulated", EMULATED, ("-O2", "-Wall", "-Wno-unknown-pragmas")))
     register_verify_fakes("dflash_ray_emulated")
     register_layer_fakes("dflash_ray_emulated")
+    register_draft_fakes("dflash_ray_emulated")
     register_attention_fake("dflash_ray_emulated")

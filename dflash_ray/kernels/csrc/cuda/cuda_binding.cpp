@@ -4,9 +4,11 @@
 #include <c10/cuda/CUDAStream.h>
 
 #include "../attention_ops.h"
+#include "../draft_ops.h"
 #include "../layer_ops.h"
 #include "../verify_ops.h"
 #include "attention_backend.h"
+#include "drafts_backend.h"
 
 namespace dflash_ray {
 namespace {
@@ -30,5 +32,6 @@ std::shared_ptr<char> scratch_memory(int64_t bytes) {
 TORCH_LIBRARY_IMPL(dflash_ray, CUDA, library) {
   dflash_ray::LayerOps<dflash_ray::LayerCudaBackend, dflash_ray::DeviceGuard>::register_in(library);
   dflash_ray::VerifyOps<dflash_ray::CudaBackend, dflash_ray::DeviceGuard>::register_in(library);
+  dflash_ray::DraftOps<dflash_ray::DraftCudaBackend, dflash_ray::DeviceGuard>::register_in(library);
   library.impl("attend_pages", &dflash_ray::AttentionOps<dflash_ray::CudaAttention, dflash_ray::DeviceGuard>::attend);
 }
