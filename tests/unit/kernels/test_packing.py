@@ -1,5 +1,8 @@
 """Packed weights: small where the floats allow it, the same floats to the bit, the same products in any form."""
 
+import os
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -41,6 +44,10 @@ def int8(outputs: int, inputs: int) -> torch.Tensor:
 
 def bfloat16(outputs: int, inputs: int) -> torch.Tensor:
     return normal(outputs, inputs).bfloat16().float()
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 FORMS = {"int4": (int4, 0.2), "int8": (int8, 0.3), "bfloat16": (bfloat16, 0.55), "float32": (normal, 1.1)}
@@ -110,6 +117,24 @@ def test_unusual_floats_are_held(value):
     got = product(row, weight)[0]
     assert torch.equal(got[:39], weight[:39, 63])
     assert torch.equal(got[39].nan_to_num(7.0), weight[39, 63].nan_to_num(7.0))
+
+
+def test_weights_keep_their_floats_while_others_come_and_go():
+    weights = [normal(outputs, 96, seed=outputs) for outputs in (70, 5, 33, 64)]
+    kept = [torch.ops.dflash_ray.pack_linear(weight) for weight in weights]
+    del kept[1], weights[1]
+    kept.append(torch.ops.dflash_ray.pack_linear(int4(40, 96)))
+    for weight, packed in zip([*weights, int4(40, 96)], kept, strict=True):
+        got = torch.ops.dflash_ray.packed_linear(torch.eye(96), packed, None, len(weight))
+        assert torch.equal(got, weight.T)
+
+
+def test_the_memory_of_weights_that_are_gone_is_used_again():
+    weight = normal(1024, 1024)
+    before = resident_bytes()
+    for _ in range(100):
+        torch.ops.dflash_ray.pack_linear(weight)
+    assert resident_bytes() - before < 50 * weight.nbytes
 
 
 def test_a_weight_of_another_type_is_refused():

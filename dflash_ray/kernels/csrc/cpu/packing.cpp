@@ -11,6 +11,7 @@
 
 #include "../operators.h"
 #include "team.h"
+#include "weight_memory.h"
 #include "weights.h"
 
 namespace dflash_ray {
@@ -181,10 +182,16 @@ at::Tensor packed_as(const at::Tensor& weight, Form form) {
 at::Tensor pack_linear_cpu(const at::Tensor& weight) {
   TORCH_CHECK(weight.dim() == 2 && weight.scalar_type() == at::kFloat, "a weight is float32 [out, in]");
   const at::Tensor rows = weight.contiguous();
-  for (const Form form : {Form::kInt4, Form::kInt8, Form::kBfloat16}) {
-    if (at::Tensor packed = packed_as(rows, form); packed.defined()) return packed;
+  at::Tensor packed;
+  for (const Form form : {Form::kInt4, Form::kInt8, Form::kBfloat16, Form::kFloat32}) {
+    packed = packed_as(rows, form);
+    if (packed.defined()) break;
   }
-  return packed_as(rows, Form::kFloat32);
+  // Only the form that is kept takes memory that weights share.
+  static auto* const memory = new WeightMemory;  // never destroyed: weights may outlive what a process destroys at its end
+  at::Tensor kept = memory->take(packed.numel());
+  std::memcpy(kept.mutable_data_ptr(), packed.const_data_ptr(), packed.numel());
+  return kept;
 }
 
 }  // namespace dflash_ray

@@ -60,10 +60,11 @@ template <int kRows>
 template <Form kForm, int kPanels, int kRows>
 [[gnu::noinline]] void multiply_unpacking(const Weight& weight, int64_t panel, const float* x, int64_t stride,
                                           float* sums) {
+  constexpr bool kHasRegisters = kLanes == 16 || kRows < kTile;
   Lanes totals[kRows][2 * kPanels]{};
   for (int64_t begin = 0; begin < weight.in(); begin += kBlockDepth) {
     const int64_t depth = std::min(kBlockDepth, weight.in() - begin);
-    weight.each<kForm, kPanels>(panel, begin, depth, [&](int64_t k, const Lanes (&halves)[2 * kPanels]) {
+    weight.each<kForm, kPanels, kHasRegisters>(panel, begin, depth, [&](int64_t k, const Lanes (&halves)[2 * kPanels]) {
 #pragma GCC unroll 8
       for (int row = 0; row < kRows; ++row) {
 #pragma GCC unroll 4

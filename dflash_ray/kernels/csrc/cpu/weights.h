@@ -58,8 +58,9 @@ class Weight {
   int64_t panel_bytes() const { return panel_bytes_; }
 
   // Calls use(i, halves) for inputs begin + i, i < count, with the halves of kPanel weights for each of kPanels panels that
-  // follow each other. `begin` is a multiple of kBlockDepth, and so is `count` but at the weight's end.
-  template <Form kForm, int kPanels, class Use>
+  // follow each other. `begin` is a multiple of kBlockDepth, and so is `count` but at the weight's end. kHasRegisters:
+  // `use` leaves some, to hold more than one scale of a block.
+  template <Form kForm, int kPanels, bool kHasRegisters, class Use>
   [[gnu::always_inline]] void each(int64_t panel, int64_t begin, int64_t count, const Use& use) const {
     const std::byte* from = bytes_ + panel * panel_bytes_;
     if constexpr (kForm == Form::kFloat32) {
@@ -73,7 +74,7 @@ class Weight {
         fetch_ahead<kPanels, kBytes>(from, at);
         const auto put = [&use, k](int64_t i, const auto& halves) { use(k + i, halves); };
         if constexpr (kForm == Form::kInt8) each_of_int8<kPanels>(from + at, put);
-        else each_of_int4<kPanels>(from + at, put);
+        else each_of_int4<kPanels, kHasRegisters>(from + at, put);
       }
     }
   }
@@ -95,7 +96,7 @@ class Weight {
       return reinterpret_cast<const float*>(bytes_ + panel * panel_bytes_) + begin * kPanel;
     }
     with_form([&](auto form) {
-      each<form.value, 1>(panel, begin, count, [buffer](int64_t i, const Lanes (&halves)[2]) {
+      each<form.value, 1, true>(panel, begin, count, [buffer](int64_t i, const Lanes (&halves)[2]) {
         store(buffer + i * kPanel, halves[0]);
         store(buffer + i * kPanel + kLanes, halves[1]);
       });
@@ -193,11 +194,12 @@ class Weight {
     }
   }
 
-  template <int kPanels, class Use>
+  template <int kPanels, bool kHasRegisters, class Use>
   [[gnu::always_inline]] void each_of_int4(const std::byte* block, const Use& use) const {
     constexpr int kHalves = 2 * kPanels;
-    Lanes scale[kHalves], offset[kHalves], halves[kHalves];
+    Lanes scale[kHalves], high_scale[kHalves], offset[kHalves], halves[kHalves];
     make_halves<kPanels>(scale, [&](int half) { return load_lanes(block, half); });
+    make_halves<kPanels>(high_scale, [&](int half) { return scale[half] * 0.0625f; });
     make_halves<kPanels>(offset, [&](int half) { return load_lanes(block + kPanel * 4, half); });
 #pragma GCC unroll 1
     for (int64_t word = 0; word < kBlockDepth / 8; ++word) {
@@ -205,7 +207,10 @@ class Weight {
 #pragma GCC unroll 8
       for (int i = 0; i < 8; ++i) {
         make_halves<kPanels>(halves, [&](int half) {
-          return times(load_bits(at, half) >> 4 * i & 15, scale[half], offset[half]);
+          const LaneBits bits = load_bits(at, half);
+          // Every other integer needs no shift of its own.
+          if (kHasRegisters && i % 2) return times(bits >> 4 * (i - 1) & 0xf0, high_scale[half], offset[half]);
+          return times(bits >> 4 * i & 0x0f, scale[half], offset[half]);
         });
         use(8 * word + i, halves);
       }
