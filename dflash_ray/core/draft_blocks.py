@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -96,10 +97,11 @@ class BlockColumns:
     log_probs: NDArray[np.float32]
     parents: Tokens
 
-    @classmethod
-    def none(cls) -> BlockColumns:
+    @staticmethod
+    @cache
+    def none() -> BlockColumns:
         """No blocks."""
-        return cls.of(common_pb2.DraftBlocks())
+        return BlockColumns.of(common_pb2.DraftBlocks())
 
     @classmethod
     def of(cls, message: common_pb2.DraftBlocks) -> BlockColumns:

@@ -316,6 +316,8 @@ class Drafting:
 
     def expire(self, now: float) -> list[Action]:
         """Goes on without drafts that are late; leaves drafters that are late all the time or do not answer at all."""
+        if not self._drafters:  # nor does any slot wait for one then
+            return []
         late = (self.table.draft_deadlines <= now).nonzero()[0]
         if len(late):
             self.table.miss_drafts(late)
@@ -358,5 +360,7 @@ class Drafting:
 
     def next_deadline(self) -> float:
         """When a draft's or a drafter's time is over; NEVER when nothing is waited for."""
+        if not self._drafters:
+            return NEVER
         in_flight = [d.in_flight.deadline for d in self._drafters.values() if d.in_flight is not None]
         return min([float(self.table.draft_deadlines.min()), *in_flight])

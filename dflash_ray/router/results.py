@@ -11,6 +11,9 @@ from dflash_ray.core.arrays import Flags, Ints, Tokens, column, spans, unpacked
 from dflash_ray.pb import common_pb2, target_pb2
 from dflash_ray.router.steps import StepInFlight
 
+_LOG_PROBS = np.dtype("<f4")
+_NO_INTS: Ints = np.zeros(0, np.int64)
+
 
 @dataclass(frozen=True, slots=True)
 class StepOutcome:
@@ -63,7 +66,9 @@ def read_result(result: target_pb2.StepResult, step: StepInFlight) -> StepOutcom
         if len(values) != len(ids):
             raise ValueError(f"{name} has {len(values)} elements for {len(ids)} entries")
     statuses, num_accepted, num_tokens, finish_reasons = columns
-    kv_lens, cached_lens = column(result.kv_lens), column(result.cached_lens)
+    kv_lens = cached_lens = _NO_INTS
+    if step.num_chunks or result.kv_lens or result.cached_lens:
+        kv_lens, cached_lens = column(result.kv_lens), column(result.cached_lens)
     if not len(kv_lens) == len(cached_lens) == step.num_chunks:
         raise ValueError(f"kv_lens and cached_lens must have {step.num_chunks} elements, one a prefill entry")
     token_ids = unpacked("token_ids", result.token_ids)
@@ -95,12 +100,13 @@ def _read_drafts(
 ) -> tuple[Ints, npt.NDArray[np.float32], Tokens | None, Tokens | None]:
     """The outcome's columns from num_drafts on."""
     num_drafts = step.num_drafts
-    log_probs = np.frombuffer(result.own_log_probs, dtype="<f4")
+    log_probs = np.frombuffer(result.own_log_probs, dtype=_LOG_PROBS)
     if np.count_nonzero(step.is_own):
         own = column(result.num_own_drafts)
         if len(own) != len(step.ids) - step.num_chunks:
             raise ValueError(f"num_own_drafts has {len(own)} elements, not one a verify entry")
-        own = np.concatenate((np.zeros(step.num_chunks, np.int64), own))
+        if step.num_chunks:
+            own = np.concatenate((np.zeros(step.num_chunks, np.int64), own))
         num_drafts = np.where(step.is_own, own, num_drafts)
         if np.count_nonzero(num_drafts > step.num_drafts) or len(log_probs) != int(num_drafts[step.is_own].sum()):
             raise ValueError("num_own_drafts and own_log_probs are not about the drafts that were asked for")

@@ -239,8 +239,8 @@ class Scheduler:
 
     @property
     def has_lesson(self) -> bool:
-        """Whether `learn` has something to do."""
-        return self.speculating.controller.has_lesson
+        """Whether `learn` has something to do that the next result would make a target wait for which has no step."""
+        return self.speculating.controller.has_lesson and not len(self._steps)
 
     def next_deadline(self) -> float | None:
         """When `poll` has something to do even if no event comes."""
@@ -253,10 +253,10 @@ class Scheduler:
 
     def _request_drafts(self, limits: TargetLimits, now: float) -> None:
         """Asks drafters for what the slots are worth that have got tokens."""
-        idle = np.concatenate(self._idle) if self._idle else _NO_SLOTS
-        self._idle.clear()
+        came, self._idle = self._idle, []
         if limits.colocated_draft_tokens:
             return  # the step asks
+        idle = np.concatenate(came) if came else _NO_SLOTS
         if len(idle):
             idle = idle[self._table.lacks_draft(idle)]
         if len(idle):

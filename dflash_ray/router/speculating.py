@@ -127,13 +127,14 @@ class Speculating:
         """
         num_asked = np.zeros(len(step.slots), np.int64)
         if limits.colocated_draft_tokens:
-            left = self.table.committed_lens[step.slots] - self.table.num_prefilled[step.slots]
-            entries = np.flatnonzero((step.rows == 0) | (step.rows == left))  # that will decode
-            slots = step.slots[entries]
-            zeros = np.zeros(len(slots), np.int64)
-            most = limits.colocated_draft_tokens if self._router.tree_width == 1 else MAX_DRAFTS
-            reach = most * self.table.may_be_drafted[slots]
+            entries, slots = np.arange(len(step.slots)), step.slots  # that will decode
+            if step.num_chunks:
+                left = self.table.committed_lens[slots] - self.table.num_prefilled[slots]
+                entries = ((step.rows == 0) | (step.rows == left)).nonzero()[0]
+                slots = slots[entries]
             if len(slots) and not self.controller.passes_over(slots, now):
+                most = limits.colocated_draft_tokens if self._router.tree_width == 1 else MAX_DRAFTS
+                reach, zeros = most * self.table.may_be_drafted[slots], np.zeros(len(slots), np.int64)
                 room = self.table.most_drafts(slots, 1 + is_ahead)
                 candidates = Candidates(slots, room, np.minimum(reach, room), zeros, zeros)
                 batch = self._batch(slots, 0)

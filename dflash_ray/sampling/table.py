@@ -134,6 +134,11 @@ class SamplingTable:
             of_token = np.repeat(is_counted, num_tokens)
             self._uncounted.append((slots[is_counted], num_tokens[is_counted], token_ids[of_token]))
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether all that was committed is counted."""
+        return not self._uncounted
+
     def settle(self) -> None:
         """Counts what was committed; before that the columns lack it."""
         for slots, num_tokens, token_ids in self._uncounted:

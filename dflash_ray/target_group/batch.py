@@ -78,13 +78,13 @@ def build_batch(table: SlotTable, rows: Rows, drafts: Drafts) -> tuple[StepBatch
     page_counts = table.page_counts[slots]
     wants_features = table.wants_features[slots]
     roots = np.where(rows.is_verify, 0, counts - 1)  # of an entry's rows that draw, the first
-    if roots.any():
+    if np.count_nonzero(roots):
         entry_of, offsets = _entries_and_offsets(counts)
         sample_rows = np.flatnonzero(rows.draws[entry_of] & (offsets >= roots[entry_of]))
     else:
         sample_rows = _rows_of(rows.draws, counts)
     num_features = np.where(wants_features, counts, 0)
-    first_features = np.cumsum(num_features) - num_features
+    first_features = num_features.cumsum() - num_features
     batch = StepBatch(
         token_ids=token_ids,
         positions=positions,
@@ -160,7 +160,7 @@ def page_tables(table: SlotTable, slots: Ints, page_counts: Ints) -> Ints:
 
 def _scored(table: SlotTable, rows: Rows, positions: Ints) -> dict[str, Ints]:
     """The columns of StepBatch about rows that are to have log-probabilities; none where no row is."""
-    if not rows.num_scored.any():
+    if not np.count_nonzero(rows.num_scored):
         return {}
     entry_of, offsets = _entries_and_offsets(rows.counts)
     scored_rows = np.flatnonzero(offsets < rows.num_scored[entry_of])
@@ -183,7 +183,10 @@ def _is_draft(rows: Rows) -> NDArray[np.bool_]:
 
 def _rows_of(entries: NDArray[np.bool_], counts: Ints) -> Ints:
     """All rows of some entries."""
-    return np.arange(counts.sum()) if entries.all() else np.flatnonzero(np.repeat(entries, counts))
+    if np.count_nonzero(entries) == len(entries):
+        return np.arange(int(counts.sum()))
+    rows: Ints = entries.repeat(counts).nonzero()[0]
+    return rows
 
 
 def _parents(rows: Rows, drafts: Drafts) -> Ints:

@@ -10,14 +10,14 @@ from dflash_ray.core.arrays import packed, unpacked
 from dflash_ray.pb import common_pb2, target_pb2
 from dflash_ray.sampling.logprobs import Logprobs
 from dflash_ray.sampling.parameters import COUPLED, NO_LOGPROBS, REJECTION, SamplingParams
-from dflash_ray.target_group.step import Drafts, Ids, Ints, Opening, StepInput, StepOutput, no_floats
+from dflash_ray.target_group.step import Drafts, Ids, Ints, Opening, StepInput, StepOutput, no_floats, no_ids, no_ints
 
 _MODES = {common_pb2.VERIFY_MODE_REJECTION: REJECTION}
 
 
 def to_ids(values: Sequence[int]) -> Ids:
     """A column of sequence ids."""
-    return np.array(values, dtype=np.uint64)
+    return np.array(values, dtype=np.uint64) if values else no_ids()
 
 
 def decode_step(step: target_pb2.Step) -> StepInput:
@@ -39,7 +39,9 @@ def decode_step(step: target_pb2.Step) -> StepInput:
         least_own_log_prob=step.least_own_log_prob,
         drafts=Drafts(
             counts=_ints(step.num_drafts),
-            token_ids=unpacked("step: draft_token_ids", step.draft_token_ids).astype(np.int64),
+            token_ids=unpacked("step: draft_token_ids", step.draft_token_ids).astype(np.int64)
+            if step.draft_token_ids
+            else no_ints(),
             parents=_ints(step.draft_parents),
             num_candidates=_ints(step.num_draft_candidates),
             candidate_ids=_ints(step.draft_candidate_ids),
@@ -52,7 +54,7 @@ def decode_step(step: target_pb2.Step) -> StepInput:
 
 
 def _ints(values: Sequence[int]) -> Ints:
-    return np.array(values, dtype=np.int64)
+    return np.array(values, dtype=np.int64) if values else no_ints()
 
 
 def _decode_opening(message: target_pb2.OpenSequence) -> Opening:

@@ -40,24 +40,33 @@ class Commit:
 
 def commit(table: SlotTable, rows: Rows, verdict: Verdict | None) -> Commit:
     """Takes a verdict over the entries that draw into the table."""
-    count = len(rows.slots)
-    is_flagged = np.zeros(count, dtype=np.bool_)
-    num_kept = rows.counts.copy()
-    num_accepted, num_tokens, finishes = (np.zeros(count, dtype=np.int64) for _ in range(3))
-    token_ids = no_ints()
-    if verdict is not None:
-        draws = rows.draws
-        is_flagged[draws] = verdict.is_flagged
-        kept = np.where(verdict.is_flagged, 0, verdict.num_tokens)
-        num_tokens[draws] = kept
-        num_accepted[draws] = np.minimum(verdict.num_accepted, kept)
-        finishes[draws] = np.where(verdict.is_flagged, 0, verdict.finishes)
-        num_kept[draws] = np.where(verdict.is_flagged, 0, verdict.kv_lens - rows.starts[draws])
-        token_ids = verdict.tokens[np.arange(verdict.tokens.shape[1]) < kept[:, None]]
-        table.commit(rows.slots[draws], kept, token_ids)
-        table.is_over[rows.slots[draws]] = finishes[draws] > 0
-    table.kv_lens[rows.slots] += num_kept
-    return Commit(is_flagged, num_kept, num_accepted, num_tokens, finishes, token_ids)
+    if verdict is None:
+        nothing = np.zeros(len(rows.slots), dtype=np.int64)
+        done = Commit(nothing > 0, rows.counts, nothing, nothing, nothing, no_ints())
+    elif np.count_nonzero(rows.draws) == len(rows.slots):
+        done = _take(table, rows.slots, rows.starts, verdict)
+    else:
+        draws, num_entries = rows.draws, len(rows.slots)
+        drawn = _take(table, rows.slots[draws], rows.starts[draws], verdict)
+        is_flagged, num_kept = np.zeros(num_entries, dtype=np.bool_), rows.counts.copy()
+        is_flagged[draws], num_kept[draws] = drawn.is_flagged, drawn.num_kept
+        columns = np.zeros((3, num_entries), dtype=np.int64)
+        columns[:, draws] = drawn.num_accepted, drawn.num_tokens, drawn.finishes
+        done = Commit(is_flagged, num_kept, *columns, drawn.token_ids)
+    table.kv_lens[rows.slots] += done.num_kept
+    return done
+
+
+def _take(table: SlotTable, slots: Ints, starts: Ints, verdict: Verdict) -> Commit:
+    """Commits what was drawn for these slots, whose roots are at `starts`; without the rows that are kept."""
+    is_flagged, finishes, num_kept = verdict.is_flagged, verdict.finishes, verdict.kv_lens - starts
+    kept = np.where(is_flagged, 0, verdict.num_tokens)  # not a part of the verdict: the counting operator takes it
+    if np.count_nonzero(is_flagged):
+        finishes, num_kept = np.where(is_flagged, 0, finishes), np.where(is_flagged, 0, num_kept)
+    token_ids = verdict.tokens[np.arange(verdict.tokens.shape[1]) < kept[:, None]]
+    table.commit(slots, kept, token_ids)
+    table.is_over[slots] = finishes > 0
+    return Commit(is_flagged, num_kept, np.minimum(verdict.num_accepted, kept), kept, finishes, token_ids)
 
 
 def rows_to_move(table: SlotTable, rows: Rows, verdict: Verdict) -> tuple[Ints, Ints]:

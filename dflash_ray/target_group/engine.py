@@ -31,7 +31,7 @@ from dflash_ray.target_group.own_drafts import OwnVerified
 from dflash_ray.target_group.page_allocator import PageAllocator
 from dflash_ray.target_group.prefix_cache import PrefixCache
 from dflash_ray.target_group.slots import NO_SLOT, SlotTable
-from dflash_ray.target_group.step import Ids, Ints, PromptLogprobs, StepFeatures, StepInput, StepOutput
+from dflash_ray.target_group.step import Ids, Ints, PromptLogprobs, StepFeatures, StepInput, StepOutput, no_ints
 
 
 class StepRunner(Protocol):
@@ -150,8 +150,9 @@ class Engine:
         done = commit(self._table, rows, verdict)
         if self.prefixes is not None:
             self.prefixes.name_pages(rows.slots)
-        for index in running[done.is_flagged].tolist():
-            entries.fail(index, "the target's logits are not finite")
+        if np.count_nonzero(done.is_flagged):
+            for index in running[done.is_flagged].tolist():
+                entries.fail(index, "the target's logits are not finite")
         output = self._output(step, entries, running, done)
         output.prompt_logprobs = prompt_logprobs
         output.own_counts, output.own_log_probs, output.own_parents = own.counts, own.log_probs, own.parents
@@ -169,6 +170,11 @@ class Engine:
         output.forward_ns, output.verify_ns = forwarded - started, verified - forwarded
         output.draft_ns = time.perf_counter_ns() - verified
         return output
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether `settle` has nothing to do."""
+        return self._table.sampling.is_settled
 
     def settle(self) -> None:
         """Counts a step's tokens for penalties, which the next one does where it was not done before."""
@@ -198,7 +204,8 @@ class Engine:
 
     def _change(self, step: StepInput) -> None:
         """Closes and opens the sequences that the step names."""
-        self._forget(step.close.tolist())
+        if len(step.close):
+            self._forget(step.close.tolist())
         for index, opening in enumerate(step.open):
             self._forget([opening.sequence_id])
             if index not in step.faults_of_open:
@@ -228,9 +235,9 @@ class Engine:
 
     def _prompt_logprobs(self, rows: Rows, sequence_ids: Ids, scores: Logprobs) -> list[PromptLogprobs]:
         """The scores of a pass, entry by entry."""
-        found = []
+        found: list[PromptLogprobs] = []
         at = 0
-        for entry in np.flatnonzero(rows.num_scored).tolist():
+        for entry in rows.num_scored.nonzero()[0].tolist():
             count, num_top = int(rows.num_scored[entry]), int(self._table.num_prompt_logprobs[rows.slots[entry]])
             part = scores.part(at, at + count, num_top)
             found.append(PromptLogprobs(int(sequence_ids[entry]), int(rows.starts[entry]) + 1, part))
@@ -253,6 +260,7 @@ class Engine:
         columns[:, running] = done.num_accepted, done.num_tokens, done.finishes
         slots = np.maximum(entries.slots, 0)
         committed_lens, prefilled = self._table.committed_lens[slots], slots[: entries.num_prefills]
+        has_prefills = entries.num_prefills > 0
         return StepOutput(
             step_id=step.step_id,
             sequence_ids=entries.sequence_ids,
@@ -262,8 +270,8 @@ class Engine:
             num_tokens=columns[1],
             token_ids=done.token_ids,
             finishes=columns[2],
-            kv_lens=self._table.kv_lens[prefilled],
-            cached_lens=self._table.cached_lens[prefilled],
+            kv_lens=self._table.kv_lens[prefilled] if has_prefills else no_ints(),
+            cached_lens=self._table.cached_lens[prefilled] if has_prefills else no_ints(),
             errors=[entries.errors[index] for index in sorted(entries.errors)],
             logprobs=[],
             prompt_logprobs=[],

@@ -26,6 +26,7 @@ from dflash_ray.target_group.step_check import StepLimits, check_step
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+_PHASES = ("queue", "forward", "verify", "draft")
 _STEPS_IN_FLIGHT = 2  # of a stream: one runs, and the next is ready when it ends
 _MAX_ANSWERS = 64  # that a stream waits for; a router that sends more is read later
 
@@ -101,6 +102,8 @@ class TargetServicer(target_pb2_grpc.TargetServicer):
         self._info = info
         self._compute = compute
         self._metrics = metrics
+        self._phases = {f"{phase}_ns": metrics.phase.labels(phase) for phase in _PHASES}
+        self._entries: dict[int, Any] = {}  # counters by status
         self._limits = StepLimits(info.max_batch_tokens, info.max_model_len, info.vocab_size)
         self._counted_prefixes = (0, 0)  # tokens queried and found that the metrics have
         self._epoch = 0
@@ -211,7 +214,8 @@ class TargetServicer(target_pb2_grpc.TargetServicer):
     def _run_step(self, step: StepInput) -> tuple[StepOutput, Future[None] | None]:
         """On the compute thread. Features are stored even if the stream is gone: others may find their rows."""
         output = self._engine.step(step)
-        self._compute.submit(self._engine.settle)  # while the result is on its way
+        if not self._engine.is_settled:
+            self._compute.submit(self._engine.settle)  # while the result is on its way
         if self._features is None or output.features is None:
             return output, None
         return output, self._keeper.submit(self._engine.keep_features, output.features)
@@ -226,10 +230,12 @@ class TargetServicer(target_pb2_grpc.TargetServicer):
         yield target_pb2.TargetResponse(result=result)
         if self._features is not None and output.features is not None and kept is not None:
             self._publish(output.features, kept, self._features, epoch, output.step_id)
-        for phase in ("queue", "forward", "verify", "draft"):
-            self._metrics.phase.labels(phase).observe(getattr(timings, f"{phase}_ns") / 1e9)
+        for phase, histogram in self._phases.items():
+            histogram.observe(getattr(timings, phase) / 1e9)
         for status, count in Counter(output.statuses.tolist()).items():
-            self._metrics.entries.labels(target_pb2.EntryStatus.Name(status)).inc(count)
+            if status not in self._entries:
+                self._entries[status] = self._metrics.entries.labels(target_pb2.EntryStatus.Name(status))
+            self._entries[status].inc(count)
 
     def _publish(
         self, features: StepFeatures, kept: Future[None], streams: FeatureStreams, epoch: int, step_id: int

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dflash_ray.core.arrays import spans
 from dflash_ray.models.dflash2 import Draw
 from dflash_ray.sampling.parameters import NO_LOGPROBS, REJECTION
 from dflash_ray.sampling.table import SamplingTable
@@ -121,12 +122,10 @@ class SlotTable:
 
     def commit(self, slots: Ints, num_tokens: Ints, token_ids: Ints) -> None:
         """Appends tokens: `num_tokens` [n] for each of n slots, `token_ids` one slot after the other."""
-        slot_of = np.repeat(slots, num_tokens)
-        firsts = np.cumsum(num_tokens) - num_tokens
-        positions = np.arange(len(token_ids)) + np.repeat(self.committed_lens[slots] - firsts, num_tokens)
-        self.tokens[slot_of, positions] = token_ids
-        self.base_lens[slots] = np.where(num_tokens > 0, self.committed_lens[slots], self.base_lens[slots])
-        self.committed_lens[slots] += num_tokens
+        lens = self.committed_lens[slots]
+        self.tokens[slots.repeat(num_tokens), spans(lens, num_tokens)] = token_ids
+        self.base_lens[slots] = np.where(num_tokens > 0, lens, self.base_lens[slots])
+        self.committed_lens[slots] = lens + num_tokens
         self.sampling.commit(slots, num_tokens, token_ids)
 
     def cache_rows(self, slot_of: Ints, positions: Ints) -> Ints:

@@ -21,16 +21,22 @@ Ids = NDArray[np.uint64]  # of sequences
 Floats = NDArray[np.float32]
 
 
+# Empty columns are the same ones everywhere: nothing can be written to them.
+_NO_IDS: Ids = np.zeros(0, dtype=np.uint64)
+_NO_INTS: Ints = np.zeros(0, dtype=np.int64)
+_NO_FLOATS: Floats = np.zeros(0, dtype=np.float32)
+
+
 def no_ids() -> Ids:
-    return np.zeros(0, dtype=np.uint64)
+    return _NO_IDS
 
 
 def no_ints() -> Ints:
-    return np.zeros(0, dtype=np.int64)
+    return _NO_INTS
 
 
 def no_floats() -> Floats:
-    return np.zeros(0, dtype=np.float32)
+    return _NO_FLOATS
 
 
 class EntryStatus(IntEnum):

@@ -54,9 +54,9 @@ def check_step(step: StepInput, limits: StepLimits) -> None:
         num_candidates = int((drafts.counts * drafts.num_candidates).sum())
         _check_length("draft_candidate_ids", drafts.candidate_ids, num_candidates)
         _check_length("draft_log_probs", drafts.candidate_probs, num_candidates)
-    if (step.prefill_lens < 1).any():
+    if np.count_nonzero(step.prefill_lens < 1):
         raise ValueError("step: prefill_lens must be at least 1")
-    if len(step.own_counts) and ((step.own_counts > 0) & (drafts.counts > 0)).any():
+    if len(step.own_counts) and num_drafts and np.count_nonzero((step.own_counts > 0) & (drafts.counts > 0)):
         raise ValueError("step: an entry has either num_drafts or num_own_drafts")
     if not step.least_own_log_prob <= 0:
         raise ValueError("step: least_own_log_prob must be at most 0")

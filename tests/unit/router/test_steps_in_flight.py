@@ -265,3 +265,16 @@ def test_a_suspect_runs_with_no_other_step_beside_its_own():
         ran += steps[:1]
         group.answer()
     assert {suspect} in ran and any(step <= others for step in ran)
+
+
+def test_a_lesson_waits_for_the_next_result_while_another_step_is_at_the_target():
+    group = Group()
+    group.arrive(draft_tokens=1, policy=router_pb2.SPECULATION_POLICY_ADAPTIVE)
+    group.poll()
+    group.answer(now=0.5)
+    assert group.scheduler.has_lesson, "nothing runs, and the target waits for the next step"
+    group.poll(now=1.0)
+    controller = group.scheduler.speculating.controller
+    assert group.sent and controller.has_lesson and not group.scheduler.has_lesson
+    group.answer(now=1.5)
+    assert controller.costs.is_known, "the result made up for it"
