@@ -66,6 +66,10 @@ class Room(NamedTuple):
         """int64 values of a plan's memory."""
         return sum(map(math.prod, self.shapes))
 
+    def sums_bytes(self, heads: int, head_dim: int) -> int:
+        """Bytes of the splits' sums while a layer attends on a GPU, by so many query heads (csrc/cuda/attention.cu)."""
+        return self.rows * heads * -(-self.max_len // SPLIT) * (head_dim + 2) * 4
+
 
 class PlanMemory(NamedTuple):
     """int64 [room.size or more] that a plan is written to on the host, and read from on the device.

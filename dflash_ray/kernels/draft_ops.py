@@ -13,6 +13,7 @@ from torch import Tensor
 from dflash_ray.kernels import build, reference_drafts
 
 _operators = torch.ops.dflash_ray
+MOST_CANDIDATES = 256  # of a slot
 
 
 def _is_compiled_for(x: Tensor) -> bool:
@@ -22,7 +23,7 @@ def _is_compiled_for(x: Tensor) -> bool:
 def top_candidates(logits: Tensor, count: int) -> Tensor:
     """Ids int64 [R, count] of the largest logits float32 [R, V], ascending; of equal logits the lower ids.
 
-    NaN is lowest. At most 256, and no more than there are tokens.
+    NaN is lowest. At most MOST_CANDIDATES, and no more than there are tokens.
     """
     if _is_compiled_for(logits):
         out: Tensor = _operators.top_candidates(logits.contiguous(), count)
@@ -31,7 +32,7 @@ def top_candidates(logits: Tensor, count: int) -> Tensor:
 
 
 def walk_candidates(
-    scores: Tensor, ids: Tensor, temperatures: Tensor, seeds: Tensor, firsts: Tensor
+    scores: Tensor, ids: Tensor, inverse_temperatures: Tensor, seeds: Tensor, firsts: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Chooses a candidate for each slot in turn, given the choice before it.
 
@@ -41,8 +42,8 @@ def walk_candidates(
     Args:
         scores: float32 [N, S, k, k]; the third index is the candidate of the slot before, 0 in the first slot.
         ids: int64 [N, S, k], ascending, of the target's vocabulary.
-        temperatures: float64 [N]; seeds: int64 [N], bits of unsigned ones; firsts: int64 [N] positions of the first
-            slots' tokens.
+        inverse_temperatures: float64 [N], 0 for greedy ones; seeds: int64 [N], the bits of unsigned numbers.
+        firsts: int64 [N], positions of the first slots' tokens.
 
     Returns:
         Of each slot all candidates, int64 [N, S, k], the chosen one first and the others by falling score, and their
@@ -51,6 +52,6 @@ def walk_candidates(
     if _is_compiled_for(scores):
         return cast(
             tuple[Tensor, Tensor],
-            _operators.walk_candidates(scores.contiguous(), ids.contiguous(), temperatures, seeds, firsts),
+            _operators.walk_candidates(scores.contiguous(), ids.contiguous(), inverse_temperatures, seeds, firsts),
         )
-    return reference_drafts.walk_candidates(scores, ids, temperatures, seeds, firsts)
+    return reference_drafts.walk_candidates(scores, ids, inverse_temperatures, seeds, firsts)

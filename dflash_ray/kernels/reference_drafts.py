@@ -16,17 +16,17 @@ def top_candidates(logits: Tensor, count: int) -> Tensor:
 
 
 def walk_candidates(
-    scores: Tensor, ids: Tensor, temperatures: Tensor, seeds: Tensor, firsts: Tensor
+    scores: Tensor, ids: Tensor, inverse_temperatures: Tensor, seeds: Tensor, firsts: Tensor
 ) -> tuple[Tensor, Tensor]:
-    draws = temperatures.cpu().numpy()
-    tempered = scores.double().cpu().numpy() / np.where(draws > 0, draws, 1.0)[:, None, None, None]
+    factors = inverse_temperatures.cpu().numpy()
+    tempered = scores.double().cpu().numpy() * np.where(factors > 0, factors, 1.0)[:, None, None, None]
     tempered[np.isnan(tempered)] = -np.inf
     num_blocks, num_slots, count = ids.shape
     positions = (firsts[:, None] + torch.arange(num_slots, device=firsts.device)).flatten()
     noise = reference_verify.gumbel_noise(
         seeds.repeat_interleave(num_slots), positions, ids.reshape(-1, count), Purpose.TARGET
     )
-    noises = noise.view(ids.shape).cpu().numpy() * (draws > 0)[:, None, None]
+    noises = noise.view(ids.shape).cpu().numpy() * (factors > 0)[:, None, None]
     blocks = np.arange(num_blocks)
     after = np.empty(ids.shape)  # what the candidates of a slot scored after the choice before it
     choices = np.empty(ids.shape[:2], dtype=np.int64)

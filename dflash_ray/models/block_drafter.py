@@ -19,9 +19,11 @@ from torch.nn import functional as F
 from dflash_ray.core.arrays import Ints, spans
 from dflash_ray.core.draft_trees import likeliest_trees
 from dflash_ray.core.memory import return_freed_memory
-from dflash_ray.kernels import build, ops
+from dflash_ray.kernels import build
+from dflash_ray.models.context_features import select_rows
 from dflash_ray.models.context_pages import ContextPages
-from dflash_ray.models.dflash import apply_rope, rope_tables
+from dflash_ray.models.context_passes import ContextPasses, ContextProjection
+from dflash_ray.models.dflash import rope_tables
 from dflash_ray.models.dflash2 import Draw, log_chances
 from dflash_ray.models.draft_choice import DraftChooser, DrawColumns, draw_values
 from dflash_ray.models.draft_contexts import ContextRows
@@ -30,7 +32,7 @@ from dflash_ray.models.draft_layers import DeviceLayers, draft_layers
 from dflash_ray.models.draft_passes import Blocks, DraftPasses, HostChoice
 from dflash_ray.models.draft_proposals import DraftProposal, DraftProposals
 from dflash_ray.models.drafter_checkpoint import DrafterCheckpoint
-from dflash_ray.models.packed_linear import PackedLinear, fuse
+from dflash_ray.models.packed_linear import PackedLinear
 from dflash_ray.models.target_checkpoint import TargetCheckpoint
 
 _ROWS_A_PRODUCT = (
@@ -89,10 +91,6 @@ class BlockDrafter:
         self._pages = ContextPages(
             self.config.num_hidden_layers, self.config.num_key_value_heads, self.config.head_dim, dtype, device
         )
-        # One product makes the context keys and values of all layers.
-        attentions = [layer.self_attn for layer in network.layers]
-        self._context_kv = fuse([linear for attention in attentions for linear in (attention.k_proj, attention.v_proj)])
-        self._key_norms = torch.stack([attention.k_norm.weight.detach() for attention in attentions])[:, None]
         embedding = target.load_embedding(dtype) if checkpoint.embedding is None else checkpoint.embedding.to(dtype)
         self._embedding = embedding.to(device) * self.config.input_embedding_scale
         ids, head = load_draft_head(checkpoint, target, dtype, device)
@@ -102,12 +100,15 @@ class BlockDrafter:
         longest = max(self.config.max_position_embeddings, target.config.max_position_embeddings)
         cos, sin = rope_tables(self.config, longest + self.block_size)
         self._cos, self._sin = cos.to(device), sin.to(device)
+        self._projection = ContextProjection(network, (self._cos, self._sin), dtype)
         self._passes: DraftPasses | None = None
+        self._context_passes: ContextPasses | None = None
         if isinstance(self._layers, DeviceLayers) and (device == "cpu" or build.is_loaded_for(device)):
             self._passes = DraftPasses(
                 self._layers, self._chooser, self._embedding, (self._cos, self._sin), self.block_size,
                 self.config.mask_token_id,
             )  # fmt: skip
+            self._context_passes = ContextPasses(self._projection, self.feature_width, dtype, torch.device(device))
         self._sessions: dict[int, _Session] = {}
         self._waiting: list[_Waiting] = []
         self._num_waiting = 0  # rows of it
@@ -162,29 +163,21 @@ class BlockDrafter:
         counts = np.concatenate([part.counts for part in self._waiting])
         is_open = np.array([self._sessions.get(one.number) is one for one in held])
         if not is_open.all():
-            features = features[torch.from_numpy(np.repeat(is_open, counts)).to(self._device)]
+            features = select_rows(features, np.flatnonzero(np.repeat(is_open, counts)))
             held = [one for one, flag in zip(held, is_open.tolist(), strict=True) if flag]
             starts, counts = starts[is_open], counts[is_open]
         sessions = np.array([one.number for one in held], dtype=np.int64)
-        keys, values = self._context_rows(torch.from_numpy(spans(starts, counts)), features)
+        positions = spans(starts, counts)
         self._pages.reserve(sessions, starts + counts)
-        self._pages.store(self._pages.rows_of(sessions, starts, counts), keys, values)
+        rows = self._pages.rows_of(sessions, starts, counts)
+        if self._context_passes is not None:
+            self._context_passes(positions, rows, features, self._pages)
+        else:
+            made = self._projection(torch.from_numpy(positions), features)
+            self._pages.store(self._on_device(rows), *made)
         for one, end in zip(held, (starts + counts).tolist(), strict=True):
             one.length = end
         self._waiting, self._num_waiting = [], 0
-
-    def _context_rows(self, positions: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values [layers, n, n_kv, d] of features [n, H] of these positions."""
-        config = self.config
-        heads = (config.num_hidden_layers, 2, config.num_key_value_heads, config.head_dim)
-        projected = self._context_kv(features).unflatten(-1, heads)
-        cos, sin = (turns[:, None, None].to(self._dtype) for turns in self._turns(positions))
-        keys = apply_rope(self._normed_keys(projected[:, :, 0]), cos, sin)
-        return keys.movedim(1, 0), projected[:, :, 1].movedim(1, 0)
-
-    def _normed_keys(self, keys: Tensor) -> Tensor:
-        """Keys [n, layers, n_kv, d], each layer's by its norm."""
-        return ops.rms_norm(keys, torch.ones_like(self._key_norms[0, 0]), self.config.rms_norm_eps) * self._key_norms
 
     def _turns(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin [n, d] of positions [n]."""
@@ -246,8 +239,7 @@ class BlockDrafter:
         size = 1 + blocks.num_slots if all(self.config.is_causal) else self.block_size
         columns = None
         if self._chooser.draws:
-            temperatures, seeds = draw_values(draws)
-            columns = DrawColumns(*map(self._on_device, (temperatures, seeds, blocks.lens + 1)))
+            columns = DrawColumns(*map(self._on_device, (*draw_values(draws), blocks.lens + 1)))
         hidden = self._forward(blocks, size)[:, 1 : 1 + blocks.num_slots]
         choice = self._chooser(hidden, self._on_device(blocks.anchor_ids), columns, num_candidates)
         return HostChoice(*(part.cpu().numpy() for part in choice))

@@ -78,11 +78,10 @@ class ContextPages:
         rows: Ints = pages * PAGE_SIZE + positions % PAGE_SIZE
         return rows
 
-    def store(self, rows: Ints, keys: Tensor, values: Tensor) -> None:
-        """Writes keys and values [layers, n, n_kv, d] to rows [n]."""
-        at = torch.from_numpy(rows).to(self.keys.device)
-        self.keys[:, at] = keys
-        self.values[:, at] = values
+    def store(self, rows: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Writes keys and values [layers, n, n_kv, d] to rows int64 [n] on the pool's device."""
+        self.keys[:, rows] = keys
+        self.values[:, rows] = values
 
     def place_blocks(self, sessions: Ints, lens: Ints, size: int) -> BlockPlaces:
         """Rows for a block of `size` behind each session's context of lens[i] rows."""

@@ -24,12 +24,12 @@ class DrawColumns(NamedTuple):
     """How the tokens of N blocks are drawn, [N].
 
     Attributes:
-        temperatures: float64; 0 is greedy.
+        inverse_temperatures: float64; 0 is greedy.
         seeds: int64, the bits of unsigned numbers.
         firsts: int64 positions of the first drafts.
     """
 
-    temperatures: Tensor
+    inverse_temperatures: Tensor
     seeds: Tensor
     firsts: Tensor
 
@@ -51,9 +51,9 @@ class Choice(NamedTuple):
 
 
 def draw_values(draws: Sequence[Draw]) -> tuple[NDArray[np.float64], Ints]:
-    """Temperatures and seeds as `DrawColumns` has them."""
-    temperatures = np.array([draw.temperature for draw in draws], dtype=np.float64)
-    return temperatures, np.array([draw.seed for draw in draws], dtype=np.uint64).view(np.int64)
+    """Inverse temperatures and seeds as `DrawColumns` has them."""
+    inverse = np.array([draw.temperature and 1 / draw.temperature for draw in draws], dtype=np.float64)
+    return inverse, np.array([draw.seed for draw in draws], dtype=np.uint64).view(np.int64)
 
 
 class DraftChooser:

@@ -1,8 +1,7 @@
 """Blocks through a drafter in fixed numbers, over memory that stays, from inputs to drafts: a graph for each on a GPU.
 
 A pass's inputs go to the device in one copy, and what was chosen comes back in one. Blocks that only fill a pass up
-repeat its first one, and so write what it writes. The pool of context pages may move when it grows: then graphs are
-captured anew, each when it is wanted next.
+repeat its first one, and so write what it writes.
 """
 
 from __future__ import annotations
@@ -21,15 +20,15 @@ from torch.nn import functional as F
 
 from dflash_ray.core.arrays import Ints, spans
 from dflash_ray.kernels.attention import PlanMemory, Room, StepTables, plan_within, reaches
-from dflash_ray.kernels.graphs import Graphs
 from dflash_ray.models.context_pages import PAGE_SIZE, ContextPages
+from dflash_ray.models.context_passes import PoolGraphs
+from dflash_ray.models.dflash import DflashConfig
 from dflash_ray.models.dflash2 import Draw
 from dflash_ray.models.draft_choice import Choice, DraftChooser, DrawColumns, draw_values
 from dflash_ray.models.draft_layers import DeviceLayers
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 64)  # blocks of a pass
 _DTYPES = torch.int64, torch.float32, torch.int64, torch.float32  # of a Choice
-_WIDTHS = tuple(dtype.itemsize for dtype in _DTYPES)
 
 
 class Blocks(NamedTuple):
@@ -77,8 +76,7 @@ class DraftPasses:
         self._layers, self._chooser, self._embedding, self._turns = layers, chooser, embedding, turns
         self._block, self._mask = block, mask
         self._buffers: dict[tuple[int, int], _Buffers] = {}
-        self._graphs = Graphs(embedding.device)
-        self._pool = 0  # where the pages of the graphs are
+        self._graphs = PoolGraphs(embedding.device, "drafts")
 
     @torch.inference_mode()
     def __call__(
@@ -104,15 +102,10 @@ class DraftPasses:
             self._buffers[shape] = _Buffers(
                 bucket, self._block, num_candidates, self._chooser.draws, self._embedding, len(self._turns[0])
             )
-        if pages.keys.data_ptr() != self._pool:
-            self._graphs, self._pool = Graphs(self._embedding.device), pages.keys.data_ptr()
         buffers = self._buffers[shape]
         values = draw_values(draws) if self._chooser.draws else None
         reach = buffers.fill(blocks.token_ids(self._block, self._mask), blocks.lens, values, places)
-        run, key = partial(self._pass, buffers, reach, pages), (*shape, reach)
-        if key not in self._graphs:
-            self._graphs.capture({key: run}, "drafts")
-        self._graphs.launch(key, run)
+        self._graphs.launch((*shape, reach), partial(self._pass, buffers, reach, pages), pages)
         return buffers.fetch(count, blocks.num_slots, wants_scores)
 
     def _pass(self, buffers: _Buffers, reach: int, pages: ContextPages) -> None:
@@ -121,8 +114,45 @@ class DraftPasses:
         cos, sin = (table[buffers.positions] for table in self._turns)
         hidden = self._layers.run(x, cos, sin, pages, buffers.slots, buffers.attention[reach])
         firsts = buffers.positions.view_as(blocks)[:, 0] + 1
-        draws = DrawColumns(buffers.temperatures, buffers.seeds, firsts) if self._chooser.draws else None
+        draws = DrawColumns(buffers.inverse_temperatures, buffers.seeds, firsts) if self._chooser.draws else None
         buffers.keep(self._chooser(hidden[:, 1:], blocks[:, 0].contiguous(), draws, buffers.num_candidates))
+
+
+def num_bytes(config: DflashConfig, vocab_size: int, num_positions: int, max_blocks: int, dtype: torch.dtype) -> int:
+    """Bytes that the passes of up to so many blocks take on a device, with one candidate where there is no selector.
+
+    Their buffers, and of the largest pass attention's sums and the logits, in their own type and in float32.
+    """
+    buckets = [bucket for at, bucket in enumerate(BUCKETS) if not at or BUCKETS[at - 1] < max_blocks]
+    num_candidates = 1 if config.dflash2 is None else config.dflash2.selector_top_k
+    buffers = 0
+    for bucket in buckets:
+        inputs = _num_columns(bucket, config.block_size) + _room(bucket, config.block_size, num_positions).size
+        shapes = _shapes(bucket, config.block_size, num_candidates, config.dflash2 is not None)
+        buffers += 8 * inputs + sum(map(_num_bytes, shapes, _DTYPES))
+    sums = _room(buckets[-1], config.block_size, num_positions).sums_bytes(config.num_attention_heads, config.head_dim)
+    logits = buckets[-1] * (config.block_size - 1) * vocab_size * (dtype.itemsize + 4)
+    return buffers + sums + logits
+
+
+def _room(num_blocks: int, block: int, num_positions: int) -> Room:
+    return Room(num_blocks * block, num_blocks, num_blocks * -(-num_positions // PAGE_SIZE), num_positions)
+
+
+def _num_columns(num_blocks: int, block: int) -> int:
+    """Values of the inputs in front of what attention reads."""
+    return 3 * num_blocks * block + 2 * num_blocks
+
+
+def _shapes(num_blocks: int, block: int, num_candidates: int, has_scores: bool) -> list[tuple[int, ...]]:
+    """Of a Choice."""
+    slots = (num_blocks, block - 1, num_candidates)
+    return [slots, slots, slots if has_scores else (0,), (*slots, num_candidates) if has_scores else (0,)]
+
+
+def _num_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    """Of one of its parts, so that the next one may be of any type."""
+    return -(-math.prod(shape) * dtype.itemsize // 8) * 8
 
 
 class _Buffers:
@@ -130,7 +160,7 @@ class _Buffers:
 
     Attributes:
         token_ids, positions, slots: int64 [N * block].
-        temperatures, seeds: float64 and int64 [N].
+        inverse_temperatures, seeds: float64 and int64 [N].
         attention: plans by their reach.
     """
 
@@ -145,25 +175,22 @@ class _Buffers:
     ) -> None:
         self._num_blocks, self._block, self.num_candidates = num_blocks, block, num_candidates
         rows, device = num_blocks * block, embedding.device
-        most_pages = num_blocks * -(-num_positions // PAGE_SIZE)
-        room = Room(rows, num_blocks, most_pages, num_positions)
+        room = _room(num_blocks, block, num_positions)
         is_cuda = device.type == "cuda"
-        self._num_columns = 3 * rows + 2 * num_blocks
+        self._num_columns = _num_columns(num_blocks, block)
         self._memory = torch.zeros(self._num_columns + room.size, dtype=torch.int64, device=device)
         self._host = torch.zeros(len(self._memory), dtype=torch.int64, pin_memory=is_cuda)
         self._event = torch.cuda.Event() if is_cuda else None
         self.token_ids, self.positions, self.slots = self._memory[: 3 * rows].view(3, rows)
         draws = self._memory[3 * rows : self._num_columns].view(2, num_blocks)
-        self.temperatures, self.seeds = draws[0].view(torch.float64), draws[1]
+        self.inverse_temperatures, self.seeds = draws[0].view(torch.float64), draws[1]
         memory = PlanMemory(self._host.numpy()[self._num_columns :], self._memory[self._num_columns :])
         self.attention = {
             reach: plan_within(room._replace(max_len=reach), self.slots, PAGE_SIZE, memory)
             for reach in reaches(num_positions)
         }
-        slots = (num_blocks, block - 1, num_candidates)
-        edges = (*slots, num_candidates) if has_scores else (0,)
-        shapes = (slots, slots, slots if has_scores else (0,), edges)
-        sizes = [-(-math.prod(shape) * width // 8) * 8 for shape, width in zip(shapes, _WIDTHS, strict=True)]
+        shapes = _shapes(num_blocks, block, num_candidates, has_scores)
+        sizes = list(map(_num_bytes, shapes, _DTYPES))
         ends = list(itertools.accumulate(sizes, initial=0))
         self._num_plain = ends[2]
         places = list(zip(itertools.pairwise(ends), _DTYPES, shapes, strict=True))
@@ -187,7 +214,7 @@ class _Buffers:
         """Takes a pass's blocks to the device in one copy. Returns the reach of the plan that they fit.
 
         Args:
-            draws: temperatures and seeds, for a chooser that looks at them.
+            draws: inverse_temperatures and seeds, for a chooser that looks at them.
             places: as `ContextPages.reserve_blocks` has them.
         """
         at = np.zeros(self._num_blocks, dtype=np.int64)  # the block that each is

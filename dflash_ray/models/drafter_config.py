@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dflash_ray.kernels.draft_ops import MOST_CANDIDATES
 from dflash_ray.models.dflash import DflashConfig
 from dflash_ray.models.dflash2 import Dflash2Config
 
@@ -186,6 +187,8 @@ def _assemble(
         for key, size in sizes.items():
             if size < 1 or (key == "conv_group_size" and config.hidden_size % size):
                 raise ValueError(f"{where}: {key} is {size}; it must be positive, and a group size divide hidden_size")
+        if sizes["selector_top_k"] > MOST_CANDIDATES:
+            raise ValueError(f"{where}: selector_top_k is {sizes['selector_top_k']}; {MOST_CANDIDATES} are the most")
         dflash2 = Dflash2Config(**sizes, is_factorised=architecture == ARCHITECTURE_2_FACTORISED)
     return DflashConfig(
         hidden_size=config.hidden_size,

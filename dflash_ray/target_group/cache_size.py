@@ -74,15 +74,22 @@ def _number(file: Path) -> int | None:
         return None
 
 
-def cuda_budget(memory: Memory, num_gpus: float, max_batch_tokens: int, rank_vocab_size: int) -> Budget:
-    """All that is free, or what is left of this process's fraction of the GPU, less a reserve."""
+def cuda_budget(
+    memory: Memory, num_gpus: float, max_batch_tokens: int, rank_vocab_size: int, pass_bytes: int
+) -> Budget:
+    """All that is free, or what is left of this process's fraction of the GPU, less a reserve.
+
+    Args:
+        pass_bytes: what passes of fixed shapes will take.
+    """
     fraction = int(num_gpus * memory.total) - memory.own
     reserve = CUDA_RESERVE_BYTES + max_batch_tokens * rank_vocab_size * _LOGITS_BYTES
-    room = min(memory.free, fraction) - reserve
+    room = min(memory.free, fraction) - reserve - pass_bytes
     return Budget(
         max(0, room),
         f"min({_gib(memory.free)} free, {num_gpus:g} of {_gib(memory.total)} less {_gib(memory.own)} held) less "
-        f"{_gib(reserve)} in reserve (1 GiB and the logits of {max_batch_tokens} rows)",
+        f"{_gib(reserve)} in reserve (1 GiB and the logits of {max_batch_tokens} rows) and {_gib(pass_bytes)} for "
+        "passes of fixed shapes and their graphs",
     )
 
 
@@ -108,11 +115,11 @@ def context_row_bytes(drafter: DflashConfig, dtype: torch.dtype) -> int:
     return 2 * 2 * heads * drafter.head_dim * dtype.itemsize
 
 
-def rank_budget(config: DflashRayConfig, rank_vocab_size: int, ranks_on_host: int) -> Budget:
-    """What this rank has now."""
+def rank_budget(config: DflashRayConfig, rank_vocab_size: int, ranks_on_host: int, pass_bytes: int) -> Budget:
+    """What this rank has now; `pass_bytes` as in `cuda_budget`."""
     if config.target.device == "cuda":
         target = config.target
-        return cuda_budget(device_memory(), target.num_gpus, target.max_batch_tokens, rank_vocab_size)
+        return cuda_budget(device_memory(), target.num_gpus, target.max_batch_tokens, rank_vocab_size, pass_bytes)
     return cpu_budget(host_memory(), ranks_on_host)
 
 

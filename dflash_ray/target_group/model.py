@@ -94,6 +94,7 @@ class RankModel:
         runs_as_device: layers are a device's operators, which a CPU has in plain torch; by default where there is one.
 
     Attributes:
+        heads, head_dim: query heads of a layer on this rank, and their size.
         feature_width: of a context feature; 0 where none are made.
         vocab_start: first token of this rank's part of the head.
         scratch_row: row of the cache that no sequence has, for rows that only fill a pass up.
@@ -122,6 +123,8 @@ class RankModel:
         head_dim = getattr(text_config, "head_dim", None) or self.hidden_size // text_config.num_attention_heads
         kv_heads = [layer.self_attn.k_proj.weight.shape[0] // head_dim for layer in base.layers]
         self._new_cache = partial(PagedCache, kv_heads, head_dim, dtype=dtype, device=self._device)
+        self.heads = max(layer.self_attn.q_proj.weight.shape[0] for layer in base.layers) // head_dim
+        self.head_dim = head_dim
         # Of a position's keys and values on this rank.
         self.cache_row_bytes = 2 * sum(kv_heads) * head_dim * dtype.itemsize
         if config.target.kv_cache_tokens != "auto":

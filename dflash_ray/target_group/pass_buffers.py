@@ -43,6 +43,11 @@ class PassLayout:
     attention: StepAttention
 
 
+def room_of(num_rows: int, max_model_len: int, page_size: int) -> Room:
+    """What attention plans for in a pass of so many rows."""
+    return Room(num_rows, num_rows, num_rows * -(-max_model_len // page_size), max_model_len, MOST_DEPTH)
+
+
 class PassBuffers:
     """Those of passes of N rows.
 
@@ -65,8 +70,7 @@ class PassBuffers:
         self._is_cuda = device.type == "cuda"
         self._num_fixed = num_rows * sum(_WIDTHS.values())
         self.spans = reaches(model.max_model_len)
-        most_pages = num_rows * -(-model.max_model_len // model.cache.page_size)
-        room = Room(num_rows, num_rows, most_pages, model.max_model_len, MOST_DEPTH)
+        room = room_of(num_rows, model.max_model_len, model.cache.page_size)
         size = self._num_fixed + room.size
         self._inputs = torch.zeros(size, dtype=torch.int64, device=device)
         staging = torch.zeros(size, dtype=torch.int64, pin_memory=self._is_cuda)
@@ -99,6 +103,13 @@ class PassBuffers:
         none = np.zeros(0, dtype=np.int64)
         self.fill(PassRows(none, none, none, StepTables(none, none, none, none, none)))
         self.send()
+
+    @staticmethod
+    def num_bytes(num_rows: int, model: RankModel, page_size: int) -> int:
+        """What buffers of so many rows take on the device."""
+        inputs = num_rows * sum(_WIDTHS.values()) + room_of(num_rows, model.max_model_len, page_size).size
+        values = num_rows * (model.hidden_size + model.feature_width)
+        return 8 * (inputs + num_rows * VERDICT_WIDTH) + values * model.dtype.itemsize
 
     def _sections(self, flat: Any) -> Iterator[tuple[str, Any]]:
         """Views [N, width] of inputs, on the host or on the device."""

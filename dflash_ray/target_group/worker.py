@@ -41,6 +41,7 @@ from dflash_ray.target_group.feature_store import FeatureStore
 from dflash_ray.target_group.feature_streams import FeatureStreams, SharedRows
 from dflash_ray.target_group.fixed_passes import new_runner
 from dflash_ray.target_group.model import RankModel
+from dflash_ray.target_group.pass_memory import draft_pass_bytes, target_pass_bytes
 from dflash_ray.target_group.rank import RankPlace, Rendezvous
 from dflash_ray.target_group.servicer import TargetInfo, TargetServicer
 from dflash_ray.target_group.step_channel import StepChannel, follow
@@ -206,7 +207,12 @@ class TargetRank:
             row_bytes += drafter.config.hidden_size * getattr(torch, config.model.dtype).itemsize
         if drafter is not None and has_contexts:
             row_bytes += context_row_bytes(drafter.config, getattr(torch, config.drafter.dtype))
-        budget = rank_budget(config, -(-model.vocab_size // place.tp_size), place.tp_size if place.share_host else 1)
+        rank_vocab_size = -(-model.vocab_size // place.tp_size)
+        pass_bytes = target_pass_bytes(model, config.target.pass_rows, config.target.page_size, rank_vocab_size)
+        if drafter is not None and has_contexts:
+            dtype, sequences = getattr(torch, config.drafter.dtype), config.router.max_running
+            pass_bytes += draft_pass_bytes(drafter, dtype, model.vocab_size, model.max_model_len, sequences)
+        budget = rank_budget(config, rank_vocab_size, place.tp_size if place.share_host else 1, pass_bytes)
         most = most_tokens(config, model.max_model_len)
         own = tokens_that_fit(budget, row_bytes, config.target.page_size, most)
         tokens = smallest_over_ranks(own, place.tp_size, config.target.device)

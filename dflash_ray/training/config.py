@@ -50,7 +50,7 @@ class Dflash2Section(_Section):
     conv_kernel_size: int = Field(2, ge=1)
     conv_group_size: int = Field(16, ge=1)
     selector_rank: int = Field(64, ge=1)
-    selector_top_k: int = Field(16, ge=1)
+    selector_top_k: int = Field(16, ge=1, le=256)
     factorised: bool = Field(False, description="codebooks as projections of the target's embedding and head")
 
 

@@ -97,6 +97,7 @@ FAULTS = {
     "rope without its factor": (changed(rope_scaling={"type": "yarn"}), "factor"),
     "dflash2 without its sizes": (dflash2(rank=None), "lacks selector_rank"),
     "groups that do not divide": (dflash2(group=5), "conv_group_size is 5"),
+    "more candidates than a slot may have": (dflash2(top_k=257), "selector_top_k is 257"),
 }
 
 

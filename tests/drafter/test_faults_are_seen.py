@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from dflash_ray.models import drafter_checkpoint
-from dflash_ray.models.block_drafter import BlockDrafter
+from dflash_ray.models.context_passes import ContextProjection
 from dflash_ray.models.draft_layers import CompiledLayers, DeviceLayers
 from tests.drafter.parity import assert_parity
 from tests.drafter.published import save_random, sliding
@@ -25,12 +25,12 @@ def change_config(monkeypatch, **change) -> None:
 
 
 def context_keys_without_norm(monkeypatch) -> None:
-    monkeypatch.setattr(BlockDrafter, "_normed_keys", lambda self, keys: keys)
+    monkeypatch.setattr(ContextProjection, "_normed", lambda self, keys: keys)
 
 
 def context_rotated_one_position_late(monkeypatch) -> None:
-    right = BlockDrafter._context_rows
-    monkeypatch.setattr(BlockDrafter, "_context_rows", lambda self, at, features: right(self, at + 1, features))
+    right = ContextProjection.__call__
+    monkeypatch.setattr(ContextProjection, "__call__", lambda self, at, features: right(self, at + 1, features))
 
 
 def block_rotated_one_position_late(monkeypatch) -> None:

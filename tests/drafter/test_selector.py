@@ -23,8 +23,7 @@ def noise_of(seed: int, position: int, ids: np.ndarray) -> np.ndarray:
 
 def walk(scores: np.ndarray, ids: np.ndarray, draws: list[Draw], firsts: list[int]) -> tuple[np.ndarray, np.ndarray]:
     """Where the candidates of each slot were, in the order in which they are proposed, and their log-probabilities."""
-    temperatures, seeds = draw_values(draws)
-    columns = (torch.from_numpy(np.ascontiguousarray(one)) for one in (scores, ids, temperatures, seeds))
+    columns = (torch.from_numpy(np.ascontiguousarray(one)) for one in (scores, ids, *draw_values(draws)))
     ordered, logprobs = walk_candidates(*columns, torch.tensor(firsts))
     order = (ordered.numpy()[..., None] == ids[..., None, :]).argmax(axis=-1)
     return order, logprobs.numpy()

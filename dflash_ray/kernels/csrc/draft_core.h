@@ -1,7 +1,7 @@
 // How a drafter's candidates are chosen, the same on every device. Terms are those of kernels/draft_ops.py.
 //
-// Which candidate is chosen is decided by comparisons and by float64 operations that are rounded alike everywhere;
-// log-probabilities go through exp and log, whose last place may differ.
+// Scores are compared in float64, by operations that are rounded alike everywhere; exponentials and logarithms are those of
+// verify_core.cuh.
 #pragma once
 
 #include "verify_core.cuh"
@@ -27,21 +27,21 @@ DFLASH_FN uint64_t order_of(const float* row, int64_t token) {
 struct WalkView {
   const float* scores;
   const int64_t* ids;
-  const double* temperatures;
+  const double* inverse_temperatures;  // 0 is greedy
   const int64_t *seeds, *firsts;
   int64_t num_blocks, slots, candidates;
 
   // Of candidate i after candidate `previous` of the slot before, as the draw sees it.
   DFLASH_FN double score(int64_t block, int64_t slot, int64_t previous, int64_t i) const {
-    const double temperature = temperatures[block];
+    const double factor = inverse_temperatures[block];
     const float score = scores[((block * slots + slot) * candidates + previous) * candidates + i];
     if (score != score) return static_cast<double>(kMinusInf);
-    return static_cast<double>(score) / (temperature == 0.0 ? 1.0 : temperature);
+    return static_cast<double>(score) * (factor == 0.0 ? 1.0 : factor);
   }
 
   // The noise that the target will draw the candidate with.
   DFLASH_FN double noise(int64_t block, int64_t slot, int64_t i) const {
-    if (temperatures[block] == 0.0) return 0.0;
+    if (inverse_temperatures[block] == 0.0) return 0.0;
     return gumbel(seeds[block], firsts[block] + slot, ids[(block * slots + slot) * candidates + i], kTargetDraw);
   }
 
@@ -56,7 +56,9 @@ struct WalkView {
       maximum = other > maximum ? other : maximum;
       rank += other > own || (other == own && j < i);
     }
-    for (int64_t j = 0; j < candidates; ++j) sum += exp(score(block, slot, previous, j) - maximum);
+    for (int64_t j = 0; j < candidates; ++j) {
+      sum += exp_of_nonpositive(static_cast<float>(score(block, slot, previous, j) - maximum));
+    }
     if (i == chosen) {
       rank = 0;
     } else if (!(best > own || (best == own && chosen < i))) {
@@ -64,7 +66,7 @@ struct WalkView {
     }
     const int64_t line = (block * slots + slot) * candidates;
     ordered[line + rank] = ids[line + i];
-    log_probs[line + rank] = static_cast<float>(own - maximum - log(sum));
+    log_probs[line + rank] = static_cast<float>(own - maximum) - log_of(static_cast<float>(sum));
   }
 };
 

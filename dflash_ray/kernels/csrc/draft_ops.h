@@ -25,7 +25,7 @@ struct DraftOps {
   }
 
   static std::tuple<at::Tensor, at::Tensor> walk(const at::Tensor& scores, const at::Tensor& ids,
-                                                 const at::Tensor& temperatures, const at::Tensor& seeds,
+                                                 const at::Tensor& inverse_temperatures, const at::Tensor& seeds,
                                                  const at::Tensor& firsts) {
     const Guard guard(scores);
     TORCH_CHECK(ids.dim() == 3 && ids.scalar_type() == at::kLong && ids.is_contiguous() &&
@@ -38,12 +38,12 @@ struct DraftOps {
     const auto is_column = [&](const at::Tensor& column, at::ScalarType type) {
       return column.scalar_type() == type && column.is_contiguous() && column.numel() == blocks;
     };
-    TORCH_CHECK(is_column(temperatures, at::kDouble) && is_column(seeds, at::kLong) && is_column(firsts, at::kLong),
-                "temperatures float64, seeds and first positions int64 are contiguous [N]");
+    TORCH_CHECK(is_column(inverse_temperatures, at::kDouble) && is_column(seeds, at::kLong) && is_column(firsts, at::kLong),
+                "inverse_temperatures float64, seeds and first positions int64 are contiguous [N]");
     at::Tensor ordered = at::empty_like(ids), log_probs = at::empty(ids.sizes(), scores.options());
     const WalkView view{scores.const_data_ptr<float>(),
                         ids.const_data_ptr<int64_t>(),
-                        temperatures.const_data_ptr<double>(),
+                        inverse_temperatures.const_data_ptr<double>(),
                         seeds.const_data_ptr<int64_t>(),
                         firsts.const_data_ptr<int64_t>(),
                         blocks,
@@ -62,7 +62,7 @@ struct DraftOps {
 inline void define_draft_ops(torch::Library& library) {
   library.def("top_candidates(Tensor logits, int count) -> Tensor");
   library.def(
-      "walk_candidates(Tensor scores, Tensor ids, Tensor temperatures, Tensor seeds, Tensor firsts) -> (Tensor, Tensor)");
+      "walk_candidates(Tensor scores, Tensor ids, Tensor inverse_temperatures, Tensor seeds, Tensor firsts) -> (Tensor, Tensor)");
 }
 
 }  // namespace dflash_ray

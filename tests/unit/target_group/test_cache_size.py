@@ -24,15 +24,22 @@ AUTO = ["target.kv_cache_tokens=auto", "drafter.method=none"]
 
 
 def test_a_gpu_gives_what_is_free_less_the_reserve_and_the_logits_of_a_pass():
-    budget = cuda_budget(Memory(60 * GIB, 80 * GIB, 16 * GIB), 1.0, 1024, 131072)
+    budget = cuda_budget(Memory(60 * GIB, 80 * GIB, 16 * GIB), 1.0, 1024, 131072, 0)
     assert budget.num_bytes == 60 * GIB - GIB - GIB
     assert "60.00 GiB free" in budget.arithmetic and "2.00 GiB in reserve" in budget.arithmetic
 
 
+def test_passes_of_fixed_shapes_are_taken_off_what_a_gpu_gives():
+    memory = Memory(60 * GIB, 80 * GIB, 16 * GIB)
+    without, with_passes = (cuda_budget(memory, 1.0, 1024, 131072, num_bytes) for num_bytes in (0, 3 * GIB))
+    assert with_passes.num_bytes == without.num_bytes - 3 * GIB
+    assert "3.00 GiB for passes of fixed shapes" in with_passes.arithmetic
+
+
 def test_a_fraction_of_a_gpu_gives_that_fraction_less_what_the_process_holds():
-    budget = cuda_budget(Memory(60 * GIB, 80 * GIB, 16 * GIB), 0.5, 1024, 131072)
+    budget = cuda_budget(Memory(60 * GIB, 80 * GIB, 16 * GIB), 0.5, 1024, 131072, 0)
     assert budget.num_bytes == 40 * GIB - 16 * GIB - 2 * GIB
-    assert cuda_budget(Memory(60 * GIB, 80 * GIB, 16 * GIB), 0.1, 1024, 131072).num_bytes == 0
+    assert cuda_budget(Memory(60 * GIB, 80 * GIB, 16 * GIB), 0.1, 1024, 131072, 0).num_bytes == 0
 
 
 def test_a_cpu_gives_a_share_divided_among_the_ranks_of_the_machine():
@@ -72,7 +79,7 @@ def test_a_containers_limit_counts_where_it_is_less_than_the_machine(tmp_path):
 
 
 def test_this_machine_has_memory():
-    budget = rank_budget(load_config(None, AUTO), 1000, 1)
+    budget = rank_budget(load_config(None, AUTO), 1000, 1, 0)
     assert budget.num_bytes > 0 and "available" in budget.arithmetic
 
 

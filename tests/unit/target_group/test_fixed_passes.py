@@ -19,6 +19,7 @@ from dflash_ray.target_group.engine import Engine
 from dflash_ray.target_group.fixed_passes import FixedPasses
 from dflash_ray.target_group.model import RankModel
 from dflash_ray.target_group.pass_buffers import PassBuffers
+from dflash_ray.target_group.pass_memory import target_pass_bytes
 from tests.steps import PROMPT, VOCAB, garbage, opening, oracle, plain, run, step_of, tokens_of, verify_step
 from tests.trees import random_trees
 from tests.unit.target_group.conftest import CONFIG
@@ -51,6 +52,17 @@ def passes(
 @pytest.fixture(scope="module", params=DEVICES)
 def device(request):
     return request.param
+
+
+@pytest.mark.parametrize("rows", [16, 64])
+def test_the_memory_of_a_pass_is_what_was_counted_before_it_was_made(process_group, tiny_target, device, rows):
+    runner = passes(tiny_target, shapes=(rows,), device=device)
+    (buffers,), model = runner._buffers, runner._model
+    made = (buffers._inputs, buffers.hidden, buffers._outputs)
+    page_size, rank_vocab_size = model.cache.page_size, 1000
+    counted = target_pass_bytes(model, (rows,), page_size, rank_vocab_size)
+    sums = rows * model.heads * -(-model.max_model_len // 256) * (model.head_dim + 2) * 4
+    assert counted == sum(one.nbytes for one in made) + rows * rank_vocab_size * model.dtype.itemsize + sums
 
 
 @pytest.fixture(scope="module")
