@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
-from dflash_ray.models.dflash2 import Draw, walk
+from dflash_ray.kernels import draft_ops
 from dflash_ray.sampling import verify as verify_module
 from dflash_ray.sampling.parameters import COUPLED, REJECTION
 from dflash_ray.sampling.ranks import SingleRank
@@ -174,9 +174,10 @@ def drawn_by_selector(
         keys = [seed * 2654435761 % 2**64 for seed in range(start, start + batch)]
         all_ids = np.tile(DRAFT_IDS, (batch, 1, 1))
         scores = np.tile(DRAFT_SCORES, (batch, 1, 1, 1))
-        order, logprobs = walk(scores, all_ids, [Draw(1.0, key, True) for key in keys], [11] * batch)
-        all_ids = np.take_along_axis(all_ids, order, axis=-1)
-        for key, ids, chances in zip(keys, all_ids, logprobs, strict=True):
+        seeds = torch.from_numpy(np.array(keys, dtype=np.uint64).view(np.int64))
+        every = torch.ones(batch, dtype=torch.float64), seeds, torch.full((batch,), 11)
+        walked = draft_ops.walk_candidates(torch.from_numpy(scores).float(), torch.from_numpy(all_ids), *every)
+        for key, ids, chances in zip(keys, *(column.numpy() for column in walked), strict=True):
             kept = {"num_candidates": 4, "candidate_ids": ids.flatten().tolist()} if keeps_distribution else {}
             if kept:
                 kept["candidate_probs"] = np.exp(chances * stated).flatten().tolist()
