@@ -99,13 +99,13 @@ class BlockDrafter:
         # The target may serve longer texts than the drafter was trained on; its last block reaches past them.
         longest = max(self.config.max_position_embeddings, target.config.max_position_embeddings)
         cos, sin = rope_tables(self.config, longest + self.block_size)
-        self._cos, self._sin = cos.to(device), sin.to(device)
-        self._projection = ContextProjection(network, (self._cos, self._sin), dtype)
+        self._turns = cos.to(device), sin.to(device)
+        self._projection = ContextProjection(network, self._turns, dtype)
         self._passes: DraftPasses | None = None
         self._context_passes: ContextPasses | None = None
         if isinstance(self._layers, DeviceLayers) and (device == "cpu" or build.is_loaded_for(device)):
             self._passes = DraftPasses(
-                self._layers, self._chooser, self._embedding, (self._cos, self._sin), self.block_size,
+                self._layers, self._chooser, self._embedding, self._turns, self.block_size,
                 self.config.mask_token_id,
             )  # fmt: skip
             self._context_passes = ContextPasses(self._projection, self.feature_width, dtype, torch.device(device))
@@ -179,10 +179,6 @@ class BlockDrafter:
             one.length = end
         self._waiting, self._num_waiting = [], 0
 
-    def _turns(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin [n, d] of positions [n]."""
-        return self._cos[positions], self._sin[positions]
-
     @torch.inference_mode()
     def propose(
         self,
@@ -249,8 +245,8 @@ class BlockDrafter:
         token_ids = blocks.token_ids(size, self.config.mask_token_id)
         places = self._pages.place_blocks(blocks.sessions, blocks.lens, size)
         x = F.embedding(self._on_device(token_ids), self._embedding)
-        positions = (blocks.lens[:, None] + np.arange(size)).reshape(-1)
-        cos, sin = self._turns(torch.from_numpy(positions))
+        positions = torch.from_numpy((blocks.lens[:, None] + np.arange(size)).reshape(-1))
+        cos, sin = (table[positions] for table in self._turns)
         return self._layers(x, cos, sin, self._pages, places)
 
     def _on_device(self, values: NDArray[Any]) -> Tensor:

@@ -124,7 +124,7 @@ def test_the_memory_of_passes_is_counted_before_they_are_made(pair):
     for count in (1, 2, 4):
         drafts(drafter, [3] * count, 1)
     made = [one for buffers in drafter._passes._buffers.values() for one in (buffers._memory, buffers._chosen)]
-    config, positions, vocab = drafter.config, len(drafter._cos), 1000
+    config, positions, vocab = drafter.config, len(drafter._turns[0]), 1000
     rows, slots = 4 * config.block_size, 4 * (config.block_size - 1)
     sums = rows * config.num_attention_heads * -(-positions // 256) * (config.head_dim + 2) * 4
     counted = num_bytes(config, vocab, positions, 3, torch.float32)

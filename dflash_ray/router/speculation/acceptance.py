@@ -193,12 +193,7 @@ class Acceptance:
         bins = _BIN_EDGES.searchsorted(log_probs[rows, columns])
         said = self._said_by_bins[depths, bins]
         held = right[rows, columns]
-        cells = depths * len(_BIN_START) + bins
-        seen = np.bincount(cells, minlength=self._bin_seen.size).reshape(self._bin_seen.shape)
-        kept = np.bincount(cells, held, minlength=self._bin_seen.size).reshape(self._bin_seen.shape)
-        fade = _SHARED_FADE**seen
-        self._bin_seen[:] = self._bin_seen * fade + seen
-        self._bin_right[:] = self._bin_right * fade + kept
+        observe(self._bin_seen, self._bin_right, depths * len(_BIN_START) + bins, held, _SHARED_FADE)
         self._said_by_bins = self._certain_bins()
         for totals, values in ((self._said, said), (self._held, held), (self._judged, np.ones(len(rows)))):
             totals[slots] = totals[slots] * _BIAS_FADE + np.bincount(rows, values, minlength=len(slots))
@@ -237,6 +232,20 @@ class Acceptance:
         """Mean distance between the chance that drafts were given and the share that was accepted, lately."""
         judged, expected, accepted = self._reliability
         return float(np.abs(expected - accepted).sum() / max(1.0, judged.sum()))
+
+
+def observe(seen: Floats, right: Floats, cells: Ints, held: Flags, fade: float) -> None:
+    """Takes observations into tables of what was seen and what of it was right, whose older ones fade with each.
+
+    Args:
+        cells: [n], the place in the tables of each observation, counted through all their dimensions.
+        held: [n] whether it was right.
+    """
+    count = np.bincount(cells, minlength=seen.size).reshape(seen.shape)
+    kept = np.bincount(cells, held, minlength=seen.size).reshape(seen.shape)
+    left = fade**count
+    seen[:] = seen * left + count
+    right[:] = right * left + kept
 
 
 def _verdicts(counts: Ints, accepted: Ints, width: int) -> tuple[Flags, Flags]:

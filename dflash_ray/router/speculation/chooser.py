@@ -89,9 +89,8 @@ class Chooser:
             # A row's draft has to be asked for, and a few more.
             drafted = options.num_drafted[:, None]
             slots = fixed_slots + np.minimum(most_slots * drafted, options.rows + _SPARE_SLOTS * drafted)
-            asked = np.broadcast_to(num_fixed + drafted, slots.shape)
-            waits = self._costs.wait_seconds(asked.ravel(), slots.ravel(), batch.is_split, usual)
-            seconds = self._costs.pass_seconds(batch, options.rows) + waits.reshape(slots.shape)
+            waits = self._costs.wait_seconds(num_fixed + drafted, slots, batch.is_split, usual)
+            seconds = self._costs.pass_seconds(batch, options.rows) + waits
             rates = (batch.num_sequences + options.gains) / (seconds - prompts)
             rates[:, 0] = 0.0  # without a draft's row it is a plain step
             allowed = np.where(seconds <= most, rates, 0.0)

@@ -46,7 +46,6 @@ class SpeculationController:
         prefers_ngram: whether n-grams may take a drafter's place.
         is_colocated: the drafter drafts behind a step's pass, inside the step.
         runs_ahead: a step of which it is known what it is to be is sent while the step before it runs.
-        least_own_log_prob: where the target is to cut the own drafts of the last `cut`; 0 where it is not.
     """
 
     def __init__(self, num_slots: int, prefers_ngram: bool = True, is_colocated: bool = False) -> None:
@@ -69,7 +68,6 @@ class SpeculationController:
         self._hand_over = 0.0  # what a step ahead takes beyond its pass,
         self._waiting = 0.0  # and one that is not, beyond that
         self._waits = False  # the next step is not sent ahead, for the sake of its drafts
-        self.least_own_log_prob = 0.0
         self._own_cut = OwnCut()
         self._cuts_trials = True
         self._pauses = Pauses()
@@ -94,6 +92,11 @@ class SpeculationController:
             return 0.0
         steps = (*self._steps, self._cut) if self._cut is not None else self._steps
         return float(sum(map(self._chooser.at_risk, steps)))
+
+    @property
+    def least_own_log_prob(self) -> float:
+        """Where the target is to cut the own drafts of the last `cut`; 0 where it is not."""
+        return 0.0 if self._cut is None else self._cut.least_log_prob
 
     @property
     def has_lesson(self) -> bool:
@@ -251,7 +254,7 @@ class SpeculationController:
         from_ngram = draft_lens == 0
         counts = np.where(self._is_fixed[slots], np.where(from_ngram, ngram_lens, draft_lens), 0)
         outlook = self._outlooks.pop(cohort, NO_OUTLOOK)
-        tokens, num_likely, self.least_own_log_prob = float(batch.num_sequences), 0, 0.0
+        tokens, num_likely, least = float(batch.num_sequences), 0, 0.0
         if np.count_nonzero(is_free) and outlook.reason not in PLAIN and self.costs.is_known:
             num_fixed = int(counts.sum())
             batch = batch.with_rows(min(num_fixed, max_rows))
@@ -265,7 +268,7 @@ class SpeculationController:
                 num_rows = max(num_rows, -(-len(slots) // _TRIAL_EACH))
             is_cut = outlook.reason == Reason.GAIN or (outlook.reason == Reason.TRIAL and self._cuts_trials)
             if may_cut is not None and num_rows and is_cut and not num_fixed:
-                self.least_own_log_prob = self._own_cut.least_log_prob(rows.price)
+                least = self._own_cut.least_log_prob(rows.price)
                 shares, leaves = share(survival, rows.most), may_cut & ~is_better
                 if np.count_nonzero(leaves) < len(slots):
                     shares = np.where(leaves, shares, share(survival, num_rows))
@@ -275,7 +278,7 @@ class SpeculationController:
             from_ngram = np.where(is_free, is_better, from_ngram)
         self._cut = SpeculativeStep(
             batch, outlook, slots, counts, from_ngram, is_free, log_probs, candidates.match_lens, tokens,
-            parents=candidates.parents, num_likely=num_likely, least_log_prob=self.least_own_log_prob,
+            parents=candidates.parents, num_likely=num_likely, least_log_prob=least,
         )  # fmt: skip
         return counts, from_ngram
 
@@ -291,7 +294,7 @@ class SpeculationController:
             asked_inside: sequences and slots that a colocated drafter drafts for behind the pass.
         """
         step, self._cut = self._cut or plain_step(batch, NO_OUTLOOK, _NO_SLOTS, _NO_FLAGS), None
-        step.batch = batch.with_rows(int(counts.sum()) - int(counts[step.is_free].sum()))
+        step.batch = batch.with_rows(int(counts[~step.is_free].sum()))
         step.counts, step.asked_inside = counts, asked_inside
         if np.count_nonzero(is_in) < len(is_in):
             step.keep(is_in)

@@ -122,8 +122,8 @@ class CostModel:
         return median(self._host) if self._host else 0.0
 
     def wait_seconds(self, num_drafted: Ints, num_slots: Ints, is_split: bool, usual_pass: float) -> Floats:
-        """Between two passes, for numbers of sequences drafted for and slots of all of them; where no draft was ever
-        waited for, a third of a pass."""
+        """Between two passes, for numbers of sequences drafted for and slots of all of them, whose shapes go together;
+        where no draft was ever waited for, a third of a pass."""
         return np.where(num_drafted > 0, self._wait(num_drafted, num_slots, is_split, usual_pass), self.host_seconds)
 
     def one_wait(self, num_drafted: int, num_slots: int, is_split: bool, usual_pass: float) -> float:

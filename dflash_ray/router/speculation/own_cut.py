@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from dflash_ray.core.arrays import Ints
+from dflash_ray.router.speculation.acceptance import observe
 from dflash_ray.router.speculation.choice import LEAST_WORTH
 from dflash_ray.router.speculation.records import Floats
 
@@ -37,12 +38,9 @@ class OwnCut:
         is_in = (index < counts[:, None]) & (accepted >= 0)[:, None] & ~np.isnan(sums)
         right = (index < accepted[:, None])[is_in]
         bins = np.searchsorted(_EDGES, sums[is_in])
-        seen = np.bincount(bins, minlength=len(_START))
         self._seen += _RETURN * (_START_WEIGHT - self._seen)
         self._right += _RETURN * (_START_WEIGHT * _START - self._right)
-        fade = _FADE**seen
-        self._seen = self._seen * fade + seen
-        self._right = self._right * fade + np.bincount(bins, right, minlength=len(_START))
+        observe(self._seen, self._right, bins, right, _FADE)
 
     def least_log_prob(self, worth: float) -> float:
         """Below it drafts, with all that they follow, are not worth so many tokens; 0 where all are."""

@@ -138,7 +138,7 @@ class PassTimes:
         return seconds
 
     def steady(self, group: int, row: Any, terms: Sequence[Any]) -> Any:
-        """At the machine's usual speed: of one pass, or of those whose rows and terms are arrays [n]."""
+        """At the machine's usual speed: of one pass, or of those whose rows and terms are arrays."""
         law, (at, ratios) = _weighed(self._law, terms), self._ratios_of(group)
         return law * np.interp(row, at, ratios) if len(at) else law
 
