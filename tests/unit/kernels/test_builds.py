@@ -42,8 +42,9 @@ def test_the_cpu_operators_run_clean_under_sanitizers(tmp_path):
     )
     tests = [str(Path(__file__).parent / name) for name in names]
     # Nothing is captured (-s): a process that a sanitizer ends takes what pytest has caught with it.
-    # With these flags the compiler fuses no multiplication with its addition.
-    options = ["-q", "-s", "-p", "no:cacheprovider", "-k", "not emulated and not warning and not fused"]
+    # With these flags the compiler fuses no multiplication with its addition, and the sanitizer holds freed memory back.
+    left_out = "not emulated and not warning and not fused and not used_again"
+    options = ["-q", "-s", "-p", "no:cacheprovider", "-k", left_out]
     command = [sys.executable, "-m", "pytest", *options]
     done = subprocess.run([*command, *tests], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
