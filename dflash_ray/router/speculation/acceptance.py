@@ -211,12 +211,13 @@ class Acceptance:
             self._ngram_seen[match_len] = self._ngram_seen[match_len] * fade + num_judged
             self._ngram_right[match_len] = self._ngram_right[match_len] * fade + right[members].sum(axis=0)
 
-    def rested(self, slots: Ints) -> None:
+    def rested(self, slots: Ints, num_steps: int = 1) -> None:
         """Nothing was drafted for these: what is known of them fades into what is known of all."""
         self._forget_known()
-        self._right[slots] *= _FORGET
-        self._seen[slots] *= _FORGET
-        self._prior[slots] += (1.0 - _FORGET) * (_SHARED_WEIGHT - self._prior[slots])
+        left = _FORGET**num_steps
+        self._right[slots] *= left
+        self._seen[slots] *= left
+        self._prior[slots] += (1.0 - left) * (_SHARED_WEIGHT - self._prior[slots])
 
     def _judge_forecast(self, judged: Flags, right: Flags, expected: Floats) -> None:
         """Keeps the account of how often drafts with such a chance were accepted."""

@@ -33,7 +33,7 @@ from dflash_ray.router.speculation.trees import survival_from
 
 _TRIAL_EACH = 4  # a trial verifies one draft for so many sequences at least
 _HAND_OVER_RATE = 0.1  # of the newest step in what is known of steps ahead
-_LEARNT_FROM = 4  # of steps that leave nothing to choose one in so many is learnt from
+_LEARNT_FROM = 4  # of steps that leave nothing to choose, or in which nothing has paid for long, one in so many teaches
 
 
 class SpeculationController:
@@ -56,6 +56,7 @@ class SpeculationController:
         self._has_fixed = False  # some slot wants a fixed number, or did when it was in use
         self._is_free = np.zeros(num_slots, np.bool_)  # whose drafts are chosen here
         self._limits = np.zeros(num_slots, np.int64)
+        self._is_new = np.zeros(num_slots, np.bool_)  # that no drafter was asked for yet
         self.acceptance = Acceptance(num_slots, MOST_DRAFTS)
         self.costs = CostModel()
         self.ledger = Ledger()
@@ -73,7 +74,7 @@ class SpeculationController:
         self._pauses = Pauses()
         self._chooser = Chooser(self.costs, self.ledger, self._pauses)
         self._lesson: Lesson | None = None
-        self._num_without_choice = 0
+        self._num_skipped = 0  # steps since the last that was learnt from
 
     def open(self, slot: int, policy: Policy, draft_tokens: int) -> None:
         """A sequence has the slot, with at most so many drafts a step."""
@@ -81,6 +82,7 @@ class SpeculationController:
         self._has_fixed = bool(np.count_nonzero(self._is_fixed))
         self._is_free[slot] = policy == Policy.ADAPTIVE and draft_tokens > 0
         self._limits[slot] = draft_tokens
+        self._is_new[slot] = True
         self.acceptance.open(slot)
         if self._is_free[slot]:
             self._pauses.opened()
@@ -154,17 +156,14 @@ class SpeculationController:
         draft_room = np.minimum(candidates.draft_room, room)
         has_free = np.count_nonzero(is_free)
         if not has_free and not np.count_nonzero(candidates.ngram_lens):
-            asks = np.where(is_fixed, draft_room, 0)
-            self._look_out(cohort, Outlook(Reason.FIXED, int(np.count_nonzero(asks)), int(asks.sum()), np.inf, now))
-            return asks
+            return self._planned(cohort, Reason.FIXED, slots, np.where(is_fixed, draft_room, 0), np.inf, now)
         ngrams = self.acceptance.ngram_survival(candidates.match_lens, np.minimum(candidates.ngram_lens, room))
         drafts = until(self.acceptance.survival(slots), draft_room)
         asks = np.where(is_fixed, draft_room, 0)
         if self.prefers_ngram:
             asks[ngrams.sum(axis=1) > drafts.sum(axis=1)] = 0
         if not has_free:
-            self._look_out(cohort, Outlook(Reason.FIXED, int(np.count_nonzero(asks)), int(asks.sum()), np.inf, now))
-            return asks
+            return self._planned(cohort, Reason.FIXED, slots, asks, np.inf, now)
         fixed_rows = 0
         if has_free < len(slots):
             drafts[~is_free] = 0.0
@@ -174,8 +173,19 @@ class SpeculationController:
         reason, drafted, most = self._chooser.choose(
             drafts, ngrams, draft_room, around, max_rows - fixed_rows, asks, self.is_colocated, self._at_risk
         )
-        asks = np.where(is_free, 0 if drafted is None else drafted, asks)
-        self._look_out(cohort, Outlook(reason, int(np.count_nonzero(asks)), int(asks.sum()), most, now))
+        return self._planned(
+            cohort, reason, slots, np.where(is_free, 0 if drafted is None else drafted, asks), most, now
+        )
+
+    def _planned(self, cohort: int, reason: Reason, slots: Ints, asks: Ints, most_seconds: float, now: float) -> Ints:
+        """Keeps the plan of a step, which asks for so many drafts of each of these slots."""
+        is_asked = asks > 0
+        num_asked, asks_first = int(np.count_nonzero(is_asked)), False
+        if num_asked:
+            asked = slots[is_asked]
+            asks_first = bool(np.count_nonzero(self._is_new[asked]))
+            self._is_new[asked] = False
+        self._look_out(cohort, Outlook(reason, num_asked, int(asks.sum()), most_seconds, now, asks_first))
         return asks
 
     def has_fixed(self, slots: Ints) -> bool:
@@ -296,6 +306,8 @@ class SpeculationController:
         step, self._cut = self._cut or plain_step(batch, NO_OUTLOOK, _NO_SLOTS, _NO_FLAGS), None
         step.batch = batch.with_rows(int(counts[~step.is_free].sum()))
         step.counts, step.asked_inside = counts, asked_inside
+        if asked_inside[0]:
+            step.asks_first = self._outlooks.get(0, NO_OUTLOOK).asks_first
         if np.count_nonzero(is_in) < len(is_in):
             step.keep(is_in)
         step.sent_at = now
@@ -345,16 +357,26 @@ class SpeculationController:
             if step.is_drafted:
                 step.wait, late = late, 0.0
         self._last_result, self._has_drafted = now, step.is_drafted
-        has_choice = bool(np.count_nonzero(step.is_free))
-        if len(step.slots) and not has_choice:
+        if len(step.slots):
             self.counts.steps[step.outlook.reason] += 1
-            self._num_without_choice += 1
-            if self._num_without_choice % _LEARNT_FROM != 1:
-                return
+        has_choice = bool(np.count_nonzero(step.is_free))
+        if len(step.slots) and not late and self._skips(step, has_choice):
+            return
         kept = None if is_accepted is None else is_accepted[step.slots]
-        self._lesson = Lesson(step, accepted, busy, draft_seconds, late, kept)
+        self._lesson = Lesson(step, accepted, busy, draft_seconds, late, kept, self._num_skipped)
+        self._num_skipped = 0
         if has_choice and step.is_drafted:  # the next plan wants to know
             self.learn()
+
+    def _skips(self, step: SpeculativeStep, has_choice: bool) -> bool:
+        """Whether nothing is learnt from a step that is like those before it."""
+        is_dull = not has_choice or (self._pauses.is_dull(step.outlook.reason) and not step.is_drafted)
+        if not is_dull or self._num_skipped == _LEARNT_FROM - 1 or not self.costs.is_known:
+            return False
+        self._num_skipped += 1
+        if has_choice:
+            self._pauses.step_done(step.outlook.reason, False, False, 0.0)
+        return True
 
     def _as_if_ahead(self, step: SpeculativeStep, busy: float, pass_seconds: float) -> float:
         """What a step takes where all are sent ahead: those that were not waited for the router as well."""
@@ -379,7 +401,7 @@ class SpeculationController:
         saved = keep_account(self.costs, self.acceptance, self.ledger, self.counts, lesson, survival)
         if step.has_own and step.parents is None:
             self._own_cut.saw(step.log_probs, np.where(step.from_ngram, 0, step.counts), lesson.accepted)
-        learn_acceptance(self.acceptance, step, lesson.accepted, rates, lesson.is_accepted)
+        learn_acceptance(self.acceptance, lesson, rates)
         has_hit = bool((lesson.accepted[step.is_free] > 0).any())
         self._pauses.step_done(step.outlook.reason, step.outlook.num_asked > 0, has_hit, saved)
 

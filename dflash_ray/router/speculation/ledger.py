@@ -52,14 +52,14 @@ class Ledger:
         self.seconds_saved = 0.0
         self.seconds_lost = 0.0
 
-    def add(self, seconds: float, plain_seconds: float) -> None:
-        """A step that took `seconds`, for what plain decoding does in `plain_seconds`."""
+    def add(self, seconds: float, plain_seconds: float, times: int = 1) -> None:
+        """Steps that took `seconds` each, for what plain decoding does in `plain_seconds`."""
         loss = seconds - plain_seconds
-        self._loss[:-1], self._loss[-1] = self._loss[1:], loss
-        self._plain[:-1], self._plain[-1] = self._plain[1:], plain_seconds
-        self._count = min(self._count + 1, WINDOW - 1)
-        self.seconds_lost += max(0.0, loss)
-        self.seconds_saved += max(0.0, -loss)
+        self._loss[:-times], self._loss[-times:] = self._loss[times:], loss
+        self._plain[:-times], self._plain[-times:] = self._plain[times:], plain_seconds
+        self._count = min(self._count + times, WINDOW - 1)
+        self.seconds_lost += times * max(0.0, loss)
+        self.seconds_saved += times * max(0.0, -loss)
 
     def room(self, plain_step: float) -> float:
         """Seconds that the next step may lose, if plain steps take `plain_step`; can be negative."""

@@ -28,6 +28,7 @@ class Lesson:
         draft_seconds: of the colocated drafter.
         late: seconds that a plain step came later than one that is sent ahead, as there were drafts before it.
         is_accepted: [n, MOST_DRAFTS] of a step with trees, which drafts were kept.
+        num_skipped: steps before it, plain ones like it or its forerunners, that were not learnt from.
     """
 
     step: SpeculativeStep
@@ -36,17 +37,12 @@ class Lesson:
     draft_seconds: float
     late: float = 0.0
     is_accepted: Flags | None = None
+    num_skipped: int = 0
 
 
-def learn_acceptance(
-    acceptance: Acceptance, step: SpeculativeStep, accepted: Ints, rates: Floats, is_accepted: Flags | None = None
-) -> None:
-    """Takes the verdicts; -1 where there is none.
-
-    Args:
-        rates: [n, MOST_DRAFTS] chances that drafters' drafts had, of `Acceptance.rates_of`.
-        is_accepted: [n, MOST_DRAFTS] of trees, which drafts were kept.
-    """
+def learn_acceptance(acceptance: Acceptance, lesson: Lesson, rates: Floats) -> None:
+    """Takes the verdicts. `rates` [n, MOST_DRAFTS] are the chances that drafters' drafts had, of `rates_of`."""
+    step, accepted, is_accepted = lesson.step, lesson.accepted, lesson.is_accepted
     has_drafts = (step.counts > 0) | ~np.isnan(step.log_probs[:, 0])
     has_verdict = (accepted >= 0) & has_drafts
     remote = np.flatnonzero(has_verdict & ~step.from_ngram)
@@ -66,7 +62,7 @@ def learn_acceptance(
         acceptance.saw_ngrams(step.match_lens[ngram], step.counts[ngram], accepted[ngram])
     rested = step.slots[step.is_free & (step.from_ngram | ~has_drafts)]
     if len(rested):
-        acceptance.rested(rested)
+        acceptance.rested(rested, 1 + lesson.num_skipped)
 
 
 def learn_costs(costs: CostModel, lesson: Lesson, is_colocated: bool) -> None:
@@ -77,7 +73,8 @@ def learn_costs(costs: CostModel, lesson: Lesson, is_colocated: bool) -> None:
     if not len(step.slots):
         return
     num_asked, num_slots = step.asked_inside if is_colocated else (outlook.num_asked, outlook.num_slots)
-    costs.saw_wait(num_asked, num_slots, batch.is_split, step.wait + lesson.draft_seconds)
+    if not (step.asks_first if is_colocated else outlook.asks_first):  # the next drafts will not take as long
+        costs.saw_wait(num_asked, num_slots, batch.is_split, step.wait + lesson.draft_seconds)
 
 
 def _free_rows(step: SpeculativeStep) -> int:
@@ -101,13 +98,14 @@ def keep_account(
     as far as chance explains what came of them.
     """
     step, accepted = lesson.step, lesson.accepted
-    outlook, batch = step.outlook, step.batch
+    batch = step.batch
     num_free = int(np.count_nonzero(step.is_free))
     if not num_free:
         return 0.0
-    counts.steps[outlook.reason] += 1
     usual = costs.one_pass(batch)
     plain = usual + costs.host_seconds
+    if lesson.num_skipped:
+        ledger.add(plain, plain, lesson.num_skipped)
     if not step.is_drafted:
         late = min(lesson.late, (_SPIKE - 1) * plain)
         ledger.add(plain + late, plain)

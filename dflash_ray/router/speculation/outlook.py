@@ -21,6 +21,7 @@ class Outlook:
     Attributes:
         num_asked, num_slots: sequences whose drafter was asked, and the slots asked for.
         max_seconds: that the step may take, the wait for its drafts included.
+        asks_first: some drafter is asked for a sequence for the first time, and has its whole prompt to take in.
     """
 
     reason: Reason
@@ -28,6 +29,7 @@ class Outlook:
     num_slots: int
     max_seconds: float
     planned_at: float
+    asks_first: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +64,7 @@ class SpeculativeStep:
     wait: float = 0.0
     waits: bool = False  # it was not sent ahead, for the sake of its drafts
     asked_inside: tuple[int, int] = (0, 0)  # sequences and slots that the colocated drafter drafts for after the pass
+    asks_first: bool = False  # as in `Outlook`, of the colocated drafter
     parents: Ints | None = None  # of drafters' drafts, where not all are chains
     num_likely: int = 0  # rows of drafts chosen here, in expectation; of own ones the target may leave more, or fewer
     has_own: bool = False  # its own drafts were told of
@@ -117,6 +120,7 @@ def merged(before: Outlook, outlook: Outlook) -> Outlook:
         decisive,
         num_asked=before.num_asked + outlook.num_asked,
         num_slots=before.num_slots + outlook.num_slots,
+        asks_first=before.asks_first or outlook.asks_first,
         planned_at=before.planned_at,
     )
 

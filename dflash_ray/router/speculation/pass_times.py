@@ -84,6 +84,7 @@ class PassTimes:
         self._law: list[float] = self._prior.tolist()
         self._groups: dict[int, dict[int, _Bucket]] = {}
         self._ratios: dict[int, tuple[Floats, Floats]] = {}
+        self._known: dict[tuple[float, ...], float] = {}  # what was asked since the last time that was seen
         self._log_drift = 0.0
         self._spread = _FIRST_SPREAD
         self._num_seen = 0
@@ -116,7 +117,7 @@ class PassTimes:
         if not self._groups:
             scale = seconds * float(np.dot(self._prior, self._unit)) / _weighed(self._prior.tolist(), terms)
             self._law = (self._prior * scale).tolist()
-        expected = self.steady(group, row, terms)
+        expected = self.one(group, row, terms)
         cell = self._cell(group, row, terms)
         if len(cell.seconds) >= _TRUSTED:
             surprise = math.log(max(seconds, 1e-9) / max(expected, 1e-9)) - self._log_drift
@@ -129,6 +130,7 @@ class PassTimes:
         cell.seen_at = self._num_seen
         self._num_seen += 1
         self._ratios.pop(group, None)
+        self._known.clear()
         if self._num_seen % _REFIT_EVERY == 0 or self._num_seen < 8 or self._num_seen in (12, 16, 24, 32, 48):
             self._fit()
 
@@ -141,6 +143,14 @@ class PassTimes:
         """At the machine's usual speed: of one pass, or of those whose rows and terms are arrays."""
         law, (at, ratios) = _weighed(self._law, terms), self._ratios_of(group)
         return law * np.interp(row, at, ratios) if len(at) else law
+
+    def one(self, group: int, row: int, terms: Sequence[float]) -> float:
+        """As `steady`, of one pass; a step asks the same several times."""
+        key = (group, row, *terms)
+        seconds = self._known.get(key)
+        if seconds is None:
+            seconds = self._known[key] = float(self.steady(group, row, terms))
+        return seconds
 
     def _ratios_of(self, group: int) -> tuple[Floats, Floats]:
         """What a group's buckets take over what the law says, at their rows."""

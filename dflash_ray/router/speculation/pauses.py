@@ -23,7 +23,9 @@ _NO_HOPE_PRICE = 1.0  # so that a load at which nothing can pay is not looked at
 _TRIAL_STEPS = 3  # a step whose drafts are all wrong counts twice
 _PAUSE = 24  # steps after a trial of the same sequences, or once the account forbids drafts that are wanted
 _SETTLED = 8
-_LOOK_AGAIN = 4  # steps after which the choice is made anew while nothing pays
+_LOOK_AGAIN = 4  # steps after which the choice is made anew while nothing pays,
+_LOOK_SELDOM = 8  # and where nothing has paid for long
+_LONG = 64
 _EXPECTED_FOR = 16  # steps without drafts, after which drafters need not have the rows of the sequences
 _NOTICE = 3  # steps that drafters are given to get them again
 _LIFE = 256  # tokens that an answer is thought to have at most, where its limit is higher
@@ -86,7 +88,12 @@ class Pauses:
     @property
     def is_settled(self) -> bool:
         """Whether nothing has paid for a while: the choice is then made anew now and then only."""
-        return self._quiet > _SETTLED and self._quiet % _LOOK_AGAIN != 0 and not self.is_trial_due
+        every = _LOOK_AGAIN if self._quiet <= _LONG else _LOOK_SELDOM
+        return self._quiet > _SETTLED and self._quiet % every != 0 and not self.is_trial_due
+
+    def is_dull(self, reason: Reason) -> bool:
+        """Whether a plain step of that reason is one of many."""
+        return reason == Reason.REST or (reason == Reason.NO_GAIN and self._quiet > _SETTLED)
 
     def is_cold(self, num_plain: int) -> bool:
         """Whether the step must be plain because too few like it were timed; then it counts as one."""

@@ -1,6 +1,7 @@
 """Speculation that pays is used, what doesn't is left, and nothing loses more than it may."""
 
 import math
+from dataclasses import dataclass
 
 import hypothesis.strategies as st
 import numpy as np
@@ -269,6 +270,43 @@ def test_entries_without_a_verdict_teach_nothing():
     before = controller.acceptance.survival(np.array([0]))
     run_step(controller, candidates(1), Batch(1, 1, 5), 0.0, accepted=[-1])
     assert (controller.acceptance.survival(np.array([0])) == before).all()
+
+
+@dataclass
+class SlowAtFirst(Machine):
+    """The first drafts take `slow` seconds each."""
+
+    slow: tuple[float, ...] = ()
+    num_drafts: int = 0
+
+    def draft_seconds(self, count: int, step: int) -> float:
+        self.num_drafts += count > 0
+        if count and self.num_drafts <= len(self.slow):
+            return self.slow[self.num_drafts - 1]
+        return super().draft_seconds(count, step)
+
+
+def test_a_first_draft_that_takes_in_a_whole_prompt_says_nothing_of_those_after_it():
+    loop = Loop(SlowAtFirst(slow=(0.06,)), 1, lambda *_: 0.7).run(80)
+    assert loop.controller.costs.one_wait(1, 7, False, 0.03) < 0.02
+    assert loop.speedup(40) > 1.3
+
+
+def test_a_few_slow_drafts_are_not_the_end_of_speculation():
+    loop = Loop(SlowAtFirst(slow=(0.01, 0.08, 0.08)), 1, lambda *_: 0.7).run(600)
+    assert loop.speedup(100) > 1.3
+
+
+def test_where_nothing_has_paid_for_long_one_plain_step_of_four_teaches_and_all_are_in_the_account():
+    loop = Loop(SMALL, 1, lambda *_: 0.0).run(300)
+    passes = loop.controller.costs._passes
+    before, num_steps = passes._num_seen, loop.controller.counts.steps.total()
+    account = [loop.controller.ledger.room(0.03)]
+    loop.run(80)
+    assert loop.controller.counts.steps.total() == num_steps + 80
+    assert passes._num_seen - before <= 40, "trials and looks beside them"
+    account.append(loop.controller.ledger.room(0.03))
+    assert account[1] > account[0], "losses of long ago leave the window step by step"
 
 
 @pytest.mark.parametrize("policy", [Policy.ADAPTIVE, Policy.FIXED])
