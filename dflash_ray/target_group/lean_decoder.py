@@ -62,6 +62,7 @@ class LeanDecoder:
         self._tap_layer_ids = list(tap_layer_ids)
         ends = sorted({0, len(self._layers), *(index + 1 for index in tap_layer_ids)})
         self._stretches = list(pairwise(ends))
+        self._whole = [(0, len(self._layers))]
 
     def __call__(self, batch: StepBatch, step: PagedStep) -> tuple[Tensor, Tensor | None]:
         """Normed rows [T, H], and the taps [F, taps * H] of the feature rows if there are any."""
@@ -72,7 +73,7 @@ class LeanDecoder:
         tensors = [*self._turns(batch.positions), step.slots, *step.tables]
         width = hidden.shape[1]
         taps = np.empty((len(batch.feature_rows), len(self._tap_layer_ids) * width), dtype=np.float32)
-        for begin, end in self._stretches:
+        for begin, end in self._stretches if len(taps) else self._whole:
             self._run(hidden, begin, end, step, tensors)
             for place, layer in enumerate(self._tap_layer_ids if len(taps) else ()):
                 if layer == end - 1:

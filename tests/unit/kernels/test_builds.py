@@ -42,7 +42,7 @@ def test_the_cpu_operators_run_clean_under_sanitizers(tmp_path):
     )
     tests = [str(Path(__file__).parent / name) for name in names]
     # Nothing is captured (-s): a process that a sanitizer ends takes what pytest has caught with it.
-    # With these flags the compiler fuses no multiplication with its addition, and the sanitizer holds freed memory back.
+    # With these flags no multiplication is fused with its addition, and the sanitizer holds freed memory back.
     left_out = "not emulated and not warning and not fused and not used_again"
     options = ["-q", "-s", "-p", "no:cacheprovider", "-k", left_out]
     command = [sys.executable, "-m", "pytest", *options]

@@ -1,6 +1,7 @@
 """Families whose layers run as few operators: those of transformers in value, and each row the same in any step."""
 
 import logging
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -54,6 +55,16 @@ def test_a_lean_decoder_equals_transformers_layer_by_layer(family, tokens):
     hidden, taps = run(decoder, cache, (tokens, 0, list(range(10))))
     assert torch.allclose(hidden, expected.last_hidden_state[0], atol=1e-4)
     assert torch.allclose(taps, torch.cat([expected.hidden_states[i + 1][0] for i in (2, 0)], dim=-1), atol=1e-4)
+
+
+def test_rows_are_the_same_bit_for_bit_whether_features_are_made_of_them_or_not(family, tokens):
+    decoder, cache = lean_decoder(family, taps=(0, 2))
+    step = batch([(tokens, 0, list(range(10)))])
+    hidden, _ = run(decoder, cache, (tokens, 0, list(range(10))))
+    without = replace(step, feature_rows=np.zeros(0, np.int64))
+    with torch.inference_mode():
+        same, taps = decoder(without, PagedStep(without, cache, "cpu"))
+    assert taps is None and torch.equal(same, hidden)
 
 
 def test_layers_cut_for_sums_over_ranks_equal_whole_ones(family, tokens):
