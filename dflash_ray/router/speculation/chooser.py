@@ -83,13 +83,13 @@ class Chooser:
         room = self._ledger.room(plain - prompts) - at_risk
         most_slots = int(draft_room.max(initial=0))
 
-        def best(drafts: Floats, most: float, hopes: bool = False) -> tuple[float, float, Ints]:
+        def best(drafts: Floats, most: float) -> tuple[float, float, Ints]:
             """Tokens a second in `most` seconds a step and in any, and what to ask for the former."""
             options = worths(drafts, ngrams, max(0, max_rows))
             # A row's draft has to be asked for, and a few more.
             drafted = options.num_drafted[:, None]
             slots = fixed_slots + np.minimum(most_slots * drafted, options.rows + _SPARE_SLOTS * drafted)
-            waits = self._costs.wait_seconds(num_fixed + drafted, slots, batch.is_split, usual, hopes)
+            waits = self._costs.wait_seconds(num_fixed + drafted, slots, batch.is_split, usual)
             seconds = self._costs.pass_seconds(batch, options.rows) + waits
             rates = (batch.num_sequences + options.gains) / (seconds - prompts)
             rates[:, 0] = 0.0  # without a draft's row it is a plain step
@@ -109,7 +109,7 @@ class Chooser:
             return Reason.GAIN, asks, plain + room
         if self._pauses.is_trial_due:
             hope = np.maximum(drafts, until(_HOPE[None], draft_room))
-            rate, hoped, asks = best(hope, plain + _TRIAL_ROOM * room, hopes=True)
+            rate, hoped, asks = best(hope, plain + _TRIAL_ROOM * room)
             if hoped < promised:
                 self._pauses.no_hope()
             elif rate < promised or not asks.any():

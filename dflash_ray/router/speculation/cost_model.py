@@ -18,7 +18,6 @@ _LATENESS_WEIGHT = 0.4
 _LATENESS_FADE = 0.01  # with each step that waits for no draft
 _MOST_LATENESS = 20.0
 _LATE = 1.5
-_FEW_WAITS = 4  # that say too little to give drafts up
 _FORGOTTEN_AFTER = 1024  # steps that wait for no draft: drafters may be quicker by then, and nobody would know
 
 
@@ -59,7 +58,6 @@ class CostModel:
         self._passes = PassTimes([1.0, 0.04, 0.01, 0.01, 0.01], [1.0, 1.0, 1.0, 0.0, 0.0])
         # Terms: 1, sequences drafted for, slots of all of them.
         self._waits = _unknown_waits()
-        self._num_waits = 0
         self._undrafted = 0  # steps since a draft was waited for
         self._lateness = 1.0  # of the last drafts, over what was usual: drafters that hang must not be waited for twice
         self._host: deque[float] = deque(maxlen=KEPT)  # from a result to the next pass where no draft is waited for
@@ -92,10 +90,9 @@ class CostModel:
             self._lateness += _LATENESS_FADE * (1.0 - self._lateness)
             self._undrafted += 1
             if self._undrafted % _FORGOTTEN_AFTER == 0:
-                self._waits, self._num_waits = _unknown_waits(), 0
+                self._waits = _unknown_waits()
         else:
             self._undrafted = 0
-            self._num_waits += 1
             if self._waits[is_split].is_known:
                 late = seconds / self._usual_wait(num_drafted, num_slots, is_split)
                 self._lateness += _LATENESS_WEIGHT * (min(_MOST_LATENESS, late) - self._lateness)
@@ -123,15 +120,10 @@ class CostModel:
         """Between two passes where no draft is waited for."""
         return median(self._host) if self._host else 0.0
 
-    def wait_seconds(
-        self, num_drafted: Ints, num_slots: Ints, is_split: bool, usual_pass: float, hopes: bool = False
-    ) -> Floats:
+    def wait_seconds(self, num_drafted: Ints, num_slots: Ints, is_split: bool, usual_pass: float) -> Floats:
         """Between two passes, for numbers of sequences drafted for and slots of all of them, whose shapes go together;
-        where no draft was ever waited for, a third of a pass, and where one hopes for the best no more after a few."""
-        waits = self._wait(num_drafted, num_slots, is_split, usual_pass)
-        if hopes and self._num_waits < _FEW_WAITS:
-            waits = np.minimum(waits, self._unknown_wait(usual_pass))
-        return np.where(num_drafted > 0, waits, self.host_seconds)
+        where no draft was ever waited for, a third of a pass."""
+        return np.where(num_drafted > 0, self._wait(num_drafted, num_slots, is_split, usual_pass), self.host_seconds)
 
     def one_wait(self, num_drafted: int, num_slots: int, is_split: bool, usual_pass: float) -> float:
         """As `wait_seconds`, of one wait."""
@@ -139,12 +131,9 @@ class CostModel:
 
     def _wait(self, num_drafted: Any, num_slots: Any, is_split: bool, usual_pass: float) -> Any:
         if not self._waits[is_split].is_known:
-            return self._unknown_wait(usual_pass)
+            return self.host_seconds + usual_pass / 3
         late = self._lateness if self._lateness > _LATE else 1.0
         return late * self._usual_wait(num_drafted, num_slots, is_split)
-
-    def _unknown_wait(self, usual_pass: float) -> float:
-        return self.host_seconds + usual_pass / 3
 
     def _usual_wait(self, num_drafted: Any, num_slots: Any, is_split: bool) -> Any:
         waits = self._waits[is_split]

@@ -292,11 +292,6 @@ def test_a_first_draft_that_takes_in_a_whole_prompt_says_nothing_of_those_after_
     assert loop.speedup(40) > 1.3
 
 
-def test_a_few_slow_drafts_are_not_the_end_of_speculation():
-    loop = Loop(SlowAtFirst(slow=(0.01, 0.08, 0.08)), 1, lambda *_: 0.7).run(600)
-    assert loop.speedup(100) > 1.3
-
-
 def test_where_nothing_has_paid_for_long_one_plain_step_of_four_teaches_and_all_are_in_the_account():
     loop = Loop(SMALL, 1, lambda *_: 0.0).run(300)
     passes = loop.controller.costs._passes
