@@ -82,7 +82,8 @@ class Pauses:
 
     def no_hope(self) -> None:
         """Not even what a trial hopes for would pay."""
-        self._trial_left, self._quiet, self._has_new = 0, 0, False
+        self._trial_left, self._has_new = 0, False
+        self._quiet = min(self._quiet, _SETTLED + 1)
         self._allowance -= _NO_HOPE_PRICE
 
     @property

@@ -52,3 +52,11 @@ def test_what_was_saved_may_be_lost_again_up_to_a_few_steps():
 @pytest.mark.parametrize(("num_tokens", "may_want"), [(64, False), (200, True)])
 def test_a_sequence_may_be_drafted_for_if_it_lasts_until_the_next_trial(num_tokens, may_want):
     assert rested(50, tried(Pauses(), -1.4)).may_want(num_tokens) == may_want
+
+
+def test_a_load_at_which_not_even_a_trial_would_pay_is_left_alone_at_once():
+    pauses = rested(20)
+    pauses.opened()
+    assert not pauses.is_settled, "a sequence came, of whose text nothing is known"
+    pauses.no_hope()
+    assert rested(1, pauses).is_settled
