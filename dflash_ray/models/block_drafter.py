@@ -20,6 +20,7 @@ from dflash_ray.core.arrays import Ints, spans
 from dflash_ray.core.draft_trees import likeliest_trees
 from dflash_ray.core.memory import return_freed_memory
 from dflash_ray.kernels import build
+from dflash_ray.models.compiled_drafts import CompiledContexts, CompiledDrafts
 from dflash_ray.models.context_features import select_rows
 from dflash_ray.models.context_pages import ContextPages
 from dflash_ray.models.context_passes import ContextPasses, ContextProjection
@@ -28,7 +29,7 @@ from dflash_ray.models.dflash2 import Draw, log_chances
 from dflash_ray.models.draft_choice import DraftChooser, DrawColumns, draw_values
 from dflash_ray.models.draft_contexts import ContextRows
 from dflash_ray.models.draft_head import build_selector, load_draft_head
-from dflash_ray.models.draft_layers import DeviceLayers, draft_layers
+from dflash_ray.models.draft_layers import CompiledLayers, DeviceLayers, draft_layers
 from dflash_ray.models.draft_passes import Blocks, DraftPasses, HostChoice
 from dflash_ray.models.draft_proposals import DraftProposal, DraftProposals
 from dflash_ray.models.drafter_checkpoint import DrafterCheckpoint
@@ -101,9 +102,12 @@ class BlockDrafter:
         cos, sin = rope_tables(self.config, longest + self.block_size)
         self._turns = cos.to(device), sin.to(device)
         self._projection = ContextProjection(network, self._turns, dtype)
-        self._passes: DraftPasses | None = None
-        self._context_passes: ContextPasses | None = None
-        if isinstance(self._layers, DeviceLayers) and (device == "cpu" or build.is_loaded_for(device)):
+        self._passes: CompiledDrafts | DraftPasses | None = None
+        self._context_passes: CompiledContexts | ContextPasses | None = None
+        if isinstance(self._layers, CompiledLayers):
+            self._passes = CompiledDrafts(network, self._layers, self._chooser, self._embedding, self._turns)
+            self._context_passes = CompiledContexts(self._projection, self.config.rms_norm_eps)
+        elif device == "cpu" or build.is_loaded_for(device):
             self._passes = DraftPasses(
                 self._layers, self._chooser, self._embedding, self._turns, self.block_size,
                 self.config.mask_token_id,
@@ -236,12 +240,15 @@ class BlockDrafter:
         columns = None
         if self._chooser.draws:
             columns = DrawColumns(*map(self._on_device, (*draw_values(draws), blocks.lens + 1)))
-        hidden = self._forward(blocks, size)[:, 1 : 1 + blocks.num_slots]
+        # All slots are chosen for, as in a fixed pass: a library may sum a product of fewer rows in another order.
+        hidden = self._forward(blocks, size)[:, 1:]
         choice = self._chooser(hidden, self._on_device(blocks.anchor_ids), columns, num_candidates)
-        return HostChoice(*(part.cpu().numpy() for part in choice))
+        parts = (part[:, : blocks.num_slots] if part.dim() > 1 else part for part in choice)
+        return HostChoice(*(part.cpu().numpy() for part in parts))
 
     def _forward(self, blocks: Blocks, size: int) -> Tensor:
         """Blocks of `size` tokens through all layers and the final norm: [N, size, H]."""
+        assert isinstance(self._layers, DeviceLayers)
         token_ids = blocks.token_ids(size, self.config.mask_token_id)
         places = self._pages.place_blocks(blocks.sessions, blocks.lens, size)
         x = F.embedding(self._on_device(token_ids), self._embedding)

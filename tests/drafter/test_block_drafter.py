@@ -41,8 +41,8 @@ def drafts_and_rows(checkpoint, target, count, monkeypatch):
     """`count` drafts for each of two sequences, and the rows of the blocks that they were computed in."""
     drafter = BlockDrafter(checkpoint, target)
     rows = []
-    forward = drafter._forward
-    monkeypatch.setattr(drafter, "_forward", lambda blocks, size: rows.append(size) or forward(blocks, size))
+    reserve = drafter._pages.reserve_blocks
+    monkeypatch.setattr(drafter._pages, "reserve_blocks", lambda *blocks: rows.append(blocks[-1]) or reserve(*blocks))
     for session, length in ((1, 5), (2, 19)):
         drafter.open(session)
         drafter.extend_one(session, 0, torch.randn(length, HIDDEN, generator=torch.Generator().manual_seed(session)))
