@@ -157,6 +157,11 @@ class BlockDrafter:
             rows = features[skipped:]
             self.extend(ContextRows(np.array([session]), np.array([start + skipped]), np.array([len(rows)]), rows))
 
+    @torch.inference_mode()
+    def catch_up(self) -> None:
+        """Makes context rows of all features that wait."""
+        self._take_features()
+
     def _take_features(self) -> None:
         """Makes context rows of all features that wait. After a fault those that were not taken still wait."""
         if not self._waiting:
