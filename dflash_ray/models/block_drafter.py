@@ -59,6 +59,16 @@ class _Waiting(NamedTuple):
     features: Tensor
 
 
+def _joined(parts: Sequence[_Waiting]) -> _Waiting:
+    """What waits in several parts as one."""
+    return _Waiting(
+        [one for part in parts for one in part.sessions],
+        np.concatenate([part.starts for part in parts]),
+        np.concatenate([part.counts for part in parts]),
+        torch.cat([part.features for part in parts]),
+    )
+
+
 @dataclass(slots=True)
 class _Session:
     """One sequence's context: `length` rows in pages, and behind them those that wait, up to `end`."""
@@ -166,19 +176,17 @@ class BlockDrafter:
         """Makes context rows of all features that wait. After a fault those that were not taken still wait."""
         if not self._waiting:
             return
-        features = torch.cat([part.features for part in self._waiting]).to(self._device, self._dtype)
-        held = [one for part in self._waiting for one in part.sessions]
-        starts = np.concatenate([part.starts for part in self._waiting])
-        counts = np.concatenate([part.counts for part in self._waiting])
-        is_open = np.array([self._sessions.get(one.number) is one for one in held])
-        if not is_open.all():
+        held, starts, counts, features = self._waiting[0] if len(self._waiting) == 1 else _joined(self._waiting)
+        features = features.to(self._device, self._dtype)
+        if not all(self._sessions.get(one.number) is one for one in held):
+            is_open = np.array([self._sessions.get(one.number) is one for one in held])
             features = select_rows(features, np.flatnonzero(np.repeat(is_open, counts)))
             held = [one for one, flag in zip(held, is_open.tolist(), strict=True) if flag]
             starts, counts = starts[is_open], counts[is_open]
         sessions = np.array([one.number for one in held], dtype=np.int64)
         positions = spans(starts, counts)
         self._pages.reserve(sessions, starts + counts)
-        rows = self._pages.rows_of(sessions, starts, counts)
+        rows = self._pages.rows_at(np.repeat(sessions, counts), positions)
         if self._context_passes is not None:
             self._context_passes(positions, rows, features, self._pages)
         else:

@@ -75,9 +75,12 @@ class ContextPages:
 
     def rows_of(self, sessions: Ints, starts: Ints, counts: Ints) -> Ints:
         """Rows of the pool that hold positions starts[i], starts[i] + 1, ... of sessions[i], `counts[i]` of each."""
-        positions = spans(starts, counts)
-        pages = self._table[np.repeat(sessions, counts), positions // PAGE_SIZE]
-        rows: Ints = pages * PAGE_SIZE + positions % PAGE_SIZE
+        return self.rows_at(np.repeat(sessions, counts), spans(starts, counts))
+
+    def rows_at(self, sessions: Ints, positions: Ints) -> Ints:
+        """Rows of the pool that hold one position of each session; both may be of any shapes that fit each other."""
+        rows: Ints = self._table[sessions, positions // PAGE_SIZE] * PAGE_SIZE
+        rows += positions % PAGE_SIZE
         return rows
 
     def store(self, rows: Tensor, keys: Tensor, values: Tensor) -> None:
@@ -94,7 +97,7 @@ class ContextPages:
         """The same on the host."""
         self.reserve(sessions, lens + size)
         positions = lens[:, None] + np.arange(size)
-        slots = self._table[sessions[:, None], positions // PAGE_SIZE] * PAGE_SIZE + positions % PAGE_SIZE
+        slots = self.rows_at(sessions[:, None], positions)
         counts = self._counts[sessions]
         is_page = np.arange(int(counts.max(initial=0))) < counts[:, None]
         pages = self._table[sessions, : is_page.shape[1]][is_page]
