@@ -206,7 +206,7 @@ class Drafts:
         while True:
             rows = await self._arrivals.next_turn()
             if rows:
-                self._lose(await self._run(lambda rows=rows: self._sessions.extend(rows)))
+                self._lose(await self._run(lambda rows=rows: self._sessions.extend_ahead(rows)))
 
     def _lose(self, lost: dict[int, Reason]) -> None:
         """Sessions that the compute thread has dropped."""

@@ -39,6 +39,9 @@ class NgramMethod:
             self._indexes[session].extend(token_ids[at : at + count])
             at += count
 
+    def catch_up(self) -> None:
+        pass  # rows are indexed as they come
+
     def propose(
         self,
         sessions: list[int],

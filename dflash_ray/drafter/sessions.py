@@ -110,6 +110,15 @@ class DraftSessions:
         self.close(lost)
         return lost
 
+    def extend_ahead(self, parts: Iterable[Rows]) -> dict[int, Reason]:
+        """The same while nothing is to be drafted, with the work on the rows that a draft would find undone."""
+        lost = self.extend(parts)
+        try:
+            self._contexts.catch_up()
+        except Exception:
+            logger.warning("rows could not be worked on ahead; the next draft tries again", exc_info=True)
+        return lost
+
     def propose(
         self, wanted: Proposals, tree_width: int, epoch: int
     ) -> tuple[common_pb2.DraftBlocks, dict[int, Reason]]:

@@ -33,6 +33,8 @@ SOURCES = Path(__file__).parent / "csrc"
 # No two C++ files share a name: torch names the objects of a library by it, whatever their folders are.
 _CPU_SOURCES = (
     "binding.cpp",
+    "cpu/choice.cpp",
+    "cpu/contexts.cpp",
     "cpu/decoder.cpp",
     "cpu/drafts.cpp",
     "cpu/forward.cpp",

@@ -5,7 +5,7 @@ Shapes: R rows of V tokens; N blocks of S slots with k candidates each. Nothing 
 
 from __future__ import annotations
 
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -55,3 +55,82 @@ def walk_candidates(
             _operators.walk_candidates(scores.contiguous(), ids.contiguous(), inverse_temperatures, seeds, firsts),
         )
     return reference_drafts.walk_candidates(scores, ids, inverse_temperatures, seeds, firsts)
+
+
+class ChoiceWeights(NamedTuple):
+    """What `choose_drafts` chooses with.
+
+    Attributes:
+        norm: float32 [H]; head: packed [V, H]; projection: packed [r, H].
+        predecessors, successors: float32 [V, r], the selector's codebooks.
+        ids: int64 [V], ascending, of the target's vocabulary; empty where the head is the target's own.
+    """
+
+    norm: Tensor
+    head: Tensor
+    projection: Tensor
+    predecessors: Tensor
+    successors: Tensor
+    ids: Tensor
+
+
+def choose_drafts(
+    rows: Tensor,
+    weights: ChoiceWeights,
+    anchors: Tensor,
+    inverse_temperatures: Tensor,
+    seeds: Tensor,
+    firsts: Tensor,
+    block: int,
+    num_slots: int,
+    num_candidates: int,
+    eps: float,
+    multiplier: float,
+    softcap: float,
+    wants_scores: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Final norm, head, `top_candidates`, a selector's scores and `walk_candidates` in one; compiled for CPUs only.
+
+    On a GPU they are operators of one graph (models/draft_choice.py, which says it in torch).
+
+    Args:
+        rows: float32 [N * block, H], of which the first `num_slots` behind each block's anchor are chosen for.
+        anchors: int64 [N], of the target's vocabulary; the other columns are those of `walk_candidates`.
+        multiplier, softcap: of logits; a softcap of 0 is none.
+
+    Returns:
+        What `walk_candidates` returns, then the candidates int64 [N, S, k] as it gets them, and their scores float32
+        [N, S, k, k], which are empty unless they are wanted.
+    """
+    sizes, scalars = [block, num_slots, num_candidates], [eps, multiplier, softcap]
+    return cast(
+        tuple[Tensor, Tensor, Tensor, Tensor],
+        _operators.choose_drafts(
+            rows, list(weights), anchors, inverse_temperatures, seeds, firsts, sizes, scalars, wants_scores
+        ),
+    )
+
+
+def store_context(
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norms: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    rows: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    eps: float,
+) -> None:
+    """Stores the context rows of features float32 [n, H] of all layers; compiled for CPUs only.
+
+    On a GPU it is a graph of torch's operators (models/context_passes.py).
+
+    Args:
+        weight: packed [layers * 2 * n_kv * d, H], each layer's keys before its values; bias: as long, or None.
+        norms: float32 [layers, ..., d], of keys; cos, sin: float32 [P, d].
+        positions, rows: int64 [n]; rows of the pools keys and values float32 [layers, R, n_kv, d].
+    """
+    _operators.store_context(features, weight, bias, norms, cos, sin, positions, rows, keys, values, eps)

@@ -41,6 +41,13 @@ def _packed_linear(x: Tensor, packed: Tensor, bias: Any, out_features: int) -> T
     return x.new_empty((*x.shape[:-1], out_features))
 
 
+def _choose_drafts(hidden: Tensor, weights: Any, anchors: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    (_, slots, candidates), wants_scores = rest[3], rest[5]
+    ids = anchors.new_empty((len(anchors), slots, candidates))
+    scores = hidden.new_empty((len(anchors) if wants_scores else 0, slots, candidates, candidates))
+    return ids, hidden.new_empty(ids.shape), torch.empty_like(ids), scores
+
+
 def register_verify_fakes(namespace: str) -> None:
     """For the verification operators of a torch.ops namespace."""
     for name, function in _VERIFY.items():
@@ -81,6 +88,8 @@ def register_forward_fakes() -> None:
     torch.library.register_fake("dflash_ray::rms_norm", lambda x, weight, eps: torch.empty_like(x))
     torch.library.register_fake("dflash_ray::paged_attention", lambda query, *_: torch.empty_like(query))
     torch.library.register_fake("dflash_ray::move_rows", lambda *_: None)
+    torch.library.register_fake("dflash_ray::store_context", lambda *_: None)
+    torch.library.register_fake("dflash_ray::choose_drafts", _choose_drafts)
     torch.library.register_fake("dflash_ray::decoder_layers", lambda hidden, *_: None)
     torch.library.register_fake("dflash_ray::decoder_attention", lambda hidden, *_: torch.empty_like(hidden))
     torch.library.register_fake("dflash_ray::decoder_mlp", lambda hidden, *_: torch.empty_like(hidden))

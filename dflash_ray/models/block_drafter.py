@@ -20,6 +20,7 @@ from dflash_ray.core.arrays import Ints, spans
 from dflash_ray.core.draft_trees import likeliest_trees
 from dflash_ray.core.memory import return_freed_memory
 from dflash_ray.kernels import build
+from dflash_ray.models.compiled_drafts import CompiledContexts, CompiledDrafts
 from dflash_ray.models.context_features import select_rows
 from dflash_ray.models.context_pages import ContextPages
 from dflash_ray.models.context_passes import ContextPasses, ContextProjection
@@ -28,7 +29,7 @@ from dflash_ray.models.dflash2 import Draw, log_chances
 from dflash_ray.models.draft_choice import DraftChooser, DrawColumns, draw_values
 from dflash_ray.models.draft_contexts import ContextRows
 from dflash_ray.models.draft_head import build_selector, load_draft_head
-from dflash_ray.models.draft_layers import DeviceLayers, draft_layers
+from dflash_ray.models.draft_layers import CompiledLayers, DeviceLayers, draft_layers
 from dflash_ray.models.draft_passes import Blocks, DraftPasses, HostChoice
 from dflash_ray.models.draft_proposals import DraftProposal, DraftProposals
 from dflash_ray.models.drafter_checkpoint import DrafterCheckpoint
@@ -56,6 +57,16 @@ class _Waiting(NamedTuple):
     starts: Ints
     counts: Ints
     features: Tensor
+
+
+def _joined(parts: Sequence[_Waiting]) -> _Waiting:
+    """What waits in several parts as one."""
+    return _Waiting(
+        [one for part in parts for one in part.sessions],
+        np.concatenate([part.starts for part in parts]),
+        np.concatenate([part.counts for part in parts]),
+        torch.cat([part.features for part in parts]),
+    )
 
 
 @dataclass(slots=True)
@@ -101,9 +112,12 @@ class BlockDrafter:
         cos, sin = rope_tables(self.config, longest + self.block_size)
         self._turns = cos.to(device), sin.to(device)
         self._projection = ContextProjection(network, self._turns, dtype)
-        self._passes: DraftPasses | None = None
-        self._context_passes: ContextPasses | None = None
-        if isinstance(self._layers, DeviceLayers) and (device == "cpu" or build.is_loaded_for(device)):
+        self._passes: CompiledDrafts | DraftPasses | None = None
+        self._context_passes: CompiledContexts | ContextPasses | None = None
+        if isinstance(self._layers, CompiledLayers):
+            self._passes = CompiledDrafts(network, self._layers, self._chooser, self._embedding, self._turns)
+            self._context_passes = CompiledContexts(self._projection, self.config.rms_norm_eps)
+        elif device == "cpu" or build.is_loaded_for(device):
             self._passes = DraftPasses(
                 self._layers, self._chooser, self._embedding, self._turns, self.block_size,
                 self.config.mask_token_id,
@@ -153,23 +167,26 @@ class BlockDrafter:
             rows = features[skipped:]
             self.extend(ContextRows(np.array([session]), np.array([start + skipped]), np.array([len(rows)]), rows))
 
+    @torch.inference_mode()
+    def catch_up(self) -> None:
+        """Makes context rows of all features that wait."""
+        self._take_features()
+
     def _take_features(self) -> None:
         """Makes context rows of all features that wait. After a fault those that were not taken still wait."""
         if not self._waiting:
             return
-        features = torch.cat([part.features for part in self._waiting]).to(self._device, self._dtype)
-        held = [one for part in self._waiting for one in part.sessions]
-        starts = np.concatenate([part.starts for part in self._waiting])
-        counts = np.concatenate([part.counts for part in self._waiting])
-        is_open = np.array([self._sessions.get(one.number) is one for one in held])
-        if not is_open.all():
+        held, starts, counts, features = self._waiting[0] if len(self._waiting) == 1 else _joined(self._waiting)
+        features = features.to(self._device, self._dtype)
+        if not all(self._sessions.get(one.number) is one for one in held):
+            is_open = np.array([self._sessions.get(one.number) is one for one in held])
             features = select_rows(features, np.flatnonzero(np.repeat(is_open, counts)))
             held = [one for one, flag in zip(held, is_open.tolist(), strict=True) if flag]
             starts, counts = starts[is_open], counts[is_open]
         sessions = np.array([one.number for one in held], dtype=np.int64)
         positions = spans(starts, counts)
         self._pages.reserve(sessions, starts + counts)
-        rows = self._pages.rows_of(sessions, starts, counts)
+        rows = self._pages.rows_at(np.repeat(sessions, counts), positions)
         if self._context_passes is not None:
             self._context_passes(positions, rows, features, self._pages)
         else:
@@ -236,12 +253,15 @@ class BlockDrafter:
         columns = None
         if self._chooser.draws:
             columns = DrawColumns(*map(self._on_device, (*draw_values(draws), blocks.lens + 1)))
-        hidden = self._forward(blocks, size)[:, 1 : 1 + blocks.num_slots]
+        # All slots are chosen for, as in a fixed pass: a library may sum a product of fewer rows in another order.
+        hidden = self._forward(blocks, size)[:, 1:]
         choice = self._chooser(hidden, self._on_device(blocks.anchor_ids), columns, num_candidates)
-        return HostChoice(*(part.cpu().numpy() for part in choice))
+        parts = (part[:, : blocks.num_slots] if part.dim() > 1 else part for part in choice)
+        return HostChoice(*(part.cpu().numpy() for part in parts))
 
     def _forward(self, blocks: Blocks, size: int) -> Tensor:
         """Blocks of `size` tokens through all layers and the final norm: [N, size, H]."""
+        assert isinstance(self._layers, DeviceLayers)
         token_ids = blocks.token_ids(size, self.config.mask_token_id)
         places = self._pages.place_blocks(blocks.sessions, blocks.lens, size)
         x = F.embedding(self._on_device(token_ids), self._embedding)

@@ -35,6 +35,7 @@ class ContextPages:
     def __init__(self, layers: int, heads: int, head_dim: int, dtype: torch.dtype, device: str) -> None:
         self.keys = torch.empty(layers, _FIRST_PAGES * PAGE_SIZE, heads, head_dim, dtype=dtype, device=device)
         self.values = torch.empty_like(self.keys)
+        self.by_layer = list(self.keys), list(self.values)  # as operators of several layers take them
         self._free = list(reversed(range(_FIRST_PAGES)))  # pages freed last are used first: their memory is there
         self._table = np.zeros((_FIRST_SESSIONS, 8), dtype=np.int64)
         self._counts = np.zeros(_FIRST_SESSIONS, dtype=np.int64)
@@ -69,13 +70,17 @@ class ContextPages:
             new = old.new_empty(layers, 2 * rows, *row)
             new[:, :rows] = old
             setattr(self, name, new)
+        self.by_layer = list(self.keys), list(self.values)
         self._free[:0] = reversed(range(rows // PAGE_SIZE, 2 * rows // PAGE_SIZE))
 
     def rows_of(self, sessions: Ints, starts: Ints, counts: Ints) -> Ints:
         """Rows of the pool that hold positions starts[i], starts[i] + 1, ... of sessions[i], `counts[i]` of each."""
-        positions = spans(starts, counts)
-        pages = self._table[np.repeat(sessions, counts), positions // PAGE_SIZE]
-        rows: Ints = pages * PAGE_SIZE + positions % PAGE_SIZE
+        return self.rows_at(np.repeat(sessions, counts), spans(starts, counts))
+
+    def rows_at(self, sessions: Ints, positions: Ints) -> Ints:
+        """Rows of the pool that hold one position of each session; both may be of any shapes that fit each other."""
+        rows: Ints = self._table[sessions, positions // PAGE_SIZE] * PAGE_SIZE
+        rows += positions % PAGE_SIZE
         return rows
 
     def store(self, rows: Tensor, keys: Tensor, values: Tensor) -> None:
@@ -90,8 +95,10 @@ class ContextPages:
 
     def reserve_blocks(self, sessions: Ints, lens: Ints, size: int) -> tuple[Ints, Ints, Ints, Ints, Ints]:
         """The same on the host."""
-        sizes = np.full(len(sessions), size)
-        self.reserve(sessions, lens + sizes)
+        self.reserve(sessions, lens + size)
+        positions = lens[:, None] + np.arange(size)
+        slots = self.rows_at(sessions[:, None], positions)
         counts = self._counts[sessions]
-        pages = self._table[np.repeat(sessions, counts), spans(np.zeros_like(counts), counts)]
-        return self.rows_of(sessions, lens, sizes), sizes, lens, counts, pages
+        is_page = np.arange(int(counts.max(initial=0))) < counts[:, None]
+        pages = self._table[sessions, : is_page.shape[1]][is_page]
+        return slots.reshape(-1), np.full(len(sessions), size), lens, counts, pages

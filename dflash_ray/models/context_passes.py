@@ -43,28 +43,29 @@ class PoolGraphs:
 class ContextProjection:
     """Keys and values of all layers from features, by one product.
 
-    Args:
+    Attributes:
         turns: cos and sin [P, d] of all positions.
+        linear: each layer's keys and values; norms: of each layer's keys [layers, 1, d].
     """
 
     def __init__(self, network: DflashNetwork, turns: tuple[Tensor, Tensor], dtype: torch.dtype) -> None:
-        self._config, self._turns, self._dtype = network.config, turns, dtype
+        self._config, self.turns, self._dtype = network.config, turns, dtype
         attentions = [layer.self_attn for layer in network.layers]
-        self._linear = fuse([linear for attention in attentions for linear in (attention.k_proj, attention.v_proj)])
-        self._norms = torch.stack([attention.k_norm.weight.detach() for attention in attentions])[:, None]
+        self.linear = fuse([linear for attention in attentions for linear in (attention.k_proj, attention.v_proj)])
+        self.norms = torch.stack([attention.k_norm.weight.detach() for attention in attentions])[:, None]
 
     def __call__(self, positions: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [layers, n, n_kv, d] of features [n, H] of these positions."""
         config = self._config
         heads = (config.num_hidden_layers, 2, config.num_key_value_heads, config.head_dim)
-        projected = self._linear(features).unflatten(-1, heads)
-        cos, sin = (table[positions][:, None, None].to(self._dtype) for table in self._turns)
+        projected = self.linear(features).unflatten(-1, heads)
+        cos, sin = (table[positions][:, None, None].to(self._dtype) for table in self.turns)
         keys = apply_rope(self._normed(projected[:, :, 0]), cos, sin)
         return keys.movedim(1, 0), projected[:, :, 1].movedim(1, 0)
 
     def _normed(self, keys: Tensor) -> Tensor:
         """Keys [n, layers, n_kv, d], each layer's by its norm."""
-        return ops.rms_norm(keys, torch.ones_like(self._norms[0, 0]), self._config.rms_norm_eps) * self._norms
+        return ops.rms_norm(keys, torch.ones_like(self.norms[0, 0]), self._config.rms_norm_eps) * self.norms
 
 
 class ContextPasses:

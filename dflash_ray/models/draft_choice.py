@@ -62,35 +62,35 @@ class DraftChooser:
     def __init__(
         self, network: DflashNetwork, head: PackedLinear, selector: CandidateSelector | None, ids: Tensor | None
     ) -> None:
-        self._network, self._head, self._selector, self._ids = network, head, selector, ids
+        self._network, self.head, self.selector, self.ids = network, head, selector, ids
 
     @property
     def draws(self) -> bool:
         """Whether it looks at how tokens are drawn."""
-        return self._selector is not None
+        return self.selector is not None
 
     def num_candidates(self, wanted: int) -> int:
         """Candidates of a slot, of which at least so many are wanted."""
-        return min(wanted, self._head.out_features) if self._selector is None else self._selector.top_k
+        return min(wanted, self.head.out_features) if self.selector is None else self.selector.top_k
 
     def __call__(self, hidden: Tensor, anchors: Tensor, draws: DrawColumns | None, num_candidates: int) -> Choice:
         """Drafts of slots whose rows are hidden [N, S, H] behind anchors int64 [N]; draws are a selector's."""
-        logits = self._network.shape_logits(self._head(hidden).float())
-        if self._selector is None or draws is None:
+        logits = self._network.shape_logits(self.head(hidden).float())
+        if self.selector is None or draws is None:
             best, at = logits.topk(num_candidates, dim=-1)
             return Choice(
                 self._tokens(at), best - logits.logsumexp(dim=-1, keepdim=True), at.new_empty(0), best.new_empty(0)
             )
-        rows, scores = self._selector(hidden, logits, self._numbers(anchors))
+        rows, scores = self.selector(hidden, logits, self._numbers(anchors))
         candidates = self._tokens(rows)
         ids, log_probs = draft_ops.walk_candidates(scores, candidates, *draws)
         return Choice(ids, log_probs, candidates, scores)
 
     def _tokens(self, rows: Tensor) -> Tensor:
-        return rows if self._ids is None else self._ids[rows]
+        return rows if self.ids is None else self.ids[rows]
 
     def _numbers(self, anchors: Tensor) -> Tensor:
         """Anchors as the selector numbers tokens, like the head; one without a row counts as the row before it."""
-        if self._ids is None:
+        if self.ids is None:
             return anchors
-        return (torch.searchsorted(self._ids, anchors, right=True) - 1).clamp(min=0)
+        return (torch.searchsorted(self.ids, anchors, right=True) - 1).clamp(min=0)

@@ -66,6 +66,9 @@ class DraftMethod(Protocol):
     def extend(self, rows: ContextRows) -> None:
         """Appends rows that follow those held, of sessions that are open; one may have several parts."""
 
+    def catch_up(self) -> None:
+        """Does with rows appended what the next draft would begin with; if it raises, that draft tries again."""
+
     def propose(
         self,
         sessions: list[int],
@@ -167,6 +170,10 @@ class DraftContexts:
         self._lens[rows.sessions] = rows.starts + rows.counts  # of several parts the last one counts
         self.num_rows += int(rows.counts.sum())
         return None
+
+    def catch_up(self) -> None:
+        """Leaves less for the next draft to do, while there is none. What the method raises goes on to the caller."""
+        self._method.catch_up()
 
     def close(self, sessions: Iterable[int]) -> None:
         """Forgets sessions; unknown ones are ignored. What the method raises goes on to the caller after all."""

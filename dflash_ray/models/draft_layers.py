@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -26,21 +25,14 @@ Around = Callable[[Tensor, Rows], Tensor]
 _NONE = torch.empty(0)
 
 
-class DraftLayers(Protocol):
-    """All layers of a drafter and its final norm."""
-
-    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, pages: ContextPages, places: BlockPlaces) -> Tensor:
-        """Block rows [N, B, H] whose positions turn by cos and sin [N * B, d]; x may be overwritten."""
-
-
-def draft_layers(network: DflashNetwork) -> DraftLayers:
+def draft_layers(network: DflashNetwork) -> CompiledLayers | DeviceLayers:
     """The layers as the device computes them soonest."""
     is_compiled = ops.is_compiled_for(network.norm.weight)
     return CompiledLayers(network) if is_compiled else DeviceLayers(network)
 
 
 class CompiledLayers:
-    """One operator from the first layer to the last."""
+    """One operator from the first layer to the last, without the final norm."""
 
     def __init__(self, network: DflashNetwork) -> None:
         config = network.config
@@ -50,17 +42,16 @@ class CompiledLayers:
             config.head_dim**-0.5, taps=conv.conv_kernel_size if conv else 0, group=conv.conv_group_size if conv else 0,
         )  # fmt: skip
         self._weights = [_weights(layer) for layer in network.layers]
-        self._norm = network.norm.weight.detach()
         self._windows = [window or 0 for window in config.windows]
         self._is_causal = list(config.is_causal)
 
-    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, pages: ContextPages, places: BlockPlaces) -> Tensor:
-        hidden = x.flatten(0, 1).contiguous()
+    def __call__(self, rows: Tensor, cos: Tensor, sin: Tensor, pages: ContextPages, places: BlockPlaces) -> None:
+        """Takes rows [N * B, H] of N blocks through the layers, in place; positions turn by cos and sin [N * B, d]."""
+        keys, values = pages.by_layer
         ops.decoder_layers(
-            hidden, self._weights, list(pages.keys), list(pages.values), [cos, sin, *places, _NONE], self._shape,
-            PAGE_SIZE, self._windows, self._is_causal, x.shape[1],
+            rows, self._weights, keys, values, [cos, sin, *places, _NONE], self._shape, PAGE_SIZE, self._windows,
+            self._is_causal, len(rows) // len(places.entry_lens),
         )  # fmt: skip
-        return ops.rms_norm(hidden, self._norm, self._shape.eps).view_as(x)
 
 
 def _weights(layer: DflashLayer) -> list[Tensor]:
@@ -102,6 +93,7 @@ class DeviceLayers:
         self._norm = network.norm.weight.detach().float()
 
     def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, pages: ContextPages, places: BlockPlaces) -> Tensor:
+        """Block rows [N, B, H] whose positions turn by cos and sin [N * B, d], layers and final norm; x may change."""
         tables = StepTables(*(table.numpy() for table in places[1:]), np.empty(0, np.int64))
         return self.run(x, cos, sin, pages, places.slots, plan(tables, places.slots, PAGE_SIZE))
 

@@ -37,12 +37,28 @@ def test_sequences_drafted_together_get_the_drafts_they_get_alone(checkpoint, ta
         assert proposal.candidate_ids.shape == (count, 1)
 
 
+def test_rows_that_were_worked_on_ahead_leave_nothing_to_do_and_give_the_same_drafts(checkpoint, target, monkeypatch):
+    ahead, late = (BlockDrafter(checkpoint, target) for _ in range(2))
+    features = torch.randn(24, HIDDEN)
+    for drafter in (ahead, late):
+        drafter.open(1)
+        for start, stop in ((0, 21), (21, 24)):
+            drafter.extend_one(1, start, features[start:stop])
+            if drafter is ahead:
+                drafter.catch_up()
+    wanted = late.propose([1], [3], [5], num_candidates=2)[0]
+    monkeypatch.setattr(ahead, "_context_passes", None)
+    monkeypatch.setattr(ahead, "_projection", None)
+    got = ahead.propose([1], [3], [5], num_candidates=2)[0]
+    assert torch.equal(got.candidate_ids, wanted.candidate_ids) and torch.equal(got.logprobs, wanted.logprobs)
+
+
 def drafts_and_rows(checkpoint, target, count, monkeypatch):
     """`count` drafts for each of two sequences, and the rows of the blocks that they were computed in."""
     drafter = BlockDrafter(checkpoint, target)
     rows = []
-    forward = drafter._forward
-    monkeypatch.setattr(drafter, "_forward", lambda blocks, size: rows.append(size) or forward(blocks, size))
+    reserve = drafter._pages.reserve_blocks
+    monkeypatch.setattr(drafter._pages, "reserve_blocks", lambda *blocks: rows.append(blocks[-1]) or reserve(*blocks))
     for session, length in ((1, 5), (2, 19)):
         drafter.open(session)
         drafter.extend_one(session, 0, torch.randn(length, HIDDEN, generator=torch.Generator().manual_seed(session)))

@@ -3,8 +3,10 @@
 import dataclasses
 
 import pytest
+import torch
 
-from dflash_ray.models import drafter_checkpoint
+from dflash_ray.models import block_drafter, drafter_checkpoint
+from dflash_ray.models.compiled_drafts import CompiledContexts
 from dflash_ray.models.context_passes import ContextProjection
 from dflash_ray.models.draft_layers import CompiledLayers, DeviceLayers
 from tests.drafter.parity import assert_parity
@@ -24,13 +26,24 @@ def change_config(monkeypatch, **change) -> None:
     monkeypatch.setattr(drafter_checkpoint, "parse_dflash_config", parse_wrongly)
 
 
+class StoredByTorch:
+    """Context rows as the projection makes them, where an operator makes all of them."""
+
+    def __init__(self, projection: ContextProjection) -> None:
+        self._projection = projection
+
+    def __call__(self, positions, rows, features, pages) -> None:
+        pages.store(torch.from_numpy(rows), *self._projection(torch.from_numpy(positions), features))
+
+
 def context_keys_without_norm(monkeypatch) -> None:
+    monkeypatch.setattr(block_drafter, "CompiledContexts", lambda projection, eps: StoredByTorch(projection))
     monkeypatch.setattr(ContextProjection, "_normed", lambda self, keys: keys)
 
 
 def context_rotated_one_position_late(monkeypatch) -> None:
-    right = ContextProjection.__call__
-    monkeypatch.setattr(ContextProjection, "__call__", lambda self, at, features: right(self, at + 1, features))
+    right = CompiledContexts.__call__
+    monkeypatch.setattr(CompiledContexts, "__call__", lambda self, at, *rows: right(self, at + 1, *rows))
 
 
 def block_rotated_one_position_late(monkeypatch) -> None:

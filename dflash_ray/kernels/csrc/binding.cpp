@@ -24,6 +24,12 @@ TORCH_LIBRARY(dflash_ray, library) {
       "decoder_attention(Tensor hidden, Tensor[] weights, Tensor(a!) keys, Tensor(b!) values, Tensor[] step, "
       "int[] sizes, float[] scalars, int window) -> Tensor");
   library.def("decoder_mlp(Tensor hidden, Tensor[] weights, int[] sizes, float[] scalars) -> Tensor");
+  library.def(
+      "store_context(Tensor features, Tensor packed, Tensor? bias, Tensor norms, Tensor cos, Tensor sin, "
+      "Tensor positions, Tensor rows, Tensor(a!) keys, Tensor(b!) values, float eps) -> ()");
+  library.def(
+      "choose_drafts(Tensor hidden, Tensor[] weights, Tensor anchors, Tensor inverse_temperatures, Tensor seeds, "
+      "Tensor firsts, int[] sizes, float[] scalars, bool wants_scores) -> (Tensor, Tensor, Tensor, Tensor)");
   dflash_ray::define_layer_ops(library);
   dflash_ray::define_verify_ops(library);
   dflash_ray::define_attention_ops(library);
@@ -39,6 +45,8 @@ TORCH_LIBRARY_IMPL(dflash_ray, CPU, library) {
   library.impl("decoder_layers", &dflash_ray::decoder_layers_cpu);
   library.impl("decoder_attention", &dflash_ray::decoder_attention_cpu);
   library.impl("decoder_mlp", &dflash_ray::decoder_mlp_cpu);
+  library.impl("store_context", &dflash_ray::store_context_cpu);
+  library.impl("choose_drafts", &dflash_ray::choose_drafts_cpu);
   dflash_ray::register_verify_cpu(library);
   dflash_ray::register_drafts_cpu(library);
 }

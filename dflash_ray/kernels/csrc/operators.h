@@ -5,6 +5,7 @@
 #include <torch/library.h>
 
 #include <optional>
+#include <tuple>
 
 namespace dflash_ray {
 
@@ -14,7 +15,6 @@ at::Tensor packed_linear_cpu(const at::Tensor& x, const at::Tensor& packed, cons
                              int64_t out_features);
 
 at::Tensor rms_norm_cpu(const at::Tensor& x, const at::Tensor& weight, double eps);
-
 
 at::Tensor paged_attention_cpu(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
                                at::Tensor& key_cache, at::Tensor& value_cache, const at::Tensor& slots,
@@ -35,6 +35,16 @@ at::Tensor decoder_attention_cpu(const at::Tensor& hidden, at::TensorList weight
 
 at::Tensor decoder_mlp_cpu(const at::Tensor& hidden, at::TensorList weights, at::IntArrayRef sizes,
                            at::ArrayRef<double> scalars);
+
+void store_context_cpu(const at::Tensor& features, const at::Tensor& packed, const std::optional<at::Tensor>& bias,
+                       const at::Tensor& norms, const at::Tensor& cos, const at::Tensor& sin,
+                       const at::Tensor& positions, const at::Tensor& rows, at::Tensor& keys, at::Tensor& values,
+                       double eps);
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> choose_drafts_cpu(
+    const at::Tensor& hidden, at::TensorList weights, const at::Tensor& anchors, const at::Tensor& inverse_temperatures,
+    const at::Tensor& seeds, const at::Tensor& firsts, at::IntArrayRef sizes, at::ArrayRef<double> scalars,
+    bool wants_scores);
 
 // Implements the operators of verify_ops.h for the library's device.
 void register_verify_cpu(torch::Library& library);

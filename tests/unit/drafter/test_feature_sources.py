@@ -56,6 +56,9 @@ class Recorder:
             self.contexts[session] = torch.cat([self.contexts[session], rows.features[at : at + count, 0]])
             at += count
 
+    def catch_up(self) -> None:
+        pass
+
     def propose(self, sessions, anchor_ids, num_draft_tokens, num_candidates, draws, tree_width=1) -> DraftProposals:
         proposals = []
         for session in sessions:

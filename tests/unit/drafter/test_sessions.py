@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 
@@ -136,6 +137,37 @@ async def test_sequences_of_two_streams_are_two(replica):
 async def test_a_drafter_that_reads_tokens_refuses_to_fetch_features(replica):
     with pytest.raises(ValueError, match="open: "):
         await replica.answer(request(open=[1], open_lens=[5]))
+
+
+class Ahead(NgramMethod):
+    """Says what it was asked to do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[str] = []
+
+    def extend(self, *args):
+        self.calls.append("extend")
+        super().extend(*args)
+
+    def catch_up(self):
+        self.calls.append("catch up")
+        raise RuntimeError
+
+    def propose(self, *args):
+        self.calls.append("propose")
+        return super().propose(*args)
+
+
+async def test_rows_are_worked_on_before_a_draft_is_asked_for_and_a_fault_there_costs_nothing():
+    method = Ahead()
+    replica = Replica(method)
+    await replica.answer(request({1: (0, 10)}))
+    while method.calls[-1:] != ["catch up"]:
+        await asyncio.sleep(0.001)
+    assert drafted(await replica.answer(request(committed={1: 11}))).keys() == {1}
+    assert method.calls == ["extend", "catch up", "propose"]
+    await replica.close()
 
 
 class Broken(NgramMethod):

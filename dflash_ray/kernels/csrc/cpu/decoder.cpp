@@ -111,8 +111,8 @@ class Walk {
     by_rows([=, this, &step](int64_t row) {
       float* line = qkv_ + row * qkv_size;
       const float *cos = step.cos + row * head, *sin = step.sin + row * head;
-      for (int64_t i = 0; i < shape_.heads; ++i) turn(line + i * head, q_norm, cos, sin);
-      for (int64_t i = 0; i < shape_.kv_heads; ++i) turn(line + q_size + i * head, k_norm, cos, sin);
+      for (int64_t i = 0; i < shape_.heads; ++i) turn_head(line + i * head, q_norm, cos, sin, head, shape_.eps);
+      for (int64_t i = 0; i < shape_.kv_heads; ++i) turn_head(line + q_size + i * head, k_norm, cos, sin, head, shape_.eps);
       std::copy_n(line + q_size, stride, keys + step.slots[row] * stride);
       std::copy_n(line + q_size + stride, stride, values + step.slots[row] * stride);
     });
@@ -242,17 +242,6 @@ class Walk {
       rms_norm_row(line, by, shape_.eps, width_, line);
       for (int64_t i = 0; i < width_; ++i) to[i] += shape_.residual_scale * line[i];
     });
-  }
-
-  // A head of q or k: normed where the family does so, and rotated.
-  void turn(float* head, const float* norm, const float* cos, const float* sin) const {
-    const int64_t half = shape_.head_dim / 2;
-    if (norm) rms_norm_row(head, norm, shape_.eps, shape_.head_dim, head);
-    for (int64_t i = 0; i < half; ++i) {
-      const float left = head[i], right = head[half + i];
-      head[i] = left * cos[i] - right * sin[i];
-      head[half + i] = right * cos[half + i] + left * sin[half + i];
-    }
   }
 
   const DecoderShape shape_;

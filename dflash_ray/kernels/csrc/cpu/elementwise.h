@@ -14,6 +14,17 @@ inline void rms_norm_row(const float* x, const float* weight, float eps, int64_t
   for (int64_t i = 0; i < size; ++i) out[i] = x[i] * scale * weight[i];
 }
 
+// A head [size] of q or k: normed where the family does so, and rotated.
+inline void turn_head(float* head, const float* norm, const float* cos, const float* sin, int64_t size, float eps) {
+  const int64_t half = size / 2;
+  if (norm) rms_norm_row(head, norm, eps, size, head);
+  for (int64_t i = 0; i < half; ++i) {
+    const float left = head[i], right = head[half + i];
+    head[i] = left * cos[i] - right * sin[i];
+    head[half + i] = right * cos[half + i] + left * sin[half + i];
+  }
+}
+
 // g / (1 + exp(-g)); for g < 0 through exp(g), so that the exponent is never positive.
 inline float silu(float g) {
   const float e = exp_of_nonpositive(-std::fabs(g));
