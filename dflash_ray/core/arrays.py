@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -25,10 +26,19 @@ def spans(starts: Ints, counts: Ints) -> Ints:
     return numbers
 
 
-def column(field: Sequence[int]) -> Ints:
+def are_ones(counts: Ints, total: int) -> bool:
+    """Whether counts, none of which is negative and whose sum is `total`, are all 1."""
+    return total == len(counts) == np.count_nonzero(counts)
+
+
+@overload
+def column(field: Sequence[int]) -> Ints: ...
+@overload
+def column(field: Sequence[int], dtype: type[np.uint64]) -> Ids: ...
+def column(field: Sequence[int], dtype: type[np.integer[Any]] = np.int64) -> npt.NDArray[Any]:
     """A repeated field of integers as an array."""
     # protobuf hands over its own array, which is faster than a list where there are many elements, and not before.
-    return np.array(field[:] if len(field) <= _FEW else field, dtype=np.int64)
+    return np.array(field[:] if len(field) <= _FEW else field, dtype=dtype)
 
 
 def packed(token_ids: Tokens | Ints) -> bytes:

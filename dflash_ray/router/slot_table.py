@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dflash_ray.core.arrays import Flags, Ints, Tokens, spans
+from dflash_ray.core.arrays import Flags, Ints, Tokens, are_ones, spans
 from dflash_ray.core.draft_blocks import BlockColumns, DraftBlock
 
 if TYPE_CHECKING:
@@ -221,7 +221,7 @@ class SlotTable:
     def commit(self, slots: Ints, counts: Ints, token_ids: Tokens) -> None:
         """Appends counts[i] tokens to slots[i]; drafts were for those before them."""
         lens = self.committed_lens[slots]
-        if len(token_ids) == len(slots) == np.count_nonzero(counts):  # one each
+        if are_ones(counts, len(token_ids)):
             self.tokens[slots, lens] = token_ids
         else:
             self.tokens.reshape(-1)[spans(slots * self.max_len + lens, counts)] = token_ids
