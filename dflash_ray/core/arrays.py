@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, overload
 
 import numpy as np
 import numpy.typing as npt
 
 _TOKEN_IDS = np.dtype("<u4")
+_FEW = 64
 
 Ints = npt.NDArray[np.int64]
 Ids = npt.NDArray[np.uint64]  # of others' making
@@ -24,9 +26,19 @@ def spans(starts: Ints, counts: Ints) -> Ints:
     return numbers
 
 
-def column(field: Sequence[int]) -> Ints:
+def are_ones(counts: Ints, total: int) -> bool:
+    """Whether counts, none of which is negative and whose sum is `total`, are all 1."""
+    return total == len(counts) == np.count_nonzero(counts)
+
+
+@overload
+def column(field: Sequence[int]) -> Ints: ...
+@overload
+def column(field: Sequence[int], dtype: type[np.uint64]) -> Ids: ...
+def column(field: Sequence[int], dtype: type[np.integer[Any]] = np.int64) -> npt.NDArray[Any]:
     """A repeated field of integers as an array."""
-    return np.array(field, dtype=np.int64)  # protobuf hands over its own array: faster than an iteration
+    # protobuf hands over its own array, which is faster than a list where there are many elements, and not before.
+    return np.array(field[:] if len(field) <= _FEW else field, dtype=dtype)
 
 
 def packed(token_ids: Tokens | Ints) -> bytes:

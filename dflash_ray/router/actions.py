@@ -49,7 +49,7 @@ class DropDrafter:
     drafter_id: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Emit:
     """Give requests their new tokens; with a finish reason these are a request's last. Columns over the requests.
 
@@ -111,6 +111,13 @@ class Emit:
         streams = set(self.streams.tolist())
         for stream in streams:
             yield stream, self if len(streams) == 1 else self.only(self.streams == stream)
+
+    def ended(self) -> list[int]:
+        """Calls that get no more."""
+        if not np.count_nonzero(self.finish_reasons):
+            return []
+        ended: list[int] = self.call_ids[self.finish_reasons > 0].tolist()
+        return ended
 
     def only(self, is_its: Flags) -> Emit:
         """What concerns these requests."""

@@ -97,7 +97,7 @@ class GatewayStream:
     def emit(self, emit: Emit) -> None:
         """What a target pass committed for calls of this stream."""
         self.outbox.add(emit)
-        for call_id in emit.call_ids[emit.finish_reasons > 0].tolist():
+        for call_id in emit.ended():
             call = self._calls.get(call_id)
             if call is not None:
                 call.end()

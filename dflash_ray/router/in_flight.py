@@ -57,11 +57,11 @@ class StepsInFlight:
         return step
 
     def lose(self, table: SlotTable) -> Ints:
-        """Forgets all steps, as nothing answers them any more; returns the slots of their entries."""
+        """Forgets all steps, as nothing answers them any more; returns the slots of their entries, each once."""
         lost = [step.slots[step.is_current(table)] for step in self._steps]
         self._steps.clear()
         self.deadline = NEVER
-        return np.concatenate([_NO_SLOTS, *lost])
+        return np.unique(np.concatenate([_NO_SLOTS, *lost]))
 
 
 class Cohorts:
@@ -108,12 +108,13 @@ def choose_ahead(table: SlotTable, step: StepInFlight) -> tuple[Ints, Ints] | No
     others decode as well or are about to, or a suspect waits, the step's result is waited for; so it is where the step
     brings drafts from elsewhere than the target, as those to come would.
     """
-    chains, chunks = step.slots[step.num_chunks :], step.slots[: step.num_chunks]
+    chains, chunks = step.chains, step.slots[: step.num_chunks]
     if step.brings_drafts or len(chains) != table.num_in_phase[DECODE] or not step.is_current(table).all():
         return None
-    if (table.num_prefilled[chunks] + step.rows[: step.num_chunks] >= table.committed_lens[chunks]).any():
+    if len(chunks) and (table.num_prefilled[chunks] + step.rows[: len(chunks)] >= table.committed_lens[chunks]).any():
         return None
-    decoding = chains[table.committed_lens[chains] + 1 < table.max_lens[chains]]
+    goes_on = table.committed_lens[chains] + 1 < table.max_lens[chains]
+    decoding = chains if np.count_nonzero(goes_on) == len(chains) else chains[goes_on]
     prefilling = table.prefilling()
     if not len(decoding) or np.count_nonzero(table.is_suspect[prefilling]):
         return None

@@ -13,7 +13,11 @@ _NOT_LOOKED_UP = -1
 
 
 class NgramDrafts:
-    """Each sequence is looked up at most once for the tokens of a moment."""
+    """Each sequence is looked up at most once for the tokens of a moment.
+
+    Attributes:
+        has_looked_up: something was looked up that was not forgotten.
+    """
 
     def __init__(self, table: SlotTable) -> None:
         self._table = table
@@ -22,6 +26,7 @@ class NgramDrafts:
         self._match_lens = np.zeros(table.num_slots, np.int64)
         self._drafts: Tokens = np.zeros((table.num_slots, MAX_DRAFTS), np.uint32)
         self.room = IndexingRoom(_INDEXED_AT_ONCE)
+        self.has_looked_up = False
 
     def make_room(self) -> None:
         """Another poll begins."""
@@ -35,12 +40,14 @@ class NgramDrafts:
     def forget(self, slots: Ints) -> None:
         """They have got tokens."""
         self._lens[slots] = _NOT_LOOKED_UP
+        self.has_looked_up = bool((self._lens != _NOT_LOOKED_UP).any())
 
     def look_up(self, slots: Ints, counts: Ints) -> tuple[Ints, Ints]:
         """Lengths of the slots' matches, and of what followed them, at most `counts` tokens."""
         is_new = self._lens[slots] == _NOT_LOOKED_UP
         fresh = slots[is_new]
         if len(fresh):
+            self.has_looked_up = True
             lens = self._table.committed_lens[fresh]
             self._ngrams.catch_up(fresh, lens, self.room)
             drafts, self._lens[fresh], self._match_lens[fresh] = self._ngrams.propose(fresh, lens, counts[is_new])

@@ -109,7 +109,7 @@ class Outbox:
 
     def _add(self, emit: Emit) -> None:
         columns = self._columns[-1]
-        for i in sorted({*emit.logprobs, *emit.prompt_logprobs, *emit.num_cached_tokens}):
+        for i in sorted(emit.logprobs.keys() | emit.prompt_logprobs.keys() | emit.num_cached_tokens.keys()):
             extras = router_pb2.EntryExtras(
                 logprobs=emit.logprobs.get(i),
                 prompt_logprobs=emit.prompt_logprobs.get(i),

@@ -40,7 +40,6 @@ from dflash_ray.rpc.directory import Entry
 logger = logging.getLogger(__name__)
 
 _LEARN_AFTER_S = 0.001  # that what was sent is on its way by then
-_FOR_CLIENTS = (Emit, Fail)
 
 
 class Receiver(Protocol):
@@ -57,10 +56,6 @@ class Receiver(Protocol):
 
     def fail(self, call_id: int, error: RequestError) -> None:
         """A call ends with an error."""
-
-
-def _is_for_clients(action: Action) -> bool:
-    return isinstance(action, _FOR_CLIENTS)
 
 
 class Pipeline:
@@ -239,12 +234,16 @@ class Pipeline:
         now = time.monotonic()
         has_events = True
         while has_events:
-            actions = self.scheduler.poll(now)
+            has_events, for_clients = False, []
             # Target and drafters wait for what is theirs; clients are told while those are at work.
-            for action in sorted(actions, key=_is_for_clients):
-                self._perform(action, now)
-            # What was a dropped drafter's looks for another one.
-            has_events = any(isinstance(action, DropDrafter) for action in actions)
+            for action in self.scheduler.poll(now):
+                if isinstance(action, Emit | Fail):
+                    for_clients.append(action)
+                else:
+                    self._perform(action, now)
+                    has_events |= isinstance(action, DropDrafter)  # what was its looks for another one
+            for action in for_clients:
+                self._tell(action)
         self._wake_by(self.scheduler.next_deadline(), now)
 
     def _wake_by(self, deadline: float | None, now: float) -> None:
@@ -267,11 +266,6 @@ class Pipeline:
 
     def _perform(self, action: Action, now: float) -> None:
         match action:
-            case Emit():
-                for stream, part in action.by_stream():
-                    receiver = self._receivers.get(stream)
-                    if receiver is not None:
-                        receiver.emit(part)
             case RunStep(step):
                 self._measures.step_sent(action, now)
                 self._send(target_pb2.TargetRequest(step=step))
@@ -286,12 +280,20 @@ class Pipeline:
             case DropDrafter(drafter_id):
                 logger.error("a drafter did not answer in time; it is left", extra={"drafter_id": drafter_id})
                 self._drop_drafter(drafter_id)
-            case Fail(sequence, error):
-                if error.__cause__ is not None:
-                    logger.error("a sequence failed", exc_info=error.__cause__)
-                receiver = self._receivers.get(sequence.stream)
+
+    def _tell(self, action: Emit | Fail) -> None:
+        if isinstance(action, Emit):
+            for stream, part in action.by_stream():
+                receiver = self._receivers.get(stream)
                 if receiver is not None:
-                    receiver.fail(sequence.call_id, error)
+                    receiver.emit(part)
+            return
+        sequence, error = action.sequence, action.error
+        if error.__cause__ is not None:
+            logger.error("a sequence failed", exc_info=error.__cause__)
+        receiver = self._receivers.get(sequence.stream)
+        if receiver is not None:
+            receiver.fail(sequence.call_id, error)
 
     def _send(self, request: target_pb2.TargetRequest) -> None:
         if self._target is not None:

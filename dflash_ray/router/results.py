@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,11 +12,13 @@ from dflash_ray.core.arrays import Flags, Ints, Tokens, column, spans, unpacked
 from dflash_ray.pb import common_pb2, target_pb2
 from dflash_ray.router.steps import StepInFlight
 
+_OK = target_pb2.ENTRY_STATUS_OK
 _LOG_PROBS = np.dtype("<f4")
+_NO_LOG_PROBS = np.zeros(0, np.float32)
 _NO_INTS: Ints = np.zeros(0, np.int64)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class StepOutcome:
     """Columns over the entries of a step, in its order.
 
@@ -57,15 +60,16 @@ class StepOutcome:
 
 def read_result(result: target_pb2.StepResult, step: StepInFlight) -> StepOutcome:
     """Raises ValueError when the result is not about the step's entries, or its columns do not belong together."""
-    ids = column(result.sequence_ids)
-    if len(ids) != len(step.ids) or np.count_nonzero(ids != step.ids):
+    if result.sequence_ids != step.ids.tolist():
         raise ValueError(f"the result of step {step.step_id} has other entries than the step")
-    names = ("statuses", "num_accepted_drafts", "num_tokens", "finish_reasons")
-    columns = [column(getattr(result, name)) for name in names]
-    for name, values in zip(names, columns, strict=True):
-        if len(values) != len(ids):
-            raise ValueError(f"{name} has {len(values)} elements for {len(ids)} entries")
-    statuses, num_accepted, num_tokens, finish_reasons = columns
+    num_entries = len(step.ids)
+    statuses = _column("statuses", result.statuses, num_entries)
+    num_tokens = _column("num_tokens", result.num_tokens, num_entries)
+    finish_reasons = num_accepted = np.zeros(num_entries, np.int64)
+    if result.finish_reasons:
+        finish_reasons = _column("finish_reasons", result.finish_reasons, num_entries)
+    if result.num_accepted_drafts:
+        num_accepted = _column("num_accepted_drafts", result.num_accepted_drafts, num_entries)
     kv_lens = cached_lens = _NO_INTS
     if step.num_chunks or result.kv_lens or result.cached_lens:
         kv_lens, cached_lens = column(result.kv_lens), column(result.cached_lens)
@@ -74,12 +78,14 @@ def read_result(result: target_pb2.StepResult, step: StepInFlight) -> StepOutcom
     token_ids = unpacked("token_ids", result.token_ids)
     if int(num_tokens.sum()) != len(token_ids):
         raise ValueError(f"token_ids has {len(token_ids)} elements for {int(num_tokens.sum())} tokens")
-    with_logprobs, failed = [], []
-    if np.count_nonzero(step.asks_logprobs):
+    logprobs, errors = {}, {}
+    if step.asks_logprobs is not None:
         with_logprobs = (step.asks_logprobs & (num_tokens > 0)).nonzero()[0].tolist()
-    is_ok = statuses == target_pb2.ENTRY_STATUS_OK
-    if np.count_nonzero(is_ok) < len(ids):
+        logprobs = dict(zip(with_logprobs, result.logprobs, strict=True))
+    is_ok = statuses == _OK
+    if np.count_nonzero(is_ok) < num_entries:
         failed = (statuses == target_pb2.ENTRY_STATUS_FAILED).nonzero()[0].tolist()
+        errors = dict(zip(failed, result.errors, strict=True))
     return StepOutcome(
         statuses,
         is_ok,
@@ -87,12 +93,19 @@ def read_result(result: target_pb2.StepResult, step: StepInFlight) -> StepOutcom
         num_tokens,
         token_ids,
         finish_reasons,
-        dict(zip(with_logprobs, result.logprobs, strict=True)),
-        dict(zip(failed, result.errors, strict=True)),
+        logprobs,
+        errors,
         kv_lens,
         cached_lens,
         *_read_drafts(result, step, num_accepted),
     )
+
+
+def _column(name: str, field: Sequence[int], num_entries: int) -> Ints:
+    """A column over all entries."""
+    if len(field) != num_entries:
+        raise ValueError(f"{name} has {len(field)} elements for {num_entries} entries")
+    return column(field)
 
 
 def _read_drafts(
@@ -100,6 +113,8 @@ def _read_drafts(
 ) -> tuple[Ints, npt.NDArray[np.float32], Tokens | None, Tokens | None]:
     """The outcome's columns from num_drafts on."""
     num_drafts = step.num_drafts
+    if not step.num_rows_of_drafts:
+        return num_drafts, _NO_LOG_PROBS, None, None
     log_probs = np.frombuffer(result.own_log_probs, dtype=_LOG_PROBS)
     if np.count_nonzero(step.is_own):
         own = column(result.num_own_drafts)

@@ -31,7 +31,7 @@ from dflash_ray.router.limits import TargetLimits
 from dflash_ray.router.requests import Requests
 from dflash_ray.router.results import StepOutcome, read_result
 from dflash_ray.router.sequence import RouterSequence
-from dflash_ray.router.slot_table import DECODE, DRAFT_SOURCES, MAX_DRAFTS, NEVER, SlotTable
+from dflash_ray.router.slot_table import DRAFT_SOURCES, MAX_DRAFTS, NEVER, SlotTable
 from dflash_ray.router.speculating import Speculating
 from dflash_ray.router.steps import StepInFlight, add_colocated, build_step
 
@@ -115,12 +115,19 @@ class Scheduler:
                 self._actions.append(Emit.one(self._requests.by_id[part.sequence_id], prompt_logprobs=part))
         is_current = step.is_current(self._table)
         is_known = is_current & outcome.is_ok
-        self.num_draft_tokens += int(outcome.num_drafts.sum())
+        if step.num_rows_of_drafts:
+            self.num_draft_tokens += int(outcome.num_drafts.sum())
         self.speculating.done(step, outcome, is_known, now, result.timings)
         self._table.end_step(step.slots[is_current], outcome.is_ok[is_current])
-        self._advance(step, outcome, is_known.nonzero()[0])
+        entries = is_known.nonzero()[0]
+        self._advance(step, outcome, entries)
+        if len(entries) < len(is_known):
+            self._take_failures(step, outcome, (is_current & ~is_known).nonzero()[0])
+
+    def _take_failures(self, step: StepInFlight, outcome: StepOutcome, entries: Ints) -> None:
+        """Ends or starts anew what these entries have not done."""
         lacks_pages = False
-        for entry in (is_current & ~is_known).nonzero()[0].tolist():
+        for entry in entries.tolist():
             sequence = self._table.sequence(int(step.slots[entry]))
             if outcome.statuses[entry] == target_pb2.ENTRY_STATUS_NO_PAGES:
                 lacks_pages = True
@@ -143,55 +150,65 @@ class Scheduler:
                 )
             entries, slots, counts = entries[~is_too_long], slots[~is_too_long], counts[~is_too_long]
         token_ids = outcome.tokens_of(entries)
-        num_chunks = int(np.count_nonzero(entries < step.num_chunks))  # they come first
-        is_decoded = counts[num_chunks:] > 0
-        firsts = (counts.cumsum() - counts)[num_chunks:][is_decoded]
-        self.speculating.judge_ngrams(slots[num_chunks:][is_decoded], token_ids[firsts])
+        num_chunks = int(np.count_nonzero(entries < step.num_chunks)) if step.num_chunks else 0  # they come first
+        self._judge_ngrams(slots, counts, token_ids, num_chunks)
         if num_chunks:
             chunks = slots[:num_chunks]
             table.num_prefilled[chunks] = outcome.kv_lens[entries[:num_chunks]]
             table.num_cached[chunks] = outcome.cached_lens[entries[:num_chunks]]
             table.start_decoding(chunks[counts[:num_chunks] > 0])
         table.commit(slots, counts, token_ids)
-        self.speculating.ngrams.forget(slots)
         self._emit(step, outcome, entries, token_ids)
-        self._idle.append(slots[(table.phases[slots] == DECODE) & (table.step_ids[slots] == 0)])
+        self._idle.append(slots)
+
+    def _judge_ngrams(self, slots: Ints, counts: Ints, token_ids: Tokens, num_chunks: int) -> None:
+        """Slots, of which the first are prompts' chunks, have got tokens: what was looked up for them is over."""
+        ngrams = self.speculating.ngrams
+        if ngrams.has_looked_up:
+            is_decoded = counts[num_chunks:] > 0
+            firsts = (counts.cumsum() - counts)[num_chunks:][is_decoded]
+            self.speculating.judge_ngrams(slots[num_chunks:][is_decoded], token_ids[firsts])
+            ngrams.forget(slots)
 
     def _emit(self, step: StepInFlight, outcome: StepOutcome, entries: Ints, token_ids: Tokens) -> None:
         """Tells the requests, and ends those that are finished."""
         table = self._table
-        is_told = (outcome.num_tokens[entries] > 0) | (outcome.finish_reasons[entries] > 0)
-        told = entries[is_told]
+        told, is_decode_pass = entries, np.ones(len(entries), np.bool_)
+        if step.num_chunks:
+            told = entries[(outcome.num_tokens[entries] > 0) | (outcome.finish_reasons[entries] > 0)]
+            is_decode_pass = told >= step.num_chunks
         if not len(told):
             return
-        by_count = np.bincount(outcome.num_accepted[told], minlength=MAX_DRAFTS + 1)[1 : MAX_DRAFTS + 1]
-        self.num_accepted_by_position += by_count[::-1].cumsum()[::-1]
+        num_accepted = outcome.num_accepted[told]
+        if step.num_rows_of_drafts:
+            by_count = np.bincount(num_accepted, minlength=MAX_DRAFTS + 1)[1 : MAX_DRAFTS + 1]
+            self.num_accepted_by_position += by_count[::-1].cumsum()[::-1]
         slots, reasons = step.slots[told], outcome.finish_reasons[told]
-        logprobs = {}
+        logprobs, cached = {}, {}
         if outcome.logprobs:
             logprobs = {i: outcome.logprobs[e] for i, e in enumerate(told.tolist()) if e in outcome.logprobs}
-        cached = {}
         if step.num_chunks:
-            num_cached = np.where(told < step.num_chunks, table.num_cached[slots], 0)
+            num_cached = np.where(is_decode_pass, 0, table.num_cached[slots])
             cached = {i: int(num_cached[i]) for i in num_cached.nonzero()[0].tolist()}
         self._actions.append(
             Emit(
-                table.ids[slots],
+                step.ids[told],
                 table.streams[slots],
                 table.call_ids[slots],
                 outcome.num_tokens[told],
                 token_ids,
                 reasons,
-                told >= step.num_chunks,
+                is_decode_pass,
                 outcome.num_drafts[told],
-                outcome.num_accepted[told],
+                num_accepted,
                 table.draft_tokens[slots],
                 logprobs,
                 num_cached_tokens=cached,
             )
         )
-        for slot in slots[reasons > 0].tolist():
-            self._requests.remove(table.sequence(slot))
+        if np.count_nonzero(reasons):
+            for slot in slots[reasons > 0].tolist():
+                self._requests.remove(table.sequence(slot))
 
     def _free_pages(self, step: StepInFlight) -> None:
         """Entries found no pages: the youngest sequence is put back, one a step; a lone one has filled the cache."""
@@ -256,8 +273,9 @@ class Scheduler:
         came, self._idle = self._idle, []
         if limits.colocated_draft_tokens:
             return  # the step asks
-        idle = np.concatenate(came) if came else _NO_SLOTS
-        if len(idle):
+        idle = _NO_SLOTS
+        if came:
+            idle = came[0] if len(came) == 1 else np.concatenate(came)
             idle = idle[self._table.lacks_draft(idle)]
         if len(idle):
             idle = self.speculating.ask(idle, self.drafting.reach, limits, now)
@@ -309,7 +327,9 @@ class Scheduler:
         return self._cohorts.choose(self._table, is_target_idle=not len(self._steps))
 
     def _count_drafts(self, step: StepInFlight) -> None:
-        chains = step.slots[step.num_chunks :]
-        for source, count in enumerate(np.bincount(self._table.draft_sources[chains]).tolist()):
+        by_source = [len(step.chains)]  # which is PLAIN's
+        if step.num_rows_of_drafts:
+            by_source = np.bincount(self._table.draft_sources[step.chains]).tolist()
+        for source, count in enumerate(by_source):
             if count:
                 self.num_drafts_by_source[DRAFT_SOURCES[source]] += count

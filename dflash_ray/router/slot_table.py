@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dflash_ray.core.arrays import Flags, Ints, Tokens, spans
+from dflash_ray.core.arrays import Flags, Ints, Tokens, are_ones, spans
 from dflash_ray.core.draft_blocks import BlockColumns, DraftBlock
 
 if TYPE_CHECKING:
@@ -74,6 +74,7 @@ class SlotTable:
         num_cut_offs: times in a row that such rows were lost, with no draft since.
         temperatures, seeds, wants_distributions: of its draws, as drafters are told.
         asks_logprobs: log-probabilities come with its tokens.
+        num_left: times that sequences have left a slot, or a step that was sent ahead.
     """
 
     def __init__(self, num_slots: int, max_len: int) -> None:
@@ -118,6 +119,7 @@ class SlotTable:
         self.asks_logprobs = np.zeros(num_slots, np.bool_)
         self.num_in_phase = [num_slots, 0, 0]
         self.num_in_cohort = [0, 0]
+        self.num_left = 0
         self._free = list(range(num_slots))[::-1]
         self._next_turn = 1
 
@@ -164,6 +166,7 @@ class SlotTable:
         self.forget_drafts(np.array([slot]))
         self.num_in_cohort[self.cohorts[slot]] -= 1
         self._move(slot, WAITING)
+        self.num_left += 1
         self.sequences[slot] = None
         self.ids[slot] = self.step_ids[slot] = self.ahead_ids[slot] = 0
         self.leave_drafter(slot)
@@ -208,13 +211,20 @@ class SlotTable:
 
     def end_step(self, slots: Ints, is_ok: Flags) -> None:
         """The step with these is answered: the one behind it is theirs now, unless it counts on what did not come."""
-        self.step_ids[slots] = np.where(is_ok, self.ahead_ids[slots], 0)
+        ahead = self.ahead_ids[slots]
+        if np.count_nonzero(is_ok) < len(slots):
+            ahead = np.where(is_ok, ahead, 0)
+            self.num_left += 1
+        self.step_ids[slots] = ahead
         self.ahead_ids[slots] = 0
 
     def commit(self, slots: Ints, counts: Ints, token_ids: Tokens) -> None:
         """Appends counts[i] tokens to slots[i]; drafts were for those before them."""
         lens = self.committed_lens[slots]
-        self.tokens.reshape(-1)[spans(slots * self.max_len + lens, counts)] = token_ids
+        if are_ones(counts, len(token_ids)):
+            self.tokens[slots, lens] = token_ids
+        else:
+            self.tokens.reshape(-1)[spans(slots * self.max_len + lens, counts)] = token_ids
         self.committed_lens[slots] = lens + counts
         self.forget_drafts(slots)
 

@@ -12,11 +12,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from dflash_ray.core.arrays import are_ones
 from dflash_ray.kernels.columns import IntColumn, PlanTensors, RowColumn
 from dflash_ray.kernels.trees import depths_of
 from dflash_ray.sampling.table import RANGES, Need, SamplingTable
 
 Ints = NDArray[np.int64]
+_ROOT = np.array(-1)
 
 
 def _no_ids() -> Ints:
@@ -85,16 +87,20 @@ def columns_of(rows: DrawRows, table: SamplingTable, device: torch.device) -> Pl
     """The columns of a step on the device of the logits. On the CPU the table's own memory is read."""
     table.settle()
     num_sequences, num_rows = len(rows.slots), len(rows.token_ids)
-    first_rows = np.cumsum(rows.num_rows) - rows.num_rows
-    sequence_of = np.repeat(np.arange(num_sequences), rows.num_rows)
-    offsets = np.arange(num_rows) - first_rows[sequence_of]
-    parents = offsets - 1 if rows.parents is None else rows.parents
-    depths = offsets if rows.parents is None else depths_of(parents, first_rows[sequence_of])
+    first_rows = rows.num_rows.cumsum() - rows.num_rows
+    sequence_of, offsets, parents = first_rows, np.zeros(num_rows, dtype=np.int64), _ROOT
+    depths = offsets
+    if not are_ones(rows.num_rows, num_rows):
+        sequence_of = np.arange(num_sequences).repeat(rows.num_rows)
+        offsets = np.arange(num_rows) - first_rows[sequence_of]
+        parents = offsets - 1 if rows.parents is None else rows.parents
+        depths = offsets if rows.parents is None else depths_of(parents, first_rows[sequence_of])
+        parents = np.where(parents < 0, _ROOT, parents + first_rows[sequence_of])
     lines = np.empty((num_rows, len(RowColumn)), dtype=np.int64)
     lines[:, RowColumn.SEQUENCE] = sequence_of
     lines[:, RowColumn.POSITION] = rows.positions[sequence_of] + depths + 1
     lines[:, RowColumn.TOKEN] = rows.token_ids
-    lines[:, RowColumn.PARENT] = np.where(parents < 0, -1, parents + first_rows[sequence_of])
+    lines[:, RowColumn.PARENT] = parents
     ints = table.ints[rows.slots]
     ints[:, IntColumn.FIRST_ROW], ints[:, IntColumn.NUM_ROWS] = first_rows, rows.num_rows
     ints[:, IntColumn.ROOT_POSITION], ints[:, IntColumn.FEATURE_ROW] = rows.positions, rows.feature_rows

@@ -36,6 +36,9 @@ class Need(IntEnum):
     COUNTS = 128
 
 
+_COUNTS = int(Need.COUNTS)
+
+
 class SamplingTable:
     """Columns of N slots.
 
@@ -127,10 +130,11 @@ class SamplingTable:
 
         They are counted by `settle`, so that a result need not wait for it.
         """
-        is_counted = (self.needs[slots] & Need.COUNTS) != 0
-        if is_counted.all():
+        is_counted = (self.needs[slots] & _COUNTS) != 0
+        num_counted = np.count_nonzero(is_counted)
+        if num_counted == len(slots):
             self._uncounted.append((slots, num_tokens, token_ids))
-        elif is_counted.any():
+        elif num_counted:
             of_token = np.repeat(is_counted, num_tokens)
             self._uncounted.append((slots[is_counted], num_tokens[is_counted], token_ids[of_token]))
 

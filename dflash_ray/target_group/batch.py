@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dflash_ray.core import host_code
-from dflash_ray.core.arrays import spans
+from dflash_ray.core.arrays import are_ones, spans
 from dflash_ray.kernels.trees import depths_of
 from dflash_ray.sampling.columns import DrawRows
 from dflash_ray.target_group.slots import SlotTable
@@ -98,7 +98,7 @@ def build_batch(table: SlotTable, rows: Rows, drafts: Drafts) -> tuple[StepBatch
         **_scored(table, rows, positions),
         parents=parents,
     )
-    draws = rows.draws
+    draws = slice(None) if np.count_nonzero(rows.draws) == len(slots) else rows.draws
     drawing = DrawRows(
         slots=slots[draws],
         num_rows=(counts - roots)[draws],
@@ -122,6 +122,9 @@ def gather_rows(table: SlotTable, rows: Rows, draft_ids: Ints) -> tuple[Ints, In
     The rows of an entry that verifies are its anchor and, one entry's after the other's, `draft_ids`.
     """
     num_rows, compiled = int(rows.counts.sum()), host_code.library()
+    if are_ones(rows.counts, num_rows):
+        token_ids = table.tokens[rows.slots, rows.starts].astype(np.int64)
+        return token_ids, rows.starts, table.cache_rows(rows.slots, rows.starts)
     if compiled is None:
         slot_of, places = np.repeat(rows.slots, rows.counts), spans(rows.starts, rows.counts)
         token_ids = table.tokens[slot_of, places].astype(np.int64)

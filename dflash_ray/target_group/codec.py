@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dflash_ray.core.arrays import packed, unpacked
+from dflash_ray.core.arrays import column, packed, unpacked
 from dflash_ray.pb import common_pb2, target_pb2
 from dflash_ray.sampling.logprobs import Logprobs
 from dflash_ray.sampling.parameters import COUPLED, NO_LOGPROBS, REJECTION, SamplingParams
@@ -17,7 +17,7 @@ _MODES = {common_pb2.VERIFY_MODE_REJECTION: REJECTION}
 
 def to_ids(values: Sequence[int]) -> Ids:
     """A column of sequence ids."""
-    return np.array(values, dtype=np.uint64) if values else no_ids()
+    return column(values, np.uint64) if values else no_ids()
 
 
 def decode_step(step: target_pb2.Step) -> StepInput:
@@ -54,7 +54,7 @@ def decode_step(step: target_pb2.Step) -> StepInput:
 
 
 def _ints(values: Sequence[int]) -> Ints:
-    return np.array(values, dtype=np.int64) if values else no_ints()
+    return column(values) if values else no_ints()
 
 
 def _decode_opening(message: target_pb2.OpenSequence) -> Opening:
@@ -89,20 +89,13 @@ def _decode_opening(message: target_pb2.OpenSequence) -> Opening:
 
 def encode_result(output: StepOutput) -> target_pb2.StepResult:
     """The result of a step."""
-    return target_pb2.StepResult(
+    result = target_pb2.StepResult(
         step_id=output.step_id,
         sequence_ids=output.sequence_ids.tolist(),
         statuses=output.statuses.tolist(),
         committed_lens=output.committed_lens.tolist(),
-        num_accepted_drafts=output.num_accepted.tolist(),
         num_tokens=output.num_tokens.tolist(),
         token_ids=packed(output.token_ids),
-        finish_reasons=output.finishes.tolist(),
-        logprobs=map(_encode_logprobs, output.logprobs),
-        num_own_drafts=output.own_counts.tolist(),
-        own_log_probs=output.own_log_probs.astype("<f4", copy=False).tobytes(),
-        own_parents=packed(output.own_parents),
-        accepted_drafts=packed(output.accepted_drafts),
         free_pages=output.free_pages,
         timings=target_pb2.StepTimings(
             forward_ns=output.forward_ns, verify_ns=output.verify_ns, draft_ns=output.draft_ns
@@ -110,13 +103,24 @@ def encode_result(output: StepOutput) -> target_pb2.StepResult:
         errors=output.errors,
         kv_lens=output.kv_lens.tolist(),
         cached_lens=output.cached_lens.tolist(),
-        prompt_logprobs=(
-            common_pb2.PromptLogprobs(
-                sequence_id=part.sequence_id, start=part.start, logprobs=_encode_logprobs(part.logprobs)
-            )
-            for part in output.prompt_logprobs
-        ),
     )
+    if np.count_nonzero(output.num_accepted):
+        result.num_accepted_drafts.extend(output.num_accepted.tolist())
+    if np.count_nonzero(output.finishes):
+        result.finish_reasons.extend(output.finishes.tolist())
+    if len(output.own_counts):
+        result.num_own_drafts.extend(output.own_counts.tolist())
+        result.own_log_probs = output.own_log_probs.astype("<f4", copy=False).tobytes()
+        result.own_parents = packed(output.own_parents)
+    if len(output.accepted_drafts):
+        result.accepted_drafts = packed(output.accepted_drafts)
+    if output.logprobs:
+        result.logprobs.extend(map(_encode_logprobs, output.logprobs))
+    for part in output.prompt_logprobs:
+        result.prompt_logprobs.add(
+            sequence_id=part.sequence_id, start=part.start, logprobs=_encode_logprobs(part.logprobs)
+        )
+    return result
 
 
 def _encode_logprobs(logprobs: Logprobs) -> common_pb2.TokenLogprobs:

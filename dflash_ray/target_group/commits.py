@@ -94,13 +94,12 @@ def kept_features(table: SlotTable, rows: Rows, done: Commit, sequence_ids: Ids,
     """Features [F, H] of a pass, and which of them it kept; those of an accepted path lie behind its root's."""
     wanted = table.wants_features[rows.slots]
     starts, counts, num_rows = rows.starts[wanted], rows.counts[wanted], done.num_kept[wanted]
-    slot_of = np.repeat(rows.slots[wanted], num_rows)
-    positions = np.arange(len(slot_of)) + np.repeat(starts - np.cumsum(num_rows) + num_rows, num_rows)
+    slot_of, positions = rows.slots[wanted].repeat(num_rows), spans(starts, num_rows)
     return StepFeatures(
         sequence_ids=sequence_ids[wanted],
         starts=starts,
         num_rows=num_rows,
-        first_rows=np.cumsum(counts) - counts,
+        first_rows=counts.cumsum() - counts,
         rows=features,
         cache_rows=table.cache_rows(slot_of, positions),
     )

@@ -57,7 +57,7 @@ def find_entries(
     slots = table.slots(sequence_ids)
     is_known = slots != NO_SLOT
     found = {} if prefixes is None else _find_rows(prefixes, slots[:num_prefills])
-    places = np.where(is_known, slots, 0)
+    places = np.maximum(slots, 0)
     starts, committed_lens = table.kv_lens[places], table.committed_lens[places]
     counts = 1 + step.drafts.counts
     if num_prefills:
@@ -65,8 +65,11 @@ def find_entries(
     base_lens = table.base_lens[places] if step.is_ahead else committed_lens
     is_stale = (step.base_lens != base_lens[verifies]) | (starts + 1 != committed_lens)[verifies]
     statuses = np.where(is_known, _OK, _UNKNOWN)
-    statuses[verifies][is_stale & is_known[verifies]] = _STALE
-    statuses[verifies][(table.is_over[places] & is_known)[verifies]] = _ENDED
+    if np.count_nonzero(is_stale):
+        statuses[verifies][is_stale & is_known[verifies]] = _STALE
+    is_over = table.is_over[places] & is_known
+    if np.count_nonzero(is_over):
+        statuses[verifies][is_over[verifies]] = _ENDED
     entries = Entries(sequence_ids, slots, statuses, starts, counts, num_prefills, {}, found)
     for index, fault in step.faults_of_drafts.items():
         if statuses[num_prefills + index] == _OK:
@@ -128,6 +131,9 @@ def _reserve(table: SlotTable, allocator: PageAllocator, entries: Entries) -> No
 def rows_of(table: SlotTable, entries: Entries, running: Ints) -> Rows:
     """The rows of the entries that run."""
     slots, starts, counts = entries.slots[running], entries.starts[running], entries.counts[running]
+    if not entries.num_prefills:
+        yes, none = np.ones(len(slots), dtype=np.bool_), np.zeros(len(slots), dtype=np.int64)
+        return Rows(slots=slots, starts=starts, counts=counts, is_verify=yes, draws=yes, num_scored=none)
     committed_lens, is_verify = table.committed_lens[slots], running >= entries.num_prefills
     is_scored = (table.num_prompt_logprobs[slots] != NO_LOGPROBS) & ~is_verify
     is_scored &= committed_lens <= table.prompt_lens[slots]

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dflash_ray.core.arrays import spans
+from dflash_ray.core.arrays import are_ones, spans
 from dflash_ray.models.dflash2 import Draw
 from dflash_ray.sampling.parameters import NO_LOGPROBS, REJECTION
 from dflash_ray.sampling.table import SamplingTable
@@ -123,8 +123,11 @@ class SlotTable:
     def commit(self, slots: Ints, num_tokens: Ints, token_ids: Ints) -> None:
         """Appends tokens: `num_tokens` [n] for each of n slots, `token_ids` one slot after the other."""
         lens = self.committed_lens[slots]
-        self.tokens[slots.repeat(num_tokens), spans(lens, num_tokens)] = token_ids
-        self.base_lens[slots] = np.where(num_tokens > 0, lens, self.base_lens[slots])
+        if are_ones(num_tokens, len(token_ids)):
+            self.tokens[slots, lens], self.base_lens[slots] = token_ids, lens
+        else:
+            self.tokens[slots.repeat(num_tokens), spans(lens, num_tokens)] = token_ids
+            self.base_lens[slots] = np.where(num_tokens > 0, lens, self.base_lens[slots])
         self.committed_lens[slots] = lens + num_tokens
         self.sampling.commit(slots, num_tokens, token_ids)
 

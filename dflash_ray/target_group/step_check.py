@@ -34,39 +34,38 @@ def check_step(step: StepInput, limits: StepLimits) -> None:
     What is wrong with one sequence alone is noted in the step: its entries will fail and their neighbours go on.
     """
     drafts, num_verify = step.drafts, len(step.verify_ids)
-    num_drafts = int(drafts.counts.sum())
-    wanted = {
-        "prefill_lens": (step.prefill_lens, len(step.prefill_ids)),
-        "base_lens": (step.base_lens, num_verify),
-        "num_drafts": (drafts.counts, num_verify),
-        "draft_token_ids": (drafts.token_ids, num_drafts),
-        "colocated_num_drafts": (step.draft_counts, len(step.draft_ids)),
-    }
+    num_drafts = num_rows = int(drafts.counts.sum())
+    _check_length("prefill_lens", step.prefill_lens, len(step.prefill_ids))
+    _check_length("base_lens", step.base_lens, num_verify)
+    _check_length("num_drafts", drafts.counts, num_verify)
+    _check_length("draft_token_ids", drafts.token_ids, num_drafts)
+    _check_length("colocated_num_drafts", step.draft_counts, len(step.draft_ids))
     if len(step.own_counts):
-        wanted["num_own_drafts"] = (step.own_counts, num_verify)
+        _check_length("num_own_drafts", step.own_counts, num_verify)
+        num_rows += int(step.own_counts.sum())
     if len(drafts.parents):
-        wanted["draft_parents"] = (drafts.parents, num_drafts)
+        _check_length("draft_parents", drafts.parents, num_drafts)
     if len(drafts.num_candidates):
-        wanted["num_draft_candidates"] = (drafts.num_candidates, num_verify)
-    for name, (column, length) in wanted.items():
-        _check_length(name, column, length)
-    if len(drafts.num_candidates):
+        _check_length("num_draft_candidates", drafts.num_candidates, num_verify)
         num_candidates = int((drafts.counts * drafts.num_candidates).sum())
         _check_length("draft_candidate_ids", drafts.candidate_ids, num_candidates)
         _check_length("draft_log_probs", drafts.candidate_probs, num_candidates)
-    if np.count_nonzero(step.prefill_lens < 1):
-        raise ValueError("step: prefill_lens must be at least 1")
+    if len(step.prefill_lens):
+        if np.count_nonzero(step.prefill_lens < 1):
+            raise ValueError("step: prefill_lens must be at least 1")
+        num_rows += int(step.prefill_lens.sum())
     if len(step.own_counts) and num_drafts and np.count_nonzero((step.own_counts > 0) & (drafts.counts > 0)):
         raise ValueError("step: an entry has either num_drafts or num_own_drafts")
     if not step.least_own_log_prob <= 0:
         raise ValueError("step: least_own_log_prob must be at most 0")
-    num_rows = int(step.prefill_lens.sum()) + num_verify + num_drafts + int(step.own_counts.sum())
+    num_rows += num_verify
     if num_rows > limits.max_batch_tokens:
         raise ValueError(f"step: {num_rows} rows are more than the group's max_batch_tokens, {limits.max_batch_tokens}")
     for index, opening in enumerate(step.open):
         if fault := _fault_of_opening(opening, limits):
             step.faults_of_open[index] = fault
-    _note_faults_of_drafts(step, limits.vocab_size)
+    if num_drafts:
+        _note_faults_of_drafts(step, limits.vocab_size)
 
 
 def _check_length(name: str, column: np.ndarray, length: int) -> None:

@@ -278,3 +278,29 @@ def test_a_lesson_waits_for_the_next_result_while_another_step_is_at_the_target(
     assert group.sent and controller.has_lesson and not group.scheduler.has_lesson
     group.answer(now=1.5)
     assert controller.costs.is_known, "the result made up for it"
+
+
+def test_a_sequence_in_two_steps_is_lost_once_with_its_group():
+    group = Group()
+    group.arrive()
+    group.poll()
+    group.answer()
+    (first, second) = group.poll()
+    assert first == second, "one step is ahead of the other"
+    (sequence,) = group.scheduler._requests.by_id.values()
+    group.scheduler.target_lost(1.0)
+    assert sequence.num_losses == 1
+
+
+def test_a_result_without_columns_of_zeros_says_that_nothing_was_accepted_and_nobody_ends():
+    group = Group()
+    sequence_id = group.arrive()
+    group.poll()
+    group.answer()
+    group.poll()
+    result = group.target.step(group.sent.pop(0))
+    result.ClearField("num_accepted_drafts")
+    result.ClearField("finish_reasons")
+    group.scheduler.step_done(result, 0.0)
+    group.poll()
+    assert len(group.tokens[sequence_id]) == 2 and group.scheduler.num_running == 1

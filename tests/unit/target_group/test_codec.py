@@ -115,3 +115,15 @@ def test_a_results_columns_leave_as_they_are():
     assert unpacked("accepted_drafts", result.accepted_drafts).tolist() == [2]
     timings = result.timings
     assert (timings.forward_ns, timings.verify_ns, timings.draft_ns) == (1, 2, 3)
+
+
+def test_a_result_without_an_accepted_draft_or_an_end_leaves_their_columns_out():
+    output = StepOutput(
+        step_id=8, sequence_ids=ids([3, 4]), statuses=ints([1, 1]), committed_lens=ints([9, 3]),
+        num_accepted=ints([0, 0]), num_tokens=ints([1, 1]), token_ids=ints([7, 8]), finishes=ints([0, 0]),
+        kv_lens=ints([]), cached_lens=ints([]), errors=[], logprobs=[], prompt_logprobs=[], free_pages=11,
+    )  # fmt: skip
+    result = encode_result(output)
+    assert not result.num_accepted_drafts and not result.finish_reasons
+    assert not result.num_own_drafts and not result.own_log_probs and not result.accepted_drafts
+    assert list(result.num_tokens) == [1, 1]
