@@ -71,7 +71,7 @@ class Speculating:
         self.controller.open(slot, sequence.policy, sequence.draft_tokens)
         if self._uses_features and sequence.policy == Policy.ADAPTIVE and sequence.context.drafter_id is None:
             left = int(self.table.max_lens[slot] - self.table.committed_lens[slot])
-            self.table.may_be_drafted[slot] &= self.controller.may_want(left)
+            self.table.may_be_drafted[slot] &= self.controller.may_want(left, self.table.num_running)
         self.ngrams.clear(slot)
 
     def ask(self, slots: Ints, reach: Callable[[Ints, float], Ints], limits: TargetLimits, now: float) -> Ints:

@@ -11,7 +11,7 @@ from dflash_ray.router.speculation.choice import best_rows, is_drafted, share, u
 from dflash_ray.router.speculation.cost_model import Batch, CostModel
 from dflash_ray.router.speculation.ledger import Ledger
 from dflash_ray.router.speculation.outlook import Outlook, SpeculativeStep
-from dflash_ray.router.speculation.pauses import Pauses
+from dflash_ray.router.speculation.pauses import ANY_LOAD, Pauses
 from dflash_ray.router.speculation.records import MOST_DRAFTS, Floats, Reason
 
 _LEAST_GAIN = 1.05  # promised over plain decoding before anything is speculated,
@@ -22,6 +22,7 @@ _TRIAL_ROOM = 0.5  # of the loss that is allowed
 _AT_RISK = 0.5  # of what a step may lose, before its result is there
 _SPARE_SLOTS = 2  # asked for beyond what is expected to be verified, where slots cost time
 _SLOT_PRICE = 0.02  # of a step's time
+_MOST_OF = 0.75  # of a batch must be able to be drafted for, or it does not show what such a load is like
 _HOPE = np.cumprod(np.full(MOST_DRAFTS, _TRIAL_RATE))
 
 
@@ -104,18 +105,21 @@ class Chooser:
         if rate >= promised and asks.any() and not self._may_draft(is_colocated):
             return Reason.NO_GAIN, None, np.inf
         if rate >= promised:
+            self._pauses.has_hope(batch.num_sequences)
             if not batch.prefill_rows and self._pauses.probes(rate / plain_rate):
                 return Reason.PROBE, None, np.inf
             return Reason.GAIN, asks, plain + room
-        if self._pauses.is_trial_due:
+        num_hopeful = np.count_nonzero(draft_room)
+        if num_hopeful and self._pauses.is_trial_due:
             hope = np.maximum(drafts, until(_HOPE[None], draft_room))
             rate, hoped, asks = best(hope, plain + _TRIAL_ROOM * room)
             if hoped < promised:
-                self._pauses.no_hope()
+                self._pauses.no_hope(batch.num_sequences if num_hopeful >= _MOST_OF * len(draft_room) else ANY_LOAD)
             elif rate < promised or not asks.any():
                 if not at_risk:
                     self._pauses.rest()
             elif self._may_draft(is_colocated):
+                self._pauses.has_hope(batch.num_sequences)
                 return Reason.TRIAL, asks, plain + room
         if unbound >= promised:
             if not at_risk:  # else it may be allowed as soon as a result is there

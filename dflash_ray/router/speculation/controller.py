@@ -110,9 +110,12 @@ class SpeculationController:
         """Whether drafters should have the rows of adaptive sequences, because drafts may soon be asked for."""
         return self._pauses.expects_drafts
 
-    def may_want(self, num_tokens: int) -> bool:
-        """Whether drafters may be asked for an adaptive sequence that comes now and gets at most so many tokens."""
-        return not self.costs.is_known or self._pauses.may_want(num_tokens)
+    def may_want(self, num_tokens: int, num_sequences: int) -> bool:
+        """Whether drafters may be asked for an adaptive sequence that comes now and gets at most so many tokens.
+
+        `num_sequences` are in the batch then.
+        """
+        return not self.costs.is_known or self._pauses.may_want(num_tokens, num_sequences)
 
     def wants_ngrams(self, slots: Ints, has_draft: Flags | None = None, cohort: int = 0) -> Flags:
         """For which of these it is worth while to look n-grams up: before drafts are asked for, or with those there."""

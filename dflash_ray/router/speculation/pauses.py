@@ -20,6 +20,7 @@ _MOST_ALLOWANCE = 16.0  # of what was saved long ago nothing more may be lost
 _NEW_PRICE = 1.0  # allowance for a trial where a sequence is new, of whose text nothing is known;
 _OLD_PRICE = 2.0  # and where all have been tried
 _NO_HOPE_PRICE = 1.0  # so that a load at which nothing can pay is not looked at over and over
+_NO_HOPE_FOR = 1024  # steps, in which sequences that come to such a load, or a higher one, get no context features
 _TRIAL_STEPS = 3  # a step whose drafts are all wrong counts twice
 _PAUSE = 24  # steps after a trial of the same sequences, or once the account forbids drafts that are wanted
 _SETTLED = 8
@@ -28,6 +29,7 @@ _LOOK_SELDOM = 8  # and where nothing has paid for long
 _LONG = 64
 _EXPECTED_FOR = 16  # steps without drafts, after which drafters need not have the rows of the sequences
 _NOTICE = 3  # steps that drafters are given to get them again
+ANY_LOAD = 1 << 30  # sequences: more than there ever are
 _LIFE = 256  # tokens that an answer is thought to have at most, where its limit is higher
 
 
@@ -45,6 +47,8 @@ class Pauses:
         self._rests_until = 0
         self._drafted_at = 0
         self._ready_at = 0
+        self._hopeless_from = ANY_LOAD  # sequences in a batch
+        self._hopeless_until = 0
         self.is_gaining = False
 
     def opened(self) -> None:
@@ -60,8 +64,13 @@ class Pauses:
         """Whether drafts were asked for lately, or are about to be."""
         return self._num_steps < self._drafted_at + _EXPECTED_FOR
 
-    def may_want(self, num_tokens: int) -> bool:
-        """Whether drafts may be wanted for a sequence that comes now, before it has so many more tokens."""
+    def may_want(self, num_tokens: int, num_sequences: int) -> bool:
+        """Whether drafts may be wanted for a sequence that comes now, before it has so many more tokens.
+
+        `num_sequences` are in the batch then.
+        """
+        if num_sequences >= self._hopeless_from and self._num_steps < self._hopeless_until:
+            return False
         steps = max(self._rests_until - self._num_steps, (_NEW_PRICE - self._allowance) / _TRIAL_SHARE)
         return self.expects_drafts or steps < min(num_tokens, _LIFE)
 
@@ -80,11 +89,19 @@ class Pauses:
             return self._allowance >= _NEW_PRICE
         return self._quiet >= _PAUSE and self._allowance >= _OLD_PRICE
 
-    def no_hope(self) -> None:
-        """Not even what a trial hopes for would pay."""
+    def no_hope(self, num_sequences: int) -> None:
+        """Not even what a trial hopes for would pay, with so many sequences in the batch, or more."""
+        if self._num_steps >= self._hopeless_until:
+            self._hopeless_from = ANY_LOAD
+        self._hopeless_from = min(self._hopeless_from, num_sequences)
+        self._hopeless_until = self._num_steps + _NO_HOPE_FOR
         self._trial_left, self._has_new = 0, False
         self._quiet = min(self._quiet, _SETTLED + 1)
         self._allowance -= _NO_HOPE_PRICE
+
+    def has_hope(self, num_sequences: int) -> None:
+        """Drafts may pay, or do, with so many sequences in the batch."""
+        self._hopeless_from = max(self._hopeless_from, num_sequences + 1)
 
     @property
     def is_settled(self) -> bool:

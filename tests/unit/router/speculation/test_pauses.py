@@ -2,7 +2,7 @@
 
 import pytest
 
-from dflash_ray.router.speculation.pauses import Pauses
+from dflash_ray.router.speculation.pauses import ANY_LOAD, Pauses
 from dflash_ray.router.speculation.records import Reason
 
 
@@ -20,14 +20,14 @@ def tried(pauses: Pauses, saved: float) -> Pauses:
 
 
 def test_a_group_that_has_just_started_may_try():
-    assert rested(24).is_trial_due and Pauses().may_want(1)
+    assert rested(24).is_trial_due and Pauses().may_want(1, 1)
 
 
 def test_after_trials_in_vain_neither_time_nor_new_sequences_bring_one_soon():
     pauses = tried(Pauses(), -1.4)
     pauses.opened()
-    assert not rested(100, pauses).is_trial_due and not pauses.may_want(64)
-    assert rested(200, pauses).is_trial_due and pauses.may_want(64)
+    assert not rested(100, pauses).is_trial_due and not pauses.may_want(64, 1)
+    assert rested(200, pauses).is_trial_due and pauses.may_want(64, 1)
 
 
 def test_a_new_sequence_is_tried_sooner_than_those_that_were_tried():
@@ -51,12 +51,23 @@ def test_what_was_saved_may_be_lost_again_up_to_a_few_steps():
 
 @pytest.mark.parametrize(("num_tokens", "may_want"), [(64, False), (200, True)])
 def test_a_sequence_may_be_drafted_for_if_it_lasts_until_the_next_trial(num_tokens, may_want):
-    assert rested(50, tried(Pauses(), -1.4)).may_want(num_tokens) == may_want
+    assert rested(50, tried(Pauses(), -1.4)).may_want(num_tokens, 1) == may_want
 
 
 def test_a_load_at_which_not_even_a_trial_would_pay_is_left_alone_at_once():
     pauses = rested(20)
     pauses.opened()
     assert not pauses.is_settled, "a sequence came, of whose text nothing is known"
-    pauses.no_hope()
+    pauses.no_hope(1)
     assert rested(1, pauses).is_settled
+
+
+def test_sequences_that_come_to_a_load_without_hope_need_no_features_for_a_while():
+    pauses = rested(20)
+    pauses.no_hope(4)
+    assert pauses.may_want(64, 3) and not pauses.may_want(64, 4) and not pauses.may_want(64, 16)
+    pauses.no_hope(ANY_LOAD)
+    assert not pauses.may_want(64, 4), "a batch that shows nothing changes nothing"
+    pauses.has_hope(4)
+    assert pauses.may_want(64, 4) and not pauses.may_want(64, 5)
+    assert rested(1100, pauses).may_want(64, 16), "the machine, or the texts, may be others by then"
