@@ -72,6 +72,7 @@ class Speculating:
         if self._uses_features and sequence.policy == Policy.ADAPTIVE and sequence.context.drafter_id is None:
             left = int(self.table.max_lens[slot] - self.table.committed_lens[slot])
             self.table.may_be_drafted[slot] &= self.controller.may_want(left, self.table.num_running)
+        self.controller.makes_features[slot] = self._uses_features and self.table.may_be_drafted[slot]
         self.ngrams.clear(slot)
 
     def ask(self, slots: Ints, reach: Callable[[Ints, float], Ints], limits: TargetLimits, now: float) -> Ints:

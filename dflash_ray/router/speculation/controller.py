@@ -45,6 +45,7 @@ class SpeculationController:
     Attributes:
         prefers_ngram: whether n-grams may take a drafter's place.
         is_colocated: the drafter drafts behind a step's pass, inside the step.
+        makes_features: [num_slots] context features are made of the slot's rows.
         runs_ahead: a step of which it is known what it is to be is sent while the step before it runs.
     """
 
@@ -56,6 +57,7 @@ class SpeculationController:
         self._has_fixed = False  # some slot wants a fixed number, or did when it was in use
         self._is_free = np.zeros(num_slots, np.bool_)  # whose drafts are chosen here
         self._limits = np.zeros(num_slots, np.int64)
+        self.makes_features = np.zeros(num_slots, np.bool_)
         self._is_new = np.zeros(num_slots, np.bool_)  # that no drafter was asked for yet
         self.acceptance = Acceptance(num_slots, MOST_DRAFTS)
         self.costs = CostModel()
@@ -378,8 +380,11 @@ class SpeculationController:
             return False
         self._num_skipped += 1
         if has_choice:
-            self._pauses.step_done(step.outlook.reason, False, False, 0.0)
+            self._pauses.step_done(step.outlook.reason, False, False, 0.0, self._makes_features(step))
         return True
+
+    def _makes_features(self, step: SpeculativeStep) -> bool:
+        return bool(np.count_nonzero(self.makes_features[step.slots]))
 
     def _as_if_ahead(self, step: SpeculativeStep, busy: float, pass_seconds: float) -> float:
         """What a step takes where all are sent ahead: those that were not waited for the router as well."""
@@ -406,7 +411,9 @@ class SpeculationController:
             self._own_cut.saw(step.log_probs, np.where(step.from_ngram, 0, step.counts), lesson.accepted)
         learn_acceptance(self.acceptance, lesson, rates)
         has_hit = bool((lesson.accepted[step.is_free] > 0).any())
-        self._pauses.step_done(step.outlook.reason, step.outlook.num_asked > 0, has_hit, saved)
+        self._pauses.step_done(
+            step.outlook.reason, step.outlook.num_asked > 0, has_hit, saved, self._makes_features(step)
+        )
 
     def steps_lost(self) -> None:
         """The target's stream broke: steps in flight will not be answered."""

@@ -15,6 +15,8 @@ _PROBE_SHARE = 0.006  # of all time may be lost by plain steps where drafts prom
 _LEAST_PROBE = 0.1  # of a step; where a plain step loses next to nothing, one in ten is one
 _PLAIN_TIMES = 3  # of a batch that are needed before anything is speculated in it
 _TRIAL_SHARE = 0.004  # of all time is allowed for drafts in vain,
+_FEATURE_RENT = 0.06  # of a step, taken from it by a plain one that makes context features for which nobody asks
+_LEFT_BY_RENT = 0.5  # of the allowance
 _FIRST_ALLOWANCE = 3.0  # and so many plain steps' time at the start
 _MOST_ALLOWANCE = 16.0  # of what was saved long ago nothing more may be lost
 _NEW_PRICE = 1.0  # allowance for a trial where a sequence is new, of whose text nothing is known;
@@ -132,18 +134,23 @@ class Pauses:
         """The allowed loss is spent."""
         self._rests_until = self._num_steps + _PAUSE
 
-    def step_done(self, reason: Reason, is_drafted: bool, has_hit: bool, saved: float) -> None:
+    def step_done(
+        self, reason: Reason, is_drafted: bool, has_hit: bool, saved: float, makes_features: bool = False
+    ) -> None:
         """A step went as it was planned.
 
         Args:
             is_drafted: a drafter was asked.
             has_hit: a draft was accepted.
             saved: time against plain decoding, in plain steps.
+            makes_features: of sequences that may be drafted for.
         """
         self._num_steps += 1
         self._cold = min(_MOST_COLD, self._cold + _COLD_SHARE)
         self._probes = min(1.0, self._probes + _PROBE_SHARE)
         self._allowance = min(_MOST_ALLOWANCE, self._allowance + _TRIAL_SHARE + saved)
+        if makes_features and not is_drafted and reason in (Reason.NO_GAIN, Reason.REST):
+            self._allowance = max(min(self._allowance, _LEFT_BY_RENT), self._allowance - _FEATURE_RENT)
         if is_drafted:
             self._drafted_at = self._num_steps
             self._quiet, self._has_new = 0, False

@@ -71,3 +71,11 @@ def test_sequences_that_come_to_a_load_without_hope_need_no_features_for_a_while
     pauses.has_hope(4)
     assert pauses.may_want(64, 4) and not pauses.may_want(64, 5)
     assert rested(1100, pauses).may_want(64, 16), "the machine, or the texts, may be others by then"
+
+
+def test_features_for_which_nobody_asks_are_made_for_new_sequences_no_longer():
+    pauses = Pauses()
+    for _ in range(60):
+        pauses.step_done(Reason.NO_GAIN, is_drafted=False, has_hit=False, saved=0.0, makes_features=True)
+    assert not pauses.may_want(64, 1) and not pauses.is_resting
+    assert rested(200, pauses).may_want(64, 1)
