@@ -71,6 +71,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.runs_ahead = cohorts == 1 and depth != 1
         self.depth = 2 if self.runs_ahead else depth or cohorts
         self.sent: list[target_pb2.Step | list[int]] = []  # steps and closes that the target has not come to
+        self.void: set[int] = set()  # sequences for which the oldest step that was sent does nothing
         self.drafters: dict[str, ToyDrafter] = {}
         self.alive: dict[int, tuple] = {}  # sequence id -> (sequence, prompt, max new tokens, emitted tokens)
         self.scheduler.target_ready(self.target.limits, self.now)
@@ -115,8 +116,17 @@ class SchedulerMachine(RuleBasedStateMachine):
                 del self.alive[sequence.sequence_id]
 
     def check_overlap(self):
-        """A sequence is in two steps only as a chain of both, with no drafts but the target's own."""
-        ids = [i for step in self.steps for i in (*step.prefill_ids, *step.verify_ids) if i in self.alive]
+        """A sequence is in two steps only as a chain of both, with no drafts but the target's own.
+
+        A step that counted on one which came to nothing for a sequence does nothing for it, and does not count here.
+        """
+        alive = [set(self.alive) - self.void if step is self.steps[0] else self.alive for step in self.steps]
+        ids = [
+            i
+            for step, its in zip(self.steps, alive, strict=True)
+            for i in (*step.prefill_ids, *step.verify_ids)
+            if i in its
+        ]
         if self.has_preempted or len(set(ids)) == len(ids):
             return
         assert self.runs_ahead
@@ -155,6 +165,8 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule()
     def finish_step(self):
         result = self.target.step(self.sent.pop(0))
+        is_ok = [status == target_pb2.ENTRY_STATUS_OK for status in result.statuses]
+        self.void = {i for i, flag in zip(result.sequence_ids, is_ok, strict=True) if not flag} - self.void
         while self.sent and not isinstance(self.sent[0], target_pb2.Step):
             self.target.close(self.sent.pop(0))
         self.scheduler.step_done(result, self.now)
@@ -231,6 +243,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def lose_target(self):
         self.sent.clear()
+        self.void.clear()
         self.scheduler.target_lost(self.now)
         self.pump()
         self.target = self.new_target()
