@@ -112,7 +112,7 @@ def test_a_context_longer_than_any_pass_is_made_in_several_and_a_closed_sessions
             drafter.extend_one(session, 0, row(session, rows if session == 1 else 3))
             if session == 0:
                 drafter.close(session)
-        drafter._take_features()
+        drafter.catch_up()
         places = drafter._pages.rows_of(np.array([1, 2]), np.array([0, 0]), np.array([rows, 3]))
         keys.append((drafter._pages.keys[:, places], drafter._pages.values[:, places]))
     assert all(torch.equal(one, other) for one, other in zip(*keys, strict=True))
