@@ -249,7 +249,7 @@ class BlockDrafter:
         """Blocks through the layers, and what is chosen for their slots."""
         if self._passes is not None:
             return self._passes(blocks, draws, num_candidates, wants_scores, self._pages)
-        size = 1 + blocks.num_slots if all(self.config.is_causal) else self.block_size
+        size = blocks.size(self.config.is_causal, self.block_size)
         columns = None
         if self._chooser.draws:
             columns = DrawColumns(*map(self._on_device, (*draw_values(draws), blocks.lens + 1)))
@@ -265,7 +265,7 @@ class BlockDrafter:
         token_ids = blocks.token_ids(size, self.config.mask_token_id)
         places = self._pages.place_blocks(blocks.sessions, blocks.lens, size)
         x = F.embedding(self._on_device(token_ids), self._embedding)
-        positions = torch.from_numpy((blocks.lens[:, None] + np.arange(size)).reshape(-1))
+        positions = torch.from_numpy(blocks.positions(size))
         cos, sin = (table[positions] for table in self._turns)
         return self._layers(x, cos, sin, self._pages, places)
 

@@ -62,9 +62,9 @@ class CompiledDrafts:
     ) -> HostChoice:
         """What is chosen for the slots; without `wants_scores` no scores."""
         config = self._config
-        size = 1 + blocks.num_slots if all(config.is_causal) else config.block_size
+        size = blocks.size(config.is_causal, config.block_size)
         token_ids = blocks.token_ids(size, config.mask_token_id).reshape(-1)
-        positions = (blocks.lens[:, None] + np.arange(size)).reshape(-1)
+        positions = blocks.positions(size)
         rows, cos, sin = (
             torch.from_numpy(table.take(index, axis=0))
             for table, index in ((self._embedding, token_ids), (self._cos, positions), (self._sin, positions))

@@ -39,6 +39,15 @@ class Blocks(NamedTuple):
     lens: Ints
     num_slots: int
 
+    def size(self, is_causal: Sequence[bool], block_size: int) -> int:
+        """Rows of each: those that are asked for where no layer looks at later ones, else as it was trained."""
+        return 1 + self.num_slots if all(is_causal) else block_size
+
+    def positions(self, size: int) -> Ints:
+        """[N * size]: of all rows."""
+        positions: Ints = (self.lens[:, None] + np.arange(size)).reshape(-1)
+        return positions
+
     def token_ids(self, size: int, mask: int) -> Ints:
         """[N, size]: anchors and masks."""
         token_ids = np.full((len(self.lens), size), mask)

@@ -15,10 +15,10 @@ _PROBE_SHARE = 0.006  # of all time may be lost by plain steps where drafts prom
 _LEAST_PROBE = 0.1  # of a step; where a plain step loses next to nothing, one in ten is one
 _PLAIN_TIMES = 3  # of a batch that are needed before anything is speculated in it
 _TRIAL_SHARE = 0.004  # of all time is allowed for drafts in vain,
-_FEATURE_RENT = 0.06  # of a step, taken from it by a plain one that makes context features for which nobody asks
-_LEFT_BY_RENT = 0.5  # of the allowance
 _FIRST_ALLOWANCE = 3.0  # and so many plain steps' time at the start
 _MOST_ALLOWANCE = 16.0  # of what was saved long ago nothing more may be lost
+_FEATURE_RENT = 0.06  # of a step, paid from the allowance by a plain one that makes features for which nobody asks,
+_LEFT_BY_RENT = 0.5  # down to so much of it
 _NEW_PRICE = 1.0  # allowance for a trial where a sequence is new, of whose text nothing is known;
 _OLD_PRICE = 2.0  # and where all have been tried
 _NO_HOPE_PRICE = 1.0  # so that a load at which nothing can pay is not looked at over and over
@@ -31,8 +31,8 @@ _LOOK_SELDOM = 8  # and where nothing has paid for long
 _LONG = 64
 _EXPECTED_FOR = 16  # steps without drafts, after which drafters need not have the rows of the sequences
 _NOTICE = 3  # steps that drafters are given to get them again
-ANY_LOAD = 1 << 30  # sequences: more than there ever are
 _LIFE = 256  # tokens that an answer is thought to have at most, where its limit is higher
+ANY_LOAD = 1 << 30  # sequences: more than there ever are
 
 
 class Pauses:
